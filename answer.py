@@ -1,0 +1,46 @@
+"""A bundle answers a prompt. What may enter: `bundle`, `tokenizer`, `runtimes`; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from .bundle import CHECKPOINT, Bundle
+from .errors import UserError
+from .runtimes.generate import Sampling, generate
+from .runtimes.opening import open_session
+from .tokenizer import Tokenizer
+
+
+def answer(
+    path: Path, prompt: str, format: str, chat: bool | None, new_tokens: int | None, sampling: Sampling, threads: int
+) -> Iterator[str]:
+    """Pieces of text as they are generated. chat None: the chat template where the tokenizer has one.
+
+    Raises UserError for an empty or over-long prompt, a bundle without a tokenizer, or a format it does not hold.
+    """
+    bundle = Bundle.open(path)
+    spec = bundle.manifest.generation
+    if not (path / CHECKPOINT / "tokenizer.json").is_file():
+        raise UserError(f"{path} has no tokenizer, so it cannot read text; export from a checkpoint with a tokenizer.json")
+    tokenizer = Tokenizer.from_dir(path / CHECKPOINT)
+    ids = _ids(tokenizer, prompt, chat, spec.task)
+    session = open_session(bundle, format, threads)
+    stream = tokenizer.stream()
+    for token in generate(session, spec, ids, min(new_tokens or spec.max_new_tokens, spec.max_context - 1), sampling):
+        piece = stream.put(token)
+        if piece:
+            yield piece
+    rest = stream.end()
+    if rest:
+        yield rest
+
+
+def _ids(tokenizer: Tokenizer, prompt: str, chat: bool | None, task: str) -> list[int]:
+    wanted = task == "causal" if chat is None else chat
+    text = tokenizer.apply_chat([{"role": "user", "content": prompt}]) if wanted else None
+    if text is None:
+        if chat:
+            raise UserError("--chat: the tokenizer has no chat template; leave --chat out")
+        return tokenizer.encode(prompt)
+    return tokenizer.encode(text, special=False)  # the template writes its own special tokens

@@ -1,0 +1,330 @@
+"""The command line: parse, call one function, print. Nothing imports this file; heavy imports wait inside the commands.
+
+Standard output carries the result alone, progress and notes go to standard error. A user's mistake is one line and exit
+code 2, a failed verification exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import UserError, VerificationFailure
+
+if TYPE_CHECKING:
+    from .compiler import Request
+
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class Commands(click.Group):
+    """Turns the two kinds of failure into their exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except VerificationFailure as error:
+            click.echo(f"verification failed: {error}", err=True)
+            ctx.exit(1)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader went away; the interpreter must not complain about it at exit
+            ctx.exit(0)
+
+
+class SizeType(click.ParamType):
+    """`180m`, `1.5g`, `64Mi`, or bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?)b?", str(value).strip(), re.IGNORECASE)
+        if found is None or found[2].lower() not in _SIZES:
+            self.fail(f"{value!r} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
+        return int(float(found[1]) * _SIZES[found[2].lower()])
+
+
+class IntList(click.ParamType):
+    """Comma-separated integers, none below 0."""
+
+    name = "N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(p.strip().isdecimal() for p in parts):
+            self.fail(f"{value!r} is not a list of numbers; write 0,2048", param, ctx)
+        return tuple(int(p) for p in parts)
+
+
+def note(message: str) -> None:
+    """Progress, to standard error."""
+    click.echo(message, err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgewright")
+def main() -> None:
+    """Compile small language models for devices: quantize once, lower to every runtime, verify, profile, run."""
+
+
+_model = click.option("-m", "--model", required=True, metavar="MODEL", help="Directory, .gguf file, or hub id.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
+_path = click.Path(path_type=Path)
+
+
+def _planning(command: Any) -> Any:
+    """The options `export` and `plan` share."""
+    options = [
+        click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Target; repeatable. Default: onnx."),
+        click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
+        click.option("--size", type=SizeType(), help="Budget: bytes of the quantized weights, such as 180m."),
+        click.option("--plan", "plan_file", type=_path, help="Use this plan instead of allocating."),
+        click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
+        click.option("--widths", type=IntList(), help="Widths to choose from. Default: those every target stores whole."),
+        click.option("--group-size", type=click.Choice(["32", "64", "128", "channel"]), help="Fix the group size."),
+        click.option(
+            "--importance",
+            default="zd",
+            show_default=True,
+            type=click.Choice(["zd", "zd-two-sided", "lim", "uniform"]),
+            help="Layer scores (arXiv 2406.17415).",
+        ),
+        click.option("--calibration", type=_path, help="Text for LIM and for the prompts that verify compares on."),
+        click.option("--task", type=_path, help="Task file (prompt TAB answer | answer): prompts as --calibration."),
+        click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
+        click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _request(model: str, options: dict[str, Any]) -> Request:
+    from .compiler import Request
+    from .quant.allocate import Override
+    from .quant.plan import BitPlan
+
+    group = options["group_size"]
+    plan_file: Path | None = options["plan_file"]
+    if plan_file is not None and (options["bits"] is not None or options["size"] is not None or options["overrides"]):
+        raise UserError("--plan already says the bits; leave out --bits, --size and --override")
+    if options["bits"] is not None and options["size"] is not None:
+        raise UserError("--bits and --size are one budget in two spellings; give one of them")
+    return Request(
+        model=model,
+        formats=tuple(dict.fromkeys(options["formats"])) or ("onnx",),
+        bits=options["bits"],
+        size=options["size"],
+        plan=BitPlan.read(plan_file) if plan_file is not None else None,
+        overrides=tuple(Override.parse(text) for text in options["overrides"]),
+        widths=options["widths"],
+        groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
+        importance=options["importance"],
+        calibration=options["calibration"],
+        task=options["task"],
+        num_layers=options["num_layers"],
+        max_context=options["max_context"],
+    )
+
+
+@main.command()
+@_model
+@_planning
+@click.option("-o", "--output", type=_path, help="The bundle to write; must not exist.")
+@click.option("--dry-run", is_flag=True, help="Plan and print, write nothing.")
+@click.option("--no-verify", is_flag=True, help="Skip reloading and comparing the artefacts.")
+@_json
+def export(model: str, output: Path | None, dry_run: bool, no_verify: bool, as_json: bool, **options: Any) -> None:
+    """Compile MODEL into a bundle."""
+    from . import compiler, reporting
+
+    request = _request(model, options)
+    if dry_run:
+        _print(reporting.plan_json(planned := compiler.plan(request, note)), reporting.plan_text(planned), as_json)
+        return
+    if output is None:
+        raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
+    made = compiler.export(request, output, check=not no_verify, progress=note)
+    _print(reporting.export_json(made), reporting.export_text(made), as_json)
+
+
+@main.command()
+@_model
+@_planning
+@click.option("-o", "--output", type=_path, help="Write the plan as JSON.")
+@click.option("--plot", type=_path, help="Draw scores and bits to this PNG or SVG (needs matplotlib).")
+@_json
+def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
+    """Allocate bits to MODEL's weights."""
+    from . import compiler, reporting
+
+    planned = compiler.plan(_request(model, options), note)
+    if output is not None:
+        output.write_text(planned.plan.to_json())
+        note(f"wrote {output}")
+    if plot is not None:
+        reporting.plot_plan(planned, plot)
+        note(f"wrote {plot}")
+    _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
+
+
+@main.command()
+@click.argument("bundle", type=_path)
+@click.option("-m", "--model", metavar="MODEL", help="The original checkpoint, for the quantization loss.")
+@click.option("--task", type=_path, help="Task file: exact-match accuracy of the artefact and the original.")
+@click.option("--task-limit", type=click.IntRange(1), help="Only the first N lines of the task file.")
+@click.option("--text", type=_path, help="Text file: perplexity (decoder-only models).")
+@_threads
+@_json
+def verify(
+    bundle: Path, model: str | None, task: Path | None, task_limit: int | None, text: Path | None, threads: int, as_json: bool
+) -> None:
+    """Check every artefact of BUNDLE against its reference."""
+    from . import reporting
+    from .bundle import Bundle
+    from .verification import require
+    from .verification import verify as check
+
+    report = check(bundle, model, task, text, task_limit, threads, note)
+    Bundle.open(bundle).write_report("verify", report.to_json())
+    _print(report.to_json(), reporting.verify_text(report), as_json)
+    require(report)
+
+
+@main.command()
+@click.argument("bundle", type=_path)
+@click.option("--prompt", help="The prompt; '-' reads standard input.", required=True)
+@click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1))
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@click.option("--seed", type=int, default=0)
+@click.option("--format", "form", default="onnx", show_default=True)
+@_threads
+def run(
+    bundle: Path,
+    prompt: str,
+    chat: bool | None,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    form: str,
+    threads: int,
+) -> None:
+    """Answer a prompt, streaming to standard output."""
+    from .answer import answer
+    from .runtimes.generate import Sampling
+
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    sampling = Sampling(temperature, top_p, seed)
+    for piece in answer(bundle, text, form, chat, max_new_tokens, sampling, threads):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("bundle", type=_path)
+@click.option("-p", "prompts", type=IntList(), default="512", show_default=True, help="Prompt lengths (pp rows).")
+@click.option("-n", "new", type=int, default=128, show_default=True, help="Tokens to generate (tg rows).")
+@click.option("-d", "depths", type=IntList(), default="0", show_default=True, help="Context depths of the tg rows.")
+@click.option("-r", "repeats", type=int, default=5, show_default=True)
+@click.option("-o", "form", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
+@_threads
+def profile(
+    bundle: Path, prompts: tuple[int, ...], new: int, depths: tuple[int, ...], repeats: int, form: str, threads: int
+) -> None:
+    """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op."""
+    from .bundle import Bundle
+    from .profiling import profile as measure
+    from .profiling import render
+
+    result = measure(bundle, prompts, new, depths, repeats, threads)
+    Bundle.open(bundle).write_report("profile", result)
+    click.echo(render(result, form))
+
+
+@main.group()
+def devices() -> None:
+    """The device profiles: what a device can do, and where each number comes from."""
+
+
+@devices.command("list")
+@_json
+def devices_list(as_json: bool) -> None:
+    """Name the known devices."""
+    from .device_profiles.profile import list_profiles
+
+    found = list_profiles()
+    _print([p.name for p in found], "\n".join(f"{p.name}  ({p.kind})" for p in found), as_json)
+
+
+@devices.command("show")
+@click.argument("name")
+@_json
+def devices_show(name: str, as_json: bool) -> None:
+    """Print a profile as TOML."""
+    from .device_profiles.profile import load, to_toml
+
+    found = load(name)
+    _print(found.model_dump(mode="json"), to_toml(found).rstrip("\n"), as_json)
+
+
+@devices.command("measure")
+@click.option("-o", "--output", type=_path, help="Write the profile here. Default: the user's device folder.")
+@click.option("--seconds", type=float, default=20.0, show_default=True)
+def devices_measure(output: Path | None, seconds: float) -> None:
+    """Measure this machine's bandwidth and peak rates and write its profile."""
+    from .device_profiles.measure import measure_host
+    from .device_profiles.profile import save, to_toml, user_path
+
+    found = measure_host(seconds, note)
+    target = output or user_path(found.name)
+    save(found, target)
+    note(f"wrote {target}")
+    click.echo(to_toml(found).rstrip("\n"))
+
+
+@main.command()
+@click.argument("target", metavar="MODEL|BUNDLE")
+@_json
+def inspect(target: str, as_json: bool) -> None:
+    """Say what a checkpoint or a bundle holds."""
+    from .inspection import inspect as look
+    from .inspection import inspect_text
+
+    found = look(target)
+    _print(found, inspect_text(found), as_json)
+
+
+@main.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Say which targets work here, which do not, why, and how to get them."""
+    from .inspection import doctor as examine
+    from .inspection import doctor_text
+
+    found = examine()
+    _print(found, doctor_text(found), as_json)
+
+
+def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:
+    click.echo(json.dumps(value, indent=1) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""The main job, top to bottom: load, plan, quantize, lower, verify, write the bundle. All rooms enter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .bundle import (
+    CHECKPOINT,
+    Bundle,
+    Generation,
+    GraphSpec,
+    Manifest,
+    TargetEntry,
+    hash_files,
+    write_manifest,
+)
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import UserError
+from .exporters import onnx as onnx_exporter
+from .memory import PeakAnonymous, available_bytes
+from .models import build, shorten
+from .models.loading import load_quantized
+from .prompts import random_prompts, read_task, text_windows
+from .quant.allocate import Override, allocate
+from .quant.plan import BitPlan, Unit
+from .quant.stream import quantize_checkpoint
+from .quant.targets import native_bits, stored_bytes
+from .quant.units import quantizable_units
+from .scoring import score_layers, unit_weights
+from .verification import Report, require, verify
+
+FORMATS = ("onnx",)
+VERIFY_PROMPTS = 32
+DEFAULT_CONTEXT = 4096
+DEFAULT_BITS = 4.5
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of `export` or `plan`."""
+
+    model: str
+    formats: tuple[str, ...] = ("onnx",)
+    bits: float | None = None
+    size: int | None = None
+    plan: BitPlan | None = None
+    overrides: tuple[Override, ...] = ()
+    widths: tuple[int, ...] | None = None
+    groups: tuple[int, ...] = (32, 64, 128)
+    importance: str = "zd"
+    calibration: Path | None = None
+    task: Path | None = None
+    num_layers: int | None = None
+    max_context: int | None = None
+
+
+@dataclass
+class Planned:
+    """The model opened and the plan made; nothing has been written yet."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    model: Any
+    units: list[Unit]
+    plan: BitPlan
+    other: list[str]
+    scores: dict[tuple[str, int], float]
+    generation: Generation
+    prompts: list[list[int]]
+    formats: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(u.numel for u in self.units)
+
+    def true_bytes(self, target: str) -> int:
+        """Bytes the planned weights take in an artefact of `target`, containers and scale types counted."""
+        entries = self.plan.entries
+        return sum(
+            stored_bytes(target, entries[w.name].bits, entries[w.name].group_size, *w.shape)
+            for u in self.units
+            for w in u.weights
+        )
+
+
+@dataclass
+class Exported:
+    """A finished export."""
+
+    path: Path
+    planned: Planned
+    manifest: Manifest
+    report: Report | None
+    peak_anonymous: int
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
+    """Open the model, check that its tensors are there, score its layers, and allocate bits. Writes nothing.
+
+    Raises UserError for anything wrong with the checkpoint, the budget or the options.
+    """
+    checkpoint = open_checkpoint(request.model)
+    config = checkpoint.config
+    if request.num_layers is not None:
+        config = shorten(config, request.num_layers)
+    model = build(config)
+    _expect_tensors(model, checkpoint)
+    units = quantizable_units(model)
+    if not units:
+        raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
+    planned_names = {w.name for u in units for w in u.weights}
+    other = [n for n in _parameters(model) if n not in planned_names]
+    generation = _generation(model, checkpoint, config, request)
+    prompts = _prompts(request, checkpoint, generation)
+    if request.plan is not None:
+        made, scores = request.plan.validate(units), {}
+    else:
+        made, scores = _allocate(request, checkpoint, model, units, other, generation, prompts, progress)
+        model = build(config)  # LIM filled it with float weights
+    return Planned(checkpoint, config, model, units, made, other, scores, generation, prompts, request.formats)
+
+
+def export(
+    request: Request, output: Path, check: bool = True, progress: Progress = lambda _: None
+) -> Exported:
+    """Compile a model into a bundle at `output`, which must not exist; it appears when whole.
+
+    check: reload every artefact and compare it with the reference; a mismatch raises VerificationFailure and leaves no
+    bundle. Raises UserError for anything the user can mend.
+    """
+    _refuse_existing(output)
+    for name in request.formats:
+        if name not in FORMATS:
+            raise UserError(f"--format {name} is not known; choose from {', '.join(FORMATS)}")
+    with PeakAnonymous() as peak:
+        planned = plan(request, progress)
+        if check:
+            _require_memory(planned)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        try:
+            manifest = _write(planned, request, partial, progress)
+            report = None
+            if check:
+                report = verify(partial, progress=progress)
+                require(report)
+                Bundle(partial, manifest).write_report("export", report.to_json())
+            partial.chmod(0o755)
+            partial.rename(output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return Exported(output, planned, manifest, report, peak.bytes)
+
+
+def _write(planned: Planned, request: Request, folder: Path, progress: Progress) -> Manifest:
+    """Quantized checkpoint, artefacts, tokenizer and manifest into `folder`."""
+    checkpoint_dir = folder / CHECKPOINT
+    checkpoint_dir.mkdir()
+
+    def count(name: str, done: int, total: int) -> None:
+        progress(f"quantizing: {done / max(1, total):4.0%} {name}")
+
+    quantize_checkpoint(planned.checkpoint, planned.plan, planned.model.tied, checkpoint_dir, planned.other, count)
+    # The planned config: a rehearsal's has fewer layers than the source.
+    (checkpoint_dir / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
+    if (checkpoint_dir / "tokenizer.json").exists():
+        shutil.copyfile(checkpoint_dir / "tokenizer.json", folder / "tokenizer.json")
+
+    quantized = open_checkpoint(str(checkpoint_dir))
+    load_quantized(planned.model, quantized)
+    graphs = planned.model.graphs()
+    targets: list[TargetEntry] = []
+    for name in request.formats:
+        (folder / name).mkdir()
+        made = onnx_exporter.export(graphs, folder / name, planned.generation.max_context, progress)
+        targets.append(
+            TargetEntry(
+                format=name,
+                files=tuple(f"{name}/{f}" for f in made.files),
+                ops=made.ops,
+                stored_bytes=planned.true_bytes(name),
+                ideal_bytes=planned.plan.total_bytes,
+            )
+        )
+    progress("hashing")
+    manifest = Manifest(
+        source=Path(request.model).name if Path(request.model).exists() else request.model,
+        source_fingerprint=planned.checkpoint.fingerprint(),
+        model_type=str(planned.config["model_type"]),
+        graphs=tuple(GraphSpec.of(g) for g in graphs),
+        generation=planned.generation,
+        average_bits=planned.plan.average_bits,
+        weights=planned.weights,
+        targets=tuple(targets),
+        prompts=tuple(tuple(p) for p in planned.prompts),
+        files=hash_files(folder),
+        tools=_tools(),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output} exists already; remove it or choose another -o")
+
+
+def _parameters(model: Any) -> list[str]:
+    return [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in model.tied]
+
+
+def _expect_tensors(model: Any, checkpoint: Checkpoint) -> None:
+    shapes = dict(model.named_parameters(remove_duplicate=False))
+    for name in _parameters(model):
+        checkpoint.expect(name, tuple(shapes[name].shape))
+
+
+def _generation(model: Any, checkpoint: Checkpoint, config: dict[str, Any], request: Request) -> Generation:
+    tokenizer = checkpoint.tokenizer
+    eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
+    for source in (checkpoint.generation, config, config.get("decoder", {})):
+        value = source.get("eos_token_id")
+        eos |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+    context = min(model.max_context, request.max_context or DEFAULT_CONTEXT)
+    if context < 2:
+        raise UserError(f"--max-context {context} is too short; give at least 2")
+    new_tokens = checkpoint.generation.get("max_new_tokens")
+    new_tokens = new_tokens if isinstance(new_tokens, int) and new_tokens > 0 else 256
+    logits = next(p for g in model.graphs() for p in g.outputs if p.name == "logits")
+    pad = tokenizer.pad_id if tokenizer is not None else None
+    return Generation(
+        task=model.task,
+        decoder_start=model.decoder_start,
+        eos_ids=tuple(sorted(eos)),
+        pad_id=pad or 0,
+        vocab=int(logits.shape[-1]),
+        max_context=context,
+        max_new_tokens=min(new_tokens, context - 1),
+    )
+
+
+def _prompts(request: Request, checkpoint: Checkpoint, spec: Generation) -> list[list[int]]:
+    """The prompts that calibrate LIM and that every later `verify` uses: from the task, the text, or random ids."""
+    tokenizer = checkpoint.tokenizer
+    if (request.task or request.calibration) and tokenizer is None:
+        raise UserError(f"{request.model} has no tokenizer, which --task and --calibration need")
+    if request.task is not None and tokenizer is not None:
+        return [tokenizer.encode(p) for p in read_task(request.task, VERIFY_PROMPTS).prompts]
+    if request.calibration is not None and tokenizer is not None:
+        return text_windows(request.calibration, tokenizer, min(64, spec.max_context // 2), VERIFY_PROMPTS)
+    return random_prompts(spec.vocab, VERIFY_PROMPTS)
+
+
+def _allocate(
+    request: Request,
+    checkpoint: Checkpoint,
+    model: Any,
+    units: list[Unit],
+    other: list[str],
+    spec: Generation,
+    prompts: list[list[int]],
+    progress: Progress,
+) -> tuple[BitPlan, dict[tuple[str, int], float]]:
+    """Refuse an impossible budget first (it costs nothing), then score the layers and allocate for real."""
+    widths = request.widths or tuple(sorted(set.intersection(*(set(native_bits(t)) for t in request.formats))))
+    other_bytes = sum(_bytes(checkpoint, n) for n in other)
+    bits = request.bits if request.bits is not None or request.size is not None else DEFAULT_BITS
+
+    def run(scores: dict[tuple[str, int], float]) -> BitPlan:
+        return allocate(
+            units,
+            unit_weights(units, scores, request.importance),
+            bits=bits,
+            size=request.size,
+            other_bytes=other_bytes,
+            widths=widths,
+            groups=request.groups,
+            overrides=request.overrides,
+            targets=request.formats,
+            method=request.importance,
+        )
+
+    run({})
+    calibration = prompts if request.task or request.calibration else []
+    scores = score_layers(request.importance, model, checkpoint, units, calibration, spec, progress)
+    return run(scores), scores
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.info(name)
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count * info.dtype.itemsize
+
+
+def _require_memory(planned: Planned) -> None:
+    """Verification holds the dequantized reference in float32 and the loaded artefact: refuse before hours of work."""
+    needed = 4 * planned.weights + 2 * planned.true_bytes("onnx")
+    available = available_bytes()
+    if needed > available:
+        raise UserError(
+            f"verifying this model takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available; "
+            "give --no-verify here and run 'edgewright verify' on a larger machine"
+        )
+
+
+def _tools() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+    return {"edgewright": __version__} | {p: importlib.metadata.version(p) for p in packages}

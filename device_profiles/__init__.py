@@ -1,0 +1,1 @@
+"""Devices: one TOML each, their loader, and measuring the host."""

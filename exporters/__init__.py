@@ -1,0 +1,1 @@
+"""One file a target, each a table of lowerings. What may enter: `ops`, `bundle`."""

@@ -1,0 +1,89 @@
+"""ONNX for ONNX Runtime: each graph a file, all weights in one `weights.bin`. What may enter: `ops`, `graph`, `bundle`.
+
+Main path: translate (torch.onnx, private nodes) -> lower (the table in `onnx_lowerings`) -> save. Codes and scales stream
+from the mapped quantized checkpoint; the ONNX files hold the graph alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from ..graph import Graph
+from .onnx_lowerings import LOWERINGS, MS, Lowering, fuse_linears, fuse_silu, nodes
+from .onnx_translate import DOMAIN, translate
+from .onnx_weights import WeightFile
+
+WEIGHTS = "weights.bin"
+_INLINE = 4096  # bytes: larger tensors that torch.onnx left in the graph move to the weight file
+
+
+@dataclass(frozen=True)
+class OnnxArtefact:
+    """What was written: files relative to the target's folder, and each graph's op counts."""
+
+    files: tuple[str, ...]
+    ops: dict[str, dict[str, int]]
+
+
+def export(
+    graphs: Sequence[Graph], directory: Path, max_positions: int, progress: Callable[[str], None] = lambda _: None
+) -> OnnxArtefact:
+    """Write `<graph>.onnx` for each graph and `weights.bin` into `directory` (which must exist).
+
+    Modules carry quantized weights as mapped tensors. max_positions bounds the rotary tables and so the KV cache.
+    """
+    weights = WeightFile(directory / WEIGHTS)
+    ops: dict[str, dict[str, int]] = {}
+    try:
+        for graph in graphs:
+            progress(f"onnx: {graph.name}")
+            model = translate(graph)
+            lower(model, weights, max_positions)
+            ir.save(model, directory / f"{graph.name}.onnx")
+            ops[graph.name] = dict(Counter(_label(n) for n in model.graph))
+    finally:
+        weights.close()
+    files = (*(f"{g.name}.onnx" for g in graphs), WEIGHTS)
+    return OnnxArtefact(files, ops)
+
+
+def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
+    """Rewrite every private node of `model` by the table. Raises ValueError if one is left."""
+    low = Lowering(model.graph, weights, max_positions)
+    fuse_linears(low)
+    for op, lowering in LOWERINGS.items():
+        for node in nodes(model.graph, op):
+            lowering(low, node)
+    fuse_silu(low)
+    RemoveUnusedNodesPass()(model)
+    _move_large_tensors(low)
+    TopologicalSortPass()(model)
+    left = sorted({n.op_type for n in model.graph if n.domain == DOMAIN})
+    if left:
+        raise ValueError(f"no ONNX lowering for {', '.join(left)}")
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports[MS] = 1
+    model.producer_name = "edgewright"
+
+
+def _move_large_tensors(low: Lowering) -> None:
+    """Float weights (16-bit ones, norms) and other constants over the inline size go to the weight file as they are."""
+    for name, value in list(low.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= _INLINE:
+            continue
+        array = tensor.numpy()
+        shape = tuple(int(d) for d in array.shape)
+        # numpy has no bfloat16 of its own; bytes go out as they are
+        moved = low.weights.add(name, f"raw:{name}", [array.view("u1") if array.ndim else array], tensor.dtype, shape)
+        value.const_value = moved.const_value
+
+
+def _label(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

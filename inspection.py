@@ -1,0 +1,155 @@
+"""`inspect` and `doctor`: what a checkpoint or bundle holds, and what works on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .bundle import MANIFEST, Bundle
+
+BACKENDS = {
+    "onnx": ("onnxruntime", "onnxruntime", "pip install edgewright"),
+    "executorch": ("executorch", "executorch", "pip install 'edgewright[executorch]'"),
+    "coreml": ("coremltools", "coremltools", "pip install 'edgewright[coreml]'"),
+    "tensorrt": ("tensorrt_rtx_bindings", "tensorrt-rtx-cu13-bindings", "pip install 'edgewright[tensorrt]'"),
+    "qnn": ("onnxruntime_qnn", "onnxruntime-qnn", "pip install 'edgewright[qnn]'"),
+}
+"""Target -> (module, distribution, how to get it)."""
+
+EXPORTS = ("onnx",)
+"""Targets this version can export; the others are known to the bit tables only."""
+
+
+def inspect(target: str) -> dict[str, Any]:
+    """A bundle's manifest in short, or a checkpoint's architecture, tensors and quantizable weights.
+
+    Raises UserError if it is neither.
+    """
+    if (Path(target) / MANIFEST).is_file():
+        return _bundle(Bundle.open(target))
+    return _checkpoint(target)
+
+
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
+    return {
+        "kind": "bundle",
+        "source": m.source,
+        "model_type": m.model_type,
+        "average_bits": m.average_bits,
+        "weights": m.weights,
+        "task": m.generation.task,
+        "max_context": m.generation.max_context,
+        "graphs": {
+            g.name: {
+                "inputs": [f"{p.name} {p.dtype} {list(p.shape)}" for p in g.inputs],
+                "outputs": [f"{p.name} {p.dtype} {list(p.shape)}" for p in g.outputs],
+                "states": dict(Counter(s.kind for s in g.states)),
+            }
+            for g in m.graphs
+        },
+        "targets": {
+            t.format: {
+                "stored_bytes": t.stored_bytes,
+                "file_bytes": sum((bundle.path / f).stat().st_size for f in t.files if (bundle.path / f).exists()),
+            }
+            for t in m.targets
+        },
+        "tools": m.tools,
+    }
+
+
+def _checkpoint(target: str) -> dict[str, Any]:
+    from .checkpoint import open_checkpoint
+    from .models import build
+    from .quant.units import quantizable_units
+
+    checkpoint = open_checkpoint(target)
+    infos = [checkpoint.info(n) for n in checkpoint.names()]
+    model = build(checkpoint.config)
+    units = quantizable_units(model)
+    return {
+        "kind": "checkpoint",
+        "source": target,
+        "model_type": checkpoint.config.get("model_type"),
+        "tensors": len(infos),
+        "parameters": sum(_count(i.shape) for i in infos),
+        "dtypes": dict(Counter(str(i.dtype).removeprefix("torch.") for i in infos)),
+        "stacks": {name: len(layers) for name, layers in model.stacks().items()},
+        "graphs": [g.name for g in model.graphs()],
+        "quantizable_weights": sum(u.numel for u in units),
+        "units": len(units),
+        "tied": model.tied,
+        "tokenizer": checkpoint.tokenizer is not None,
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def inspect_text(found: dict[str, Any]) -> str:
+    """`inspect` as indented lines."""
+    lines: list[str] = []
+
+    def walk(value: Any, depth: int) -> None:
+        for key, item in value.items():
+            if isinstance(item, dict) and item:
+                lines.append(f"{'  ' * depth}{key}:")
+                walk(item, depth + 1)
+            elif isinstance(item, list) and item and all(isinstance(x, str) for x in item) and len(str(item)) > 80:
+                lines.append(f"{'  ' * depth}{key}:")
+                lines.extend(f"{'  ' * (depth + 1)}{x}" for x in item)
+            elif isinstance(item, list):
+                lines.append(f"{'  ' * depth}{key}: {', '.join(map(str, item)) or 'none'}")
+            else:
+                shown = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else item
+                lines.append(f"{'  ' * depth}{key}: {shown if shown != {} else 'none'}")
+
+    walk(found, 0)
+    return "\n".join(lines)
+
+
+def doctor() -> dict[str, Any]:
+    """Each target: whether its library is installed, in which version, whether this version exports it, what to do."""
+    targets: dict[str, dict[str, Any]] = {}
+    for name, (module, distribution, how) in BACKENDS.items():
+        installed = importlib.util.find_spec(module) is not None
+        targets[name] = {
+            "installed": installed,
+            "version": importlib.metadata.version(distribution) if installed else None,
+            "exports": name in EXPORTS,
+            "get": None if installed else how,
+        }
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "torch": importlib.metadata.version("torch"),
+        "targets": targets,
+        "executable": Path(sys.executable).name,
+    }
+
+
+def doctor_text(found: dict[str, Any]) -> str:
+    lines = [f"python {found['python']}, torch {found['torch']}, {found['cores']} cores, {found['platform']}"]
+    for name, t in found["targets"].items():
+        if t["installed"] and t["exports"]:
+            lines.append(f"{name:<11} works: {t['version']}, exports, runs and verifies here")
+        elif not t["exports"]:
+            have = f"library {t['version']} is here" if t["installed"] else "library is not installed"
+            lines.append(f"{name:<11} not exported by this version of edgewright ({have})")
+        else:
+            lines.append(f"{name:<11} missing: {t['get']}")
+    return "\n".join(lines)
+
+

@@ -1,0 +1,93 @@
+"""How much anonymous memory this process took, and how much it may take. A leaf: only the standard library.
+
+Anonymous memory (RssAnon), because pages of mapped weight files are reclaimable cache: peak RSS would count the checkpoint.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+
+_STATUS = Path("/proc/self/status")
+_CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process now; 0 where the system does not tell."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0
+
+
+def peak_resident_bytes() -> int:
+    """VmHWM of this process, mapped files included; 0 where the system does not tell."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0
+
+
+def available_bytes() -> int:
+    """Memory that new allocations can take: free memory of the machine or the rest of this process's cgroup limit."""
+    available = 1 << 62
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    for limit in _cgroup_limits():
+        available = min(available, max(0, limit - anonymous_bytes()))
+    return available
+
+
+def _cgroup_limits() -> list[int]:
+    found = []
+    candidates = list(_CGROUPS)
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "memory":
+                candidates.append(Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"))
+            elif not controllers:
+                candidates.append(Path(f"/sys/fs/cgroup{path}/memory.max"))
+    except (OSError, ValueError):
+        pass
+    for file in candidates:
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:
+            found.append(int(text))
+    return found
+
+
+class PeakAnonymous:
+    """`with PeakAnonymous() as peak:` samples RssAnon every 10 ms; `peak.bytes` is the highest seen."""
+
+    def __init__(self) -> None:
+        self.bytes = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.01):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __enter__(self) -> PeakAnonymous:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, anonymous_bytes())

@@ -1,0 +1,65 @@
+"""Architectures: one file each, and the table from `model_type` to file. What may enter: `ops`, `graph`.
+
+Adding an architecture is a file with a class `Model` (see `LanguageModel`) and a line in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..graph import Graph
+
+ARCHITECTURES = {
+    "t5gemma": "t5gemma",
+    "llama": "llama",
+    "gemma3_text": "gemma3",
+}
+
+
+class LanguageModel(Protocol):
+    """What a `Model` class offers beside being an `nn.Module` whose parameters bear the checkpoint's names.
+
+    task: "seq2seq" or "causal", which decides the generate loop. tied: alias parameter -> the stored one it shares.
+    decoder_start: the token a seq2seq decoder starts from. max_context: positions the model was made for.
+    """
+
+    task: str
+    tied: dict[str, str]
+    decoder_start: int | None
+    max_context: int
+
+    def stacks(self) -> dict[str, nn.ModuleList]: ...
+
+    def graphs(self) -> list[Graph]: ...
+
+
+def _architecture(config: dict[str, Any]) -> Any:
+    kind = config.get("model_type")
+    if kind == "gemma3":
+        raise UserError("model_type 'gemma3' is the multimodal Gemma 3; give a text checkpoint (model_type 'gemma3_text')")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"model_type '{kind}' is not supported; supported: {known}")
+    return importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
+
+
+def build(config: dict[str, Any]) -> Any:
+    """The architecture's `Model` for `config`, its parameters on the meta device. Raises UserError for a bad config."""
+    architecture = _architecture(config)
+    with torch.device("meta"):
+        return architecture(config).eval()
+
+
+def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """`config` with at most `layers` layers in each stack: a rehearsal. Raises UserError if layers is below 1."""
+    if layers < 1:
+        raise UserError(f"--num-layers {layers} is too few; give 1 or more")
+    architecture = _architecture(config)
+    build(config)  # so that a bad config is reported by key rather than failing in the slicing
+    short: dict[str, Any] = architecture.shorten(config, layers)
+    return short

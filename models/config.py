@@ -1,0 +1,95 @@
+"""Reading a `config.json` section: typed, bounded, one line per fault. A leaf of the models room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+
+# No shipped model is near these; a hostile config must not make us allocate terabytes of meta shapes or loop forever.
+_MOST = 1 << 24
+
+
+class Section:
+    """One object of config.json with typed, bounded access; errors name the key and the value."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def _fail(self, key: str, value: object, want: str) -> UserError:
+        return UserError(f"config.json: {self.where}{key} is {value!r}, expected {want}")
+
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
+        value = self.values.get(key, default)
+        if value is None and default is not None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self._fail(key, value, f"an integer from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
+        value = self.values.get(key, default)
+        if value is None and default is not None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:
+            raise self._fail(key, value, f"a number of at least {least:g}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self._fail(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self._fail(key, value, "a string")
+        return value
+
+    def token(self, key: str, default: int | None = None) -> int | None:
+        """A token id, the first of a list of them, or None where the config has none."""
+        value = self.values.get(key, default)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST:
+            raise self._fail(key, value, "a token id")
+        return value
+
+    def section(self, key: str) -> Section:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self._fail(key, value, "an object")
+        return Section(value, f"{self.where}{key}.")
+
+    def layer_types(self, layers: int, pattern: int) -> list[str]:
+        """`layer_types`, or every `pattern`-th layer full and the others sliding."""
+        value = self.values.get("layer_types")
+        if value is None:
+            return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
+        if not isinstance(value, list) or len(value) != layers or set(value) - {"full_attention", "sliding_attention"}:
+            raise self._fail("layer_types", value, f"{layers} times 'full_attention' or 'sliding_attention'")
+        return value
+
+    def rope(self, default_theta: float, key: str | None = None) -> tuple[float, float]:
+        """(theta, linear factor) from `rope_parameters` (by layer type `key` where nested) or the older keys."""
+        params = self.values.get("rope_parameters") or {}
+        if key is not None and isinstance(params, dict) and isinstance(params.get(key), dict):
+            params = params[key]
+        if not isinstance(params, dict):
+            raise self._fail("rope_parameters", params, "an object")
+        old = self.values.get("rope_scaling") if key != "sliding_attention" else None
+        scaling = params or old or {}
+        if not isinstance(scaling, dict):
+            raise self._fail("rope_scaling", scaling, "an object")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ("default", "linear"):
+            raise self._fail("rope_parameters.rope_type", kind, "'default' or 'linear'")
+        theta_key = "rope_local_base_freq" if key == "sliding_attention" else "rope_theta"
+        fallback = Section(self.values, self.where).number(theta_key, default_theta, least=1.0)
+        theta = Section(params, f"{self.where}rope_parameters.").number("rope_theta", fallback, least=1.0)
+        factor = Section(scaling, f"{self.where}rope_scaling.").number("factor", 1.0) if kind == "linear" else 1.0
+        return theta, factor or 1.0

@@ -1,0 +1,237 @@
+"""The parts architectures share: linear and embedding in float and quantized form, norms, attention, gated MLP.
+
+What may enter: `ops`. A class names in `fused` the linears that a backend may fuse into one matrix; they share one
+choice of bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from .. import ops  # noqa: F401  registers the edgewright:: ops
+from ..errors import UserError
+
+EW = torch.ops.edgewright
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, weight [out, in] in any float dtype, computed in the dtype of x."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Embedding(nn.Module):
+    """Rows of weight [vocab, hidden] as float32."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden), requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.weight).to(torch.float32)
+
+
+class QuantizedLinear(nn.Module):
+    """A `Linear` whose weight is codes and scales, usually views of the mapped quantized checkpoint."""
+
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        out: torch.Tensor = EW.quantized_linear(x, self.codes, self.scales, bias, self.bits, self.group_size)
+        return out
+
+
+class QuantizedEmbedding(nn.Module):
+    """An `Embedding` whose rows are codes and scales."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = EW.quantized_embedding(ids, self.codes, self.scales, self.bits, self.group_size)
+        return out
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * (offset + weight)`; offset 1 is Gemma's form."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = EW.rms_norm(x, self.weight, self.eps, self.offset)
+        return out
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = EW.gelu_tanh(x)
+    return out
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": torch.relu,
+}
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation '{name}' is not supported; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("gate_proj", "up_proj"),)
+
+    def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate, bias)
+        self.up_proj = Linear(hidden, intermediate, bias)
+        self.down_proj = Linear(intermediate, hidden, bias)
+        self.act = activation(act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def rotary_frequencies(head_dim: int, theta: float, factor: float = 1.0) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2] on the CPU (also under `torch.device("meta")`); `factor` is linear scaling."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    # In transformers' own order of operations, so that the last bits agree with the oracle.
+    return (1.0 / torch.pow(torch.tensor(theta, device="cpu"), exponents)) / factor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Shape of one attention. `window` 0 means full; `softcap` 0 means none; `norm_eps` set means QK-norm."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    theta: float
+    rope_factor: float = 1.0
+    softcap: float = 0.0
+    window: int = 0
+    bias: bool = False
+    out_bias: bool = False
+    norm_eps: float | None = None
+
+
+class _SelfAttention(nn.Module):
+    """Projections, optional QK-norm and RoPE, shared by the encoder's and the decoder's self-attention."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
+    inv_freq: torch.Tensor
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
+        self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
+        if spec.norm_eps is not None:
+            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, offset=1.0)
+            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, offset=1.0)
+        frequencies = rotary_frequencies(spec.head_dim, spec.theta, spec.rope_factor)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B, S, H, D] and k, v [B, S, KV, D] of x [B, S, hidden], q and k rotated."""
+        s, lead = self.spec, x.shape[:2]
+        q = self.q_proj(x).reshape(*lead, s.heads, s.head_dim)
+        k = self.k_proj(x).reshape(*lead, s.kv_heads, s.head_dim)
+        v = self.v_proj(x).reshape(*lead, s.kv_heads, s.head_dim)
+        if s.norm_eps is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return EW.rope(q, positions, self.inv_freq), EW.rope(k, positions, self.inv_freq), v
+
+
+class BidirectionalAttention(_SelfAttention):
+    """Self-attention of an encoder."""
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x, positions)
+        attended = EW.bidirectional_attention(q, k, v, mask, self.spec.scale, self.spec.softcap)
+        out: torch.Tensor = self.o_proj(attended)
+        return out
+
+
+class CachedAttention(_SelfAttention):
+    """Causal self-attention that appends to its KV cache."""
+
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        positions = past_length + torch.arange(x.shape[1], device=x.device)
+        q, k, v = self.project(x, positions)
+        s = self.spec
+        attended, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
+        return self.o_proj(attended), k_out, v_out
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder to keys and values projected once from the encoder output; no RoPE, no window."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_proj", "v_proj"),)
+
+    def __init__(self, spec: AttentionSpec, encoder_hidden: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
+        self.k_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.v_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
+
+    def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""
+        s, lead = self.spec, encoder_hidden.shape[:2]
+        k = self.k_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
+        v = self.v_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        s = self.spec
+        q = self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim)
+        out: torch.Tensor = self.o_proj(EW.cross_attention(q, k, v, mask, s.scale, s.softcap))
+        return out
+
+
+def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """`cap * tanh(logits / cap)`; 0 leaves them as they are."""
+    return torch.tanh(logits / cap) * cap if cap else logits

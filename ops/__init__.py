@@ -1,0 +1,27 @@
+"""The `edgewright::` torch ops, each with its eager reference. What may enter: torch.
+
+An op's reference is its decomposition: `DECOMPOSITIONS` goes to `ExportedProgram.run_decompositions` for a backend whose
+table lacks the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import attention, pointwise, quantized
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.edgewright.quantized_linear.default: quantized.quantized_linear_reference,
+    torch.ops.edgewright.quantized_embedding.default: quantized.quantized_embedding_reference,
+    torch.ops.edgewright.rms_norm.default: pointwise.rms_norm_reference,
+    torch.ops.edgewright.gelu_tanh.default: pointwise.gelu_tanh_reference,
+    torch.ops.edgewright.rope.default: attention.rope_reference,
+    torch.ops.edgewright.bidirectional_attention.default: attention.bidirectional_attention_reference,
+    torch.ops.edgewright.cross_attention.default: attention.cross_attention_reference,
+    torch.ops.edgewright.cached_attention.default: attention.cached_attention_reference,
+}
+
+__all__ = ["DECOMPOSITIONS", "attention", "pointwise", "quantized"]

@@ -1,0 +1,1 @@
+from ..quant.packing import pack, repack, unpack  # noqa: F401

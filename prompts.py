@@ -1,0 +1,62 @@
+"""Text files into token prompts: calibration text and task files. What may enter: `tokenizer`.
+
+A task file is TSV: a prompt, a tab, and the accepted answers separated by ` | `.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .tokenizer import Tokenizer
+from .untrusted import MEBIBYTE, read_text
+
+_LIMIT = 256 * MEBIBYTE
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with their accepted answers."""
+
+    prompts: list[str]
+    answers: list[list[str]]
+
+
+def read_task(path: Path, limit: int | None = None) -> Task:
+    """Read a task file. Raises UserError naming the first line that is not `prompt<TAB>answer | answer`."""
+    prompts: list[str] = []
+    answers: list[list[str]] = []
+    for number, line in enumerate(read_text(path, _LIMIT).splitlines(), 1):
+        if not line.strip():
+            continue
+        prompt, tab, rest = line.partition("\t")
+        accepted = [a.strip() for a in rest.split(" | ") if a.strip()]
+        if not tab or not prompt.strip() or not accepted:
+            raise UserError(f"{path}: line {number} is not 'prompt<TAB>answer | answer'")
+        prompts.append(prompt.strip())
+        answers.append(accepted)
+        if limit is not None and len(prompts) >= limit:
+            break
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it; a line is 'prompt<TAB>answer | answer'")
+    return Task(prompts, answers)
+
+
+def text_windows(path: Path, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
+    """Up to `count` consecutive windows of `length` tokens from the start of a text file, the last one maybe shorter."""
+    text = read_text(path, _LIMIT)
+    # A token is at least about a byte; reading far more text than the windows need would be waste.
+    ids = tokenizer.encode(text[: length * count * 16], special=False)
+    windows = [ids[i : i + length] for i in range(0, len(ids), length)][:count]
+    if not windows or len(windows[0]) < 2:
+        raise UserError(f"{path}: too little text; {length} tokens a window are wanted, there are {len(ids)}")
+    return [w for w in windows if len(w) > 1]
+
+
+def random_prompts(vocab: int, count: int, seed: int = 0) -> list[list[int]]:
+    """`count` prompts of 4 to 24 random token ids: enough to compare arithmetic where there is no text."""
+    rng = random.Random(seed)
+    low = min(4, vocab - 1)
+    return [[rng.randrange(low, vocab) for _ in range(rng.randint(4, 24))] for _ in range(count)]

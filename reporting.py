@@ -1,0 +1,196 @@
+"""What the commands print: plans, exports and verifications as text, JSON and a plot. Reads results, computes nothing new."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from .compiler import Exported, Planned
+from .errors import UserError
+from .verification import TOLERANCE, Agreement, Report, TargetReport
+
+
+def text(*parts: Table | str) -> str:
+    """Tables and lines as plain text, wide enough not to fold."""
+    out = io.StringIO()
+    console = Console(file=out, width=140, no_color=True, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    made = Table(box=SIMPLE, title=title, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes in MB or GB (powers of ten)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _kinds(planned: Planned) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+    """(stack and layer, part) -> its (bits, group, weights)."""
+    rows: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
+    for unit in planned.units:
+        for w in unit.weights:
+            entry = planned.plan.entries[w.name]
+            place = f"{w.stack} {w.layer}" if w.layer is not None else w.name.removesuffix(".weight")
+            part = ".".join(w.name.split(".")[-3:-1]) if w.layer is not None else ""
+            group = 0 if entry.group_size == w.shape[1] else entry.group_size
+            rows[place, part].append((entry.bits, group, w.numel))
+    return rows
+
+
+def plan_text(planned: Planned) -> str:
+    """The plan: a row a layer with the bits of its parts, then the totals for every target."""
+    places: dict[str, dict[str, str]] = defaultdict(dict)
+    counts: Counter[str] = Counter()
+    for (place, part), entries in _kinds(planned).items():
+        bits, group, _ = entries[0]
+        label = "16" if bits == 16 else f"{bits}" + (f"g{group}" if group else "c")
+        places[place][part] = label
+        counts[place] += sum(n for _, _, n in entries)
+    rows = table("layer", "weights", "score", "bits (g: group of inputs a scale, c: one scale per channel)")
+    scores = {f"{stack} {i}": value for (stack, i), value in planned.scores.items()}
+    for place, parts in places.items():
+        by_label: dict[str, list[str]] = defaultdict(list)
+        for part, label in parts.items():
+            by_label[label].append(part)
+        what = "; ".join(f"{label}: {', '.join(p) or 'all'}" for label, p in by_label.items())
+        rows.add_row(place, f"{counts[place]:,}", f"{scores[place]:.4f}" if place in scores else "", what)
+    return text(rows, *_totals(planned))
+
+
+def _totals(planned: Planned) -> list[str]:
+    plan = planned.plan
+    ideal = plan.total_bytes
+    lines = [
+        f"{planned.weights:,} quantizable weights at {plan.average_bits:.4f} bits a weight, scales counted: {size(ideal)}"
+        f" (bf16: {size(2 * planned.weights)}; importance: {plan.method})"
+    ]
+    for target in planned.formats:
+        true = planned.true_bytes(target)
+        lines.append(
+            f"in {target}: {size(true)} ({true * 8 / planned.weights:.4f} bits a weight in its containers and scale types)"
+        )
+    return lines
+
+
+def plan_json(planned: Planned) -> dict[str, Any]:
+    return {
+        "model_type": planned.config["model_type"],
+        "weights": planned.weights,
+        "average_bits": planned.plan.average_bits,
+        "total_bytes": planned.plan.total_bytes,
+        "stored_bytes": {t: planned.true_bytes(t) for t in planned.formats},
+        "scores": {f"{stack}.{i}": s for (stack, i), s in planned.scores.items()},
+        "entries": {n: {"bits": e.bits, "group_size": e.group_size} for n, e in planned.plan.entries.items()},
+    }
+
+
+def plot_plan(planned: Planned, path: Path) -> None:
+    """Scores and average bits by layer, to a PNG, SVG or PDF. Raises UserError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'edgewright[plot]'") from None
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {path}: the name must end in .png, .svg or .pdf")
+    weights: Counter[str] = Counter()
+    bits: Counter[str] = Counter()
+    for (place, _), entries in _kinds(planned).items():
+        weights[place] += sum(n for _, _, n in entries)
+        bits[place] += sum(b * n for b, _, n in entries)
+    places = list(weights)
+    figure = Figure(figsize=(max(6, 0.35 * len(places)), 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    scores = {f"{stack} {i}": s for (stack, i), s in planned.scores.items()}
+    scored = [i for i, p in enumerate(places) if p in scores]
+    above.bar(scored, [scores[places[i]] for i in scored], color="tab:blue")
+    above.set_ylabel(f"{planned.plan.method} score")
+    below.bar(range(len(places)), [bits[p] / weights[p] for p in places], color="tab:orange")
+    below.set_ylabel("code bits a weight")
+    below.set_xticks(range(len(places)), places, rotation=90, fontsize=7)
+    figure.suptitle(f"{planned.config['model_type']}: {planned.plan.average_bits:.3f} bits a weight, scales counted")
+    figure.savefig(path)
+
+
+def export_text(made: Exported) -> str:
+    """Plan, sizes, what the check found, and where the bundle is."""
+    sizes = table("target", "weights in codes", "weights as stored", "files")
+    for entry in made.manifest.targets:
+        total = sum((made.path / f).stat().st_size for f in entry.files)
+        sizes.add_row(entry.format, size(entry.ideal_bytes), size(entry.stored_bytes), size(total))
+    parts: list[Table | str] = [plan_text(made.planned), sizes]
+    if made.report is None:
+        parts.append("not verified (--no-verify): run 'edgewright verify' before shipping")
+    else:
+        parts.append(_lowering_table(made.report))
+    parts.append(f"peak anonymous memory: {made.peak_anonymous / 2**20:.0f} MiB")
+    parts.append(f"bundle: {made.path}")
+    return text(*parts)
+
+
+def export_json(made: Exported) -> dict[str, Any]:
+    return {
+        "bundle": str(made.path),
+        "plan": plan_json(made.planned),
+        "targets": [t.model_dump(mode="json") for t in made.manifest.targets],
+        "verification": made.report.to_json() if made.report is not None else None,
+        "peak_anonymous_bytes": made.peak_anonymous,
+    }
+
+
+def _agreement(a: Agreement) -> list[str]:
+    return [f"{a.max_relative_error:.2e}", f"{a.mean_kl:.2e}", f"{a.top1:.2%}", f"{a.prompts_identical}/{a.prompts}"]
+
+
+def _lowering_table(report: Report) -> Table:
+    rows = table("comparison", "max rel. error", "mean KL", "top-1", "prompts identical", "result")
+    for t in report.targets:
+        verdict = f"ok (<= {TOLERANCE:g})" if t.passed else "FAILED"
+        rows.add_row(f"{t.format}: lowering error (float32 activations)", *_agreement(t.lowering), verdict)
+        rows.add_row(f"{t.format}: as shipped (int8 activations)", *_agreement(t.shipped), "reported")
+    if report.quantization is not None:
+        rows.add_row("quantization loss (dequantized against original)", *_agreement(report.quantization), "reported")
+    return rows
+
+
+def verify_text(report: Report) -> str:
+    parts: list[Table | str] = [_lowering_table(report)]
+    for t in report.targets:
+        parts += _quality(t, report)
+        placement = table(f"{t.format} graph", "unit", "nodes", "most frequent ops")
+        for graph, units in t.placement.items():
+            for unit, ops in units.items():
+                often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:7])
+                placement.add_row(graph, unit.removesuffix("ExecutionProvider"), str(sum(ops.values())), often)
+        parts.append(placement)
+        parts.append(f"{t.format}: {size(t.stored_bytes)} of weights as stored, {size(t.ideal_bytes)} in codes and scales")
+    return text(*parts)
+
+
+def _by_count(item: tuple[str, int]) -> int:
+    return -item[1]
+
+
+def _quality(t: TargetReport, report: Report) -> list[str]:
+    lines = []
+    if t.task_accuracy is not None:
+        before = report.original_task_accuracy
+        was = f"; original {before:.1%}, difference {100 * (t.task_accuracy - before):+.1f} points" if before is not None else ""
+        lines.append(f"{t.format}: task accuracy {t.task_accuracy:.1%} of {report.task_size} prompts{was}")
+    if t.perplexity is not None:
+        before = report.original_perplexity
+        was = f"; original {before:.3f}" if before is not None else ""
+        lines.append(f"{t.format}: perplexity {t.perplexity:.3f}{was}")
+    return lines

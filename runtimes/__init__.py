@@ -1,0 +1,1 @@
+"""One file a runtime behind one `Session`. What may enter: `bundle`."""

@@ -1,0 +1,141 @@
+"""The generate loop over any `Session`: prefill, then a decode step a token. No torch enters.
+
+`Stream` is one batch being decoded: it hides the difference between an encoder-decoder, whose prompt goes through the
+encoder, and a decoder-only model, whose prompt fills the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..bundle import Generation
+from ..errors import UserError
+from .session import Array, Session
+
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def pick(self, logits: Array, rng: np.random.Generator) -> int:
+        """A token from logits [vocab]."""
+        if self.temperature <= 0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / self.temperature
+        probabilities = np.exp(scaled - scaled.max())
+        probabilities /= probabilities.sum()
+        order = np.argsort(-probabilities)
+        kept = int(np.searchsorted(np.cumsum(probabilities[order]), self.top_p)) + 1
+        chosen = order[:kept]
+        mass = probabilities[chosen] / probabilities[chosen].sum()
+        return int(rng.choice(chosen, p=mass))
+
+
+class Stream:
+    """A batch of prompts being decoded. All rows advance together; prompts of a decoder-only batch are of one length."""
+
+    def __init__(self, session: Session, spec: Generation, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        if not prompts or not all(prompts):
+            raise UserError("the prompt has no tokens; give some text")
+        self.session, self.spec = session, spec
+        self.batch, self.past = len(prompts), 0
+        self._extra: dict[str, Array] = {}
+        longest = max(len(p) for p in prompts)
+        if spec.task == "seq2seq":
+            if longest > spec.max_context:
+                raise UserError(f"the prompt has {longest} tokens, the model reads at most {spec.max_context}")
+            capacity = min(spec.max_context, new_tokens + 1)
+        else:
+            if longest >= spec.max_context:
+                raise UserError(f"the prompt has {longest} tokens, the bundle's context is {spec.max_context}")
+            capacity = min(spec.max_context, longest + new_tokens)
+        self.capacity = capacity
+        self.state = session.new_state(self.batch, capacity)
+        self._start(prompts, longest)
+
+    def _start(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
+        if self.spec.task == "causal":
+            if any(len(p) != longest for p in prompts):
+                raise ValueError("prompts of one decoder-only batch must have one length")
+            self.pending = np.asarray(prompts, np.int64)
+            return
+        ids = np.full((self.batch, longest), self.spec.pad_id, np.int64)
+        mask = np.zeros((self.batch, longest), bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+        encoded = self.session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, self.state)
+        self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, self.state)
+        self._extra = {"encoder_mask": mask}
+        self.pending = np.full((self.batch, 1), self.spec.decoder_start, np.int64)
+
+    def feed(self, tokens: Array, every: bool = False) -> Array:
+        """Append tokens [batch, n] and return the logits [batch, 1, vocab] of the last, or [batch, n, vocab] of all."""
+        n = tokens.shape[1]
+        if self.past + n > self.capacity:
+            raise UserError(f"{self.past + n} tokens do not fit the context of {self.capacity}")
+        inputs = {
+            "input_ids": tokens,
+            "past_length": np.array([self.past], np.int64),
+            "logit_positions": np.arange(n, dtype=np.int64) if every else np.array([n - 1], np.int64),
+            **self._extra,
+        }
+        self.past += n
+        return self.session.run("decoder", inputs, self.state)["logits"]
+
+    def prefill(self) -> Array:
+        """Feed the pending prompt (the start token of an encoder-decoder); logits [batch, 1, vocab] after it."""
+        tokens, logits = self.pending, None
+        for at in range(0, tokens.shape[1], PREFILL_CHUNK):
+            logits = self.feed(tokens[:, at : at + PREFILL_CHUNK])
+        assert logits is not None
+        return logits
+
+
+def generate(
+    session: Session, spec: Generation, prompt: Sequence[int], new_tokens: int, sampling: Sampling | None = None
+) -> Iterator[int]:
+    """Tokens after `prompt`, one at a time, until an end token (not yielded), `new_tokens`, or the context is full."""
+    sampling = sampling or Sampling()
+    rng = np.random.default_rng(sampling.seed)
+    stream = Stream(session, spec, [prompt], new_tokens)
+    logits = stream.prefill()
+    for count in range(1, new_tokens + 1):
+        token = sampling.pick(logits[0, -1], rng)
+        if token in spec.eos_ids:
+            return
+        yield token
+        if count == new_tokens or stream.past >= stream.capacity:
+            return
+        logits = stream.feed(np.array([[token]], np.int64))
+
+
+def generate_batch(
+    session: Session, spec: Generation, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy tokens for each prompt. Encoder-decoder prompts run as one padded batch, others one after the other."""
+    if spec.task == "causal":
+        return [list(generate(session, spec, p, new_tokens)) for p in prompts]
+    stream = Stream(session, spec, prompts, new_tokens)
+    results: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    logits = stream.prefill()
+    for _ in range(min(new_tokens, stream.capacity)):
+        chosen = logits[:, -1].argmax(-1)
+        for row in list(open_rows):
+            if int(chosen[row]) in spec.eos_ids:
+                open_rows.discard(row)
+            else:
+                results[row].append(int(chosen[row]))
+        if not open_rows or stream.past >= stream.capacity:
+            break
+        logits = stream.feed(chosen[:, None].astype(np.int64))
+    return results

@@ -1,0 +1,123 @@
+"""ONNX Runtime on the CPU behind `Session`. What may enter: `bundle`; never torch, so that memory figures are the app's.
+
+Updated states live in one buffer each, bound as past and present alike: the cache is written in place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle import GraphSpec, StateSpec
+from .session import DTYPES, Array, StateBuffers, sized
+
+Activations = Literal["int8", "float32"]
+"""int8: as shipped (MatMulNBits quantizes its input row by row); float32: exact arithmetic, for checking the lowering."""
+
+
+class OnnxSession:
+    """The graphs of a bundle's `onnx` folder, loaded."""
+
+    def __init__(
+        self,
+        directory: Path,
+        graphs: Sequence[GraphSpec],
+        threads: int = 0,
+        activations: Activations = "int8",
+        profile_prefix: Path | None = None,
+    ) -> None:
+        self._graphs = {g.name: g for g in graphs}
+        self._states: dict[str, StateSpec] = {s.name: s for g in graphs for s in g.states}
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        self._bindings: dict[str, tuple[StateBuffers | None, Any]] = {}
+        for name in self._graphs:
+            prefix = None if profile_prefix is None else f"{profile_prefix}-{name}"
+            self.sessions[name] = load(directory / f"{name}.onnx", threads, activations, prefix)
+
+    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+        """Zeroed OrtValues for all updated states, [batch, kv_heads, capacity, head_dim]."""
+        sizes = {"batch": batch, "capacity": capacity}
+        return {
+            s.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(sized(s.shape, sizes), DTYPES[s.dtype]))
+            for s in self._states.values()
+            if s.updated
+        }
+
+    def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
+        spec = self._graphs[graph]
+        binding = self._binding(spec, state)
+        held = {name: np.ascontiguousarray(value) for name, value in inputs.items()}  # must outlive the run
+        for name, value in held.items():
+            binding.bind_cpu_input(name, value)
+        for port in spec.outputs:
+            binding.bind_output(port.name)
+        self.sessions[graph].run_with_iobinding(binding)
+        # One OrtValue per output, in binding order: states first (bound once), then the ports just bound.
+        values = dict(zip(self._bound_outputs(spec), binding.get_outputs(), strict=True))
+        results: dict[str, Array] = {}
+        for port in spec.outputs:
+            if port.name in self._states:
+                state[port.name] = values[port.name]
+            else:
+                results[port.name] = values[port.name].numpy()
+        return results
+
+    def placement(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Graph -> provider -> op -> nodes, as the runtime itself assigned them."""
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for name, session in self.sessions.items():
+            counts: dict[str, Counter[str]] = defaultdict(Counter)
+            for part in session.get_provider_graph_assignment_info():
+                counts[part.ep_name].update(node.op_type for node in part.get_nodes())
+            found[name] = {provider: dict(ops) for provider, ops in counts.items()}
+        return found
+
+    @staticmethod
+    def _bound_outputs(spec: GraphSpec) -> list[str]:
+        return [f"{s.name}_out" for s in spec.states if s.updated] + [p.name for p in spec.outputs]
+
+    def _binding(self, spec: GraphSpec, state: StateBuffers) -> Any:
+        """The graph's IOBinding with all states of `state` bound; kept while the same state comes again."""
+        known, binding = self._bindings.get(spec.name, (None, None))
+        if binding is None or known is not state:
+            binding = self.sessions[spec.name].io_binding()
+            for s in spec.states:
+                binding.bind_ortvalue_input(s.name, state[s.name])
+                if s.updated:
+                    binding.bind_ortvalue_output(f"{s.name}_out", state[s.name])
+            self._bindings[spec.name] = (state, binding)
+        return binding
+
+
+def load(path: Path, threads: int, activations: Activations, profile_prefix: str | None = None) -> ort.InferenceSession:
+    """One session on the CPU provider alone. threads 0: all cores."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    if activations == "int8":
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return ort.InferenceSession(_with_float_activations(path), options, providers=["CPUExecutionProvider"])
+
+
+def _with_float_activations(path: Path) -> bytes:
+    """The model's bytes with every MatMulNBits at accuracy level 1 (float32 activations); weights stay where they are."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    serialised: bytes = model.SerializeToString()
+    return serialised

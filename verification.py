@@ -1,0 +1,264 @@
+"""Every artefact against its reference, and the reference against the original weights. All rooms may enter.
+
+Two losses that are never mixed: the lowering error (artefact against the eager reference on the same dequantized
+weights, float32 activations; must be tiny) and the quantization loss (dequantized against original weights). What int8
+activations add on top is reported apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bundle import CHECKPOINT, Bundle, Generation
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import UserError, VerificationFailure
+from .models import build
+from .models.loading import load_dequantized, load_original
+from .prompts import Task, read_task, text_windows
+from .runtimes.eager import EagerSession
+from .runtimes.generate import Stream, generate_batch
+from .runtimes.opening import open_session
+from .runtimes.session import Array, Placement, Session
+
+TOLERANCE = 1e-3
+"""Largest error of any logit of an artefact with float32 activations, relative to the reference's largest logit."""
+
+NEW_TOKENS = 16
+WINDOW = 512
+_TASK_BATCH = 100
+
+
+@dataclass
+class Agreement:
+    """One session against another over teacher-forced positions and free-running greedy tokens."""
+
+    max_relative_error: float
+    mean_kl: float
+    top1: float
+    prompts: int
+    prompts_identical: int
+    positions: int
+
+
+@dataclass
+class TargetReport:
+    """What was found for one artefact. `lowering` has float32 activations, `shipped` the artefact as it is."""
+
+    format: str
+    lowering: Agreement
+    shipped: Agreement
+    placement: Placement
+    stored_bytes: int
+    ideal_bytes: int
+    task_accuracy: float | None = None
+    perplexity: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        same = self.lowering.prompts_identical == self.lowering.prompts
+        return same and self.lowering.max_relative_error <= TOLERANCE
+
+
+@dataclass
+class Report:
+    """The result of `verify`."""
+
+    targets: list[TargetReport]
+    quantization: Agreement | None = None
+    original_task_accuracy: float | None = None
+    original_perplexity: float | None = None
+    task_size: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(t.passed for t in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for target, entry in zip(self.targets, values["targets"], strict=True):
+            entry["passed"] = target.passed
+        return values | {"passed": self.passed, "tolerance": TOLERANCE}
+
+
+def verify(
+    path: str | Path,
+    model: str | None = None,
+    task: Path | None = None,
+    text: Path | None = None,
+    task_limit: int | None = None,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Check a bundle: hashes, then each artefact reloaded from disk and compared, then the quantization loss.
+
+    model: the original checkpoint, for the quantization loss. task: a task file, text: a text file, measured on the
+    artefact as shipped and, with `model`, on the original. Raises VerificationFailure for a damaged file, UserError for
+    bad arguments; a failed comparison is in the report.
+    """
+    bundle = Bundle.open(path)
+    progress("checking file hashes")
+    bundle.check_files()
+    quantized = open_checkpoint(str(bundle.path / CHECKPOINT))
+    original = _original(bundle, model)
+    prompts = [list(p) for p in bundle.manifest.prompts]
+    examples = read_task(task, task_limit) if task is not None else None
+    windows = _windows(text, quantized, bundle.manifest.generation)
+    spec = bundle.manifest.generation
+
+    progress("reference: dequantized weights in float32")
+    reference = _eager(quantized.config, quantized, load_dequantized)
+    report = Report(targets=[])
+    for entry in bundle.manifest.targets:
+        progress(f"{entry.format}: reloading, comparing on {len(prompts)} prompts")
+        exact = open_session(bundle, entry.format, threads, exact=True)
+        lowering = compare(reference, exact, spec, prompts)
+        del exact
+        shipped = open_session(bundle, entry.format, threads)
+        target = TargetReport(
+            entry.format,
+            lowering,
+            compare(reference, shipped, spec, prompts),
+            shipped.placement(),
+            entry.stored_bytes,
+            entry.ideal_bytes,
+        )
+        if examples is not None:
+            progress(f"{entry.format}: {len(examples.prompts)} task prompts")
+            target.task_accuracy = task_accuracy(shipped, bundle, examples)
+        if windows:
+            progress(f"{entry.format}: perplexity over {len(windows)} windows")
+            target.perplexity = perplexity(shipped, spec, windows)
+        report.targets.append(target)
+    if original is not None:
+        progress("quantization loss: original weights in float32")
+        before = _eager(quantized.config, original, load_original)
+        report.quantization = compare(before, reference, spec, prompts)
+        if examples is not None:
+            report.original_task_accuracy = task_accuracy(before, bundle, examples)
+        if windows:
+            report.original_perplexity = perplexity(before, spec, windows)
+    report.task_size = len(examples.prompts) if examples is not None else 0
+    return report
+
+
+def _original(bundle: Bundle, model: str | None) -> Checkpoint | None:
+    if model is None:
+        return None
+    original = open_checkpoint(model)
+    if original.fingerprint() != bundle.manifest.source_fingerprint:
+        raise UserError(f"{model} is not the checkpoint this bundle was made from ({bundle.manifest.source})")
+    return original
+
+
+def _windows(text: Path | None, quantized: Checkpoint, spec: Generation) -> list[list[int]]:
+    if text is None:
+        return []
+    if spec.task != "causal":
+        raise UserError("--text measures perplexity, which a decoder-only model has; give --task for an encoder-decoder")
+    if quantized.tokenizer is None:
+        raise UserError("--text needs a tokenizer, and the bundle has none")
+    return text_windows(text, quantized.tokenizer, min(WINDOW, spec.max_context - 1), 16)
+
+
+def _eager(config: dict[str, Any], checkpoint: Checkpoint, load: Callable[[Any, Checkpoint], None]) -> EagerSession:
+    model = build(config)
+    load(model, checkpoint)
+    return EagerSession(model.graphs())
+
+
+def compare(reference: Session, candidate: Session, spec: Generation, prompts: Sequence[Sequence[int]]) -> Agreement:
+    """Free-running greedy tokens of both, then both teacher-forced on the reference's tokens."""
+    worst, scale, kl, same, positions, identical = 0.0, 0.0, 0.0, 0, 0, 0
+    new_tokens = min(NEW_TOKENS, spec.max_new_tokens)
+    for batch in _batches(prompts, spec):
+        tokens = generate_batch(reference, spec, batch, new_tokens)
+        identical += sum(a == b for a, b in zip(tokens, generate_batch(candidate, spec, batch, new_tokens), strict=True))
+        want = _teacher_forced(reference, spec, batch, tokens)
+        got = _teacher_forced(candidate, spec, batch, tokens)
+        for a, b in zip(want, got, strict=True):
+            if not np.isfinite(b).all():
+                worst = float("inf")
+                continue
+            worst, scale = max(worst, float(np.abs(a - b).max())), max(scale, float(np.abs(a).max()))
+            p, q = _log_softmax(a), _log_softmax(b)
+            kl += float((np.exp(p) * (p - q)).sum())
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            positions += len(a)
+    count = max(1, positions)
+    return Agreement(worst / max(scale, 1e-30), kl / count, same / count, len(prompts), identical, positions)
+
+
+def _batches(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
+    """Encoder-decoder prompts in padded batches, so that padding is checked too; others alone."""
+    size = 16 if spec.task == "seq2seq" else 1
+    return [[list(p) for p in prompts[i : i + size]] for i in range(0, len(prompts), size)]
+
+
+def _teacher_forced(
+    session: Session, spec: Generation, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> list[Array]:
+    """For each prompt the logits [1 + len(tokens), vocab] that predict each of its tokens and what follows them.
+
+    Prompt and tokens go in as one prefill, so this path is checked beside the decode steps of the free-running tokens.
+    """
+    longest = max(len(t) for t in tokens)
+    stream = Stream(session, spec, prompts, longest + 1)
+    start = stream.pending
+    longest = min(longest, stream.capacity - start.shape[1])
+    forced = np.zeros((len(prompts), longest), np.int64)
+    for row, sequence in enumerate(tokens):
+        forced[row, : len(sequence)] = sequence[:longest]
+    logits = stream.feed(np.concatenate([start, forced], 1), every=True)[:, start.shape[1] - 1 :]
+    return [logits[row, : len(sequence) + 1] for row, sequence in enumerate(tokens)]
+
+
+def _log_softmax(logits: Array) -> Array:
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def task_accuracy(session: Session, bundle: Bundle, task: Task) -> float:
+    """Share of prompts whose greedy answer is one of the accepted ones. Raises UserError if there is no tokenizer."""
+    tokenizer = open_checkpoint(str(bundle.path / CHECKPOINT)).tokenizer
+    if tokenizer is None:
+        raise UserError("--task needs a tokenizer, and the bundle has none")
+    spec = bundle.manifest.generation
+    order = sorted(range(len(task.prompts)), key=lambda i: len(task.prompts[i]))  # little padding
+    right = 0
+    for start in range(0, len(order), _TASK_BATCH):
+        rows = order[start : start + _TASK_BATCH]
+        ids = [tokenizer.encode(task.prompts[i]) for i in rows]
+        for row, tokens in zip(rows, generate_batch(session, spec, ids, spec.max_new_tokens), strict=True):
+            right += tokenizer.decode(tokens).strip() in task.answers[row]
+    return right / len(order)
+
+
+def perplexity(session: Session, spec: Generation, windows: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood of each window's tokens after its first."""
+    total, count = 0.0, 0
+    for window in windows:
+        ids = np.asarray([window], np.int64)
+        stream = Stream(session, spec, [window], 1)
+        logits = _log_softmax(stream.feed(ids, every=True)[0, :-1])
+        total -= float(logits[np.arange(len(window) - 1), ids[0, 1:]].sum())
+        count += len(window) - 1
+    return float(np.exp(total / count))
+
+
+def require(report: Report) -> None:
+    """Raise VerificationFailure naming the first target whose lowering does not match its reference."""
+    for target in report.targets:
+        if not target.passed:
+            a = target.lowering
+            raise VerificationFailure(
+                f"{target.format}: logits differ from the reference by up to {a.max_relative_error:.2g} of the largest "
+                f"(allowed {TOLERANCE:g}); {a.prompts_identical} of {a.prompts} prompts give the same tokens"
+            )
