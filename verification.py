@@ -116,17 +116,12 @@ def verify(
     report = Report(targets=[])
     for entry in bundle.manifest.targets:
         progress(f"{entry.format}: reloading, comparing on {len(prompts)} prompts")
-        exact = open_session(bundle, entry.format, threads, exact=True)
-        lowering = compare(reference, exact, spec, prompts)
-        del exact
         shipped = open_session(bundle, entry.format, threads)
+        exact = open_session(bundle, entry.format, threads, exact=True)
+        lowering, as_shipped = compare(reference, [exact, shipped], spec, prompts)
+        del exact
         target = TargetReport(
-            entry.format,
-            lowering,
-            compare(reference, shipped, spec, prompts),
-            shipped.placement(),
-            entry.stored_bytes,
-            entry.ideal_bytes,
+            entry.format, lowering, as_shipped, shipped.placement(), entry.stored_bytes, entry.ideal_bytes
         )
         if examples is not None:
             progress(f"{entry.format}: {len(examples.prompts)} task prompts")
@@ -138,7 +133,7 @@ def verify(
     if original is not None:
         progress("quantization loss: original weights in float32")
         before = _eager(quantized.config, original, load_original)
-        report.quantization = compare(before, reference, spec, prompts)
+        (report.quantization,) = compare(before, [reference], spec, prompts)
         if examples is not None:
             report.original_task_accuracy = task_accuracy(before, bundle, examples)
         if windows:
@@ -172,26 +167,47 @@ def _eager(config: dict[str, Any], checkpoint: Checkpoint, load: Callable[[Any, 
     return EagerSession(model.graphs())
 
 
-def compare(reference: Session, candidate: Session, spec: Generation, prompts: Sequence[Sequence[int]]) -> Agreement:
-    """Free-running greedy tokens of both, then both teacher-forced on the reference's tokens."""
-    worst, scale, kl, same, positions, identical = 0.0, 0.0, 0.0, 0, 0, 0
+def compare(
+    reference: Session, candidates: Sequence[Session], spec: Generation, prompts: Sequence[Sequence[int]]
+) -> list[Agreement]:
+    """Each candidate against the reference: free-running greedy tokens, then teacher-forced on the reference's tokens."""
+    tallies = [_Tally() for _ in candidates]
     new_tokens = min(NEW_TOKENS, spec.max_new_tokens)
     for batch in _batches(prompts, spec):
         tokens = generate_batch(reference, spec, batch, new_tokens)
-        identical += sum(a == b for a, b in zip(tokens, generate_batch(candidate, spec, batch, new_tokens), strict=True))
         want = _teacher_forced(reference, spec, batch, tokens)
-        got = _teacher_forced(candidate, spec, batch, tokens)
+        for candidate, tally in zip(candidates, tallies, strict=True):
+            tally.tokens(tokens, generate_batch(candidate, spec, batch, new_tokens))
+            tally.logits(want, _teacher_forced(candidate, spec, batch, tokens))
+    return [tally.agreement(len(prompts)) for tally in tallies]
+
+
+class _Tally:
+    """Sums over prompts of one comparison."""
+
+    def __init__(self) -> None:
+        self.worst = self.scale = self.kl = 0.0
+        self.same = self.positions = self.identical = 0
+
+    def tokens(self, want: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> None:
+        self.identical += sum(a == b for a, b in zip(want, got, strict=True))
+
+    def logits(self, want: Sequence[Array], got: Sequence[Array]) -> None:
         for a, b in zip(want, got, strict=True):
+            self.positions += len(a)
             if not np.isfinite(b).all():
-                worst = float("inf")
+                self.worst = self.kl = float("inf")
                 continue
-            worst, scale = max(worst, float(np.abs(a - b).max())), max(scale, float(np.abs(a).max()))
+            self.worst = max(self.worst, float(np.abs(a - b).max()))
+            self.scale = max(self.scale, float(np.abs(a).max()))
             p, q = _log_softmax(a), _log_softmax(b)
-            kl += float((np.exp(p) * (p - q)).sum())
-            same += int((a.argmax(-1) == b.argmax(-1)).sum())
-            positions += len(a)
-    count = max(1, positions)
-    return Agreement(worst / max(scale, 1e-30), kl / count, same / count, len(prompts), identical, positions)
+            self.kl += float((np.exp(p) * (p - q)).sum())
+            self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+
+    def agreement(self, prompts: int) -> Agreement:
+        count = max(1, self.positions)
+        error = self.worst / max(self.scale, 1e-30)
+        return Agreement(error, self.kl / count, self.same / count, prompts, self.identical, self.positions)
 
 
 def _batches(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:

@@ -1,4 +1,4 @@
-"""GGUF: tiny files written by the gguf package against transformers' reading of them, the real ones, and broken ones."""
+"""GGUF: tiny files written by the gguf package against what transformers reads, the real ones, and broken ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gguf.quants import dequantize, quantize
 from edgewright.checkpoint import open_checkpoint
 from edgewright.errors import UserError
 
-HIDDEN, FFN, HEADS, KV, DIM, LAYERS, VOCAB = 64, 96, 4, 2, 32, 2, 40
+HIDDEN, FFN, HEADS, KV, DIM, LAYERS, VOCAB = 64, 96, 4, 2, 16, 2, 40
 
 
 def tensors_of(architecture: str) -> dict[str, tuple[int, ...]]:
@@ -121,7 +121,7 @@ def test_values_and_names(tmp_path: Path, kind: Kind) -> None:
         for pair in (0, 1, DIM // 2 - 1):
             assert torch.equal(mine[head * DIM + pair], query[head * DIM + 2 * pair])
             assert torch.equal(mine[head * DIM + DIM // 2 + pair], query[head * DIM + 2 * pair + 1])
-    assert torch.equal(opened.rows("model.layers.0.self_attn.q_proj.weight", 7, 70), mine[7:70])
+    assert torch.equal(opened.rows("model.layers.0.self_attn.q_proj.weight", 7, 50), mine[7:50])
     assert opened.rows("model.layers.0.self_attn.q_proj.weight", 7, 7).shape == (0, HIDDEN)
     assert len(opened.names()) == len(values)
     for name in opened.names():
@@ -240,10 +240,10 @@ def add_tokens(path: Path, architecture: str, tokens: list[str], numbers: dict[s
         ({"attention.head_count": 0}, "head_count"),
         ({"attention.head_count_kv": 3}, "head_count_kv"),
         ({"attention.head_count_kv": [2, 4]}, "head_count_kv"),
-        ({"attention.key_length": 16}, "value_length"),
+        ({"attention.key_length": 24}, "value_length"),
         ({"attention.key_length": 8, "attention.value_length": 8}, "heads"),
         ({"attention.key_length": 33, "attention.value_length": 33}, "key_length"),
-        ({"rope.dimension_count": 16}, "dimension_count"),
+        ({"rope.dimension_count": 8}, "dimension_count"),
         ({"rope.scaling.type": "yarn"}, "yarn"),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": float("nan")}, "factor"),
         ({"embedding_length": "x"}, "embedding_length"),
@@ -339,7 +339,7 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
     write_gguf(path)
     whole = path.read_bytes()
     random = np.random.default_rng(1)
-    outcomes = {"opened": 0, "refused": 0}
+    messages: list[str] = []
     for _ in range(300):
         changed = bytearray(whole)
         for at in random.integers(0, 2500, 3):
@@ -348,11 +348,10 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
         try:
             opened = open_checkpoint(str(path))
             opened.rows(opened.names()[-1], 0, 1)
-            outcomes["opened"] += 1
         except UserError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-    assert outcomes["refused"] > 100
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert not [message for message in messages if "\n" in message]
 
 
 def smollm2() -> Path:

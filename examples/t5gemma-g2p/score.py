@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, T5GemmaForConditionalGeneration
 
-Pronunciation = Sequence[str]  # ARPAbet phonemes without stress: ["N", "AY", "T"]
+Pronunciation = Sequence[str]  # ARPAbet phonemes without stress: N, AY, T
 LONGEST = 28  # phonemes of the longest pronunciation in cmudict, and the limit of generation
 
 

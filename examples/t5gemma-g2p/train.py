@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from score import LONGEST, pronounce, score
+from score import LONGEST, Pronunciation, pronounce, score
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaForConditionalGeneration
 
@@ -23,7 +23,7 @@ PAD, EOS, BOS, UNK = 0, 1, 2, 3
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 HELDOUT = 1000
 
-Words = dict[str, list[tuple[str, ...]]]  # word -> its pronunciations, the most usual first
+Words = dict[str, list[Pronunciation]]  # word -> its pronunciations, the most usual first
 Pair = tuple[list[int], list[int]]  # ids of the letters and of the phonemes, both closed by <eos>
 
 
@@ -158,7 +158,8 @@ def build_model(vocabulary: int) -> T5GemmaForConditionalGeneration:
 
 def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers; AdamW for embeddings, which are tables and no maps, and norms."""
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else rest).append(parameter)
     return [
