@@ -167,9 +167,8 @@ class DecodeStream:
         self._ids.append(token_id)
         try:
             piece = self._library.step(self._tokenizer._backend, token_id) or ""
-        except (
-            Exception
-        ):  # bare in the library: byte tokens after the fact spoiled text it had given ("Invalid prefix")
+        except Exception:
+            # Bare in the library, "Invalid prefix": byte tokens have since turned text it gave into U+FFFD.
             piece = self._tokenizer.decode(self._ids[self._given :])
             self._library = _LibraryStream([token_id], skip_special_tokens=True)
         if piece:

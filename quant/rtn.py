@@ -14,9 +14,8 @@ import torch
 from .packing import pack, packed_bytes
 from .tensor import QuantizedTensor, canonical
 
-CHUNK_WEIGHTS = 32767
-"""Weights worked on at once (or one row, if longer): buffers stay in the L2 cache, and torch splits no reduction of
-this size over threads, so the codes do not depend on the number of threads."""
+CHUNK_WEIGHTS = 1 << 17
+"""Weights worked on at once (or one row, if longer): large enough that calls cost nothing, small enough for the L2 cache."""
 
 GRID_STEPS = 14
 """Candidate scales per group in the coarse grid, spaced geometrically."""
@@ -33,13 +32,15 @@ _LARGEST_FRACTION = 1.1
 
 _REFINEMENTS = 2
 _BFLOAT16_STEP = 2.0**-7
+_TORCH_GRAIN = 32768
 
 
 def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedTensor:
     """Quantize `weight`, [N, K] of any float dtype, to codes of `bits` bits with one scale per `group_size` inputs.
 
     `group_size` divides K (K itself: one scale per output channel). A row's result depends on that row alone, so
-    a matrix may be given in row chunks. Scratch memory is a few MB. The caller has refused NaN and infinities.
+    a matrix may be given in row chunks. Scratch memory is a few MB; the caller has refused NaN and infinities. With
+    torch threads above 1 the small operations mostly wait for each other: give row chunks to threads, as `stream` does.
     Raises ValueError when the group does not divide K or a row of codes does not fill whole bytes.
     """
     rows, columns = weight.shape
@@ -131,7 +132,7 @@ def _error(
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    """[G, group] -> [G, 1]. One very long row is summed in stretches: torch splits a lone sum by threads."""
-    if len(values) == 1 and values.numel() > CHUNK_WEIGHTS:
-        values = values.view(gcd(values.numel(), 64), -1).sum(dim=1).unsqueeze(0)
+    """[G, group] -> [G, 1], the same for a row whatever rows are beside it and however many threads there are."""
+    if values.shape[1] >= _TORCH_GRAIN:  # torch splits a lone sum this long over its threads; the sums of stretches not
+        values = values.view(len(values), gcd(values.shape[1], 64), -1).sum(dim=2)
     return values.sum(dim=1, keepdim=True)

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +31,7 @@ METADATA = {"format": "edgewright-quantized", "version": "1"}
 CHUNK_WEIGHTS = 2 << 20
 """Weights of a row chunk (8 MiB in fp32); each thread holds one or two such buffers."""
 
+_AHEAD = (os.cpu_count() or 1) + 1
 _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[str, int, int], None]
@@ -85,8 +87,7 @@ def quantize_checkpoint(
     model = out_dir / "model.safetensors"
     total = sum(_numel(checkpoint, name) for name in order)
     done = 0
-    threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="quantize")
-    with threads as pool, StreamingWriter(model, layout, METADATA) as writer:
+    with _threads() as pool, StreamingWriter(model, layout, METADATA) as writer:
         for name in order:
             entry = plan.entries.get(name)
             if entry is None or entry.bits == UNQUANTIZED:
@@ -183,17 +184,29 @@ def _row_chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch has threads, each running torch on one: inside small operations threads only wait."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, thread_name_prefix="quantize") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)
+
+
 def _in_order(
     pool: ThreadPoolExecutor,
     work: Callable[[int, int], tuple[QuantizedTensor, float]],
     chunks: Iterable[tuple[int, int]],
 ) -> Iterator[tuple[QuantizedTensor, float]]:
-    """The results of `work` in the order of `chunks`; only as many are under way as there are threads."""
+    """The results of `work` in the order of `chunks`; only a few are under way or waiting at a time."""
     waiting: deque[Future[tuple[QuantizedTensor, float]]] = deque()
     try:
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
-            if len(waiting) > torch.get_num_threads():
+            if len(waiting) >= _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
