@@ -22,7 +22,9 @@ def answer(
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
     if not (path / CHECKPOINT / "tokenizer.json").is_file():
-        raise UserError(f"{path} has no tokenizer, so it cannot read text; export from a checkpoint with a tokenizer.json")
+        raise UserError(
+            f"{path} has no tokenizer, so it cannot read text; export from a checkpoint with a tokenizer.json"
+        )
     tokenizer = Tokenizer.from_dir(path / CHECKPOINT)
     ids = _ids(tokenizer, prompt, chat, spec.task)
     session = open_session(bundle, format, threads)

@@ -91,7 +91,7 @@ class TargetEntry(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. Paths are relative to the bundle and cannot leave it."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     source: str
     source_fingerprint: str
     model_type: str
@@ -136,7 +136,9 @@ class Bundle:
             raise UserError(f"{file} is not JSON ({error}); export the bundle again") from None
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA:
-            raise UserError(f"{file}: schema version {version!r}, this edgewright reads {SCHEMA}; export the bundle again")
+            raise UserError(
+                f"{file}: schema version {version!r}, this edgewright reads {SCHEMA}; export the bundle again"
+            )
         try:
             return Bundle(root, Manifest.model_validate(raw))
         except ValidationError as error:

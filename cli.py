@@ -41,7 +41,7 @@ class Commands(click.Group):
             ctx.exit(0)
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """`180m`, `1.5g`, `64Mi`, or bytes."""
 
     name = "SIZE"
@@ -55,7 +55,7 @@ class SizeType(click.ParamType):
         return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
-class IntList(click.ParamType):
+class IntList(click.ParamType[tuple[int, ...]]):
     """Comma-separated integers, none below 0."""
 
     name = "N,…"
@@ -94,7 +94,9 @@ def _planning(command: Any) -> Any:
         click.option("--size", type=SizeType(), help="Budget: bytes of the quantized weights, such as 180m."),
         click.option("--plan", "plan_file", type=_path, help="Use this plan instead of allocating."),
         click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
-        click.option("--widths", type=IntList(), help="Widths to choose from. Default: those every target stores whole."),
+        click.option(
+            "--widths", type=IntList(), help="Widths to choose from. Default: those every target stores whole."
+        ),
         click.option("--group-size", type=click.Choice(["32", "64", "128", "channel"]), help="Fix the group size."),
         click.option(
             "--importance",
@@ -154,7 +156,8 @@ def export(model: str, output: Path | None, dry_run: bool, no_verify: bool, as_j
 
     request = _request(model, options)
     if dry_run:
-        _print(reporting.plan_json(planned := compiler.plan(request, note)), reporting.plan_text(planned), as_json)
+        planned = compiler.plan(request, note)
+        _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
         return
     if output is None:
         raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
@@ -191,7 +194,13 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
 @_threads
 @_json
 def verify(
-    bundle: Path, model: str | None, task: Path | None, task_limit: int | None, text: Path | None, threads: int, as_json: bool
+    bundle: Path,
+    model: str | None,
+    task: Path | None,
+    task_limit: int | None,
+    text: Path | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
     """Check every artefact of BUNDLE against its reference."""
     from . import reporting
@@ -230,7 +239,7 @@ def run(
     from .answer import answer
     from .runtimes.generate import Sampling
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     sampling = Sampling(temperature, top_p, seed)
     for piece in answer(bundle, text, form, chat, max_new_tokens, sampling, threads):
         click.echo(piece, nl=False)

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,16 +123,15 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
     generation = _generation(model, checkpoint, config, request)
     prompts = _prompts(request, checkpoint, generation)
     if request.plan is not None:
-        made, scores = request.plan.validate(units), {}
+        made = request.plan.validate(units)
+        scores: dict[tuple[str, int], float] = {}
     else:
         made, scores = _allocate(request, checkpoint, model, units, other, generation, prompts, progress)
         model = build(config)  # LIM filled it with float weights
     return Planned(checkpoint, config, model, units, made, other, scores, generation, prompts, request.formats)
 
 
-def export(
-    request: Request, output: Path, check: bool = True, progress: Progress = lambda _: None
-) -> Exported:
+def export(request: Request, output: Path, check: bool = True, progress: Progress = lambda _: None) -> Exported:
     """Compile a model into a bundle at `output`, which must not exist; it appears when whole.
 
     check: reload every artefact and compare it with the reference; a mismatch raises VerificationFailure and leaves no

@@ -76,7 +76,8 @@ class Graph:
             sizes = [d if isinstance(d, int) else self.example[d] for d in shape]
             return torch.ones(sizes, dtype=dtype) if dtype == torch.bool else torch.zeros(sizes, dtype=dtype)
 
-        return tuple(make(p.dtype, p.shape) for p in (*self.inputs, *self.states))
+        ports: list[Port | State] = [*self.inputs, *self.states]
+        return tuple(make(p.dtype, p.shape) for p in ports)
 
     def export(self) -> torch.export.ExportedProgram:
         """The graph as one `torch.export` program over plain ATen and the `edgewright::` ops, dimensions dynamic."""

@@ -151,5 +151,3 @@ def doctor_text(found: dict[str, Any]) -> str:
         else:
             lines.append(f"{name:<11} missing: {t['get']}")
     return "\n".join(lines)
-
-

@@ -29,7 +29,9 @@ def profile(
     asked = [*prompts, *((d + new + 1 if causal else max(d, new + 1)) for d in depths)]
     for length in asked:
         if length > context - 1:
-            raise UserError(f"{length} tokens were asked for and the bundle's context is {context}; give shorter -p, -n or -d")
+            raise UserError(
+                f"{length} tokens were asked for and the bundle's context is {context}; give shorter -p, -n or -d"
+            )
     if repeats < 1:
         raise UserError(f"-r {repeats} is too few; give 1 or more")
     request = {

@@ -34,7 +34,13 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def size(count: float) -> str:
     """Bytes in MB or GB (powers of ten)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    return (
+        f"{count / 1e9:.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.2f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:.1f} kB"
+    )
 
 
 def _kinds(planned: Planned) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
@@ -175,7 +181,9 @@ def verify_text(report: Report) -> str:
                 often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:7])
                 placement.add_row(graph, unit.removesuffix("ExecutionProvider"), str(sum(ops.values())), often)
         parts.append(placement)
-        parts.append(f"{t.format}: {size(t.stored_bytes)} of weights as stored, {size(t.ideal_bytes)} in codes and scales")
+        parts.append(
+            f"{t.format}: {size(t.stored_bytes)} of weights as stored, {size(t.ideal_bytes)} in codes and scales"
+        )
     return text(*parts)
 
 
@@ -187,7 +195,11 @@ def _quality(t: TargetReport, report: Report) -> list[str]:
     lines = []
     if t.task_accuracy is not None:
         before = report.original_task_accuracy
-        was = f"; original {before:.1%}, difference {100 * (t.task_accuracy - before):+.1f} points" if before is not None else ""
+        was = (
+            f"; original {before:.1%}, difference {100 * (t.task_accuracy - before):+.1f} points"
+            if before is not None
+            else ""
+        )
         lines.append(f"{t.format}: task accuracy {t.task_accuracy:.1%} of {report.task_size} prompts{was}")
     if t.perplexity is not None:
         before = report.original_perplexity

@@ -15,10 +15,10 @@ from .bundle import Generation
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .models.loading import load_original
-from .runtimes.eager import EagerSession
-from .runtimes.generate import Stream, generate
 from .quant.importance import WEIGHT_RANGE, LimAccumulator, importance_weights, zd
 from .quant.plan import Unit
+from .runtimes.eager import EagerSession
+from .runtimes.generate import Stream, generate
 
 METHODS = ("zd", "zd-two-sided", "lim", "uniform")
 Layer = tuple[str, int]

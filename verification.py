@@ -155,7 +155,9 @@ def _windows(text: Path | None, quantized: Checkpoint, spec: Generation) -> list
     if text is None:
         return []
     if spec.task != "causal":
-        raise UserError("--text measures perplexity, which a decoder-only model has; give --task for an encoder-decoder")
+        raise UserError(
+            "--text measures perplexity, which a decoder-only model has; give --task for an encoder-decoder"
+        )
     if quantized.tokenizer is None:
         raise UserError("--text needs a tokenizer, and the bundle has none")
     return text_windows(text, quantized.tokenizer, min(WINDOW, spec.max_context - 1), 16)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from ..graph import Graph
-from .onnx_lowerings import LOWERINGS, MS, Lowering, fuse_linears, fuse_silu, nodes
+from .onnx_lowerings import LOWERINGS, MS, Lowering, fuse_silu, nodes
 from .onnx_translate import DOMAIN, translate
 from .onnx_weights import WeightFile
 
@@ -56,7 +56,6 @@ def export(
 def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
     """Rewrite every private node of `model` by the table. Raises ValueError if one is left."""
     low = Lowering(model.graph, weights, max_positions)
-    fuse_linears(low)
     for op, lowering in LOWERINGS.items():
         for node in nodes(model.graph, op):
             lowering(low, node)

@@ -7,7 +7,6 @@ tests/test_onnx_facts.py.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +56,9 @@ class Lowering:
         key = ("const", array.dtype.str, array.shape, array.tobytes())
         if key not in self.shared:
             tensor = ir.tensor(array, name=f"const_{len(self.shared)}")
-            value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self.graph.register_initializer(value)
             self.shared[key] = value
         return self.shared[key]
@@ -79,8 +80,9 @@ class Lowering:
 
 def torch_tensor(value: ir.Value | None) -> torch.Tensor:
     """The mapped torch tensor behind an initializer that torch.onnx made."""
-    assert value is not None and value.const_value is not None
-    raw: torch.Tensor = value.const_value.raw  # type: ignore[attr-defined]
+    assert value is not None
+    assert value.const_value is not None
+    raw: torch.Tensor = value.const_value.raw
     return raw.detach()
 
 
@@ -156,29 +158,17 @@ def _stack(linears: list[ir.Node]) -> Stack:
     return Stack(name, codes, [torch_tensor(n.inputs[2]) for n in linears], bits, codes[0].shape[1] * 8 // bits)
 
 
-def fuse_linears(low: Lowering) -> None:
-    """Linears of one module with the same input, bits and group become one MatMulNBits and a Split (q/k/v, gate/up)."""
-    families: dict[Any, list[ir.Node]] = defaultdict(list)
-    for node in nodes(low.graph, "QuantizedLinear"):
-        module = str(node.inputs[1].name).rpartition(".")[0].rpartition(".")[0]  # type: ignore[union-attr]
-        families[node.inputs[0], module, attr(node, "bits"), attr(node, "group_size")].append(node)
-    for family in families.values():
-        biases = [n.inputs[3] if len(n.inputs) > 3 else None for n in family]
-        fusible = all(b is None for b in biases) or all(b is not None for b in biases)
-        if len(family) == 1 or not fusible:
-            for node in family:
-                _matmul(low, [node], before=node)
-        else:
-            _matmul(low, family, before=family[0])
+def lower_linear(low: Lowering, node: ir.Node) -> None:
+    low.replace(node, [_matmul(low, [node], before=node)])
 
 
-def _matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> None:
+def _matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> ir.Value:
+    """One MatMulNBits for linears that share input, bits and group size: their outputs side by side."""
     stack = _stack(family)
     codes, scales, wide = stack.initializers(low, embedding=False)
     bias = None
-    if len(family[0].inputs) > 3 and family[0].inputs[3] is not None:
-        parts = [_bias(n.inputs[3]) for n in family]
-        bias = low.float_tensor(f"{stack.name}.bias.f32", torch.cat(parts))
+    if _has_bias(family[0]):
+        bias = low.float_tensor(f"{stack.name}.bias.f32", torch.cat([_bias(n.inputs[3]) for n in family]))
     (out,) = low.emit(
         before,
         "MatMulNBits",
@@ -191,13 +181,11 @@ def _matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> None:
         accuracy_level=4,
     )
     out.name = f"{stack.name}.out"
-    if len(family) == 1:
-        low.replace(family[0], [out])
-        return
-    sizes = [int(c.shape[0]) for c in stack.codes]
-    outs = low.emit(before, "Split", [out, low.constant(np.array(sizes, np.int64))], outputs=len(sizes), axis=-1)
-    for node, value in zip(family, outs, strict=True):
-        low.replace(node, [value])
+    return out
+
+
+def _has_bias(node: ir.Node) -> bool:
+    return len(node.inputs) > 3 and node.inputs[3] is not None
 
 
 def _bias(value: ir.Value | None) -> torch.Tensor:
@@ -244,7 +232,9 @@ def lower_rms_norm(low: Lowering, node: ir.Node) -> None:
     scale = low.float_tensor(f"{weight.name}.gamma", gamma)  # type: ignore[union-attr]
     eps = float(attr(node, "eps"))
     add = x.producer()
-    residual = add is not None and add.domain == "" and add.op_type == "Add" and _same_shape(add.inputs[0], add.inputs[1])
+    residual = (
+        add is not None and add.domain == "" and add.op_type == "Add" and _same_shape(add.inputs[0], add.inputs[1])
+    )
     if residual and not x.is_graph_output() and x.shape is not None and len(x.shape) == 3:
         assert add is not None
         normed, _, _, total = low.emit(
@@ -254,9 +244,7 @@ def lower_rms_norm(low: Lowering, node: ir.Node) -> None:
         low.replace(node, [normed])
         low.replace(add, [total])
         return
-    (out,) = low.emit(
-        node, "SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=eps, stash_type=1
-    )
+    (out,) = low.emit(node, "SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=eps, stash_type=1)
     low.replace(node, [out])
 
 
@@ -323,12 +311,20 @@ def _tables(low: Lowering, rope: ir.Node) -> tuple[ir.Value, ir.Value]:
     return low.float_tensor("rope.cos", angles.cos()), low.float_tensor("rope.sin", angles.sin())
 
 
-def _packed(low: Lowering, parts: list[Heads]) -> ir.Value | None:
-    """The fused linear's output, if q, k and v are exactly its Split in this order."""
-    split = parts[0].flat.producer()
-    if split is None or split.op_type != "Split" or [p.flat for p in parts] != list(split.outputs):
-        return None
-    return split.inputs[0]
+def _operands(low: Lowering, node: ir.Node, parts: list[Heads]) -> list[ir.Value | None]:
+    """q, k and v for GroupQueryAttention: packed by one MatMulNBits where their linears allow it, else apart.
+
+    Only here are linears fused: gate and up as one product would need a Split, which costs more than it saves.
+    """
+    family = [p.flat.producer() for p in parts]
+    linears = [n for n in family if n is not None and n.domain == DOMAIN and n.op_type == "QuantizedLinear"]
+
+    def form(n: ir.Node) -> Any:
+        return n.inputs[0], attr(n, "bits"), attr(n, "group_size"), _has_bias(n)
+
+    if len(linears) < 3 or len({form(n) for n in linears}) > 1:
+        return [p.flat for p in parts]
+    return [_matmul(low, linears, before=node), None, None]
 
 
 def lower_cached_attention(low: Lowering, node: ir.Node) -> None:
@@ -339,11 +335,12 @@ def lower_cached_attention(low: Lowering, node: ir.Node) -> None:
     inside = q_rope is not None and k_rope is not None and _counts_on(q_rope, past) and _counts_on(k_rope, past)
     if not inside:
         raise ValueError(f"{node.name}: rotary positions that do not count on from past_length have no lowering")
-    assert q_rope is not None and v is not None and past is not None
+    assert q_rope is not None
+    assert v is not None
+    assert past is not None
     cos, sin = _tables(low, q_rope)
     parts = [_heads(low, q, node), _heads(low, k, node), _heads(low, v, node)]
-    packed = _packed(low, parts)
-    operands: list[ir.Value | None] = [packed, None, None] if packed is not None else [p.flat for p in parts]
+    operands = _operands(low, node, parts)
     total = _shared(low, ("total", past), lambda: _total_length(low, parts[0].flat, past))
     lengths = _shared(low, ("lengths", past), lambda: _seqlens(low, parts[0].flat, total))
     window = int(attr(node, "window"))
@@ -429,11 +426,11 @@ def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
     v, mask = node.inputs[2], node.inputs[3]
     if q_rope is None or k_rope is None or not (_counts_from_zero(q_rope) and _counts_from_zero(k_rope)):
         raise ValueError(f"{node.name}: rotary positions that do not count from zero have no lowering")
-    assert v is not None and mask is not None
+    assert v is not None
+    assert mask is not None
     cos, sin = _tables(low, q_rope)
     parts = [_heads(low, q, node), _heads(low, k, node), _heads(low, v, node)]
-    packed = _packed(low, parts)
-    operands: list[ir.Value | None] = [packed, None, None] if packed is not None else [p.flat for p in parts]
+    operands = _operands(low, node, parts)
     total = _shared(low, "source_total", lambda: _source_length(low))
     lengths = _shared(low, "source_lengths", lambda: _seqlens(low, parts[0].flat, total))
     outs = low.emit(
@@ -470,7 +467,9 @@ def _source_length(low: Lowering) -> ir.Value:
 def lower_cross_attention(low: Lowering, node: ir.Node) -> None:
     """The standard Attention-24: the one CPU kernel with soft-capping whose query and key lengths may differ."""
     q, k, v, mask = node.inputs[:4]
-    assert q is not None and q.shape is not None and mask is not None
+    assert q is not None
+    assert q.shape is not None
+    assert mask is not None
     rows = _shared(low, ("rows", mask), lambda: _mask_rows(low, mask))
     heads, dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[arg-type]
     (q_first,) = low.emit(node, "Transpose", [q], perm=[0, 2, 1, 3])
@@ -500,11 +499,12 @@ def _mask_rows(low: Lowering, mask: ir.Value) -> ir.Value:
 
 
 LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
-    "QuantizedEmbedding": lower_embedding,
     "CachedAttention": lower_cached_attention,
     "BidirectionalAttention": lower_bidirectional_attention,
     "CrossAttention": lower_cross_attention,
+    "QuantizedLinear": lower_linear,
+    "QuantizedEmbedding": lower_embedding,
     "RmsNorm": lower_rms_norm,
     "GeluTanh": lower_gelu_tanh,
 }
-"""Lowered one node at a time, in this order, after `fuse_linears`; Rope goes into the attention that reads it."""
+"""Lowered one node at a time, in this order: attention first, which takes Rope and the q/k/v linears into itself."""

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
-from ..graph import Graph
+from ..graph import Graph, Port, State
 from ..ops import DECOMPOSITIONS
 
 DOMAIN = "edgewright"
@@ -35,7 +35,8 @@ def translate(graph: Graph) -> ir.Model:
         )
     assert exported is not None
     model: ir.Model = exported.model
-    for value, port in zip(model.graph.inputs, (*graph.inputs, *graph.states), strict=True):
+    ports: list[Port | State] = [*graph.inputs, *graph.states]
+    for value, port in zip(model.graph.inputs, ports, strict=True):
         value.name = port.name
         value.shape = ir.Shape(port.shape)
     updated = [s.shape for s in graph.states if s.updated]
@@ -92,4 +93,6 @@ def _translation(op: Any) -> Callable[..., Any]:
 
 
 def _option(op: Any, name: str, optional: Any, single: Any) -> Any:
-    return optional if any(a.name == name and str(a.type).startswith("Optional") for a in op._schema.arguments) else single
+    return (
+        optional if any(a.name == name and str(a.type).startswith("Optional") for a in op._schema.arguments) else single
+    )

@@ -29,7 +29,9 @@ class WeightFile:
         self._file: BinaryIO = path.open("wb")
         self._known: dict[str, tuple[int, int]] = {}
 
-    def add(self, name: str, key: str, chunks: Iterable[np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    def add(
+        self, name: str, key: str, chunks: Iterable[np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
         """An initializer over the bytes of `chunks`; the same `key` is written once whatever its shapes are called."""
         if key not in self._known:
             start = self._file.tell()

@@ -41,7 +41,9 @@ class LanguageModel(Protocol):
 def _architecture(config: dict[str, Any]) -> Any:
     kind = config.get("model_type")
     if kind == "gemma3":
-        raise UserError("model_type 'gemma3' is the multimodal Gemma 3; give a text checkpoint (model_type 'gemma3_text')")
+        raise UserError(
+            "model_type 'gemma3' is the multimodal Gemma 3; give a text checkpoint (model_type 'gemma3_text')"
+        )
     if kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"model_type '{kind}' is not supported; supported: {known}")

@@ -22,8 +22,10 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = CachedAttention(spec)
         self.mlp = GatedMLP(spec.hidden, intermediate, act)
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            self.add_module(f"{name}_layernorm", RMSNorm(spec.hidden, eps, offset=1.0))
+        self.input_layernorm = RMSNorm(spec.hidden, eps, offset=1.0)
+        self.post_attention_layernorm = RMSNorm(spec.hidden, eps, offset=1.0)
+        self.pre_feedforward_layernorm = RMSNorm(spec.hidden, eps, offset=1.0)
+        self.post_feedforward_layernorm = RMSNorm(spec.hidden, eps, offset=1.0)
 
     def forward(
         self, h: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -96,7 +98,9 @@ class Model(nn.Module):
         super().__init__()
         section = Section(config, "")
         if config.get("use_bidirectional_attention"):
-            raise UserError("config.json: use_bidirectional_attention is set; EmbeddingGemma encoders are not supported")
+            raise UserError(
+                "config.json: use_bidirectional_attention is set; EmbeddingGemma encoders are not supported"
+            )
         self.vocab = section.integer("vocab_size")
         self.model = Decoder(section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)

@@ -201,7 +201,9 @@ class CachedAttention(_SelfAttention):
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.project(x, positions)
         s = self.spec
-        attended, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
+        attended, k_out, v_out = EW.cached_attention(
+            q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window
+        )
         return self.o_proj(attended), k_out, v_out
 
 

@@ -57,9 +57,7 @@ class Model(nn.Module):
             raise section._fail("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
         theta, factor = section.rope(10000.0)
         bias = section.boolean("attention_bias", False)
-        spec = AttentionSpec(
-            hidden, heads, kv_heads, head_dim, head_dim**-0.5, theta, factor, bias=bias, out_bias=bias
-        )
+        spec = AttentionSpec(hidden, heads, kv_heads, head_dim, head_dim**-0.5, theta, factor, bias=bias, out_bias=bias)
         self.spec, self.vocab = spec, section.integer("vocab_size")
         self.model = Decoder(spec, section, self.vocab, section.number("rms_norm_eps", 1e-6))
         self.lm_head = Linear(hidden, self.vocab)

@@ -50,6 +50,9 @@ class StackConfig:
         if self.heads % self.kv_heads:
             raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
 
+    def norm(self) -> RMSNorm:
+        return RMSNorm(self.hidden, self.eps, offset=1.0)
+
     def attention(self, layer: int) -> AttentionSpec:
         return AttentionSpec(
             hidden=self.hidden,
@@ -75,12 +78,15 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = BidirectionalAttention(config.attention(layer))
         self.mlp = GatedMLP(config.hidden, config.intermediate, config.act)
-        for name in ("pre_self_attn", "post_self_attn", "pre_feedforward", "post_feedforward"):
-            self.add_module(f"{name}_layernorm", RMSNorm(config.hidden, config.eps, offset=1.0))
+        self.pre_self_attn_layernorm = config.norm()
+        self.post_self_attn_layernorm = config.norm()
+        self.pre_feedforward_layernorm = config.norm()
+        self.post_feedforward_layernorm = config.norm()
 
     def forward(self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         h = h + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(h), positions, mask))
-        return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
+        out: torch.Tensor = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -90,9 +96,12 @@ class DecoderLayer(nn.Module):
         self.self_attn = CachedAttention(spec)
         self.cross_attn = CrossAttention(spec, encoder_hidden)
         self.mlp = GatedMLP(config.hidden, config.intermediate, config.act)
-        for name in ("self_attn", "cross_attn", "feedforward"):
-            self.add_module(f"pre_{name}_layernorm", RMSNorm(config.hidden, config.eps, offset=1.0))
-            self.add_module(f"post_{name}_layernorm", RMSNorm(config.hidden, config.eps, offset=1.0))
+        self.pre_self_attn_layernorm = config.norm()
+        self.post_self_attn_layernorm = config.norm()
+        self.pre_cross_attn_layernorm = config.norm()
+        self.post_cross_attn_layernorm = config.norm()
+        self.pre_feedforward_layernorm = config.norm()
+        self.post_feedforward_layernorm = config.norm()
 
     def forward(
         self, h: torch.Tensor, past_length: torch.Tensor, encoder_mask: torch.Tensor, states: list[torch.Tensor]
@@ -111,7 +120,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.eps, offset=1.0)
+        self.norm = config.norm()
 
     def forward(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor]:
         """input_ids: int64 [B, T]; encoder_mask: bool [B, T], true at real tokens. Returns ([B, T, hidden],)."""
@@ -122,8 +131,8 @@ class Encoder(nn.Module):
         full = torch.logical_and(padding, (distance >= 0).unsqueeze(0).unsqueeze(0))
         # Inclusive on both sides, as transformers computes it (the paper's window is exclusive).
         sliding = torch.logical_and(padding, (distance <= self.config.window).unsqueeze(0).unsqueeze(0))
-        for layer in self.layers:
-            h = layer(h, positions, sliding if layer.self_attn.spec.window else full)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            h = layer(h, positions, sliding if kind == "sliding_attention" else full)
         return (self.norm(h),)
 
 
@@ -133,7 +142,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(DecoderLayer(config, i, encoder_hidden) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.eps, offset=1.0)
+        self.norm = config.norm()
 
 
 class Stacks(nn.Module):
@@ -157,7 +166,8 @@ class CrossKV(nn.Module):
         self.model = model.model
 
     def forward(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pairs = [layer.cross_attn.project_encoder(encoder_hidden) for layer in self.model.decoder.layers]
+        layers: Any = self.model.decoder.layers
+        pairs = [layer.cross_attn.project_encoder(encoder_hidden) for layer in layers]
         return tuple(tensor for pair in pairs for tensor in pair)
 
 
@@ -263,6 +273,10 @@ class Model(nn.Module):
                 states=tuple(states),
                 example={"batch": 2, "source": 5, "sequence": 3, "capacity": 7, "logits": 2},
                 bounds=source
-                | {"sequence": (1, dec.max_positions), "capacity": (1, dec.max_positions), "logits": (1, dec.max_positions)},
+                | {
+                    "sequence": (1, dec.max_positions),
+                    "capacity": (1, dec.max_positions),
+                    "logits": (1, dec.max_positions),
+                },
             ),
         ]

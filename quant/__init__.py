@@ -1,1 +1,1 @@
-"""Codes and scales, importance, allocation, the plan and the streaming quantizer. What may enter: `models`, `device_profiles`."""
+"""Codes and scales, importance, allocation, the plan, the streaming quantizer. What may enter: `models`, `ops`."""

@@ -24,7 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from ..errors import UserError
-from .packing import WIDTHS, period
+from ..ops.packing import WIDTHS, period
 from .plan import UNQUANTIZED, BitPlan, Budget, Choice, Entry, Unit, weight_bytes
 from .rtn import effective_group
 from .targets import GROUP_SIZES, PER_CHANNEL, legal_choices, legal_group
@@ -126,10 +126,7 @@ def allocate(
         for weight in unit.weights:
             group = _effective(option.choice, weight.shape[1])
             entries[weight.name] = Entry(option.choice.bits, group, float(scores[unit.name]), why)
-    if bits is not None:
-        asked = Budget("bits", float(bits))
-    else:
-        asked = Budget("size", float(size or 0))
+    asked = Budget("bits", float(bits)) if bits is not None else Budget("size", float(size or 0))
     return BitPlan(1, method, asked, entries, total * 8 / numel, total)
 
 

@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..errors import UserError
+from ..ops.packing import WIDTHS, packed_bytes, period
 from ..untrusted import MEBIBYTE, one_line, read_text
-from .packing import WIDTHS, packed_bytes, period
 from .targets import GROUP_SIZES
 
 UNQUANTIZED = 16

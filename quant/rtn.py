@@ -11,11 +11,11 @@ from math import gcd
 
 import torch
 
-from .packing import pack, packed_bytes
+from ..ops.packing import pack, packed_bytes
 from .tensor import QuantizedTensor, canonical
 
 CHUNK_WEIGHTS = 1 << 17
-"""Weights worked on at once (or one row, if longer): large enough that calls cost nothing, small enough for the L2 cache."""
+"""Weights worked on at once (or one row, if longer): large enough that calls cost nothing, small enough for L2."""
 
 GRID_STEPS = 14
 """Candidate scales per group in the coarse grid, spaced geometrically."""

@@ -31,7 +31,7 @@ METADATA = {"format": "edgewright-quantized", "version": "1"}
 CHUNK_WEIGHTS = 2 << 20
 """Weights of a row chunk (8 MiB in fp32); each thread holds one or two such buffers."""
 
-_AHEAD = (os.cpu_count() or 1) + 1
+_MOST_THREADS = 8  # each holds two chunks: memory stays bounded on a large machine too
 _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[str, int, int], None]
@@ -186,11 +186,11 @@ def _row_chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as torch has threads, each running torch on one: inside small operations threads only wait."""
+    """As many workers as torch has threads (at most 8), each running torch on one: small operations split badly."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count, thread_name_prefix="quantize") as pool:
+        with ThreadPoolExecutor(min(count, _MOST_THREADS), thread_name_prefix="quantize") as pool:
             yield pool
     finally:
         torch.set_num_threads(count)
@@ -206,7 +206,7 @@ def _in_order(
     try:
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
-            if len(waiting) >= _AHEAD:
+            if len(waiting) > _MOST_THREADS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

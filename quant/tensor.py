@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .packing import WIDTHS, packed_bytes, unpack
+from ..ops.packing import WIDTHS, packed_bytes, unpack
 
 SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16; below it a backend with float16 scales would round or flush."""

@@ -19,9 +19,7 @@ class EagerSession:
 
     def new_state(self, batch: int, capacity: int) -> StateBuffers:
         sizes = {"batch": batch, "capacity": capacity}
-        return {
-            s.name: torch.zeros(sized(s.shape, sizes), dtype=s.dtype) for s in self._states.values() if s.updated
-        }
+        return {s.name: torch.zeros(sized(s.shape, sizes), dtype=s.dtype) for s in self._states.values() if s.updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         g = self._graphs[graph]

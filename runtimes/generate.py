@@ -15,7 +15,9 @@ from ..bundle import Generation
 from ..errors import UserError
 from .session import Array, Session
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = (
+    128  # a causal kernel skips what lies ahead of a chunk, and activations stay small (benchmarks/RESULTS.md)
+)
 
 
 @dataclass(frozen=True)

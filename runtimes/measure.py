@@ -38,7 +38,8 @@ def measure(path: str, prompts: list[int], new: int, depths: list[int], repeats:
 
     def load() -> tuple[OnnxSession, float]:
         start = time.perf_counter()
-        return (session := OnnxSession(folder, bundle.manifest.graphs, threads)), time.perf_counter() - start
+        session = OnnxSession(folder, bundle.manifest.graphs, threads)
+        return session, time.perf_counter() - start
 
     session, first_load = load()
     loaded = anonymous_bytes()
@@ -119,7 +120,13 @@ def _summarise(trace: Path) -> list[dict[str, Any]]:
     everything = sum(ms for ms, _ in totals.values()) or 1.0
     ordered = sorted(totals.items(), key=lambda item: -item[1][0])[:_TOP_OPS]
     return [
-        {"op": op, "unit": provider.removesuffix("ExecutionProvider"), "ms": ms, "calls": int(n), "share": ms / everything}
+        {
+            "op": op,
+            "unit": provider.removesuffix("ExecutionProvider"),
+            "ms": ms,
+            "calls": int(n),
+            "share": ms / everything,
+        }
         for (op, provider), (ms, n) in ordered
     ]
 

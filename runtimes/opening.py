@@ -20,5 +20,7 @@ def open_session(bundle: Bundle, format: str, threads: int = 0, exact: bool = Fa
             return OnnxSession(bundle.path / format, bundle.manifest.graphs, threads, "float32" if exact else "int8")
         except Exception as error:  # onnxruntime raises a dozen types that share no base
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{bundle.path}: the onnx artefact does not load ({reason}); run 'edgewright verify'") from error
+            raise UserError(
+                f"{bundle.path}: the onnx artefact does not load ({reason}); run 'edgewright verify'"
+            ) from error
     raise UserError(f"no runtime here runs {format} artefacts")

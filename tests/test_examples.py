@@ -80,6 +80,13 @@ def test_the_tokenizer_spells_words_and_phonemes() -> None:
     assert tokenizer.get_vocab_size() == 70
 
 
+def test_the_task_file_holds_the_same_words_as_the_model_reads_them() -> None:
+    words = [line.split("\t") for line in (EXAMPLE / "heldout.txt").read_text(encoding="utf-8").splitlines()]
+    task = read_task(EXAMPLE / "heldout.tsv")
+    assert task.prompts == [" ".join(word) for word, _ in words]
+    assert task.answers == [listed.split(" | ") for _, listed in words]
+
+
 def test_heldout_lists_1000_words_the_tokenizer_knows() -> None:
     tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
     rows = [line.split("\t") for line in (EXAMPLE / "heldout.txt").read_text(encoding="utf-8").splitlines()]

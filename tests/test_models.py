@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 import transformers as tf
+
+from edgewright.errors import UserError
 from edgewright.models import build, shorten
 from edgewright.models.loading import _fill
-from edgewright.errors import UserError
 
 
 def adopt(oracle: torch.nn.Module, config: dict) -> object:
@@ -27,7 +28,7 @@ def adopt(oracle: torch.nn.Module, config: dict) -> object:
 def randomise(oracle: torch.nn.Module, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     with torch.no_grad():
-        for name, p in oracle.named_parameters():
+        for p in oracle.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.25))
     return oracle.eval()
 

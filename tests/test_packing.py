@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewright.quant.packing import WIDTHS, pack, packed_bytes, period, repack, unpack
+from edgewright.ops.packing import WIDTHS, pack, packed_bytes, period, repack, unpack
 
 
 @st.composite

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewright.quant.packing import WIDTHS, pack
+from edgewright.ops.packing import WIDTHS, pack
 from edgewright.quant.rtn import best_scales, effective_group, quantize_rtn, round_to_codes
 from edgewright.quant.tensor import QuantizedTensor, canonical, is_canonical
 

@@ -57,6 +57,12 @@ def write_heldout(words: Words, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_task(words: Words, path: Path) -> None:
+    """The same words as a task file for `edgewright verify --task`: the prompt as the model reads it, a tab, the answers."""
+    lines = (" ".join(word) + "\t" + " | ".join(" ".join(p) for p in listed) for word, listed in words.items())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def build_tokenizer(words: Words) -> Tokenizer:
     """One symbol a token, split at spaces; letters and phonemes share the vocabulary; <eos> closes every text."""
     phonemes = sorted({phoneme for listed in words.values() for p in listed for phoneme in p})
@@ -213,11 +219,12 @@ def train(
 
 
 def save(model: T5GemmaForConditionalGeneration, tokenizer: Tokenizer, heldout: Words, directory: Path) -> None:
-    """The Hugging Face layout with bf16 safetensors, and heldout.txt. The tied head is stored once. Ends in bf16."""
+    """The Hugging Face layout with bf16 safetensors, heldout.txt and heldout.tsv. The tied head is stored once. Ends in bf16."""
     model.to(torch.bfloat16).save_pretrained(directory)
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
     write_heldout(heldout, directory / "heldout.txt")
+    write_task(heldout, directory / "heldout.tsv")
 
 
 def main() -> None:

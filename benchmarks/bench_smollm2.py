@@ -1,0 +1,81 @@
+"""SmolLM2-135M on one thread: an Edgewright bundle, llama.cpp and onnxruntime-genai, interleaved in one run.
+
+    python benchmarks/bench_smollm2.py [--rounds 7] [--bits 4.5] [--bundle EXISTING]
+
+Installs the peers (see `peers.py`), exports the bundle from the same GGUF, asks all workers in turn, and prints medians
+and the ratios that matter: time of a decode step and rate of a prefill against each peer, peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from peers import CACHE, CHAT, HERE, WorkerProcess, memory_of, source_gguf, start_peers
+
+CONTEXTS = (128, 1024)
+
+
+def bundle_of(bits: float) -> Path:
+    """The bundle of the same weights, exported once."""
+    target = CACHE / f"smollm2-edgewright-{bits:g}"
+    if not target.exists():
+        command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(source_gguf()), "--bits", str(bits)]
+        subprocess.run([*command, "--importance", "uniform", "--widths", "4", "-o", str(target)], check=True)
+    return target
+
+
+def ours(bundle: Path) -> WorkerProcess:
+    return WorkerProcess("edgewright", [sys.executable, str(HERE / "worker_edgewright.py"), str(bundle)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bits", type=float, default=4.5)
+    parser.add_argument("--bundle", type=Path)
+    options = parser.parse_args()
+    bundle = options.bundle or bundle_of(options.bits)
+    workers = [ours(bundle), *start_peers()]
+    for worker in workers:
+        print(f"{worker.name}: {worker.ask('load', threads=1)['system']}", file=sys.stderr)
+    for worker in workers:
+        print(f"{worker.name} says: {worker.ask('generate', prompt=CHAT, n=24)['text']!r}", file=sys.stderr)
+
+    prefill: dict[str, list[float]] = {w.name: [] for w in workers}
+    steps: dict[tuple[str, int], list[float]] = {(w.name, c): [] for w in workers for c in CONTEXTS}
+    for _ in range(options.rounds):
+        for worker in workers:
+            prefill[worker.name].append(worker.ask("prefill", n=512)["seconds"])
+        for context in CONTEXTS:
+            for worker in workers:
+                seconds = worker.ask("decode", context=context, n=32)["seconds_per_token"]
+                steps[worker.name, context].append(statistics.median(seconds))
+    for worker in workers:
+        worker.close()
+    peaks = {w.name: memory_of(w) for w in [ours(bundle), *start_peers()]}
+
+    print(f"{platform.processor() or platform.machine()}, 1 thread, medians of {options.rounds} interleaved rounds")
+    print("| runtime | ms/token at 128 | at 1024 | prefill 512, tok/s | peak MB |\n|---|---|---|---|---|")
+    for name in prefill:
+        near, far = (1e3 * statistics.median(steps[name, c]) for c in CONTEXTS)
+        speed = 512 / statistics.median(prefill[name])
+        print(f"| {name} | {near:.2f} | {far:.2f} | {speed:.0f} | {peaks[name]:.0f} |")
+    print("\nedgewright against (median of the rounds' ratios; time below 1 and rate above 1 are better):")
+    print("| peer | step time at 128 | at 1024 | prefill rate | peak memory |\n|---|---|---|---|---|")
+    for name in list(prefill)[1:]:
+        near, far = (_ratio(steps["edgewright", c], steps[name, c]) for c in CONTEXTS)
+        rate = _ratio(prefill[name], prefill["edgewright"])
+        print(f"| {name} | {near:.2f}x | {far:.2f}x | {rate:.2f}x | {peaks['edgewright'] / peaks[name]:.2f}x |")
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The device profile: what a device can do, every number with its unit and where it comes from.
+
+Part of the room `device_profiles`; only `errors` and `untrusted` enter. A profile is one TOML file, which strangers may have
+written: it is read size-limited, checked strictly, and refused in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import UserError
+from ..untrusted import one_line, read_text
+
+# A profile is a few KiB; at this size the slowest TOML known to us (one key of 16,000 dots) still parses in two seconds.
+_SIZE_LIMIT = 32 << 10
+_LIBRARY = Path(__file__).parent
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _printable(text: str) -> str:
+    # One printable line keeps terminal escapes out of `devices show`, and the TOML strings free of control characters.
+    if not text.isprintable() or not text.strip():
+        raise ValueError("must be one printable line, not blank")
+    return text
+
+
+def _file_name(text: str) -> str:
+    if not _NAME.fullmatch(text) or text.endswith(".toml"):
+        raise ValueError(
+            "a name is 1-64 letters, digits, '.', '_', '-', starts with a letter or digit, and does not end in .toml"
+        )
+    return text
+
+
+def _host(text: str) -> str:
+    # It becomes an argument of ssh or adb: a leading '-' would be read as an option.
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]{0,254}", text):
+        raise ValueError("a host is letters, digits and '_.@:-', and does not start with '-'")
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+Line = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+
+
+class Quantity(_Strict):
+    """One positive number: value, unit, where it comes from, and how it was come by.
+
+    `source` starts with "measured by …" (a tool run on this very device, with date and version), "vendor: …" or "public: …".
+    `kind` is measured, vendor, or derived (computed from other numbers; the source then says from which and how).
+    """
+
+    value: float = Field(gt=0, allow_inf_nan=False)
+    unit: Line
+    source: Line
+    kind: Literal["measured", "vendor", "derived"]
+
+    @model_validator(mode="after")
+    def _source_fits_kind(self) -> Self:
+        if not self.source.startswith(("measured by ", "vendor: ", "public: ")):
+            raise ValueError("source must start with 'measured by ', 'vendor: ' or 'public: '")
+        if (self.kind == "vendor") != self.source.startswith("vendor: ") and self.kind != "derived":
+            raise ValueError(f"kind {self.kind} does not fit the source")
+        return self
+
+
+def _in(unit: str, whole: bool = False) -> AfterValidator:
+    def check(quantity: Quantity) -> Quantity:
+        if quantity.unit != unit:
+            raise ValueError(f"unit is {quantity.unit!r}, must be {unit!r}")
+        if whole and not quantity.value.is_integer():
+            raise ValueError(f"{quantity.value} is not a whole number of {unit}")
+        return quantity
+
+    return AfterValidator(check)
+
+
+Bytes = Annotated[Quantity, _in("bytes", whole=True)]
+BytesPerSecond = Annotated[Quantity, _in("bytes/s")]
+GigaFlops = Annotated[Quantity, _in("GFLOP/s")]
+GigaOps = Annotated[Quantity, _in("GOP/s")]
+JoulesPerByte = Annotated[Quantity, _in("J/byte")]
+JoulesPerOp = Annotated[Quantity, _in("J/op")]
+Cores = Annotated[Quantity, _in("cores", whole=True)]
+Threads = Annotated[Quantity, _in("threads", whole=True)]
+
+
+class Rates(_Strict):
+    """Peak rates of matrix products by dtype: GFLOP/s, for int8 GOP/s; a multiply-add counts as 2."""
+
+    fp32: GigaFlops | None = None
+    fp16: GigaFlops | None = None
+    int8: GigaOps | None = None
+
+
+class OpEnergy(_Strict):
+    """Energy of one operation by dtype, in joules; a multiply-add counts as 2."""
+
+    fp32: JoulesPerOp | None = None
+    fp16: JoulesPerOp | None = None
+    int8: JoulesPerOp | None = None
+
+
+class ComputeUnit(_Strict):
+    """A CPU, GPU or NPU. Rates are with all its threads, those named `one_thread` with one.
+
+    `weight_stream` is the rate at which 4-bit weights (codes and scales) are multiplied with one row of activations, in bytes/s of
+    weights: it bounds decoding. `prefill_rate` is what products of many rows with 4-bit weights reach, in GOP/s: it bounds prefill.
+    Measured on the kernel alone they are upper bounds of a whole model; derived from a whole model's tokens/s, lower bounds
+    of the kernel. `source` says which.
+    """
+
+    name: Line
+    kind: Literal["cpu", "gpu", "npu"]
+    cores: Cores | None = None
+    threads: Threads | None = None
+    peak: Rates | None = None
+    peak_one_thread: Rates | None = None
+    weight_stream: BytesPerSecond | None = None
+    weight_stream_one_thread: BytesPerSecond | None = None
+    prefill_rate: GigaOps | None = None
+    prefill_rate_one_thread: GigaOps | None = None
+    energy_per_op: OpEnergy | None = None
+
+
+class Memory(_Strict):
+    """Main memory: size, read bandwidth (all threads, one thread), copy rate (bytes read plus bytes written), energy."""
+
+    size: Bytes | None = None
+    bandwidth: BytesPerSecond | None = None
+    bandwidth_one_thread: BytesPerSecond | None = None
+    copy_rate: BytesPerSecond | None = None
+    energy_per_byte: JoulesPerByte | None = None
+
+
+class Target(_Strict):
+    """A target the device runs, and the weight widths it is known to hold natively; no `bits` means: not known."""
+
+    name: Literal["onnx", "executorch", "coreml", "tensorrt", "qnn"]
+    # TOML gives lists; strict mode would refuse them as tuples.
+    bits: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(strict=False, min_length=1)] | None = None
+    source: Line
+
+
+class Reach(_Strict):
+    """How to reach the device. `host` is user@host for ssh (needed), the serial number for adb (optional)."""
+
+    by: Literal["local", "adb", "ssh"]
+    host: Annotated[str, AfterValidator(_host)] | None = None
+
+    @model_validator(mode="after")
+    def _host_where_needed(self) -> Self:
+        if self.by == "ssh" and self.host is None:
+            raise ValueError("ssh needs a host")
+        if self.by == "local" and self.host is not None:
+            raise ValueError("local takes no host")
+        return self
+
+
+class DeviceProfile(_Strict):
+    """What a device can do. Whatever has no honest source is absent (None), never guessed."""
+
+    name: Annotated[str, AfterValidator(_file_name)]
+    kind: Literal["host", "phone", "board", "laptop"]
+    description: Line | None = None
+    reach: Reach | None = None
+    memory: Memory = Memory()
+    units: Annotated[tuple[ComputeUnit, ...], Field(strict=False, min_length=1)]
+    targets: Annotated[tuple[Target, ...], Field(strict=False)] = ()
+
+    def unit(self, kind: Literal["cpu", "gpu", "npu"]) -> ComputeUnit:
+        """The first compute unit of this kind. Raises UserError if the device has none."""
+        for unit in self.units:
+            if unit.kind == kind:
+                return unit
+        raise UserError(f"device {self.name} has no {kind}; it has {', '.join(u.kind for u in self.units)}")
+
+    def target(self, name: str) -> Target | None:
+        """What the profile says about this target; None if the device is not known to run it."""
+        return next((t for t in self.targets if t.name == name), None)
+
+
+def load(name_or_path: str | Path) -> DeviceProfile:
+    """The profile of that name (the user's before the library's), or the one in that file.
+
+    A Path, a string with a path separator, or one that ends in .toml is a file. Raises UserError for an unknown name and for a file
+    that is absent, too large, not TOML, or not a profile.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or os.sep in text:
+        return _read(Path(name_or_path))
+    found = _named()
+    if text not in found:
+        raise UserError(
+            f"unknown device {one_line(text, 80)!r}; known: {', '.join(sorted(found))}; or give the path of a .toml file"
+        )
+    return _read_named(found[text])
+
+
+def list_profiles() -> list[DeviceProfile]:
+    """The user's profiles and the library's, by name; a user's profile hides the library's of the same name. Raises UserError."""
+    return [_read_named(path) for _, path in sorted(_named().items())]
+
+
+def parse(text: str, origin: str) -> DeviceProfile:
+    """The profile in this TOML text. `origin` names it in the UserError raised when it is not one."""
+    try:
+        return DeviceProfile.model_validate(tomllib.loads(text))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the profile"
+        reason = one_line(f"{where}: {first['msg']}", 200)
+        raise UserError(
+            f"{one_line(origin)}: not a device profile ({reason}); mend it, or run `edgewright devices measure`"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{one_line(origin)}: not valid TOML ({one_line(error, 100)}); mend it") from None
+
+
+def to_toml(profile: DeviceProfile) -> str:
+    """The profile as TOML; `parse` gives back an equal profile."""
+    return "\n".join(_table(profile, "")).strip("\n") + "\n"
+
+
+def save(profile: DeviceProfile, path: Path) -> None:
+    """Write the profile to `path`, making its folder; the file appears whole or not at all. Raises UserError if it cannot."""
+    path = Path(path)
+    part: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(to_toml(profile))
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes it readable by the owner alone; a profile is no secret.
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except OSError as error:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+        raise UserError(
+            f"{one_line(path)}: cannot be written ({error.strerror or one_line(error)}); choose another -o"
+        ) from None
+
+
+def user_path(name: str) -> Path:
+    """Where the user's profile of this name is kept: `$XDG_CONFIG_HOME/edgewright/devices`, or ~/.config. Raises UserError."""
+    try:
+        return _user_folder() / f"{_file_name(name)}.toml"
+    except ValueError as error:
+        raise UserError(f"device name {one_line(name, 80)!r}: {error}") from None
+
+
+def _user_folder() -> Path:
+    configured = os.environ.get("XDG_CONFIG_HOME", "")
+    # The XDG rules have a relative path ignored.
+    if os.path.isabs(configured):
+        return Path(configured) / "edgewright" / "devices"
+    try:
+        return Path.home() / ".config" / "edgewright" / "devices"
+    except RuntimeError:
+        raise UserError("no home directory; set XDG_CONFIG_HOME to an absolute path") from None
+
+
+def _named() -> dict[str, Path]:
+    """Name to file, of the library and of the user, whose files win."""
+    return {
+        p.stem: p
+        for folder in (_LIBRARY, _user_folder())
+        for p in sorted(folder.glob("*.toml"))
+        if _NAME.fullmatch(p.stem)
+    }
+
+
+def _read_named(path: Path) -> DeviceProfile:
+    profile = _read(path)
+    if profile.name != path.stem:
+        raise UserError(
+            f"{one_line(path)}: the profile inside is named {profile.name!r}; name the file {profile.name}.toml"
+        )
+    return profile
+
+
+def _read(path: Path) -> DeviceProfile:
+    # A pipe or a device has no size to limit, and reading one might never end.
+    if path.exists() and not path.is_file():
+        raise UserError(f"{one_line(path)}: not a file; give the .toml file of a device")
+    return parse(read_text(path, _SIZE_LIMIT), str(path))
+
+
+def _table(model: BaseModel, path: str) -> list[str]:
+    """The lines of one table: first what fits on a line, then its sub-tables, as TOML wants them."""
+    lines: list[str] = []
+    below: list[str] = []
+    for key, value in model:
+        full = f"{path}.{key}" if path else key
+        if isinstance(value, Quantity):
+            inner = ", ".join(f"{k} = {_scalar(v)}" for k, v in value)
+            lines.append(f"{key} = {{ {inner} }}")
+        elif isinstance(value, BaseModel):
+            below += ["", f"[{full}]", *_table(value, full)]
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            for item in value:
+                below += ["", f"[[{full}]]", *_table(item, full)]
+        elif isinstance(value, tuple) and value:
+            lines.append(f"{key} = [{', '.join(_scalar(v) for v in value)}]")
+        elif value is not None and value != ():
+            lines.append(f"{key} = {_scalar(value)}")
+    return lines + below
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, str):
+        # The models hold printable text only, so these two are all that needs escaping.
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, float) and value.is_integer() and value < 2**53:
+        return str(int(value))
+    return repr(value)
