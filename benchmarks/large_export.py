@@ -103,7 +103,7 @@ def main() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
     try:
-        done = subprocess.run(command, preexec_fn=enter, check=False)  # noqa: PLW1509  the child only writes its own pid
+        done = subprocess.run(command, preexec_fn=enter, check=False)
         print(f"exit code {done.returncode} after {time.monotonic() - start:.0f} s in a cgroup of {options.limit}")
         peak = group / "memory.max_usage_in_bytes"
         if peak.exists():

@@ -45,8 +45,9 @@ class _Task:
 def measure_host(seconds: float = 20.0, progress: Callable[[str], None] | None = None) -> DeviceProfile:
     """The profile of this machine, named "host", from about `seconds` of timing after a few seconds of preparation.
 
-    At least 3 rounds are run, whatever `seconds` says. Holds about five times the last-level cache (at most 2.5 GiB) while it
-    runs. `progress` is called with one line a step. Raises UserError if `seconds` is not between 0 and 3600.
+    At least 3 rounds are run, whatever `seconds` says. Takes at most about half of the memory that is free: 1.7 GB where the
+    last-level cache has 32 MiB. The load of the machine is not corrected for; it is told to `progress`, which is called with one
+    line a step, and kept in `description`. Raises UserError if `seconds` is not between 0 and 3600.
     """
     if not 0 < seconds <= 3600:
         raise UserError(f"--seconds {seconds}: give more than 0 and at most 3600")
@@ -54,6 +55,9 @@ def measure_host(seconds: float = 20.0, progress: Callable[[str], None] | None =
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cache = _last_level_cache()
     size = _buffer_bytes(cache)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load is not None and load > 0.25 * threads:
+        note(f"this machine is busy (load {load:.2f} on {threads} CPUs): the rates will come out too low")
     note(f"preparing buffers of {size // _MEBI} MiB and products of [{_ROWS}, {_SIDE}] x [{_SIDE}, {_SIDE}]")
     with ThreadPoolExecutor(threads) as pool:
         tasks = _memory_tasks(size, threads, pool)
@@ -68,7 +72,8 @@ def measure_host(seconds: float = 20.0, progress: Callable[[str], None] | None =
     def get(key: str, count: int) -> Quantity:
         return made[f"{key}, {count} threads"]
 
-    beyond = f"{size / cache:.1f} times the last-level cache" if cache else "cache size unknown"
+    about = f"buffers of {size // _MEBI} MiB, " + (f"{size / cache:.1f} times" if cache else "unknown beside")
+    about += " the last-level cache" + (f"; load {load:.2f} before measuring" if load is not None else "")
     unit = ComputeUnit(
         name=_cpu_model(),
         kind="cpu",
@@ -86,7 +91,7 @@ def measure_host(seconds: float = 20.0, progress: Callable[[str], None] | None =
     return DeviceProfile(
         name="host",
         kind="host",
-        description=one_line(f"{_cpu_model()}, {platform.system()} {platform.machine()}; buffers {beyond}", 200),
+        description=one_line(f"{_cpu_model()}, {platform.system()} {platform.machine()}; {about}", 300),
         reach=Reach(by="local"),
         memory=Memory(
             size=_memory_size(),
@@ -167,10 +172,13 @@ def _memory_tasks(size: int, threads: int, pool: ThreadPoolExecutor) -> list[_Ta
 
 
 def _buffer_bytes(cache: int | None) -> int:
-    """Four times the last-level cache, at least 128 MiB; at most 512 MiB or a sixteenth of the memory that is free."""
+    """Four times the last-level cache, at least 128 MiB; at most 1.5 GiB and a 32nd of the memory that is free.
+
+    (An ONNX model ends at 2 GiB; the two sessions over the weights and their packing take about 13 times the buffer.)
+    """
     wanted = max(128 * _MEBI, 4 * (cache or 32 * _MEBI))
     free = _meminfo("MemAvailable")
-    most = 512 * _MEBI if free is None else min(512 * _MEBI, free // 16)
+    most = 1536 * _MEBI if free is None else min(1536 * _MEBI, free // 32)
     return max(8, min(wanted, most) // _MEBI) * _MEBI
 
 
@@ -236,7 +244,7 @@ def _nbits(bits: int, m: int, n: int, k: int, threads: int) -> tuple[Callable[[]
     codes = random.integers(0, 256, (n, k // _GROUP, _GROUP * bits // 8), dtype=np.uint8)
     scales = random.uniform(0.005, 0.02, (n, k // _GROUP)).astype(np.float32)
     rows = random.standard_normal((m, k), dtype=np.float32)
-    attributes = {"K": k, "N": n, "bits": bits, "block_size": _GROUP, "accuracy_level": 4}
+    attributes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": _GROUP, "accuracy_level": 4}
     run = _product("MatMulNBits", "com.microsoft", rows, {"b": codes, "s": scales}, attributes, 1, threads)
     return run, codes.nbytes + scales.nbytes
 
@@ -246,7 +254,7 @@ def _product(
     domain: str,
     rows: npt.NDArray[Any],
     weights: dict[str, npt.NDArray[Any]],
-    attributes: dict[str, int],
+    attributes: dict[str, Any],
     result: int,
     threads: int,
     given: int = 1,
@@ -302,7 +310,7 @@ def _holds(bits: int) -> bool:
     scales = random.uniform(0.005, 0.02, (n, k // _GROUP)).astype(np.float32)
     rows = random.standard_normal((4, k), dtype=np.float32)
     weights = (values.astype(np.float32) - (1 << (bits - 1))) * np.repeat(scales, _GROUP, axis=1)
-    attributes = {"K": k, "N": n, "bits": bits, "block_size": _GROUP, "accuracy_level": 4}
+    attributes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": _GROUP, "accuracy_level": 4}
     exact = rows @ weights.T
     got = _product("MatMulNBits", "com.microsoft", rows, {"b": codes, "s": scales}, attributes, 1, 1)()
     return bool(np.linalg.norm(got - exact) < 0.03 * np.linalg.norm(exact))

@@ -305,17 +305,19 @@ def _table(model: BaseModel, path: str) -> list[str]:
     below: list[str] = []
     for key, value in model:
         full = f"{path}.{key}" if path else key
+        if value == type(model).model_fields[key].default:
+            continue  # absent means the default, among them None and ()
         if isinstance(value, Quantity):
             inner = ", ".join(f"{k} = {_scalar(v)}" for k, v in value)
             lines.append(f"{key} = {{ {inner} }}")
         elif isinstance(value, BaseModel):
             below += ["", f"[{full}]", *_table(value, full)]
-        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+        elif isinstance(value, tuple) and isinstance(value[0], BaseModel):
             for item in value:
                 below += ["", f"[[{full}]]", *_table(item, full)]
-        elif isinstance(value, tuple) and value:
+        elif isinstance(value, tuple):
             lines.append(f"{key} = [{', '.join(_scalar(v) for v in value)}]")
-        elif value is not None and value != ():
+        else:
             lines.append(f"{key} = {_scalar(value)}")
     return lines + below
 

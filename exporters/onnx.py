@@ -6,11 +6,13 @@ from the mapped quantized checkpoint; the ONNX files hold the graph alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
@@ -79,8 +81,9 @@ def _move_large_tensors(low: Lowering) -> None:
             continue
         array = tensor.numpy()
         shape = tuple(int(d) for d in array.shape)
-        # numpy has no bfloat16 of its own; bytes go out as they are
-        moved = low.weights.add(name, f"raw:{name}", [array.view("u1") if array.ndim else array], tensor.dtype, shape)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # numpy has no bfloat16 of its own
+        key = f"raw:{tensor.dtype}:{hashlib.sha256(memoryview(data)).hexdigest()}"
+        moved = low.weights.add(name, key, [data], tensor.dtype, shape)
         value.const_value = moved.const_value
 
 

@@ -66,6 +66,8 @@ class Lowering:
     def weight(self, name: str, key: str, chunks: Any, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
         """An initializer in the weight file, one for each (key, shape)."""
         if (key, shape) not in self.shared:
+            if name in self.graph.initializers:
+                name = f"{name}.{len(self.shared)}"
             value = self.weights.add(name, key, chunks, dtype, shape)
             self.graph.register_initializer(value)
             self.shared[key, shape] = value

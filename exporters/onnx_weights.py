@@ -72,7 +72,5 @@ def scales_chunks(parts: Iterable[torch.Tensor], repeat: int) -> Iterator[np.nda
 
 
 def content_key(tensor: torch.Tensor) -> str:
-    """A key for small tensors: their bytes. Large mapped ones are told apart by where they lie."""
-    if tensor.numel() * tensor.element_size() <= 1 << 20:
-        return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    return f"{tensor.data_ptr()}:{tensor.numel()}:{tensor.dtype}"
+    """SHA-256 of a tensor's bytes: never its name or address, which two graphs or a freed buffer may share."""
+    return hashlib.sha256(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()

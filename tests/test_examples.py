@@ -15,12 +15,15 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from edgewright.prompts import read_task
+
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "t5gemma-g2p"
 FILES = {
     "README.md",
     "LICENSE.cmudict",
     "config.json",
     "generation_config.json",
+    "heldout.tsv",
     "heldout.txt",
     "model.safetensors",
     "score.py",
