@@ -84,6 +84,7 @@ class TargetEntry(_Strict):
     format: str
     files: tuple[str, ...]
     ops: dict[str, dict[str, int]]
+    facts: dict[str, Any] = {}
     stored_bytes: int
     ideal_bytes: int
 

@@ -24,7 +24,8 @@ from .bundle import (
 )
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError
-from .exporters import onnx as onnx_exporter
+from .exporters import BACKENDS, exporter
+from .exporters.artefact import Options
 from .memory import PeakAnonymous, available_bytes
 from .models import build, shorten
 from .models.loading import load_quantized
@@ -37,7 +38,7 @@ from .quant.units import quantizable_units
 from .scoring import score_layers, unit_weights
 from .verification import Report, require, verify
 
-FORMATS = ("onnx",)
+FORMATS = tuple(BACKENDS)
 VERIFY_PROMPTS = 32
 DEFAULT_CONTEXT = 4096
 DEFAULT_BITS = 4.5
@@ -139,8 +140,7 @@ def export(request: Request, output: Path, check: bool = True, progress: Progres
     """
     _refuse_existing(output)
     for name in request.formats:
-        if name not in FORMATS:
-            raise UserError(f"--format {name} is not known; choose from {', '.join(FORMATS)}")
+        exporter(name)  # a missing library is refused before any work
     with PeakAnonymous() as peak:
         planned = plan(request, progress)
         if check:
@@ -167,8 +167,14 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
     checkpoint_dir = folder / CHECKPOINT
     checkpoint_dir.mkdir()
 
+    told = -1
+
     def count(name: str, done: int, total: int) -> None:
-        progress(f"quantizing: {done / max(1, total):4.0%} {name}")
+        nonlocal told
+        tenth = 10 * done // max(1, total)
+        if tenth > told:  # a line for every tenth, not for every tensor
+            told = tenth
+            progress(f"quantizing: {10 * tenth}% ({name})")
 
     quantize_checkpoint(planned.checkpoint, planned.plan, planned.model.tied, checkpoint_dir, planned.other, count)
     # The planned config: a rehearsal's has fewer layers than the source.
@@ -182,12 +188,13 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
     targets: list[TargetEntry] = []
     for name in request.formats:
         (folder / name).mkdir()
-        made = onnx_exporter.export(graphs, folder / name, planned.generation.max_context, progress)
+        made = exporter(name).export(graphs, folder / name, Options(planned.generation.max_context), progress)
         targets.append(
             TargetEntry(
                 format=name,
                 files=tuple(f"{name}/{f}" for f in made.files),
                 ops=made.ops,
+                facts=made.facts,
                 stored_bytes=planned.true_bytes(name),
                 ideal_bytes=planned.plan.total_bytes,
             )
@@ -306,7 +313,7 @@ def _bytes(checkpoint: Checkpoint, name: str) -> int:
 
 def _require_memory(planned: Planned) -> None:
     """Verification holds the dequantized reference in float32 and the loaded artefact: refuse before hours of work."""
-    needed = 4 * planned.weights + 2 * planned.true_bytes("onnx")
+    needed = 4 * planned.weights + 2 * max(planned.true_bytes(f) for f in planned.formats)
     available = available_bytes()
     if needed > available:
         raise UserError(

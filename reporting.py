@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .compiler import Exported, Planned
 from .errors import UserError
-from .verification import TOLERANCE, Agreement, Report, TargetReport
+from .verification import AGREEMENT, TOLERANCE, Agreement, Report, TargetReport
 
 
 def text(*parts: Table | str) -> str:
@@ -65,14 +65,17 @@ def plan_text(planned: Planned) -> str:
         label = "16" if bits == 16 else f"{bits}" + (f"g{group}" if group else "c")
         places[place][part] = label
         counts[place] += sum(n for _, _, n in entries)
-    rows = table("layer", "weights", "score", "bits (g: group of inputs a scale, c: one scale per channel)")
+    rows = table("layer", "weights", "score", "bits (g: a scale per group of inputs, c: per channel)")
+    rows.columns[-1].justify = "left"
     scores = {f"{stack} {i}": value for (stack, i), value in planned.scores.items()}
     for place, parts in places.items():
         by_label: dict[str, list[str]] = defaultdict(list)
         for part, label in parts.items():
             by_label[label].append(part)
-        what = "; ".join(f"{label}: {', '.join(p) or 'all'}" for label, p in by_label.items())
-        rows.add_row(place, f"{counts[place]:,}", f"{scores[place]:.4f}" if place in scores else "", what)
+        usual = max(by_label, key=lambda label: len(by_label[label]))
+        others = [f"{label}: {', '.join(p)}" for label, p in by_label.items() if label != usual]
+        score = f"{scores[place]:.4f}" if place in scores else ""
+        rows.add_row(place, f"{counts[place]:,}", score, usual + (f"; {'; '.join(others)}" if others else ""))
     return text(rows, *_totals(planned))
 
 
@@ -163,9 +166,10 @@ def _agreement(a: Agreement) -> list[str]:
 def _lowering_table(report: Report) -> Table:
     rows = table("comparison", "max rel. error", "mean KL", "top-1", "prompts identical", "result")
     for t in report.targets:
-        verdict = f"ok (<= {TOLERANCE:g})" if t.passed else "FAILED"
-        rows.add_row(f"{t.format}: lowering error (float32 activations)", *_agreement(t.lowering), verdict)
-        rows.add_row(f"{t.format}: as shipped (int8 activations)", *_agreement(t.shipped), "reported")
+        limit = f"<= {TOLERANCE:g}" if t.activations == "float32" else f"top-1 >= {AGREEMENT:.0%}"
+        verdict = f"ok ({limit})" if t.passed else "FAILED"
+        rows.add_row(f"{t.format}: lowering error ({t.activations} activations)", *_agreement(t.lowering), verdict)
+        rows.add_row(f"{t.format}: as shipped", *_agreement(t.shipped), "reported")
     if report.quantization is not None:
         rows.add_row("quantization loss (dequantized against original)", *_agreement(report.quantization), "reported")
     return rows
@@ -176,6 +180,7 @@ def verify_text(report: Report) -> str:
     for t in report.targets:
         parts += _quality(t, report)
         placement = table(f"{t.format} graph", "unit", "nodes", "most frequent ops")
+        placement.columns[-1].justify = "left"
         for graph, units in t.placement.items():
             for unit, ops in units.items():
                 often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:7])

@@ -43,8 +43,8 @@ def score_layers(
         return {}
     if method in ("zd", "zd-two-sided"):
         scores: dict[Layer, float] = {}
+        progress(f"importance ({method}): {len(layers)} layers")
         for layer in layers:
-            progress(f"importance ({method}): {layer[0]} layer {layer[1]}")
             names = [w.name for u in units for w in u.weights if (w.stack, w.layer) == layer]
             scores[layer] = zd((checkpoint.tensor(n) for n in names), two_sided=method != "zd")
         return scores

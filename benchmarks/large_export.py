@@ -53,7 +53,8 @@ def write_checkpoint(directory: Path, layers: int) -> int:
     names = list(shapes)
     weight_map: dict[str, str] = {}
     torch.manual_seed(0)
-    noise = torch.randn(ROWS * 9216).mul_(0.02).to(torch.bfloat16)  # reused: 10 GiB of fresh normals would take minutes
+    # Reused at other offsets: 10 GiB of fresh normals would take minutes.
+    noise = torch.randn(2 * ROWS * 9216).mul_(0.02).to(torch.bfloat16)
     total = 0
     for shard in range(SHARDS):
         part = names[shard::SHARDS]
@@ -65,7 +66,7 @@ def write_checkpoint(directory: Path, layers: int) -> int:
                 width = shape[-1]
                 for start in range(0, rows, ROWS):
                     count = (min(rows, start + ROWS) - start) * width
-                    offset = (at * 977) % (len(noise) - count + 1)
+                    offset = (at * 79_999 + start * 7919) % (len(noise) - count + 1)
                     writer.write(name, noise[offset : offset + count])
                     total += 2 * count
                 weight_map[name] = file

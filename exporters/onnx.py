@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from ..graph import Graph
+from .artefact import Artefact, Options, Progress
 from .onnx_lowerings import LOWERINGS, MS, Lowering, fuse_silu, nodes
 from .onnx_translate import DOMAIN, translate
 from .onnx_weights import WeightFile
@@ -25,20 +25,10 @@ WEIGHTS = "weights.bin"
 _INLINE = 4096  # bytes: larger tensors that torch.onnx left in the graph move to the weight file
 
 
-@dataclass(frozen=True)
-class OnnxArtefact:
-    """What was written: files relative to the target's folder, and each graph's op counts."""
-
-    files: tuple[str, ...]
-    ops: dict[str, dict[str, int]]
-
-
-def export(
-    graphs: Sequence[Graph], directory: Path, max_positions: int, progress: Callable[[str], None] = lambda _: None
-) -> OnnxArtefact:
+def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
     """Write `<graph>.onnx` for each graph and `weights.bin` into `directory` (which must exist).
 
-    Modules carry quantized weights as mapped tensors. max_positions bounds the rotary tables and so the KV cache.
+    Modules carry quantized weights as mapped tensors. `options.max_positions` bounds the rotary tables.
     """
     weights = WeightFile(directory / WEIGHTS)
     ops: dict[str, dict[str, int]] = {}
@@ -46,13 +36,13 @@ def export(
         for graph in graphs:
             progress(f"onnx: {graph.name}")
             model = translate(graph)
-            lower(model, weights, max_positions)
+            lower(model, weights, options.max_positions)
             ir.save(model, directory / f"{graph.name}.onnx")
             ops[graph.name] = dict(Counter(_label(n) for n in model.graph))
     finally:
         weights.close()
     files = (*(f"{g.name}.onnx" for g in graphs), WEIGHTS)
-    return OnnxArtefact(files, ops)
+    return Artefact(files, ops)
 
 
 def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
@@ -82,7 +72,7 @@ def _move_large_tensors(low: Lowering) -> None:
         array = tensor.numpy()
         shape = tuple(int(d) for d in array.shape)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # numpy has no bfloat16 of its own
-        key = f"raw:{tensor.dtype}:{hashlib.sha256(memoryview(data)).hexdigest()}"
+        key = f"raw:{tensor.dtype}:{hashlib.sha256(data.data).hexdigest()}"
         moved = low.weights.add(name, key, [data], tensor.dtype, shape)
         value.const_value = moved.const_value
 

@@ -73,4 +73,4 @@ def scales_chunks(parts: Iterable[torch.Tensor], repeat: int) -> Iterator[np.nda
 
 def content_key(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes: never its name or address, which two graphs or a freed buffer may share."""
-    return hashlib.sha256(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -31,6 +31,7 @@ class OnnxSession:
         activations: Activations = "int8",
         profile_prefix: Path | None = None,
     ) -> None:
+        self.activations: str = activations
         self._graphs = {g.name: g for g in graphs}
         self._states: dict[str, StateSpec] = {s.name: s for g in graphs for s in g.states}
         self.sessions: dict[str, ort.InferenceSession] = {}

@@ -30,7 +30,12 @@ Placement = dict[str, dict[str, dict[str, int]]]
 
 
 class PlacedSession(Session, Protocol):
-    """A session whose runtime tells where each op runs."""
+    """A session whose runtime tells where each op runs, and in which arithmetic its activations are.
+
+    activations: "float32" (checked strictly against the reference), or what reduces them: "int8", "float16".
+    """
+
+    activations: str
 
     def placement(self) -> Placement: ...
 

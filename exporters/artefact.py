@@ -1,0 +1,31 @@
+"""What every exporter takes and gives. A leaf: nothing of a backend enters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say of targets. max_positions bounds rotary tables and KV caches, in tokens."""
+
+    max_positions: int
+    tensorrt_sms: tuple[int, ...] = (86, 89, 120)
+    qnn_htp: tuple[int, ...] = (75,)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What an exporter wrote into its folder.
+
+    files: relative to the folder. ops: graph -> op -> nodes of the artefact. facts: what else a report should show
+    (placement at build time, vendor estimates …), plain JSON values; each says in its key whether it is measured,
+    vendor-simulated or predicted.
+    """
+
+    files: tuple[str, ...]
+    ops: dict[str, dict[str, int]]
+    facts: dict[str, object] = field(default_factory=dict)
