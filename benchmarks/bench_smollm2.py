@@ -1,6 +1,6 @@
 """SmolLM2-135M on one thread: an Edgewright bundle, llama.cpp and onnxruntime-genai, interleaved in one run.
 
-    python benchmarks/bench_smollm2.py [--rounds 7] [--bits 4.5] [--bundle EXISTING]
+    python benchmarks/bench_smollm2.py [--rounds 7] [--group 64] [--bundle EXISTING]
 
 Installs the peers (see `peers.py`), exports the bundle from the same GGUF, asks all workers in turn, and prints medians
 and the ratios that matter: time of a decode step and rate of a prefill against each peer, peak memory.
@@ -20,12 +20,13 @@ from peers import CACHE, CHAT, HERE, WorkerProcess, memory_of, source_gguf, star
 CONTEXTS = (128, 1024)
 
 
-def bundle_of(bits: float) -> Path:
-    """The bundle of the same weights, exported once."""
-    target = CACHE / f"smollm2-edgewright-{bits:g}"
+def bundle_of(group: int) -> Path:
+    """The bundle of the same weights, 4 bits everywhere in groups of `group`, exported and verified once."""
+    target = CACHE / f"smollm2-edgewright-4g{group}"
     if not target.exists():
-        command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(source_gguf()), "--bits", str(bits)]
-        subprocess.run([*command, "--importance", "uniform", "--widths", "4", "-o", str(target)], check=True)
+        command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(source_gguf()), "--widths", "4"]
+        command += ["--group-size", str(group), "--bits", str(4 + 16 / group), "--importance", "uniform"]
+        subprocess.run([*command, "-o", str(target)], check=True)
     return target
 
 
@@ -36,10 +37,10 @@ def ours(bundle: Path) -> WorkerProcess:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--bits", type=float, default=4.5)
+    parser.add_argument("--group", type=int, default=64, choices=(32, 64), help="inputs a scale; llama.cpp's Q4_0 has 32")
     parser.add_argument("--bundle", type=Path)
     options = parser.parse_args()
-    bundle = options.bundle or bundle_of(options.bits)
+    bundle = options.bundle or bundle_of(options.group)
     workers = [ours(bundle), *start_peers()]
     for worker in workers:
         print(f"{worker.name}: {worker.ask('load', threads=1)['system']}", file=sys.stderr)
@@ -59,7 +60,7 @@ def main() -> None:
         worker.close()
     peaks = {w.name: memory_of(w) for w in [ours(bundle), *start_peers()]}
 
-    print(f"{platform.processor() or platform.machine()}, 1 thread, medians of {options.rounds} interleaved rounds")
+    print(f"{platform.machine()}, {bundle.name}, 1 thread, medians of {options.rounds} interleaved rounds")
     print("| runtime | ms/token at 128 | at 1024 | prefill 512, tok/s | peak MB |\n|---|---|---|---|---|")
     for name in prefill:
         near, far = (1e3 * statistics.median(steps[name, c]) for c in CONTEXTS)

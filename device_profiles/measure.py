@@ -29,6 +29,7 @@ _MEBI = 1 << 20
 _ROWS, _SIDE = 256, 2048  # a product [256, 2048] x [2048, 2048]: large enough to be bound by arithmetic
 _GROUP = 64  # columns a scale, in 4-bit weights
 _STREAM_K = 4096  # columns of the weights streamed
+_PASSES = 4  # over a buffer in one run: a run of one pass is over before the system has spread the threads
 _LEAST_ROUNDS = 3
 
 
@@ -57,7 +58,7 @@ def measure_host(seconds: float = 20.0, progress: Callable[[str], None] | None =
     size = _buffer_bytes(cache)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if load is not None and load > 0.25 * threads:
-        note(f"this machine is busy (load {load:.2f} on {threads} CPUs): the rates will come out too low")
+        note(f"this machine is busy (load {load:.2f} on {threads} CPUs): the rates may come out too low")
     note(f"preparing buffers of {size // _MEBI} MiB and products of [{_ROWS}, {_SIDE}] x [{_SIDE}, {_SIDE}]")
     with ThreadPoolExecutor(threads) as pool:
         tasks = _memory_tasks(size, threads, pool)
@@ -148,27 +149,29 @@ def _memory_tasks(size: int, threads: int, pool: ThreadPoolExecutor) -> list[_Ta
     source = np.random.default_rng(0).integers(0, 1 << 62, size // 8, dtype=np.int64)
     target = np.zeros_like(source)
     sources, targets = np.array_split(source, threads), np.array_split(target, threads)
-    mebi = size // _MEBI
-    tasks = [
+
+    def read(part: npt.NDArray[np.int64]) -> None:
         # The maximum is the reduction that numpy vectorises best: it reads, and does next to nothing else.
-        _Task(
-            f"read, {count} threads",
-            f"numpy maximum of {mebi} MiB of int64, {count} thread(s)",
-            source.nbytes,
-            (lambda: np.maximum.reduce(source)) if count == 1 else lambda: list(pool.map(np.maximum.reduce, sources)),
-        )
-        for count in sorted({1, threads})
-    ]
-    copied = f"numpy copy of {mebi} MiB, {threads} thread(s), bytes read plus bytes written"
-    tasks.append(
-        _Task(
-            f"copy, {threads} threads",
-            copied,
-            2 * source.nbytes,
-            lambda: list(pool.map(np.copyto, targets, sources)),
-        )
+        for _ in range(_PASSES):
+            np.maximum.reduce(part)
+
+    def copy(into: npt.NDArray[np.int64], part: npt.NDArray[np.int64]) -> None:
+        for _ in range(_PASSES):
+            np.copyto(into, part)
+
+    passes = f"{_PASSES} passes over {size // _MEBI} MiB"
+    one = _Task(
+        "read, 1 threads", f"numpy maximum of int64, {passes}, 1 thread(s)", _PASSES * size, lambda: read(source)
     )
-    return tasks
+    tasks = [one]
+    if threads > 1:
+        what = f"numpy maximum of int64, {passes}, {threads} thread(s)"
+        tasks.append(_Task(f"read, {threads} threads", what, _PASSES * size, lambda: list(pool.map(read, sources))))
+    what = f"numpy copy, {passes}, {threads} thread(s), bytes read plus bytes written"
+    copying = _Task(
+        f"copy, {threads} threads", what, 2 * _PASSES * size, lambda: list(pool.map(copy, targets, sources))
+    )
+    return [*tasks, copying]
 
 
 def _buffer_bytes(cache: int | None) -> int:
