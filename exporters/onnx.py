@@ -51,6 +51,7 @@ def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
     for op, lowering in LOWERINGS.items():
         for node in nodes(model.graph, op):
             lowering(low, node)
+        RemoveUnusedNodesPass()(model)  # q/k/v that were packed must not be lowered, and stored, a second time
     fuse_silu(low)
     RemoveUnusedNodesPass()(model)
     _move_large_tensors(low)
