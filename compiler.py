@@ -24,7 +24,7 @@ from .bundle import (
 )
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError
-from .exporters import BACKENDS, exporter
+from .exporters import exporter
 from .exporters.artefact import Options
 from .memory import PeakAnonymous, available_bytes
 from .models import build, shorten
@@ -38,7 +38,6 @@ from .quant.units import quantizable_units
 from .scoring import score_layers, unit_weights
 from .verification import Report, require, verify
 
-FORMATS = tuple(BACKENDS)
 VERIFY_PROMPTS = 32
 DEFAULT_CONTEXT = 4096
 DEFAULT_BITS = 4.5

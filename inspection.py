@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -12,18 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, Bundle
-
-BACKENDS = {
-    "onnx": ("onnxruntime", "onnxruntime", "pip install edgewright"),
-    "executorch": ("executorch", "executorch", "pip install 'edgewright[executorch]'"),
-    "coreml": ("coremltools", "coremltools", "pip install 'edgewright[coreml]'"),
-    "tensorrt": ("tensorrt_rtx_bindings", "tensorrt-rtx-cu13-bindings", "pip install 'edgewright[tensorrt]'"),
-    "qnn": ("onnxruntime_qnn", "onnxruntime-qnn", "pip install 'edgewright[qnn]'"),
-}
-"""Target -> (module, distribution, how to get it)."""
-
-EXPORTS = ("onnx",)
-"""Targets this version can export; the others are known to the bit tables only."""
+from .exporters import BACKENDS
 
 
 def inspect(target: str) -> dict[str, Any]:
@@ -122,13 +110,12 @@ def inspect_text(found: dict[str, Any]) -> str:
 def doctor() -> dict[str, Any]:
     """Each target: whether its library is installed, in which version, whether this version exports it, what to do."""
     targets: dict[str, dict[str, Any]] = {}
-    for name, (module, distribution, how) in BACKENDS.items():
-        installed = importlib.util.find_spec(module) is not None
+    for name, backend in BACKENDS.items():
         targets[name] = {
-            "installed": installed,
-            "version": importlib.metadata.version(distribution) if installed else None,
-            "exports": name in EXPORTS,
-            "get": None if installed else how,
+            "installed": backend.installed,
+            "version": importlib.metadata.version(backend.distribution) if backend.installed else None,
+            "exports": backend.module is not None,
+            "get": None if backend.installed else backend.install,
         }
     return {
         "python": platform.python_version(),

@@ -45,11 +45,16 @@ def read_task(path: Path, limit: int | None = None) -> Task:
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
-    """Up to `count` consecutive windows of `length` tokens from the start of a text file, the last one maybe shorter."""
+    """Up to `count` consecutive windows of `length` tokens from the start of a text file, the last one maybe shorter.
+
+    Each begins with the tokenizer's begin-of-text token where it has one: Gemma computes nonsense without it.
+    """
     text = read_text(path, _LIMIT)
     # A token is at least about a byte; reading far more text than the windows need would be waste.
     ids = tokenizer.encode(text[: length * count * 16], special=False)
-    windows = [ids[i : i + length] for i in range(0, len(ids), length)][:count]
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    step = max(1, length - len(start))
+    windows = [start + ids[i : i + step] for i in range(0, len(ids), step)][:count]
     if not windows or len(windows[0]) < 2:
         raise UserError(f"{path}: too little text; {length} tokens a window are wanted, there are {len(ids)}")
     return [w for w in windows if len(w) > 1]

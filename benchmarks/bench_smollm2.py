@@ -37,7 +37,9 @@ def ours(bundle: Path) -> WorkerProcess:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--group", type=int, default=64, choices=(32, 64), help="inputs a scale; llama.cpp's Q4_0 has 32")
+    parser.add_argument(
+        "--group", type=int, default=64, choices=(32, 64), help="inputs a scale; llama.cpp's Q4_0 has 32"
+    )
     parser.add_argument("--bundle", type=Path)
     options = parser.parse_args()
     bundle = options.bundle or bundle_of(options.group)
