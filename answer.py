@@ -19,6 +19,8 @@ def answer(
 
     Raises UserError for an empty or over-long prompt, a bundle without a tokenizer, or a format it does not hold.
     """
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give some text")
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
     if not (path / CHECKPOINT / "tokenizer.json").is_file():
@@ -26,7 +28,9 @@ def answer(
             f"{path} has no tokenizer, so it cannot read text; export from a checkpoint with a tokenizer.json"
         )
     tokenizer = Tokenizer.from_dir(path / CHECKPOINT)
-    ids = _ids(tokenizer, prompt, chat, spec.task)
+    ids = _ids(tokenizer, prompt, chat)
+    if max(ids, default=0) >= spec.vocab:
+        raise UserError(f"{path}: its tokenizer gives token {max(ids)}, the model has {spec.vocab}; export it again")
     session = open_session(bundle, format, threads)
     stream = tokenizer.stream()
     for token in generate(session, spec, ids, min(new_tokens or spec.max_new_tokens, spec.max_context - 1), sampling):
@@ -38,9 +42,8 @@ def answer(
         yield rest
 
 
-def _ids(tokenizer: Tokenizer, prompt: str, chat: bool | None, task: str) -> list[int]:
-    wanted = task == "causal" if chat is None else chat
-    text = tokenizer.apply_chat([{"role": "user", "content": prompt}]) if wanted else None
+def _ids(tokenizer: Tokenizer, prompt: str, chat: bool | None) -> list[int]:
+    text = None if chat is False else tokenizer.apply_chat([{"role": "user", "content": prompt}])
     if text is None:
         if chat:
             raise UserError("--chat: the tokenizer has no chat template; leave --chat out")

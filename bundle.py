@@ -9,35 +9,44 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, VerificationFailure
+from .untrusted import one_line
 
 if TYPE_CHECKING:
-    from .graph import Graph
+    from .graph import Graph, Port, State
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
 REPORTS = "reports"
 _MANIFEST_LIMIT = 64 << 20
+_READ_BY_VERIFY = ("config.json", "model.safetensors")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Token = Annotated[int, Field(ge=0)]
+
+
 class PortSpec(_Strict):
     """A graph input or output; strings in `shape` are symbolic dimensions."""
 
     name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
+    shape: tuple[Size | str, ...]
 
 
 class StateSpec(PortSpec):
+    """What a graph carries from call to call; only a batch, a cache and a source have a size that is not fixed."""
+
+    shape: tuple[Size | Literal["batch", "capacity", "source"], ...]
     kind: str
     updated: bool
 
@@ -52,17 +61,16 @@ class GraphSpec(_Strict):
 
     @staticmethod
     def of(graph: Graph) -> GraphSpec:
-        def kind(dtype: object) -> str:
-            return str(dtype).removeprefix("torch.")
+        def port(p: Port | State) -> dict[str, Any]:
+            return {"name": p.name, "dtype": str(p.dtype).removeprefix("torch."), "shape": p.shape}
 
-        return GraphSpec(
-            name=graph.name,
-            inputs=tuple(PortSpec(name=p.name, dtype=kind(p.dtype), shape=p.shape) for p in graph.inputs),
-            outputs=tuple(PortSpec(name=p.name, dtype=kind(p.dtype), shape=p.shape) for p in graph.outputs),
-            states=tuple(
-                StateSpec(name=s.name, dtype=kind(s.dtype), shape=s.shape, kind=s.kind, updated=s.updated)
-                for s in graph.states
-            ),
+        return GraphSpec.model_validate(
+            {
+                "name": graph.name,
+                "inputs": tuple(port(p) for p in graph.inputs),
+                "outputs": tuple(port(p) for p in graph.outputs),
+                "states": tuple(port(s) | {"kind": s.kind, "updated": s.updated} for s in graph.states),
+            }
         )
 
 
@@ -70,9 +78,9 @@ class Generation(_Strict):
     """What the generate loop needs: the kind of loop, where it starts, where it stops, and how far it can go."""
 
     task: Literal["seq2seq", "causal"]
-    decoder_start: int | None = None
+    decoder_start: Token | None = None
     eos_ids: tuple[int, ...] = ()
-    pad_id: int = 0
+    pad_id: Token = 0
     vocab: int = Field(gt=0)
     max_context: int = Field(gt=0)
     max_new_tokens: int = Field(gt=0)
@@ -100,8 +108,8 @@ class Manifest(_Strict):
     generation: Generation
     average_bits: float
     weights: int
-    targets: tuple[TargetEntry, ...]
-    prompts: tuple[tuple[int, ...], ...]
+    targets: tuple[TargetEntry, ...] = Field(min_length=1)
+    prompts: tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...] = Field(min_length=1)
     files: dict[str, str]
     tools: dict[str, str]
     verification: dict[str, Any] | None = None
@@ -114,6 +122,25 @@ class Manifest(_Strict):
             if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not name.isprintable():
                 raise ValueError(f"the path {name!r} leaves the bundle")
         return files
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        """Every file that is read has a hash, and the loop finds its graphs and tokens."""
+        needed = [f for t in self.targets for f in t.files] + [f"{CHECKPOINT}/{n}" for n in _READ_BY_VERIFY]
+        bare = sorted(set(needed) - set(self.files))
+        if bare:
+            raise ValueError(f"{bare[0]} has no hash")
+        spec = self.generation
+        seq2seq = spec.task == "seq2seq"
+        lacking = {"decoder", *(("encoder", "cross_kv") if seq2seq else ())} - {g.name for g in self.graphs}
+        if lacking:
+            raise ValueError(f"a {spec.task} bundle needs the graph {min(lacking)}")
+        if seq2seq and spec.decoder_start is None:
+            raise ValueError("a seq2seq bundle needs decoder_start")
+        largest = max(spec.decoder_start or 0, spec.pad_id, *(token for prompt in self.prompts for token in prompt))
+        if largest >= spec.vocab:
+            raise ValueError(f"token {largest} is not below the vocabulary of {spec.vocab}")
+        return self
 
 
 class Bundle:
@@ -134,18 +161,21 @@ class Bundle:
         try:
             raw = json.loads(file.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not JSON ({error}); export the bundle again") from None
+            raise UserError(f"{file} is not JSON ({one_line(error, 80)}); export the bundle again") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror})") from None
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA:
             raise UserError(
-                f"{file}: schema version {version!r}, this edgewright reads {SCHEMA}; export the bundle again"
+                f"{file}: schema version {one_line(repr(version), 40)}, this edgewright reads {SCHEMA}; "
+                "export the bundle again"
             )
         try:
             return Bundle(root, Manifest.model_validate(raw))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            raise UserError(f"{file}: {where}: {first['msg']}; export the bundle again") from None
+            where = one_line(".".join(str(p) for p in first["loc"]) or "manifest", 120)
+            raise UserError(f"{file}: {where}: {one_line(first['msg'], 160)}; export the bundle again") from None
 
     def graph(self, name: str) -> GraphSpec:
         return next(g for g in self.manifest.graphs if g.name == name)
@@ -162,19 +192,31 @@ class Bundle:
         """Raise VerificationFailure naming the first file that is missing or does not match its hash."""
         for name, digest in sorted(self.manifest.files.items()):
             file = self.path / name
-            if not file.resolve().is_relative_to(self.path.resolve()):
+            try:
+                inside = file.resolve().is_relative_to(self.path.resolve())
+                there = inside and file.is_file()
+                same = there and sha256(file) == digest
+            except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+                raise VerificationFailure(f"{one_line(name, 80)}: cannot be read ({one_line(error, 80)})") from None
+            if not inside:
                 raise VerificationFailure(f"{name}: a link leads out of the bundle")
-            if not file.is_file():
+            if not there:
                 raise VerificationFailure(f"{name}: missing from the bundle")
-            if sha256(file) != digest:
+            if not same:
                 raise VerificationFailure(f"{name}: the file is not what was exported (its SHA-256 differs)")
 
     def write_report(self, name: str, report: dict[str, Any]) -> Path:
         """Write `reports/<name>.json` beside the artefacts (reports are not hashed: they change with every check)."""
         folder = self.path / REPORTS
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        path, temporary = folder / f"{name}.json", folder / f".{name}.json.partial"
+        if folder.is_symlink() or temporary.is_symlink():
+            raise UserError(f"{folder}: a link in it could lead out of the bundle; remove it")
+        try:
+            folder.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror})") from None
         return path
 
 

@@ -7,16 +7,22 @@ code 2, a failed verification exit code 1.
 from __future__ import annotations
 
 import json
+import math
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
 from .errors import UserError, VerificationFailure
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .compiler import Request
@@ -36,6 +42,15 @@ class Commands(click.Group):
         except VerificationFailure as error:
             click.echo(f"verification failed: {error}", err=True)
             ctx.exit(1)
+        except click.UsageError as error:
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                raise
+            where = error.ctx.command_path if error.ctx is not None else "edgewright"
+            click.echo(f"error: {one_line(error.format_message())} (see '{where} --help')", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)  # 1 would say that a verification failed
         except BrokenPipeError:
             sys.stderr.close()  # the reader went away; the interpreter must not complain about it at exit
             ctx.exit(0)
@@ -49,7 +64,7 @@ class SizeType(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?)b?", str(value).strip(), re.IGNORECASE)
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?i?)b?", str(value).strip(), re.IGNORECASE)
         if found is None or found[2].lower() not in _SIZES:
             self.fail(f"{value!r} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
         return int(float(found[1]) * _SIZES[found[2].lower()])
@@ -64,7 +79,7 @@ class IntList(click.ParamType[tuple[int, ...]]):
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
-        if not all(p.strip().isdecimal() for p in parts):
+        if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", p) for p in parts):
             self.fail(f"{value!r} is not a list of numbers; write 0,2048", param, ctx)
         return tuple(int(p) for p in parts)
 
@@ -91,7 +106,7 @@ def _planning(command: Any) -> Any:
     options = [
         click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Target; repeatable. Default: onnx."),
         click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
-        click.option("--size", type=SizeType(), help="Budget: bytes of the quantized weights, such as 180m."),
+        click.option("--size", type=SizeType(), help="Budget: bytes of the quantized checkpoint, such as 180m."),
         click.option("--plan", "plan_file", type=_path, help="Use this plan instead of allocating."),
         click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
         click.option(
@@ -124,6 +139,10 @@ def _request(model: str, options: dict[str, Any]) -> Request:
     plan_file: Path | None = options["plan_file"]
     if plan_file is not None and (options["bits"] is not None or options["size"] is not None or options["overrides"]):
         raise UserError("--plan already says the bits; leave out --bits, --size and --override")
+    if plan_file is not None and (options["widths"] is not None or group is not None):
+        raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
+    if options["calibration"] is not None and options["task"] is not None:
+        raise UserError("--calibration and --task both give the prompts; choose one")
     if options["bits"] is not None and options["size"] is not None:
         raise UserError("--bits and --size are one budget in two spellings; give one of them")
     return Request(
@@ -161,7 +180,8 @@ def export(model: str, output: Path | None, dry_run: bool, no_verify: bool, as_j
         return
     if output is None:
         raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
-    made = compiler.export(request, output, check=not no_verify, progress=note)
+    with _cleaning_up():
+        made = compiler.export(request, output, check=not no_verify, progress=note)
     _print(reporting.export_json(made), reporting.export_text(made), as_json)
 
 
@@ -177,7 +197,10 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
 
     planned = compiler.plan(_request(model, options), note)
     if output is not None:
-        output.write_text(planned.plan.to_json())
+        try:
+            output.write_text(planned.plan.to_json())
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror}); choose another -o") from None
         note(f"wrote {output}")
     if plot is not None:
         reporting.plot_plan(planned, plot)
@@ -221,7 +244,7 @@ def verify(
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1))
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--format", "form", default="onnx", show_default=True)
 @_threads
 def run(
@@ -239,7 +262,12 @@ def run(
     from .answer import answer
     from .runtimes.generate import Sampling
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text") from None
     sampling = Sampling(temperature, top_p, seed)
     for piece in answer(bundle, text, form, chat, max_new_tokens, sampling, threads):
         click.echo(piece, nl=False)
@@ -249,7 +277,7 @@ def run(
 @main.command()
 @click.argument("bundle", type=_path)
 @click.option("-p", "prompts", type=IntList(), default="512", show_default=True, help="Prompt lengths (pp rows).")
-@click.option("-n", "new", type=int, default=128, show_default=True, help="Tokens to generate (tg rows).")
+@click.option("-n", "new", type=click.IntRange(0), default=128, show_default=True, help="Tokens to generate (tg rows).")
 @click.option("-d", "depths", type=IntList(), default="0", show_default=True, help="Context depths of the tg rows.")
 @click.option("-r", "repeats", type=int, default=5, show_default=True)
 @click.option("-o", "form", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
@@ -329,6 +357,23 @@ def doctor(as_json: bool) -> None:
 
     found = examine()
     _print(found, doctor_text(found), as_json)
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that a killed export takes its unfinished folder with it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,14 +30,17 @@ from .exporters import exporter
 from .exporters.artefact import Options
 from .memory import PeakAnonymous, available_bytes
 from .models import build, shorten
+from .models.layers import Embedding
 from .models.loading import load_quantized
 from .prompts import random_prompts, read_task, text_windows
 from .quant.allocate import Override, allocate
 from .quant.plan import BitPlan, Unit
-from .quant.stream import quantize_checkpoint
+from .quant.stream import METADATA, quantize_checkpoint
 from .quant.targets import native_bits, stored_bytes
 from .quant.units import quantizable_units
+from .safetensors_writer import StreamingWriter
 from .scoring import score_layers, unit_weights
+from .untrusted import one_line
 from .verification import Report, require, verify
 
 VERIFY_PROMPTS = 32
@@ -114,7 +119,8 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
     if request.num_layers is not None:
         config = shorten(config, request.num_layers)
     model = build(config)
-    _expect_tensors(model, checkpoint)
+    _expect_tensors(model, checkpoint, whole=request.num_layers is None)
+    _check_lengths(model)
     units = quantizable_units(model)
     if not units:
         raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
@@ -144,8 +150,7 @@ def export(request: Request, output: Path, check: bool = True, progress: Progres
         planned = plan(request, progress)
         if check:
             _require_memory(planned)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        partial = _partial(output)
         try:
             manifest = _write(planned, request, partial, progress)
             report = None
@@ -155,6 +160,9 @@ def export(request: Request, output: Path, check: bool = True, progress: Progres
                 Bundle(partial, manifest).write_report("export", report.to_json())
             partial.chmod(0o755)
             partial.rename(output)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{output} cannot be written ({one_line(error)})") from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -200,7 +208,7 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
         )
     progress("hashing")
     manifest = Manifest(
-        source=Path(request.model).name if Path(request.model).exists() else request.model,
+        source=_source_name(request.model),
         source_fingerprint=planned.checkpoint.fingerprint(),
         model_type=str(planned.config["model_type"]),
         graphs=tuple(GraphSpec.of(g) for g in graphs),
@@ -217,42 +225,95 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
 
 
 def _refuse_existing(output: Path) -> None:
-    if output.exists():
+    try:
+        found = output.exists() or output.is_symlink()
+        parent = next((p for p in output.absolute().parents if p.exists()), output)
+        usable = parent.is_dir() and os.access(parent, os.W_OK)
+    except OSError as error:
+        raise UserError(f"{one_line(output)} cannot be made ({error.strerror}); choose another -o") from None
+    if found:
         raise UserError(f"{output} exists already; remove it or choose another -o")
+    if not usable:
+        raise UserError(f"{output} cannot be made ({parent} is no folder to write in); choose another -o")
+
+
+def _partial(output: Path) -> Path:
+    """A new folder beside `output` that is renamed to it once it is whole. Raises UserError if the disk refuses."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"{output} cannot be made ({error.strerror}); choose another -o") from None
+
+
+def _source_name(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
 
 
 def _parameters(model: Any) -> list[str]:
     return [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in model.tied]
 
 
-def _expect_tensors(model: Any, checkpoint: Checkpoint) -> None:
+def _expect_tensors(model: Any, checkpoint: Checkpoint, whole: bool) -> None:
     shapes = dict(model.named_parameters(remove_duplicate=False))
     for name in _parameters(model):
         checkpoint.expect(name, tuple(shapes[name].shape))
+    if whole:
+        # A bias the config does not speak of would vanish from original, reference and artefact alike: no check sees it.
+        known = set(shapes) | set(model.tied)
+        stray = [n for n in checkpoint.names() if n not in known and not n.endswith(".inv_freq")]
+        if stray:
+            kind = checkpoint.config.get("model_type")
+            raise UserError(
+                f"{checkpoint.source}: {len(stray)} tensors have no place in this {kind} (the first: {one_line(stray[0])}); "
+                "is config.json the one of these weights?"
+            )
 
 
 def _generation(model: Any, checkpoint: Checkpoint, config: dict[str, Any], request: Request) -> Generation:
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
-    for source in (checkpoint.generation, config, config.get("decoder", {})):
-        value = source.get("eos_token_id")
-        eos |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
-    context = min(model.max_context, request.max_context or DEFAULT_CONTEXT)
-    if context < 2:
-        raise UserError(f"--max-context {context} is too short; give at least 2")
+    for source in (checkpoint.generation, config, config.get("decoder")):
+        if isinstance(source, dict):
+            eos |= _token_ids("eos_token_id", source.get("eos_token_id"))
+    wanted = DEFAULT_CONTEXT if request.max_context is None else request.max_context
+    if wanted < 2:
+        raise UserError(f"--max-context {wanted} is too short; give at least 2")
+    context = min(model.max_context, wanted)
     new_tokens = checkpoint.generation.get("max_new_tokens")
     new_tokens = new_tokens if isinstance(new_tokens, int) and new_tokens > 0 else 256
     logits = next(p for g in model.graphs() for p in g.outputs if p.name == "logits")
+    vocab = min([int(logits.shape[-1]), *(m.weight.shape[0] for m in model.modules() if isinstance(m, Embedding))])
+    if (model.decoder_start or 0) >= vocab:
+        raise UserError(f"config.json: decoder_start_token_id is {model.decoder_start}, the vocabulary {vocab}")
     pad = tokenizer.pad_id if tokenizer is not None else None
     return Generation(
         task=model.task,
         decoder_start=model.decoder_start,
         eos_ids=tuple(sorted(eos)),
-        pad_id=pad or 0,
-        vocab=int(logits.shape[-1]),
+        pad_id=pad if pad is not None and pad < vocab else 0,
+        vocab=vocab,
         max_context=context,
         max_new_tokens=min(new_tokens, context - 1),
     )
+
+
+def _token_ids(key: str, value: object) -> set[int]:
+    """The ids of a config's `key`: one, a list of them, or none. Raises UserError."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+        raise UserError(f"{key} is {one_line(repr(value), 80)}, expected a token id or a list of them")
+    return set(values)
+
+
+def _check_lengths(model: Any) -> None:
+    """Raise UserError if the model takes fewer positions than the graphs are traced with."""
+    for graph in model.graphs():
+        for name, (_, most) in graph.bounds.items():
+            if most < graph.example[name]:
+                least = max(graph.example.values())
+                raise UserError(f"config.json: max_position_embeddings is {most}; at least {least} are needed")
 
 
 def _prompts(request: Request, checkpoint: Checkpoint, spec: Generation) -> list[list[int]]:
@@ -261,10 +322,20 @@ def _prompts(request: Request, checkpoint: Checkpoint, spec: Generation) -> list
     if (request.task or request.calibration) and tokenizer is None:
         raise UserError(f"{request.model} has no tokenizer, which --task and --calibration need")
     if request.task is not None and tokenizer is not None:
-        return [tokenizer.encode(p) for p in read_task(request.task, VERIFY_PROMPTS).prompts]
-    if request.calibration is not None and tokenizer is not None:
-        return text_windows(request.calibration, tokenizer, min(64, spec.max_context // 2), VERIFY_PROMPTS)
-    return random_prompts(spec.vocab, VERIFY_PROMPTS)
+        prompts = [tokenizer.encode(p) for p in read_task(request.task, VERIFY_PROMPTS).prompts]
+    elif request.calibration is not None and tokenizer is not None:
+        prompts = text_windows(request.calibration, tokenizer, min(64, max(2, spec.max_context // 2)), VERIFY_PROMPTS)
+    else:
+        return [p[: spec.max_context - 1] for p in random_prompts(spec.vocab, VERIFY_PROMPTS)]
+    for prompt in prompts:
+        if len(prompt) >= spec.max_context:
+            raise UserError(f"a prompt of {len(prompt)} tokens does not fit --max-context {spec.max_context}")
+        if max(prompt, default=0) >= spec.vocab:
+            raise UserError(
+                f"{request.model}: its tokenizer gives token {max(prompt)}, the model has {spec.vocab}; "
+                "is the tokenizer of another model?"
+            )
+    return prompts
 
 
 def _allocate(
@@ -279,7 +350,7 @@ def _allocate(
 ) -> tuple[BitPlan, dict[tuple[str, int], float]]:
     """Refuse an impossible budget first (it costs nothing), then score the layers and allocate for real."""
     widths = request.widths or tuple(sorted(set.intersection(*(set(native_bits(t)) for t in request.formats))))
-    other_bytes = sum(_bytes(checkpoint, n) for n in other)
+    other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
     bits = request.bits if request.bits is not None or request.size is not None else DEFAULT_BITS
 
     def run(scores: dict[tuple[str, int], float]) -> BitPlan:
@@ -308,6 +379,15 @@ def _bytes(checkpoint: Checkpoint, name: str) -> int:
     for size in info.shape:
         count *= size
     return count * info.dtype.itemsize
+
+
+def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -> int:
+    """No fewer bytes than the header of the quantized checkpoint will take: --size means the file."""
+    entries = [(n, "F32", checkpoint.info(n).shape) for n in other]
+    for w in (w for u in units for w in u.weights):
+        entries += [(f"{w.name}.codes", "U8", w.shape), (f"{w.name}.scales", "BF16", w.shape)]
+    data = sum(math.prod(shape) * {"F32": 4, "U8": 1, "BF16": 2}[kind] for _, kind, shape in entries)
+    return StreamingWriter(Path("header"), entries, METADATA).file_bytes - data
 
 
 def _require_memory(planned: Planned) -> None:

@@ -113,7 +113,7 @@ def doctor() -> dict[str, Any]:
     for name, backend in BACKENDS.items():
         targets[name] = {
             "installed": backend.installed,
-            "version": importlib.metadata.version(backend.distribution) if backend.installed else None,
+            "version": _version(backend.distribution) if backend.installed else None,
             "exports": backend.module is not None,
             "get": None if backend.installed else backend.install,
         }
@@ -125,6 +125,13 @@ def doctor() -> dict[str, Any]:
         "targets": targets,
         "executable": Path(sys.executable).name,
     }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # the module came with another distribution
+        return "of unknown version"
 
 
 def doctor_text(found: dict[str, Any]) -> str:

@@ -26,6 +26,9 @@ def profile(
     bundle.target("onnx")
     context = bundle.manifest.generation.max_context
     causal = bundle.manifest.generation.task == "causal"
+    prompts = [length for length in prompts if length]  # as in llama-bench, 0 asks for no such row
+    if new < 0 or not (prompts or new):
+        raise UserError(f"-p {','.join(map(str, prompts)) or 0} -n {new} measures nothing; give lengths above 0")
     asked = [*prompts, *((d + new + 1 if causal else max(d, new + 1)) for d in depths)]
     for length in asked:
         if length > context - 1:

@@ -130,7 +130,10 @@ def plot_plan(planned: Planned, path: Path) -> None:
     below.set_ylabel("code bits a weight")
     below.set_xticks(range(len(places)), places, rotation=90, fontsize=7)
     figure.suptitle(f"{planned.config['model_type']}: {planned.plan.average_bits:.3f} bits a weight, scales counted")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"--plot {path} cannot be written ({error.strerror})") from None
 
 
 def export_text(made: Exported) -> str:

@@ -7,6 +7,7 @@ activations add on top is reported apart.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from .models import build
 from .models.loading import load_dequantized, load_original
 from .prompts import Task, read_task, text_windows
 from .runtimes.eager import EagerSession
-from .runtimes.generate import Stream, generate_batch
+from .runtimes.generate import PREFILL_CHUNK, Stream, generate_batch
 from .runtimes.opening import open_session
 from .runtimes.session import Array, Placement, Session
 
@@ -32,6 +33,7 @@ AGREEMENT = 0.99
 """Least top-1 agreement of an artefact whose runtime has no float32 activations."""
 
 NEW_TOKENS = 16
+LONG_PROMPT = 700  # tokens: past two prefill chunks and Gemma 3's window of 512
 WINDOW = 512
 _TASK_BATCH = 100
 
@@ -191,17 +193,18 @@ def compare(
     """Each candidate against the reference: free-running greedy tokens, then teacher-forced on the reference's tokens."""
     tallies = [_Tally() for _ in candidates]
     new_tokens = min(NEW_TOKENS, spec.max_new_tokens)
-    for batch in _batches(prompts, spec):
+    for batch in [*_batches(prompts, spec), *_long_prompt(prompts, spec)]:
         tokens = generate_batch(reference, spec, batch, new_tokens)
         want = _teacher_forced(reference, spec, batch, tokens)
         for candidate, tally in zip(candidates, tallies, strict=True):
             tally.tokens(tokens, generate_batch(candidate, spec, batch, new_tokens))
             tally.logits(want, _teacher_forced(candidate, spec, batch, tokens))
-    return [tally.agreement(len(prompts)) for tally in tallies]
+    count = len(prompts) + len(_long_prompt(prompts, spec))
+    return [tally.agreement(count) for tally in tallies]
 
 
 class _Tally:
-    """Sums over prompts of one comparison."""
+    """Sums over prompts of one comparison. A candidate that is not finite counts as wrong by the largest float."""
 
     def __init__(self) -> None:
         self.worst = self.scale = self.kl = 0.0
@@ -212,9 +215,11 @@ class _Tally:
 
     def logits(self, want: Sequence[Array], got: Sequence[Array]) -> None:
         for a, b in zip(want, got, strict=True):
+            if not np.isfinite(a).all():
+                raise UserError("the reference's logits are not finite; the checkpoint is broken or overflows float32")
             self.positions += len(a)
             if not np.isfinite(b).all():
-                self.worst = self.kl = float("inf")
+                self.worst = self.kl = sys.float_info.max
                 continue
             self.worst = max(self.worst, float(np.abs(a - b).max()))
             self.scale = max(self.scale, float(np.abs(a).max()))
@@ -224,7 +229,7 @@ class _Tally:
 
     def agreement(self, prompts: int) -> Agreement:
         count = max(1, self.positions)
-        error = self.worst / max(self.scale, 1e-30)
+        error = min(self.worst / max(self.scale, 1e-30), sys.float_info.max)
         return Agreement(error, self.kl / count, self.same / count, prompts, self.identical, self.positions)
 
 
@@ -234,12 +239,26 @@ def _batches(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[li
     return [[list(p) for p in prompts[i : i + size]] for i in range(0, len(prompts), size)]
 
 
+def _long_prompt(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
+    """One prompt beyond two prefill chunks and any common window, made of the others: short ones never get there.
+
+    Encoder-decoders have none: their prompts go through the encoder whole.
+    """
+    length = min(LONG_PROMPT, spec.max_context - NEW_TOKENS - 1)
+    joined = [token for prompt in prompts for token in prompt]
+    if spec.task != "causal" or not joined or length <= max(len(p) for p in prompts):
+        return []
+    repeated = joined * (length // len(joined) + 1)
+    return [[repeated[:length]]]
+
+
 def _teacher_forced(
     session: Session, spec: Generation, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> list[Array]:
     """For each prompt the logits [1 + len(tokens), vocab] that predict each of its tokens and what follows them.
 
-    Prompt and tokens go in as one prefill, so this path is checked beside the decode steps of the free-running tokens.
+    Prompt and tokens go in as one prefill where they are short, in chunks behind a past where they are long, so these
+    paths are checked beside the decode steps of the free-running tokens.
     """
     longest = max(len(t) for t in tokens)
     stream = Stream(session, spec, prompts, longest + 1)
@@ -248,7 +267,10 @@ def _teacher_forced(
     forced = np.zeros((len(prompts), longest), np.int64)
     for row, sequence in enumerate(tokens):
         forced[row, : len(sequence)] = sequence[:longest]
-    logits = stream.feed(np.concatenate([start, forced], 1), every=True)[:, start.shape[1] - 1 :]
+    fed = np.concatenate([start, forced], 1)
+    cut = PREFILL_CHUNK if fed.shape[1] > 2 * PREFILL_CHUNK else fed.shape[1]
+    parts = [stream.feed(fed[:, i : i + cut], every=True) for i in range(0, fed.shape[1], cut)]
+    logits = np.concatenate(parts, 1)[:, start.shape[1] - 1 :]
     return [logits[row, : len(sequence) + 1] for row, sequence in enumerate(tokens)]
 
 

@@ -81,11 +81,11 @@ class Lowering:
 
 
 def torch_tensor(value: ir.Value | None) -> torch.Tensor:
-    """The mapped torch tensor behind an initializer that torch.onnx made."""
+    """The mapped torch tensor behind an initializer that torch.onnx made, or the array where it folded a small Cast."""
     assert value is not None
     assert value.const_value is not None
-    raw: torch.Tensor = value.const_value.raw
-    return raw.detach()
+    raw = getattr(value.const_value, "raw", None)
+    return raw.detach() if isinstance(raw, torch.Tensor) else torch.from_numpy(value.const_value.numpy().copy())
 
 
 def attr(node: ir.Node, name: str) -> Any:

@@ -44,7 +44,7 @@ def _architecture(config: dict[str, Any]) -> Any:
         raise UserError(
             "model_type 'gemma3' is the multimodal Gemma 3; give a text checkpoint (model_type 'gemma3_text')"
         )
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"model_type '{kind}' is not supported; supported: {known}")
     return importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model

@@ -50,11 +50,11 @@ class Section:
 
     def token(self, key: str, default: int | None = None) -> int | None:
         """A token id, the first of a list of them, or None where the config has none."""
-        value = self.values.get(key, default)
+        value = self.values.get(key)
         if isinstance(value, list) and value:
             value = value[0]
         if value is None:
-            return None
+            return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST:
             raise self._fail(key, value, "a token id")
         return value
@@ -65,31 +65,56 @@ class Section:
             raise self._fail(key, value, "an object")
         return Section(value, f"{self.where}{key}.")
 
+    def head_dim(self, default: int | None) -> int:
+        """`head_dim`, a multiple of 8 as rotary halves and the attention kernels need it."""
+        value = self.integer("head_dim", default, most=4096)
+        if value % 8:
+            raise self._fail("head_dim", value, "a multiple of 8")
+        return value
+
+    def window(self, types: list[str]) -> int:
+        """`sliding_window`, which may be null only where no layer slides; 4096 where the key is absent."""
+        if "sliding_attention" not in types:
+            return 0
+        return self.integer("sliding_window") if "sliding_window" in self.values else 4096
+
     def layer_types(self, layers: int, pattern: int) -> list[str]:
         """`layer_types`, or every `pattern`-th layer full and the others sliding."""
         value = self.values.get("layer_types")
         if value is None:
             return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-        if not isinstance(value, list) or len(value) != layers or set(value) - {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(value, list) or len(value) != layers or not all(t in known for t in value):
             raise self._fail("layer_types", value, f"{layers} times 'full_attention' or 'sliding_attention'")
         return value
 
     def rope(self, default_theta: float, key: str | None = None) -> tuple[float, float]:
         """(theta, linear factor) from `rope_parameters` (by layer type `key` where nested) or the older keys."""
         params = self.values.get("rope_parameters") or {}
-        if key is not None and isinstance(params, dict) and isinstance(params.get(key), dict):
-            params = params[key]
+        old = self.values.get("rope_scaling") or {}
         if not isinstance(params, dict):
             raise self._fail("rope_parameters", params, "an object")
-        old = self.values.get("rope_scaling") if key != "sliding_attention" else None
-        scaling = params or old or {}
-        if not isinstance(scaling, dict):
-            raise self._fail("rope_scaling", scaling, "an object")
+        if not isinstance(old, dict):
+            raise self._fail("rope_scaling", old, "an object")
+        nested = any(isinstance(value, dict) for value in params.values())
+        if key is not None and nested:
+            params = params.get(key) or {}
+        elif key == "sliding_attention":
+            params = {}  # a flat object speaks of the full layers alone
+        if key == "sliding_attention":
+            old = {}  # the older key never scaled the sliding layers
+        if params.get("rope_type", "default") != "default" and old:
+            raise self._fail("rope_scaling", old, "to be absent where rope_parameters scales too")
+        scaling = old or params
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "linear"):
             raise self._fail("rope_parameters.rope_type", kind, "'default' or 'linear'")
+        for where in (self.values, params, old):
+            if where.get("partial_rotary_factor", 1.0) not in (1, None):
+                raise self._fail("partial_rotary_factor", where["partial_rotary_factor"], "1 or nothing")
         theta_key = "rope_local_base_freq" if key == "sliding_attention" else "rope_theta"
-        fallback = Section(self.values, self.where).number(theta_key, default_theta, least=1.0)
+        fallback = self.number(theta_key, default_theta, least=1.0)
         theta = Section(params, f"{self.where}rope_parameters.").number("rope_theta", fallback, least=1.0)
-        factor = Section(scaling, f"{self.where}rope_scaling.").number("factor", 1.0) if kind == "linear" else 1.0
-        return theta, factor or 1.0
+        if kind == "default":
+            return theta, 1.0
+        return theta, Section(scaling, f"{self.where}rope_scaling.").number("factor", least=1e-6)

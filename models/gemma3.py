@@ -39,7 +39,7 @@ class Decoder(nn.Module):
     def __init__(self, section: Section, vocab: int) -> None:
         super().__init__()
         hidden, heads = section.integer("hidden_size"), section.integer("num_attention_heads", most=4096)
-        head_dim = section.integer("head_dim", 256, most=4096)
+        head_dim = section.head_dim(256)
         kv_heads = section.integer("num_key_value_heads", heads, most=4096)
         if heads % kv_heads:
             raise section._fail("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         if cap is not None:
             # transformers' Gemma 3 reads the key and leaves it unused; a checkpoint that sets it is not one we know.
             raise UserError(f"config.json: attn_logit_softcapping is {cap!r}; Gemma 3 has no attention soft-capping")
-        window = section.integer("sliding_window", 4096)
+        window = section.window(types)
         bases = {
             "full_attention": section.rope(1e6, "full_attention"),
             "sliding_attention": section.rope(1e4, "sliding_attention"),

@@ -51,7 +51,7 @@ class Model(nn.Module):
         super().__init__()
         section = Section(config, "")
         hidden, heads = section.integer("hidden_size"), section.integer("num_attention_heads", most=4096)
-        head_dim = section.integer("head_dim", hidden // heads, most=4096)
+        head_dim = section.head_dim(hidden // heads)
         kv_heads = section.integer("num_key_value_heads", heads, most=4096)
         if heads % kv_heads:
             raise section._fail("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")

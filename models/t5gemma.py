@@ -36,14 +36,14 @@ class StackConfig:
         self.layers = section.integer("num_hidden_layers", most=1024)
         self.heads = section.integer("num_attention_heads", most=4096)
         self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
-        self.head_dim = section.integer("head_dim", 256, most=4096)
+        self.head_dim = section.head_dim(256)
         self.eps = section.number("rms_norm_eps", 1e-6)
         self.act = section.text("hidden_activation", "gelu_pytorch_tanh")
         self.scale = section.number("query_pre_attn_scalar", 256.0, least=1e-6) ** -0.5
         self.attention_softcap = section.number("attn_logit_softcapping", 0.0) if _set(section, "attn") else 0.0
         self.final_softcap = section.number("final_logit_softcapping", 0.0) if _set(section, "final") else 0.0
-        self.window = section.integer("sliding_window", 4096)
         self.layer_types = section.layer_types(self.layers, pattern=2)
+        self.window = section.window(self.layer_types)
         self.theta, self.rope_factor = section.rope(10000.0)
         self.bias = section.boolean("attention_bias", False)
         self.max_positions = section.integer("max_position_embeddings", 8192)
@@ -214,7 +214,8 @@ class Model(nn.Module):
         self.tied = {"lm_head.out_proj.weight": "model.decoder.embed_tokens.weight"} if tied else {}
         start = section.token("decoder_start_token_id", section.section("decoder").token("bos_token_id", 2))
         self.decoder_start = 2 if start is None else start
-        self.max_context = self.decoder_config.max_positions
+        # One bound for prompt and answer: the smaller of what the two stacks were made for.
+        self.max_context = min(self.encoder_config.max_positions, self.decoder_config.max_positions)
 
     @staticmethod
     def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:

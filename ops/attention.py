@@ -77,7 +77,7 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
 @rope.register_fake
 def _(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)  # contiguous, as the concatenation of the halves is, whatever the strides of x
 
 
 @torch.library.custom_op("edgewright::bidirectional_attention", mutates_args=())
@@ -147,4 +147,4 @@ def _(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2] * q.shape[3]))
-    return out, torch.empty_like(k_cache), torch.empty_like(v_cache)
+    return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)  # contiguous, whatever came in

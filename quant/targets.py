@@ -135,7 +135,7 @@ def stored_bytes(target: str, bits: int, group: int, rows: int, columns: int) ->
     row = form(target, bits)
     per_channel = group in (PER_CHANNEL, columns)
     if row.scales_in_blocks:
-        block = scale_block(columns) if per_channel and columns not in row.groups else group or columns
+        block = scale_block(columns) if per_channel else group
         blocks = ceil(columns / block)  # the last block is padded when 16 does not divide K
         return rows * blocks * (ceil(block * row.container / 8) + row.scale_bytes)
     codes = rows * ceil(columns * row.container / 8)

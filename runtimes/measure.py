@@ -102,9 +102,11 @@ def _time_by_op(folder: Path, bundle: Bundle, threads: int, prompt: int) -> dict
     spec = bundle.manifest.generation
     with tempfile.TemporaryDirectory() as scratch:
         session = OnnxSession(folder, bundle.manifest.graphs, threads, profile_prefix=Path(scratch) / "ort")
-        stream = Stream(session, spec, [_tokens(spec, prompt)], _OP_STEPS + 1)
+        room = spec.max_context - (prompt if spec.task == "causal" else 1) - 1
+        steps = min(_OP_STEPS, max(0, room))
+        stream = Stream(session, spec, [_tokens(spec, prompt)], steps + 1)
         token = stream.prefill()[:, -1].argmax(-1)
-        for _ in range(_OP_STEPS):
+        for _ in range(steps):
             token = stream.feed(token[:, None].astype(np.int64))[:, -1].argmax(-1)
         files = {name: s.end_profiling() for name, s in session.sessions.items()}
         return {name: _summarise(Path(file)) for name, file in files.items()}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from edgewright.models import build
-from edgewright.models.layers import RMSNorm
+from edgewright.models.layers import Embedding, RMSNorm
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "t5gemma-g2p"
 
@@ -140,7 +140,11 @@ def weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict[str, 
             continue
         module = model.get_submodule(name.rpartition(".")[0])
         noise = torch.randn(parameter.shape, generator=generator)
-        # Norms scale by about 1 whatever their form; matrices keep the size of activations about what it is.
-        value = noise * 0.2 + (1.0 - module.offset) if isinstance(module, RMSNorm) else noise * 0.15
+        # Norms scale by about 1 whatever their form; matrices keep the size of activations about what it is; embeddings
+        # are small, or a tied head would answer every token with itself.
+        if isinstance(module, RMSNorm):
+            value = noise * 0.2 + (1.0 - module.offset)
+        else:
+            value = noise * (0.06 if isinstance(module, Embedding) else 0.15)
         made[name] = value.to(dtype)
     return made

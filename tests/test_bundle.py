@@ -1,0 +1,207 @@
+"""A bundle's manifest and hashes against what strangers may put there: every defect is one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgewright.bundle import Bundle, Generation, GraphSpec, Manifest, TargetEntry, hash_files, sha256, write_manifest
+from edgewright.errors import UserError, VerificationFailure
+
+FILES = ("checkpoint/config.json", "checkpoint/model.safetensors", "onnx/decoder.onnx", "onnx/weights.bin")
+
+
+def write_bundle(root: Path) -> Path:
+    """A small bundle with a file in each place; the artefact is not a real one."""
+    for name in (*FILES, "reports/export.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"contents of {name}")
+    files = ("onnx/decoder.onnx", "onnx/weights.bin")
+    manifest = Manifest(
+        source="model",
+        source_fingerprint="0" * 64,
+        model_type="llama",
+        graphs=(GraphSpec(name="decoder", inputs=(), outputs=()),),
+        generation=Generation(task="causal", vocab=10, max_context=32, max_new_tokens=8),
+        average_bits=4.5,
+        weights=100,
+        targets=(TargetEntry(format="onnx", files=files, ops={}, stored_bytes=1, ideal_bytes=1),),
+        prompts=((1, 2, 3),),
+        files=hash_files(root),
+        tools={"edgewright": "0"},
+    )
+    write_manifest(root, manifest)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle")
+
+
+def edit(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = root / "manifest.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        Bundle.open(root)
+    return one_line(caught.value)
+
+
+def failure(root: Path) -> str:
+    with pytest.raises(VerificationFailure) as caught:
+        Bundle.open(root).check_files()
+    return one_line(caught.value)
+
+
+def one_line(error: Exception) -> str:
+    line = str(error)
+    assert line.isprintable()
+    assert len(line) < 600
+    return line
+
+
+def test_what_is_written_is_read_and_checked(root: Path) -> None:
+    bundle = Bundle.open(root)
+    bundle.check_files()
+    assert sorted(bundle.manifest.files) == sorted(FILES)
+    assert bundle.manifest.files["onnx/weights.bin"] == sha256(root / "onnx" / "weights.bin")
+    assert bundle.target("onnx").stored_bytes == 1
+    with pytest.raises(UserError, match="holds no coreml artefact; it has: onnx"):
+        bundle.target("coreml")
+    before = (root / "manifest.json").read_bytes()
+    write_manifest(root, bundle.manifest)
+    assert (root / "manifest.json").read_bytes() == before
+    assert not list(root.glob(".*"))
+
+
+def test_reports_are_not_hashed_and_may_change(root: Path) -> None:
+    bundle = Bundle.open(root)
+    path = bundle.write_report("verify", {"b": 1, "a": [2.5]})
+    assert json.loads(path.read_text()) == {"a": [2.5], "b": 1}
+    bundle.check_files()
+    assert hash_files(root) == bundle.manifest.files
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_or_missing_file_is_named(root: Path, name: str) -> None:
+    data = bytearray((root / name).read_bytes())
+    data[-1] ^= 1
+    (root / name).write_bytes(data)
+    assert failure(root).startswith(f"{name}: the file is not what was exported")
+    (root / name).unlink()
+    assert failure(root) == f"{name}: missing from the bundle"
+    (root / name).mkdir()
+    assert failure(root) == f"{name}: missing from the bundle"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "onnx/../../secret", "/etc/passwd", "C:/windows", "..\\secret", "a\nb", "a\0b", "\ud800"]
+)
+def test_a_path_that_leaves_the_bundle_is_refused(root: Path, name: str) -> None:
+    (root.parent / "secret").write_text("secret")
+    edit(root, lambda m: m["files"].update({name: sha256(root.parent / "secret")}))
+    assert "leaves the bundle" in refusal(root)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(root: Path) -> None:
+    secret = root.parent / "secret"
+    secret.write_text("contents of onnx/weights.bin")  # the very bytes that are expected
+    (root / "onnx" / "weights.bin").unlink()
+    (root / "onnx" / "weights.bin").symlink_to(secret)
+    assert failure(root) == "onnx/weights.bin: a link leads out of the bundle"
+    outside = root.parent / "outside"
+    (root / "onnx" / "weights.bin").unlink()
+    (root / "onnx" / "weights.bin").write_text("contents of onnx/weights.bin")
+    (root / "onnx").rename(outside)
+    (root / "onnx").symlink_to(outside, target_is_directory=True)
+    assert failure(root) == "onnx/decoder.onnx: a link leads out of the bundle"
+
+
+def test_links_in_a_circle_and_names_too_long_are_one_line(root: Path) -> None:
+    (root / "loop").symlink_to("loop")
+    edit(root, lambda m: m["files"].update({"loop": "0"}))
+    assert failure(root).startswith("loop: ")
+    edit(root, lambda m: (m["files"].pop("loop"), m["files"].update({"a" * 100_000: "0"})))
+    assert failure(root).startswith("aaaa")
+
+
+def test_a_link_within_the_bundle_and_a_linked_bundle_are_fine(root: Path) -> None:
+    (root / "onnx" / "weights.bin").rename(root / "onnx" / "real.bin")
+    (root / "onnx" / "weights.bin").symlink_to("real.bin")
+    (root.parent / "alias").symlink_to(root, target_is_directory=True)
+    Bundle.open(root.parent / "alias").check_files()
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "later schema": (lambda m: m.update(schema_version=2), "schema version 2"),
+    "no schema": (lambda m: m.pop("schema_version"), "schema version None"),
+    "long schema": (lambda m: m.update(schema_version="9\n" * 10_000), "schema version"),
+    "no files": (lambda m: m.pop("files"), "files: Field required"),
+    "no generation": (lambda m: m.pop("generation"), "generation: Field required"),
+    "half a generation": (lambda m: m["generation"].pop("vocab"), "generation.vocab: Field required"),
+    "no context": (lambda m: m["generation"].update(max_context=0), "generation.max_context"),
+    "negative vocabulary": (lambda m: m["generation"].update(vocab=-1), "generation.vocab"),
+    "unknown task": (lambda m: m["generation"].update(task="diffusion"), "generation.task"),
+    "unknown field": (lambda m: m.update(extra=1), "extra"),
+    "unknown field with line breaks": (lambda m: m.update({"a\nerror: b" * 500: 1}), "not permitted"),
+    "list of files": (lambda m: m.update(files=["onnx/weights.bin"]), "files"),
+    "number for a hash": (lambda m: m["files"].update({"onnx/weights.bin": 1}), "files.onnx/weights.bin"),
+    "text for prompts": (lambda m: m.update(prompts=[["a"]]), "prompts.0.0"),
+    "artefact without a hash": (lambda m: m["files"].pop("onnx/weights.bin"), "onnx/weights.bin has no hash"),
+    "checkpoint without a hash": (lambda m: m["files"].pop("checkpoint/config.json"), "has no hash"),
+    "prompt without tokens": (lambda m: m.update(prompts=[[]]), "prompts.0"),
+    "token beyond the vocabulary": (lambda m: m.update(prompts=[[1, 10]]), "token 10"),
+    "negative token": (lambda m: m.update(prompts=[[-1]]), "prompts.0.0"),
+    "no graph to decode with": (lambda m: m.update(graphs=[]), "needs the graph decoder"),
+    "graph name that is a path": (
+        lambda m: m.update(graphs=[{"name": "../decoder", "inputs": [], "outputs": []}]),
+        "graphs.0.name",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_manifest_names_the_field(root: Path, kind: str) -> None:
+    change, word = DAMAGES[kind]
+    edit(root, change)
+    assert word in refusal(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[" * 200_000, "not JSON"),
+        (b'{"a":' * 200_000, "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[]", "schema version None"),
+        (b"null", "schema version None"),
+        (b"1" * 10_000, "not JSON"),
+    ],
+)
+def test_a_manifest_that_is_no_manifest(root: Path, text: bytes, word: str) -> None:
+    (root / "manifest.json").write_bytes(text)
+    assert word in refusal(root)
+
+
+def test_a_manifest_too_large_is_not_read(root: Path) -> None:
+    with (root / "manifest.json").open("r+b") as file:
+        file.truncate((64 << 20) + 1)
+    assert "bytes" in refusal(root)
+
+
+def test_what_is_not_a_bundle(tmp_path: Path) -> None:
+    assert "is not a bundle" in refusal(tmp_path)
+    assert "is not a bundle" in refusal(tmp_path / "absent")
+    (tmp_path / "manifest.json").mkdir()
+    assert "is not a bundle" in refusal(tmp_path)

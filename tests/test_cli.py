@@ -1,0 +1,699 @@
+"""The commands as a user meets them: results on standard output, notes on standard error, exit codes 0, 1 and 2.
+
+One bundle of examples/t5gemma-g2p is exported by a real process and shared; everything else runs in this one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
+
+from edgewright import compiler
+from edgewright.cli import main
+
+BITS = 4.5
+
+
+def edgewright(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def process(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], input=stdin, capture_output=True, text=True, check=False)
+
+
+def passed(result: Result) -> str:
+    """Standard output of a command that must succeed."""
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(result: Result) -> str:
+    """The one line a user's mistake gives: exit code 2, nothing on standard output, no traceback."""
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    return only_error(result.stdout, result.stderr)
+
+
+def only_error(stdout: str, stderr: str) -> str:
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert stderr.endswith("\n")
+    *notes, last = stderr.splitlines()
+    assert last.startswith("error: ")
+    assert len(last) < 600
+    assert not any(line.startswith("error:") for line in notes)
+    return last
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The example's bundle, and what `export --json` printed. Must not be written to but by `verify` and `profile`."""
+    bundle = tmp_path_factory.mktemp("exported") / "bundle"
+    options = ["--format", "onnx", "--bits", str(BITS), "-o", str(bundle), "--json"]
+    done = process("-m", "edgewright.cli", "export", "-m", str(EXAMPLE), *options)
+    assert done.returncode == 0, done.stderr
+    assert "quantizing: 100%" in done.stderr
+    return bundle, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def bundle(exported: tuple[Path, dict[str, Any]]) -> Path:
+    return exported[0]
+
+
+@pytest.fixture(scope="session")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny checkpoint and the plan that `plan -o` wrote for it."""
+    folder = tmp_path_factory.mktemp("planned")
+    model = write_tiny_t5gemma(folder / "model")
+    passed(edgewright("plan", "-m", model, "--bits", 5, "-o", folder / "plan.json"))
+    return model, folder / "plan.json"
+
+
+# The main path
+
+
+def test_export_then_verify_with_the_original(bundle: Path) -> None:
+    result = edgewright("verify", bundle, "-m", EXAMPLE, "--json")
+    report = json.loads(passed(result))
+    assert report["passed"] is True
+    (target,) = report["targets"]
+    assert target["format"] == "onnx"
+    assert target["activations"] == "float32"
+    assert target["lowering"]["max_relative_error"] <= report["tolerance"]
+    assert target["lowering"]["prompts_identical"] == target["lowering"]["prompts"] == 32
+    assert target["shipped"]["top1"] > 0.9
+    assert 0 < report["quantization"]["mean_kl"] < 1
+    assert json.loads((bundle / "reports" / "verify.json").read_text()) == report
+    assert "checking file hashes" in result.stderr
+
+
+def test_average_bits_are_the_bytes_of_the_checkpoint(exported: tuple[Path, dict[str, Any]]) -> None:
+    bundle, printed = exported
+    plan = printed["plan"]
+    stored = weights = 0
+    with safe_open(bundle / "checkpoint" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        for name, entry in plan["entries"].items():
+            assert entry["bits"] < 16
+            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+            stored += codes.nbytes + scales.nbytes
+            weights += codes.shape[0] * codes.shape[1] * 8 // entry["bits"]
+            assert name not in names
+    with safe_open(EXAMPLE / "model.safetensors", "pt") as file:
+        original = sum(file.get_tensor(name).numel() for name in plan["entries"])
+    assert weights == plan["weights"] == original
+    assert stored == plan["total_bytes"]
+    assert plan["average_bits"] == pytest.approx(stored * 8 / weights, rel=1e-9)
+    assert BITS * 0.99 < plan["average_bits"] <= BITS
+
+
+def test_stored_bytes_are_the_bytes_in_the_weight_file(exported: tuple[Path, dict[str, Any]]) -> None:
+    bundle, printed = exported
+    pieces = {}
+    for graph in ("encoder", "cross_kv", "decoder"):
+        model = onnx.load(bundle / "onnx" / f"{graph}.onnx", load_external_data=False)
+        inputs = {"MatMulNBits": (1, 2), "GatherBlockQuantized": (0, 2)}  # codes, scales
+        quantized = {n.input[i] for n in model.graph.node for i in inputs.get(n.op_type, ())}
+        for tensor in model.graph.initializer:
+            if tensor.name in quantized:
+                where = {e.key: e.value for e in tensor.external_data}
+                assert where["location"] == "weights.bin"
+                pieces[int(where["offset"])] = int(where["length"])
+    file = (bundle / "onnx" / "weights.bin").stat().st_size
+    (target,) = printed["targets"]
+    assert sum(pieces.values()) == target["stored_bytes"] == printed["plan"]["stored_bytes"]["onnx"] < file
+    ends = sorted((start, start + length) for start, length in pieces.items())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize(
+    "name", ["onnx/weights.bin", "checkpoint/model.safetensors", "onnx/decoder.onnx", "tokenizer.json"]
+)
+def test_verify_names_the_file_with_a_flipped_byte(bundle: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    result = edgewright("verify", copy, "-m", EXAMPLE)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(f"verification failed: {name}: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_verify_names_a_missing_file_and_another_checkpoint(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    (copy / "onnx" / "encoder.onnx").unlink()
+    result = edgewright("verify", copy)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "verification failed: onnx/encoder.onnx: missing from the bundle"
+    other = write_tiny_t5gemma(tmp_path / "other")
+    assert "is not the checkpoint this bundle was made from" in refused(edgewright("verify", bundle, "-m", other))
+
+
+def test_a_lowering_that_is_wrong_fails_verification(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage the weights and mend the hash: only the comparison with the reference can see it."""
+    import hashlib
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    file = copy / "onnx" / "weights.bin"
+    data = bytearray(file.read_bytes())
+    data[: len(data) // 2] = bytes(b ^ 0x11 for b in data[: len(data) // 2])
+    file.write_bytes(data)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["onnx/weights.bin"] = hashlib.sha256(data).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = edgewright("verify", copy, "--json")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("verification failed: onnx: logits differ from the reference")
+    assert json.loads(result.stdout)["passed"] is False
+
+
+# Determinism
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    found = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if not name.startswith("reports/")}
+
+
+def test_the_same_plan_and_checkpoint_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
+    """The second time from the plan, in another process than the first, and without verification."""
+    options = ["--plan", bundle / "checkpoint" / "plan.json", "--no-verify"]
+    again = tmp_path / "again"
+    text = passed(edgewright("export", "-m", EXAMPLE, "-o", again, *options))
+    assert "not verified" in text
+    first, second = files_of(bundle), files_of(again)
+    assert "manifest.json" in first
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+# Hostile checkpoints
+
+
+def _header(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = directory / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def _tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _config(directory: Path, *keys: str, value: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    inner = config
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+Q = "model.encoder.layers.0.self_attn.q_proj.weight"
+EMBED = "model.decoder.embed_tokens.weight"
+NORM = "model.decoder.norm.weight"
+
+
+def truncated(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def long_header(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
+
+
+def overlapping(directory: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        names = [n for n in header if n != "__metadata__"]
+        first = next(n for n in names if header[n]["data_offsets"][0] == 0)
+        size = header[first]["data_offsets"][1]
+        other = next(n for n in names if header[n]["data_offsets"][0] == size)
+        header[other]["data_offsets"] = [0, header[other]["data_offsets"][1] - size]
+
+    _header(directory, change)
+
+
+def integers(directory: Path) -> None:
+    _tensors(directory, lambda t: t.update({Q: t[Q].to(torch.int32)}))
+
+
+def missing_tensor(directory: Path) -> None:
+    _tensors(directory, lambda t: t.pop(Q))
+
+
+def wrong_shape(directory: Path) -> None:
+    _tensors(directory, lambda t: t.update({Q: t[Q].T.contiguous()}))
+
+
+def _put(directory: Path, name: str, value: float) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[-1] = value
+
+    _tensors(directory, change)
+
+
+def pickle_only(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def not_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{model_type: t5gemma")
+
+
+def deep_json(directory: Path) -> None:
+    (directory / "config.json").write_text('{"a":' * 200_000)
+
+
+def no_model(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncated, "model.safetensors"),
+    "header longer than the file": (long_header, "model.safetensors"),
+    "overlapping offsets": (overlapping, "model.safetensors"),
+    "integer weights": (integers, Q),
+    "missing tensor": (missing_tensor, Q),
+    "wrong shape": (wrong_shape, Q),
+    "NaN in a layer": (lambda d: _put(d, Q, float("nan")), Q),
+    "infinity in a layer": (lambda d: _put(d, Q, float("inf")), Q),
+    "NaN in the embedding": (lambda d: _put(d, EMBED, float("nan")), EMBED),
+    "infinity in a norm": (lambda d: _put(d, NORM, float("-inf")), NORM),
+    "pickle only": (pickle_only, "pickle"),
+    "config that is not JSON": (not_json, "config.json"),
+    "config nested too deep": (deep_json, "config.json"),
+    "unknown model_type": (lambda d: _config(d, "model_type", value="mamba9"), "mamba9"),
+    "model_type that is a list": (lambda d: _config(d, "model_type", value=["t5gemma"]), "model_type"),
+    "huge hidden size": (lambda d: _config(d, "encoder", "hidden_size", value=1 << 60), "hidden_size"),
+    "negative layers": (lambda d: _config(d, "decoder", "num_hidden_layers", value=-1), "num_hidden_layers"),
+    "a million layers": (lambda d: _config(d, "decoder", "num_hidden_layers", value=1_000_000), "num_hidden_layers"),
+    "heads that do not divide": (lambda d: _config(d, "encoder", "num_key_value_heads", value=3), "key_value"),
+    "zero heads": (lambda d: _config(d, "encoder", "num_attention_heads", value=0), "num_attention_heads"),
+    "text for a number": (lambda d: _config(d, "encoder", "head_dim", value="16"), "head_dim"),
+    "NaN for a number": (lambda d: _config(d, "decoder", "rms_norm_eps", value=float("nan")), "rms_norm_eps"),
+    "list for a stack": (lambda d: _config(d, "encoder", value=[]), "encoder"),
+    "unknown activation": (lambda d: _config(d, "decoder", "hidden_activation", value="swish9"), "swish9"),
+    "no such directory": (no_model, "no model at"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
+    damage, word = HOSTILE[kind]
+    model = write_tiny_t5gemma(tmp_path / "model")
+    damage(model)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert word in refused(edgewright("export", "-m", model, "-o", out / "bundle"))
+    assert list(out.iterdir()) == []
+
+
+def test_a_bad_checkpoint_in_a_real_process(tmp_path: Path) -> None:
+    model = write_tiny_t5gemma(tmp_path / "model")
+    _put(model, EMBED, float("nan"))
+    done = process("-m", "edgewright.cli", "export", "-m", str(model), "-o", str(tmp_path / "bundle"))
+    assert done.returncode == 2
+    assert EMBED in only_error(done.stdout, done.stderr)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# Exports that break off
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the exporter broke"), KeyboardInterrupt()])
+def test_an_export_that_breaks_off_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Breaks:
+        @staticmethod
+        def export(graphs: Any, directory: Path, options: Any, progress: Any) -> None:
+            (directory / "half.onnx").write_bytes(b"half")
+            seen.extend(p.name for p in directory.parent.parent.iterdir())
+            raise error
+
+    monkeypatch.setattr(compiler, "exporter", lambda name: Breaks)
+    model = write_tiny_t5gemma(tmp_path / "model")
+    out = tmp_path / "deep" / "bundle"
+    with pytest.raises(type(error)):
+        compiler.export(compiler.Request(str(model)), out)
+    assert [name.endswith(".partial") for name in seen] == [True]
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_artefact_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewright.errors import VerificationFailure
+
+    def fail(report: object) -> None:
+        raise VerificationFailure("onnx: not the same")
+
+    monkeypatch.setattr(compiler, "require", fail)
+    model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
+    result = edgewright("export", "-m", model, "-o", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1] == "verification failed: onnx: not the same"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_exists_or_cannot_be_made_is_refused(tmp_path: Path, plan_file: tuple[Path, Path]) -> None:
+    model, plan = plan_file
+    (tmp_path / "file").write_text("kept")
+    assert "exists already" in refused(edgewright("export", "-m", model, "-o", tmp_path / "file"))
+    assert "cannot be" in refused(edgewright("export", "-m", model, "--plan", plan, "-o", tmp_path / "file" / "bundle"))
+    assert "cannot be" in refused(edgewright("plan", "-m", model, "--plan", plan, "-o", tmp_path / "no" / "plan.json"))
+    assert "-o BUNDLE" in refused(edgewright("export", "-m", model))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# Budgets, overrides and plans
+
+
+def planned(model: Path, *options: object) -> dict[str, Any]:
+    result = edgewright("plan", "-m", model, "--json", *options)
+    found: dict[str, Any] = json.loads(passed(result))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("budget", "word"),
+    [
+        (("--bits", 1), "below the floor"),
+        (("--bits", 17), "above the ceiling"),
+        (("--size", "1k"), "below the floor"),
+        (("--size", "1g"), "above the ceiling"),
+    ],
+)
+def test_an_impossible_budget_names_floor_and_ceiling(
+    budget: tuple[str, object], word: str, plan_file: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, _ = plan_file
+    line = refused(edgewright("export", "-m", model, *budget, "-o", tmp_path / "bundle"))
+    assert word in line
+    found = re.search(r"from ([0-9.]+) bits a weight \(([0-9]+) bytes .*\) to ([0-9.]+) \(([0-9]+) bytes\)", line)
+    assert found is not None
+    assert list(tmp_path.iterdir()) == []
+    for option, end in (("--bits", found[1]), ("--bits", found[3]), ("--size", found[2]), ("--size", found[4])):
+        planned(model, option, end)  # what is named can be typed
+
+
+def test_a_size_is_respected(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = plan_file
+    size = 150_000
+    made = planned(model, "--size", size)
+    assert made["total_bytes"] <= size
+    passed(edgewright("export", "-m", model, "--size", size, "--no-verify", "-o", tmp_path / "bundle"))
+    with safe_open(tmp_path / "bundle" / "checkpoint" / "model.safetensors", "pt") as file:
+        everything = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert everything <= size
+    assert everything > 0.9 * size
+
+
+def test_overrides_widths_and_groups(plan_file: tuple[Path, Path]) -> None:
+    model, _ = plan_file
+    entries = planned(model, "--bits", 6, "--override", "embed_tokens=8", "--override", "mlp=4:32")["entries"]
+    assert {e["bits"] for n, e in entries.items() if "embed_tokens" in n} == {8}
+    assert {(e["bits"], e["group_size"]) for n, e in entries.items() if ".mlp." in n} == {(4, 32)}
+    wide = planned(model, "--bits", 5, "--widths", "3,8")["entries"]
+    assert {e["bits"] for e in wide.values()} == {3, 8}
+    grouped = planned(model, "--bits", 4.5, "--widths", "4", "--group-size", "32")["entries"]
+    assert {e["group_size"] for e in grouped.values()} == {32}
+    channel = planned(model, "--bits", 5, "--widths", "4,8", "--group-size", "channel")["entries"]
+    shapes = {n: load_file(model / "model.safetensors")[n].shape for n in channel}
+    assert all(e["group_size"] == shapes[n][1] for n, e in channel.items())
+    assert "matches no weight" in refused(edgewright("plan", "-m", model, "--override", "nothing_like_it=4"))
+    assert "regex" in refused(edgewright("plan", "-m", model, "--override", "embed"))
+    assert "7 bits" in refused(edgewright("plan", "-m", model, "--override", "embed=7"))
+    assert "7 bits" in refused(edgewright("plan", "-m", model, "--widths", "7"))
+
+
+def test_options_that_exclude_each_other(plan_file: tuple[Path, Path]) -> None:
+    model, plan = plan_file
+    assert "--bits and --size" in refused(edgewright("plan", "-m", model, "--bits", 4, "--size", "1m"))
+    assert "--plan already" in refused(edgewright("plan", "-m", model, "--bits", 4, "--plan", plan))
+    assert "choose from onnx" in refused(edgewright("export", "-m", model, "--format", "tflite", "-o", "x"))
+    unreadable = edgewright("plan", "-m", model, "--size", "many")
+    assert unreadable.exit_code == 2
+    assert "is not a size" in unreadable.stderr
+
+
+def test_a_plan_edited_by_hand_is_accepted_back(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
+    model, plan = plan_file
+    values = json.loads(plan.read_text())
+    before = planned(model, "--plan", plan)
+    assert before["average_bits"] == values["average_bits"]
+    shape = load_file(model / "model.safetensors")[EMBED].shape
+    values["entries"][EMBED] |= {"bits": 3, "group_size": shape[1], "why": "by hand"}
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(values))
+    after = planned(model, "--plan", edited, "-o", tmp_path / "back.json")
+    assert after["entries"][EMBED] == {"bits": 3, "group_size": shape[1]}
+    assert after["average_bits"] != before["average_bits"]
+    assert after["total_bytes"] * 8 / after["weights"] == pytest.approx(after["average_bits"])
+    assert json.loads((tmp_path / "back.json").read_text())["total_bytes"] == after["total_bytes"]
+
+
+def test_a_broken_plan_is_one_line(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
+    model, plan = plan_file
+    text = plan.read_text()
+    values = json.loads(text)
+
+    def entry(**changes: object) -> str:
+        return json.dumps(values | {"entries": values["entries"] | {EMBED: values["entries"][EMBED] | changes}})
+
+    less = {n: e for n, e in values["entries"].items() if n != EMBED}
+    more = values["entries"] | {"model.unknown.weight": values["entries"][EMBED]}
+    broken = {
+        "half": text[: len(text) // 2],
+        "list": "[]",
+        "bits": entry(bits=7),
+        "group": entry(group_size=48),
+        "text": entry(bits="4"),
+        "lacks": json.dumps(values | {"entries": less}),
+        "unknown": json.dumps(values | {"entries": more}),
+        "deep": "[" * 100_000,
+        "version": json.dumps(values | {"version": 2}),
+    }
+    for name, bad in broken.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(bad)
+        assert "plan" in refused(edgewright("plan", "-m", model, "--plan", file)), name
+    assert "cannot be read" in refused(edgewright("plan", "-m", model, "--plan", tmp_path / "absent.json"))
+
+
+def test_a_dry_run_writes_nothing(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = plan_file
+    result = edgewright("export", "-m", model, "-o", tmp_path / "bundle", "--dry-run", "--json")
+    assert json.loads(passed(result))["average_bits"] <= 4.5
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(p.name for p in model.iterdir()) == [
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
+
+
+def test_one_layer_of_each_stack(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = plan_file
+    out = tmp_path / "bundle"
+    made = json.loads(passed(edgewright("export", "-m", model, "--num-layers", 1, "-o", out, "--json")))
+    assert {n.split(".")[3] for n in made["plan"]["entries"] if ".layers." in n} == {"0"}
+    assert made["verification"]["passed"] is True
+    config = json.loads((out / "checkpoint" / "config.json").read_text())
+    assert config["encoder"]["num_hidden_layers"] == config["decoder"]["num_hidden_layers"] == 1
+    passed(edgewright("verify", out))
+    for count in (0, -1):
+        assert "num-layers" in refused(edgewright("plan", "-m", model, "--num-layers", count))
+
+
+# No torch where an app runs
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import edgewright.cli",
+        "from edgewright.cli import main; main(['--help'], standalone_mode=False)",
+        "from edgewright.cli import main; main(['export', '--help'], standalone_mode=False)",
+        "from edgewright.cli import main; main(['run', {bundle!r}, '--prompt', 'c a t'], standalone_mode=False)",
+        "from edgewright.runtimes.measure import measure; measure({bundle!r}, [4], 2, [0], 1, 1)",
+    ],
+)
+def test_torch_is_not_imported(code: str, bundle: Path) -> None:
+    check = "import sys; heavy = {'torch', 'transformers', 'onnx'} & set(sys.modules); assert not heavy, heavy"
+    done = process("-c", f"{code.format(bundle=str(bundle))}\n{check}")
+    assert done.returncode == 0, done.stderr
+
+
+# run
+
+
+def test_run_answers(bundle: Path) -> None:
+    for arguments, stdin in ((("--prompt", "k n i g h t"), None), (("--prompt", "-"), "k n i g h t\n")):
+        result = edgewright("run", bundle, *arguments, "-t", 1, stdin=stdin)
+        assert passed(result).splitlines()[-1] == "N AY T"
+        assert result.stderr == ""
+    short = passed(edgewright("run", bundle, "--prompt", "k n i g h t", "-n", 1))
+    assert short.strip() == "N"
+    sampled = [
+        passed(edgewright("run", bundle, "--prompt", "t h r o u g h", "--temperature", 2, "--seed", s))
+        for s in (1, 1, 2, 3, 4)
+    ]
+    assert sampled[0] == sampled[1]
+    assert len(set(sampled)) > 1
+
+
+def test_run_refuses_what_it_cannot_answer(bundle: Path, tmp_path: Path) -> None:
+    assert "empty" in refused(edgewright("run", bundle, "--prompt", ""))
+    assert "empty" in refused(edgewright("run", bundle, "--prompt", "-", stdin=""))
+    assert "at most" in refused(edgewright("run", bundle, "--prompt", "a " * 500))
+    assert "chat template" in refused(edgewright("run", bundle, "--prompt", "a", "--chat"))
+    assert "holds no coreml" in refused(edgewright("run", bundle, "--prompt", "a", "--format", "coreml"))
+    assert "not a bundle" in refused(edgewright("run", tmp_path, "--prompt", "a"))
+    for options in (("--temperature", "nan"), ("--temperature", "1", "--top-p", "nan"), ("--temperature", "inf")):
+        result = edgewright("run", bundle, "--prompt", "a", *options)
+        assert result.exit_code == 2, options
+        assert result.stdout == ""
+        assert isinstance(result.exception, SystemExit)
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    (copy / "onnx" / "decoder.onnx").write_bytes(b"not a model")
+    assert "does not load" in refused(edgewright("run", copy, "--prompt", "a"))
+    (copy / "checkpoint" / "tokenizer.json").unlink()
+    assert "no tokenizer" in refused(edgewright("run", copy, "--prompt", "a"))
+
+
+# profile
+
+
+class Cells(HTMLParser):
+    """Text of the cells of a page of tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+@pytest.mark.parametrize("form", ["md", "json", "csv", "html"])
+def test_profile_prints_each_form(bundle: Path, form: str) -> None:
+    text = passed(edgewright("profile", bundle, "-p", 8, "-n", 4, "-r", 1, "-t", 1, "-o", form))
+    if form == "json":
+        result = json.loads(text)
+        assert [r["test"] for r in result["rows"]] == ["pp8", "tg4"]
+        assert all(r["tokens_per_s"] > 0 and r["repeats"] == 1 for r in result["rows"])
+        assert result["kind"] == "measured"
+        assert set(result["ops"]) == {"encoder", "cross_kv", "decoder"}
+        assert all(sum(o["share"] for o in ops) <= 1.0001 for ops in result["ops"].values())
+        assert 0 < result["memory"]["anonymous_after_load"] <= result["memory"]["peak_resident"]
+        assert json.loads((bundle / "reports" / "profile.json").read_text()) == result
+    elif form == "csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert [r["test"] for r in rows] == ["pp8", "tg4"]
+        assert all(float(r["tokens_per_s"]) > 0 for r in rows)
+    elif form == "md":
+        table = [line.split("|")[1:-1] for line in text.split("\n\n")[0].splitlines()]
+        assert [c.strip() for c in table[0]] == ["model", "bits", "threads", "test", "t/s"]
+        assert [row[3].strip() for row in table[2:]] == ["pp8", "tg4"]
+        assert {len(row) for row in table} == {5}
+    else:
+        page = Cells()
+        page.feed(text)
+        page.close()
+        assert page.open == []
+        assert {"pp8", "tg4", "MatMulNBits"} <= set(page.cells)
+
+
+def test_profile_refuses_lengths_beyond_the_context(bundle: Path) -> None:
+    context = json.loads((bundle / "manifest.json").read_text())["generation"]["max_context"]
+    for options in (("-p", context + 1), ("-n", context), ("-p", 8, "-d", context), ("-p", "8,100000")):
+        assert "context" in refused(edgewright("profile", bundle, "-r", 1, *options))
+    assert "too few" in refused(edgewright("profile", bundle, "-p", 8, "-n", 4, "-r", 0))
+
+
+# inspect, doctor, devices
+
+
+def test_inspect_a_checkpoint_and_a_bundle(bundle: Path) -> None:
+    checkpoint = edgewright("inspect", EXAMPLE, "--json")
+    found = json.loads(passed(checkpoint))
+    assert found["kind"] == "checkpoint"
+    assert found["model_type"] == "t5gemma"
+    assert found["stacks"] == {"encoder": 4, "decoder": 4}
+    assert found["tokenizer"] is True
+    shipped = json.loads(passed(edgewright("inspect", bundle, "--json")))
+    assert shipped["kind"] == "bundle"
+    assert shipped["weights"] == found["quantizable_weights"]
+    assert set(shipped["graphs"]) == {"encoder", "cross_kv", "decoder"}
+    files = [bundle / "onnx" / n for n in ("encoder.onnx", "cross_kv.onnx", "decoder.onnx", "weights.bin")]
+    assert shipped["targets"]["onnx"]["file_bytes"] == sum(f.stat().st_size for f in files)
+    for target in (EXAMPLE, bundle):
+        assert "model_type: t5gemma" in passed(edgewright("inspect", target))
+    assert "no model at" in refused(edgewright("inspect", bundle / "absent"))
+
+
+def test_doctor_and_devices() -> None:
+    found = json.loads(passed(edgewright("doctor", "--json")))
+    assert found["targets"]["onnx"]["installed"] is True
+    assert found["targets"]["onnx"]["exports"] is True
+    text = passed(edgewright("doctor"))
+    assert all(any(line.startswith(name) for line in text.splitlines()) for name in found["targets"])
+    names = json.loads(passed(edgewright("devices", "list", "--json")))
+    assert names
+    shown = json.loads(passed(edgewright("devices", "show", names[0], "--json")))
+    assert shown["name"] == names[0]
+    assert "absent-device" in refused(edgewright("devices", "show", "absent-device"))
+
+
+def test_the_text_forms_say_the_totals(plan_file: tuple[Path, Path], bundle: Path) -> None:
+    model, _ = plan_file
+    text = passed(edgewright("plan", "-m", model, "--bits", 5))
+    assert re.search(r"quantizable weights at [45]\.\d{4} bits a weight, scales counted", text)
+    verified = passed(edgewright("verify", bundle))
+    assert "lowering error (float32 activations)" in verified
+    assert "ok (<= 0.001)" in verified

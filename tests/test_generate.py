@@ -1,0 +1,217 @@
+"""The generate loop over a session that is a formula: what is fed, what stops it, and what sampling picks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgewright.bundle import Generation
+from edgewright.errors import UserError
+from edgewright.runtimes import generate as loop
+from edgewright.runtimes.generate import Sampling, Stream, generate, generate_batch
+from edgewright.runtimes.session import Array, StateBuffers
+
+VOCAB = 23
+EOS = VOCAB  # beyond the vocabulary: never picked, unless a test names another
+
+
+def causal(**changes: Any) -> Generation:
+    values = {"task": "causal", "eos_ids": (EOS,), "vocab": VOCAB, "max_context": 512, "max_new_tokens": 64}
+    return Generation(**(values | changes))
+
+
+def seq2seq(**changes: Any) -> Generation:
+    return causal(**({"task": "seq2seq", "decoder_start": 2, "pad_id": 0} | changes))
+
+
+def logits_after(tokens: Sequence[int], source: Sequence[int] = ()) -> Array:
+    """Logits [vocab] that depend on every token so far and on its place."""
+    digest = 7
+    for token in (*source, -1, *tokens):
+        digest = (digest * 1_000_003 + token + 1) % (1 << 61)
+    return np.random.default_rng(digest).normal(size=VOCAB).astype(np.float32)
+
+
+def argmax_loop(prompt: Sequence[int], steps: int, source: Sequence[int] = ()) -> list[int]:
+    """The same, written out: append the best token, look again."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(logits_after(tokens, source).argmax()))
+    return tokens[len(prompt) :]
+
+
+class Formula:
+    """A `Session` whose state is the tokens it was fed, by row; it checks every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+        self.capacity = 0
+
+    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+        self.capacity = capacity
+        return {"tokens": [[] for _ in range(batch)], "source": [[] for _ in range(batch)]}
+
+    def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
+        first = next(iter(inputs.values()))
+        self.calls.append((graph, first.shape))
+        if graph == "encoder":
+            ids, mask = inputs["input_ids"], inputs["encoder_mask"]
+            assert ids.shape == mask.shape
+            assert mask.dtype == np.bool_
+            assert (ids[~mask] == 0).all()
+            state["source"] = [row[kept].tolist() for row, kept in zip(ids, mask)]
+            return {"encoder_hidden": np.zeros((*ids.shape, 4), np.float32)}
+        if graph == "cross_kv":
+            assert inputs["encoder_hidden"].shape[-1] == 4
+            return {}
+        assert graph == "decoder"
+        ids, positions = inputs["input_ids"], inputs["logit_positions"]
+        assert ids.dtype == positions.dtype == inputs["past_length"].dtype == np.int64
+        past = len(state["tokens"][0])
+        assert inputs["past_length"].tolist() == [past]
+        assert past + ids.shape[1] <= self.capacity
+        for row, new in zip(state["tokens"], ids.tolist()):
+            row.extend(new)
+        made = [
+            [logits_after(row[: past + int(p) + 1], source) for p in positions]
+            for row, source in zip(state["tokens"], state["source"])
+        ]
+        return {"logits": np.stack([np.stack(row) for row in made])}
+
+
+def test_greedy_is_the_argmax_loop() -> None:
+    prompt = [5, 6, 7]
+    session = Formula()
+    assert list(generate(session, causal(), prompt, 20)) == argmax_loop(prompt, 20)
+    assert session.calls == [("decoder", (1, 3))] + [("decoder", (1, 1))] * 19  # the last token is not fed
+
+
+def test_an_encoder_decoder_starts_from_its_start_token() -> None:
+    source = [9, 8, 7, 6]
+    session = Formula()
+    assert list(generate(session, seq2seq(), source, 10)) == argmax_loop([2], 10, source)
+    assert [graph for graph, _ in session.calls] == ["encoder", "cross_kv"] + ["decoder"] * 10
+    assert session.calls[2] == ("decoder", (1, 1))
+
+
+def test_an_end_token_stops_and_is_not_given() -> None:
+    tokens = argmax_loop([5, 6, 7], 20)
+    end = tokens[6]
+    expected = tokens[: tokens.index(end)]
+    session = Formula()
+    assert list(generate(session, causal(eos_ids=(VOCAB + 5, end)), [5, 6, 7], 20)) == expected
+    assert len(session.calls) == len(expected) + 1
+    assert list(generate(Formula(), causal(eos_ids=(tokens[0],)), [5, 6, 7], 20)) == []
+
+
+@pytest.mark.parametrize(("length", "count"), [(6, 5), (9, 2), (1, 10)])
+def test_the_context_is_never_exceeded(length: int, count: int) -> None:
+    """Ten places: the prompt's tokens and all new ones but the last, which is given and not fed."""
+    prompt = list(range(length))
+    session = Formula()
+    assert list(generate(session, causal(max_context=10), prompt, 100)) == argmax_loop(prompt, count)
+    assert session.capacity == 10
+    assert len(list(generate(Formula(), seq2seq(max_context=10), [3, 4], 100))) == 10
+
+
+def test_too_long_and_empty_prompts_are_refused() -> None:
+    with pytest.raises(UserError, match="the prompt has 10 tokens, the bundle's context is 10"):
+        list(generate(Formula(), causal(max_context=10), [1] * 10, 5))
+    with pytest.raises(UserError, match="the prompt has 11 tokens"):
+        list(generate(Formula(), seq2seq(max_context=10), [1] * 11, 5))
+    for spec in (causal(), seq2seq()):
+        for prompts in ([], [[]], [[1], []]):
+            with pytest.raises(UserError, match="no tokens"):
+                Stream(Formula(), spec, prompts, 5)
+    stream = Stream(Formula(), causal(), [[1, 2]], 1)
+    with pytest.raises(UserError, match="do not fit the context of 3"):
+        stream.feed(np.ones((1, 4), np.int64))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128, 299, 300, 301])
+def test_chunked_prefill_equals_one_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 300).tolist()
+    session = Formula()
+    stream = Stream(session, causal(), [prompt], 4)
+    logits = stream.prefill()
+    assert logits.shape == (1, 1, VOCAB)
+    np.testing.assert_array_equal(logits[0, 0], logits_after(prompt))
+    assert stream.past == 300
+    sizes = [shape[1] for _, shape in session.calls]
+    assert sum(sizes) == 300
+    assert max(sizes) == min(chunk, 300)
+    assert list(generate(Formula(), causal(), prompt, 4)) == argmax_loop(prompt, 4)
+
+
+def test_feed_gives_the_last_logits_or_all() -> None:
+    stream = Stream(Formula(), causal(), [[1, 2, 3]], 4)
+    every = stream.feed(stream.pending, every=True)
+    np.testing.assert_array_equal(every[0], [logits_after([1, 2, 3][: i + 1]) for i in range(3)])
+    last = stream.feed(np.array([[4, 5]]))
+    np.testing.assert_array_equal(last[0], [logits_after([1, 2, 3, 4, 5])])
+
+
+@pytest.mark.parametrize("make", [causal, seq2seq])
+def test_a_batch_gives_what_each_prompt_gives_alone(make: Any) -> None:
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    alone = [list(generate(Formula(), make(), p, 12)) for p in prompts]
+    end = alone[0][4]
+    spec = make(eos_ids=(end,))
+    expected = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in alone]
+    assert len({len(tokens) for tokens in expected}) > 1  # the rows do not all end together
+    assert generate_batch(Formula(), spec, prompts, 12) == expected
+    assert [list(generate(Formula(), spec, p, 12)) for p in prompts] == expected
+
+
+def test_a_batch_stops_at_the_context_as_one_prompt_does() -> None:
+    for make in (causal, seq2seq):
+        spec = make(max_context=8)
+        prompts = [[5, 6, 7], [7, 6, 5]]
+        assert generate_batch(Formula(), spec, prompts, 50) == [list(generate(Formula(), spec, p, 50)) for p in prompts]
+
+
+def test_prompts_of_one_decoder_only_batch_have_one_length() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        Stream(Formula(), causal(), [[1, 2], [3]], 4)
+
+
+# Sampling
+
+
+def test_sampling_is_reproducible_by_seed() -> None:
+    def run(seed: int) -> list[int]:
+        return list(generate(Formula(), causal(), [1, 2], 30, Sampling(temperature=1.5, seed=seed)))
+
+    assert run(3) == run(3)
+    assert len({tuple(run(seed)) for seed in range(5)}) == 5
+
+
+PROBABILITIES = np.array([0.05, 0.5, 0.15, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.01, {1}), (0.49, {1}), (0.6, {1, 3}), (0.79, {1, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_smallest_set_with_that_mass(top_p: float, kept: set[int]) -> None:
+    rng = np.random.default_rng(0)
+    logits = np.log(PROBABILITIES).astype(np.float32)
+    picked = [Sampling(1.0, top_p).pick(logits, rng) for _ in range(4000)]
+    assert set(picked) == kept
+    frequencies = np.bincount(picked, minlength=4) / len(picked)
+    expected = np.where([i in kept for i in range(4)], PROBABILITIES, 0)
+    np.testing.assert_allclose(frequencies, expected / expected.sum(), atol=0.03)
+
+
+def test_temperature_flattens_and_zero_is_greedy() -> None:
+    logits = np.log(PROBABILITIES).astype(np.float32)
+    rng = np.random.default_rng(0)
+    assert {Sampling(0.0, 1.0).pick(logits, rng) for _ in range(50)} == {1}
+    assert {Sampling(0.01, 1.0).pick(logits, rng) for _ in range(50)} == {1}
+    flat = np.bincount([Sampling(100.0, 1.0).pick(logits, rng) for _ in range(4000)], minlength=4) / 4000
+    np.testing.assert_allclose(flat, 0.25, atol=0.04)
+    huge = np.array([1e4, -1e4, 0.0, 1e4], np.float32)  # no overflow
+    assert {Sampling(0.5, 1.0).pick(huge, rng) for _ in range(50)} == {0, 3}
