@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError
 from .exporters import exporter
 from .exporters.artefact import Options
-from .memory import PeakAnonymous, available_bytes
+from .memory import PeakAnonymous, require_available
 from .models import build, shorten
 from .models.layers import Embedding
 from .models.loading import load_quantized
@@ -41,7 +41,7 @@ from .quant.units import quantizable_units
 from .safetensors_writer import StreamingWriter
 from .scoring import score_layers, unit_weights
 from .untrusted import one_line
-from .verification import Report, require, verify
+from .verification import Report, require, require_memory, verify
 
 VERIFY_PROMPTS = 32
 DEFAULT_CONTEXT = 4096
@@ -149,14 +149,14 @@ def export(request: Request, output: Path, check: bool = True, progress: Progres
     with PeakAnonymous() as peak:
         planned = plan(request, progress)
         if check:
-            _require_memory(planned)
+            require_memory(planned.weights, [planned.true_bytes(f) for f in planned.formats], original=False)
         partial = _partial(output)
         try:
             manifest = _write(planned, request, partial, progress)
             report = None
             if check:
                 report = verify(partial, progress=progress)
-                require(report)
+                _judge(report, output)
                 Bundle(partial, manifest).write_report("export", report.to_json())
             partial.chmod(0o755)
             partial.rename(output)
@@ -222,6 +222,14 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _judge(report: Report, output: Path) -> None:
+    """Raise VerificationFailure if a target does not match; the report stays beside where the bundle would have been."""
+    if not report.passed:
+        left = output.with_name(f"{output.name}.verification.json")
+        left.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    require(report)
 
 
 def _refuse_existing(output: Path) -> None:
@@ -369,6 +377,10 @@ def _allocate(
 
     run({})
     calibration = prompts if request.task or request.calibration else []
+    if request.importance == "lim":
+        require_available(
+            4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
+        )
     scores = score_layers(request.importance, model, checkpoint, units, calibration, spec, progress)
     return run(scores), scores
 
@@ -388,17 +400,6 @@ def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -
         entries += [(f"{w.name}.codes", "U8", w.shape), (f"{w.name}.scales", "BF16", w.shape)]
     data = sum(math.prod(shape) * {"F32": 4, "U8": 1, "BF16": 2}[kind] for _, kind, shape in entries)
     return StreamingWriter(Path("header"), entries, METADATA).file_bytes - data
-
-
-def _require_memory(planned: Planned) -> None:
-    """Verification holds the dequantized reference in float32 and the loaded artefact: refuse before hours of work."""
-    needed = 4 * planned.weights + 2 * max(planned.true_bytes(f) for f in planned.formats)
-    available = available_bytes()
-    if needed > available:
-        raise UserError(
-            f"verifying this model takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available; "
-            "give --no-verify here and run 'edgewright verify' on a larger machine"
-        )
 
 
 def _tools() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How much anonymous memory this process took, and how much it may take. A leaf: only the standard library.
+"""How much anonymous memory this process took, and how much it may take. A leaf: the standard library and `errors`.
 
 Anonymous memory (RssAnon), because pages of mapped weight files are reclaimable cache: peak RSS would count the checkpoint.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import TracebackType
+
+from .errors import UserError
 
 _STATUS = Path("/proc/self/status")
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -47,6 +49,15 @@ def available_bytes() -> int:
     for limit in _cgroup_limits():
         available = min(available, max(0, limit - anonymous_bytes()))
     return available
+
+
+def require_available(needed: int, why: str, way_out: str) -> None:
+    """Raise UserError unless about `needed` bytes can still be allocated."""
+    available = available_bytes()
+    if needed > available:
+        raise UserError(
+            f"{why}: about {needed / 2**30:.1f} GiB, of which {available / 2**30:.1f} GiB are available; {way_out}"
+        )
 
 
 def _cgroup_limits() -> list[int]:

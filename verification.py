@@ -18,6 +18,7 @@ import numpy as np
 from .bundle import CHECKPOINT, Bundle, Generation
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError, VerificationFailure
+from .memory import require_available
 from .models import build
 from .models.loading import load_dequantized, load_original
 from .prompts import Task, read_task, text_windows
@@ -123,6 +124,8 @@ def verify(
     windows = _windows(text, quantized, bundle.manifest.generation)
     spec = bundle.manifest.generation
 
+    manifest = bundle.manifest
+    require_memory(manifest.weights, [t.stored_bytes for t in manifest.targets], original is not None)
     progress("reference: dequantized weights in float32")
     reference = _eager(quantized.config, quantized, load_dequantized)
     report = Report(targets=[])
@@ -158,6 +161,17 @@ def verify(
             report.original_perplexity = perplexity(before, spec, windows)
     report.task_size = len(examples.prompts) if examples is not None else 0
     return report
+
+
+def require_memory(weights: int, stored: Sequence[int], original: bool) -> None:
+    """Refuse before hours of work: the reference is dequantized to float32, and an artefact is loaded twice beside it.
+
+    With `original` the original's float32 weights come on top. Raises UserError.
+    """
+    needed = (8 if original else 4) * weights + 2 * max(stored, default=0)
+    require_available(
+        needed, "verifying this model takes memory", "export with --no-verify and verify on a larger machine"
+    )
 
 
 def _original(bundle: Bundle, model: str | None) -> Checkpoint | None:

@@ -367,6 +367,10 @@ def _solve_counts(
                 ],
                 options={"mip_rel_gap": 0.0, "time_limit": _SOLVER_SECONDS},
             )
+        if result.x is not None and result.status != 0:
+            raise UserError(
+                f"the allocator proved no plan best within {_SOLVER_SECONDS:g} s; give fewer --widths or a --group-size"
+            )
         if result.x is None:
             raise UserError(
                 f"the allocator found no plan for {budget} bytes ({result.message}); change the budget a bit"

@@ -148,6 +148,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "prompt beyond the vocabulary": (lambda m: m.update(prompts=[[1, 70]]), "token 70 is not below"),
     "negative token": (lambda m: m.update(prompts=[[-1]]), "prompts.0.0"),
     "no prompts, nothing to compare": (lambda m: m.update(prompts=[]), "prompts"),
+    "no targets, nothing to check": (lambda m: m.update(targets=[]), "targets"),
     "an empty prompt": (lambda m: m.update(prompts=[[1], []]), "prompts.1"),
     "a weight file without hash": (lambda m: m["files"].pop("onnx/weights.bin"), "onnx/weights.bin has no hash"),
     "a checkpoint without hash": (lambda m: m["files"].pop("checkpoint/model.safetensors"), "has no hash"),

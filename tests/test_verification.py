@@ -1,0 +1,310 @@
+"""What verification must see: both paths, padding, long prompts, infinities; and the numbers it reports, computed plainly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from tiny import EXAMPLE, write_tiny_llama
+
+from edgewright import compiler
+from edgewright.answer import answer
+from edgewright.bundle import CHECKPOINT, Bundle, Generation
+from edgewright.checkpoint import open_checkpoint
+from edgewright.errors import UserError, VerificationFailure
+from edgewright.models import build
+from edgewright.models.loading import load_dequantized
+from edgewright.prompts import text_windows
+from edgewright.runtimes.eager import EagerSession
+from edgewright.runtimes.generate import Sampling, generate
+from edgewright.runtimes.session import Array, StateBuffers
+from edgewright.verification import (
+    AGREEMENT,
+    TOLERANCE,
+    Agreement,
+    Report,
+    TargetReport,
+    compare,
+    perplexity,
+    require,
+    verify,
+)
+
+VOCAB = 19
+TABLE = np.random.default_rng(7).standard_normal((VOCAB, VOCAB))
+PROMPTS = [[3, 4, 5, 6], [7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [5] * 9]
+CAUSAL = Generation(task="causal", eos_ids=(1,), vocab=VOCAB, max_context=64, max_new_tokens=8)
+SEQ2SEQ = Generation(
+    task="seq2seq", decoder_start=2, eos_ids=(1,), pad_id=0, vocab=VOCAB, max_context=64, max_new_tokens=8
+)
+Change = Callable[[Array, int, int], Array]
+"""logits [batch, vocab] of one position, the past before this call, the tokens in this call -> logits"""
+
+
+class Formula:
+    """A session whose logits are a sum over the prefix and the source, each token weighed by its distance."""
+
+    def __init__(self, change: Change = lambda logits, past, new: logits, reads_padding: bool = False) -> None:
+        self.change, self.reads_padding = change, reads_padding
+
+    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+        return {"tokens": np.zeros((batch, capacity), np.int64)}
+
+    def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
+        if graph == "encoder":
+            read = np.ones_like(inputs["encoder_mask"]) if self.reads_padding else inputs["encoder_mask"]
+            return {"encoder_hidden": TABLE[inputs["input_ids"]] * read[..., None]}
+        if graph == "cross_kv":
+            state["source"] = inputs["encoder_hidden"].sum(1)
+            return {}
+        past, new = int(inputs["past_length"][0]), inputs["input_ids"].shape[1]
+        state["tokens"][:, past : past + new] = inputs["input_ids"]
+        rows = []
+        for at in inputs["logit_positions"]:
+            prefix = state["tokens"][:, : past + int(at) + 1]
+            weights = 0.7 ** np.arange(prefix.shape[1])[::-1]
+            logits = (TABLE[prefix] * weights[:, None]).sum(1) + 0.1 * state.get("source", 0.0)
+            rows.append(self.change(logits, past + int(at), new))
+        return {"logits": np.stack(rows, 1).astype(np.float32)}
+
+
+def one(candidate: Formula, spec: Generation, prompts: Sequence[Sequence[int]] = PROMPTS) -> Agreement:
+    (found,) = compare(Formula(), [candidate], spec, prompts)
+    return found
+
+
+def agreement(**changes: Any) -> Agreement:
+    return Agreement(**({"max_relative_error": 0.0, "mean_kl": 0.0, "top1": 1.0, "prompts": 4} | changes))
+
+
+def target(lowering: Agreement, activations: str = "float32") -> TargetReport:
+    return TargetReport("onnx", activations, lowering, lowering, {}, 1, 1)
+
+
+# The comparison
+
+
+@pytest.mark.parametrize("spec", [CAUSAL, SEQ2SEQ])
+def test_a_session_agrees_with_itself(spec: Generation) -> None:
+    first, second = compare(Formula(), [Formula(), Formula()], spec, PROMPTS)
+    assert first == second
+    assert (first.max_relative_error, first.mean_kl, first.top1) == (0.0, 0.0, 1.0)
+    assert first.prompts_identical == first.prompts >= len(PROMPTS)
+    tokens = [list(generate(Formula(), spec, p, spec.max_new_tokens)) for p in PROMPTS]
+    assert first.positions >= sum(len(t) + 1 for t in tokens)
+    if spec.task == "seq2seq":
+        assert (first.prompts, first.positions) == (len(PROMPTS), sum(len(t) + 1 for t in tokens))
+
+
+def test_the_numbers_are_what_their_names_say() -> None:
+    """Over the positions behind each prompt, one prompt at a time, in plain loops."""
+
+    def shifted(logits: Array, past: int, new: int) -> Array:
+        return logits + 0.4 * np.sin(np.arange(VOCAB) + past)
+
+    found = one(Formula(shifted), SEQ2SEQ)
+    worst = scale = kl = 0.0
+    same = positions = 0
+    for prompt in PROMPTS:
+        tokens = [2, *generate(Formula(), SEQ2SEQ, prompt, SEQ2SEQ.max_new_tokens)]
+        source = TABLE[prompt].sum(0)
+        for end in range(1, len(tokens) + 1):
+            want = sum(0.7 ** (end - 1 - i) * TABLE[t] for i, t in enumerate(tokens[:end])) + 0.1 * source
+            got = want + 0.4 * np.sin(np.arange(VOCAB) + end - 1)
+            p, q = np.exp(want) / np.exp(want).sum(), np.exp(got) / np.exp(got).sum()
+            worst, scale = max(worst, np.abs(want - got).max()), max(scale, np.abs(want).max())
+            kl += float((p * np.log(p / q)).sum())
+            same += int(want.argmax() == got.argmax())
+            positions += 1
+    assert found.positions == positions
+    assert found.max_relative_error == pytest.approx(worst / scale, rel=1e-4)
+    assert found.mean_kl == pytest.approx(kl / positions, rel=1e-4)
+    assert found.top1 == pytest.approx(same / positions)
+
+
+@pytest.mark.parametrize("spec", [CAUSAL, SEQ2SEQ])
+def test_a_fault_in_the_decode_step_alone_is_seen(spec: Generation) -> None:
+    found = one(Formula(lambda logits, past, new: logits[:, ::-1] if new == 1 and past > 1 else logits), spec)
+    assert found.prompts_identical < found.prompts
+    assert not target(found).passed
+
+
+@pytest.mark.parametrize("spec", [CAUSAL, SEQ2SEQ])
+def test_a_fault_in_the_prefill_alone_is_seen(spec: Generation) -> None:
+    found = one(Formula(lambda logits, past, new: logits[:, ::-1] if new > 1 else logits), spec)
+    assert found.max_relative_error > TOLERANCE
+    assert not target(found).passed
+
+
+def test_padding_that_is_read_is_seen() -> None:
+    assert not target(one(Formula(reads_padding=True), SEQ2SEQ)).passed
+    alone = one(Formula(reads_padding=True), SEQ2SEQ, [[3, 4, 5]])
+    assert target(alone).passed  # nothing is padded there: it is the batch that finds the fault
+
+
+def test_a_fault_that_only_long_prompts_meet_is_seen() -> None:
+    spec = CAUSAL.model_copy(update={"max_context": 1024})
+    found = one(Formula(lambda logits, past, new: -logits if past > 300 else logits), spec)
+    assert found.prompts == len(PROMPTS) + 1
+    assert found.prompts_identical == len(PROMPTS)
+    assert not target(found).passed
+
+
+def test_a_prompt_that_fills_the_context_is_compared() -> None:
+    spec = CAUSAL.model_copy(update={"max_context": 10})
+    assert target(one(Formula(), spec, [[5] * 9])).passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_candidate_that_is_not_finite_fails_and_reads_as_json(value: float) -> None:
+    def broken(logits: Array, past: int, new: int) -> Array:
+        return np.where(np.arange(VOCAB) == 18, value, logits)
+
+    report = Report([target(one(Formula(broken), CAUSAL))])
+    assert not report.passed
+    text = json.dumps(report.to_json(), allow_nan=False)
+    assert json.loads(text)["passed"] is False
+    with pytest.raises(VerificationFailure, match="onnx: logits differ"):
+        require(report)
+
+
+def test_a_reference_that_is_not_finite_is_no_reference() -> None:
+    with pytest.raises(UserError, match="not finite"):
+        compare(Formula(lambda logits, past, new: logits * math.nan), [Formula()], CAUSAL, PROMPTS)
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "activations", "passes"),
+    [
+        ({}, "float32", True),
+        ({"max_relative_error": TOLERANCE}, "float32", True),
+        ({"max_relative_error": TOLERANCE * 1.01}, "float32", False),
+        ({"prompts_identical": 3}, "float32", False),
+        ({"top1": AGREEMENT, "prompts_identical": 0, "max_relative_error": 0.2}, "int8", True),
+        ({"top1": AGREEMENT - 0.001}, "int8", False),
+    ],
+)
+def test_what_passes(changes: dict[str, Any], activations: str, passes: bool) -> None:
+    lowering = agreement(**({"prompts_identical": 4, "positions": 40} | changes))
+    report = Report([target(lowering, activations)])
+    assert report.passed is passes
+    values = report.to_json()
+    assert values["passed"] is values["targets"][0]["passed"] is passes
+    if passes:
+        require(report)
+    else:
+        with pytest.raises(VerificationFailure, match=r"^onnx: "):
+            require(report)
+
+
+def test_the_first_target_that_fails_is_named() -> None:
+    good = target(agreement(prompts_identical=4, positions=40))
+    bad = target(agreement(prompts_identical=1, positions=40))
+    bad.format = "second"
+    with pytest.raises(VerificationFailure, match=r"^second: .* 1 of 4 prompts give the same tokens"):
+        require(Report([good, bad, bad]))
+
+
+# Perplexity and accuracy
+
+
+def test_perplexity_is_that_of_the_tokens_after_the_first() -> None:
+    windows = [[3, 4, 5, 6, 7], [8, 9]]
+    losses = []
+    for window in windows:
+        for end in range(1, len(window)):
+            logits = sum(0.7 ** (end - 1 - i) * TABLE[t] for i, t in enumerate(window[:end]))
+            losses.append(math.log(np.exp(logits).sum()) - logits[window[end]])
+    assert perplexity(Formula(), CAUSAL, windows) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of a decoder-only model that can read. Must not be written to but for reports."""
+    root = tmp_path_factory.mktemp("llama")
+    model = write_tiny_llama(root / "model", num_hidden_layers=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, model / name)
+    compiler.export(compiler.Request(str(model), bits=6.0), root / "bundle", check=False)
+    return model, root / "bundle"
+
+
+def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    model, path = llama
+    bundle = Bundle.open(path)
+    text, task = tmp_path / "text.txt", tmp_path / "task.tsv"
+    text.write_text("k n i g h t o u g h " * 30)
+    said = "".join(answer(path, "a b c", "onnx", None, None, Sampling(), 1)).strip()
+    assert said
+    task.write_text(f"a b c\tnot this | {said}\na b d\tcertainly not this\n")
+
+    report = verify(path, str(model), task, text, threads=1)
+    assert report.passed
+    assert report.quantization is not None
+    assert report.quantization.mean_kl > 0
+    assert report.original_perplexity is not None
+    (found,) = report.targets
+    assert found.task_accuracy == 0.5
+    assert report.task_size == 2
+    assert verify(path, None, task, task_limit=1, threads=1).targets[0].task_accuracy == 1.0
+
+    quantized = open_checkpoint(str(path / CHECKPOINT))
+    reference = build(quantized.config)
+    load_dequantized(reference, quantized)
+    assert quantized.tokenizer is not None
+    spec = bundle.manifest.generation
+    windows = text_windows(text, quantized.tokenizer, spec.max_context - 1, 16)
+    exact = perplexity(EagerSession(reference.graphs()), spec, windows)
+    assert found.perplexity == pytest.approx(exact, rel=0.05)  # int8 activations
+
+
+def test_a_changed_graph_fails_though_its_hash_is_mended(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    """The attention's scale, which no weight holds: only running the artefact can tell."""
+    path = Path(shutil.copytree(llama[1], tmp_path / "copy"))
+    file = path / "onnx" / "decoder.onnx"
+    graph = onnx.load(file, load_external_data=False)
+    node = next(n for n in graph.graph.node if n.op_type == "GroupQueryAttention")
+    (scale,) = (a for a in node.attribute if a.name == "scale")
+    scale.f *= 1.5
+    file.write_bytes(graph.SerializeToString())
+    with pytest.raises(VerificationFailure, match=r"onnx/decoder\.onnx: the file is not what was exported"):
+        verify(path, threads=1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["onnx/decoder.onnx"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    report = verify(path, threads=1)
+    assert not report.passed
+    with pytest.raises(VerificationFailure, match="onnx: logits differ"):
+        require(report)
+
+
+def test_an_artefact_that_does_not_load_is_one_line(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(llama[1], tmp_path / "copy"))
+    (path / "onnx" / "decoder.onnx").write_bytes(b"not a model")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["onnx/decoder.onnx"] = hashlib.sha256(b"not a model").hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="does not load") as caught:
+        verify(path, threads=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_that_does_not_suffice_is_refused_before_work(
+    llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgewright.memory.available_bytes", lambda: 1000)
+    notes: list[str] = []
+    with pytest.raises(UserError, match="takes memory"):
+        verify(llama[1], threads=1, progress=notes.append)
+    assert notes == ["checking file hashes"]
