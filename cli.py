@@ -172,9 +172,12 @@ def _request(model: str, options: dict[str, Any]) -> Request:
 def export(model: str, output: Path | None, dry_run: bool, no_verify: bool, as_json: bool, **options: Any) -> None:
     """Compile MODEL into a bundle."""
     from . import compiler, reporting
+    from .exporters import exporter
 
     request = _request(model, options)
     if dry_run:
+        for name in request.formats:
+            exporter(name)
         planned = compiler.plan(request, note)
         _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
         return
@@ -276,14 +279,22 @@ def run(
 
 @main.command()
 @click.argument("bundle", type=_path)
-@click.option("-p", "prompts", type=IntList(), default="512", show_default=True, help="Prompt lengths (pp rows).")
-@click.option("-n", "new", type=click.IntRange(0), default=128, show_default=True, help="Tokens to generate (tg rows).")
+@click.option(
+    "-p", "prompts", type=IntList(), help="Prompt lengths (pp rows). Default: 512, or what the context holds."
+)
+@click.option("-n", "new", type=click.IntRange(0), help="Tokens to generate (tg rows). Default: 128, or what fits.")
 @click.option("-d", "depths", type=IntList(), default="0", show_default=True, help="Context depths of the tg rows.")
 @click.option("-r", "repeats", type=int, default=5, show_default=True)
 @click.option("-o", "form", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @_threads
 def profile(
-    bundle: Path, prompts: tuple[int, ...], new: int, depths: tuple[int, ...], repeats: int, form: str, threads: int
+    bundle: Path,
+    prompts: tuple[int, ...] | None,
+    new: int | None,
+    depths: tuple[int, ...],
+    repeats: int,
+    form: str,
+    threads: int,
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op."""
     from .bundle import Bundle

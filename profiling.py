@@ -19,13 +19,24 @@ FORMATS = ("md", "json", "csv", "html")
 
 
 def profile(
-    path: str | Path, prompts: Sequence[int], new: int, depths: Sequence[int], repeats: int, threads: int = 0
+    path: str | Path,
+    prompts: Sequence[int] | None,
+    new: int | None,
+    depths: Sequence[int],
+    repeats: int,
+    threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure on the host, in a fresh process. Lengths in tokens. Raises UserError for lengths beyond the bundle's context."""
+    """Measure on the host, in a fresh process. Lengths in tokens; None is llama-bench's 512 or 128, less where the context ends.
+
+    Raises UserError for lengths beyond the bundle's context.
+    """
     bundle = Bundle.open(path)
     bundle.target("onnx")
     context = bundle.manifest.generation.max_context
     causal = bundle.manifest.generation.task == "causal"
+    prompts = [min(512, context - 1)] if prompts is None else prompts
+    if new is None:
+        new = max(1, min(128, context - 2 - (max(depths, default=0) if causal else 0)))
     prompts = [length for length in prompts if length]  # as in llama-bench, 0 asks for no such row
     if new < 0 or not (prompts or new):
         raise UserError(f"-p {','.join(map(str, prompts)) or 0} -n {new} measures nothing; give lengths above 0")

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ..errors import UserError
 from ..quant.targets import container, scale_block
 from .onnx_translate import DOMAIN
 from .onnx_weights import WeightFile, codes_chunks, content_key, scales_chunks
@@ -286,6 +287,10 @@ class Heads:
 def _heads(low: Lowering, value: ir.Value, before: ir.Node) -> Heads:
     assert value.shape is not None
     heads, dim = int(value.shape[2]), int(value.shape[3])  # type: ignore[arg-type]
+    if dim % 16:
+        raise UserError(
+            f"head_dim {dim}: ONNX Runtime's GroupQueryAttention takes multiples of 16; choose another format"
+        )
     reshape = value.producer()
     if reshape is not None and reshape.op_type == "Reshape" and reshape.domain == "":
         source = reshape.inputs[0]
