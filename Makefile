@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLE := examples/t5gemma-g2p
+FORMATS := onnx executorch coreml tensorrt qnn
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
 .PHONY: demo test test-slow lint clean
@@ -10,7 +11,8 @@ WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[plot]'
+	$(BIN)/pip install --quiet --editable '.[all]'
+	$(BIN)/pip install --quiet --no-deps ethos-u-vela==5.1.0 tosa-tools==2026.5.0
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.product
@@ -20,10 +22,13 @@ $(VENV)/.dev: $(VENV)/.product
 demo: $(VENV)/.product
 	rm -rf demo
 	mkdir demo
-	$(BIN)/edgewright export -m $(EXAMPLE) --format onnx --bits 4.5 --importance lim --task $(EXAMPLE)/heldout.tsv -o demo/bundle
-	$(BIN)/edgewright verify demo/bundle -m $(EXAMPLE) --task $(EXAMPLE)/heldout.tsv
-	$(BIN)/edgewright profile demo/bundle -p 16,64 -n 32 -d 16 -r 5
+	$(BIN)/edgewright doctor
+	$(BIN)/edgewright export -m $(EXAMPLE) --format all --bits 4.5 --importance lim --max-context 64 --no-verify -o demo/bundle
+	$(BIN)/edgewright verify demo/bundle -m $(EXAMPLE)
+	$(BIN)/edgewright verify demo/bundle -m $(EXAMPLE) --format onnx --task $(EXAMPLE)/task.tsv
+	$(BIN)/edgewright profile demo/bundle -p 16 -n 32 -d 16 -r 5
 	@for word in $(WORDS); do echo "$$word -> $$($(BIN)/edgewright run demo/bundle --prompt "$$word")"; done
+	@for form in $(FORMATS); do echo "$$form: knight -> $$($(BIN)/edgewright run demo/bundle --format $$form --prompt "k n i g h t")"; done
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .bundle import CHECKPOINT, Bundle
@@ -13,10 +13,18 @@ from .tokenizer import Tokenizer
 
 
 def answer(
-    path: Path, prompt: str, format: str, chat: bool | None, new_tokens: int | None, sampling: Sampling, threads: int
+    path: Path,
+    prompt: str,
+    format: str | None,
+    chat: bool | None,
+    new_tokens: int | None,
+    sampling: Sampling,
+    threads: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Pieces of text as they are generated. chat None: the chat template where the tokenizer has one.
 
+    format None: the first target of the bundle. What stands in for its device, if anything does, goes to `progress`.
     Raises UserError for an empty or over-long prompt, a bundle without a tokenizer, or a format it does not hold.
     """
     if not prompt.strip():
@@ -31,7 +39,9 @@ def answer(
     ids = _ids(tokenizer, prompt, chat)
     if max(ids, default=0) >= spec.vocab:
         raise UserError(f"{path}: its tokenizer gives token {max(ids)}, the model has {spec.vocab}; export it again")
-    session = open_session(bundle, format, threads)
+    session = open_session(bundle, format or bundle.manifest.targets[0].format, threads)
+    if session.stand_in:
+        progress(session.how)
     stream = tokenizer.stream()
     for token in generate(session, spec, ids, min(new_tokens or spec.max_new_tokens, spec.max_context - 1), sampling):
         piece = stream.put(token)

@@ -95,8 +95,12 @@ def main() -> None:
     """Compile small language models for devices: quantize once, lower to every runtime, verify, profile, run."""
 
 
+_HARDWARE = {"sms": "sm", "htp": "htp", "ethos_u": "ethos_u"}
 _model = click.option("-m", "--model", required=True, metavar="MODEL", help="Directory, .gguf file, or hub id.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_strict = click.option(
+    "--strict-placement", is_flag=True, help="Exit code 1 if an op fell back to another unit than the target's."
+)
 _threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
 _path = click.Path(path_type=Path)
 
@@ -104,7 +108,13 @@ _path = click.Path(path_type=Path)
 def _planning(command: Any) -> Any:
     """The options `export` and `plan` share."""
     options = [
-        click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Target; repeatable. Default: onnx."),
+        click.option(
+            "--format",
+            "formats",
+            multiple=True,
+            metavar="FORMAT",
+            help="Target; repeatable. Default: onnx. 'all': every one whose library is here.",
+        ),
         click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
         click.option("--size", type=SizeType(), help="Budget: bytes of the quantized checkpoint, such as 180m."),
         click.option("--plan", "plan_file", type=_path, help="Use this plan instead of allocating."),
@@ -124,6 +134,14 @@ def _planning(command: Any) -> Any:
         click.option("--task", type=_path, help="Task file (prompt TAB answer | answer): prompts as --calibration."),
         click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
         click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
+        click.option("--sm", type=IntList(), help="TensorRT: compute capabilities. Default: 86,89,120."),
+        click.option("--htp", type=IntList(), help="Qualcomm: HTP versions. Default: 75."),
+        click.option(
+            "--ethos-u",
+            multiple=True,
+            metavar="CONFIG",
+            help="Arm: configurations; repeatable. Default: ethos-u85-256.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -131,10 +149,14 @@ def _planning(command: Any) -> Any:
 
 
 def _request(model: str, options: dict[str, Any]) -> Request:
+    from .backends import chosen
     from .compiler import Request
     from .quant.allocate import Override
     from .quant.plan import BitPlan
 
+    formats, left = chosen(options["formats"])
+    for line in left:
+        note(line)
     group = options["group_size"]
     plan_file: Path | None = options["plan_file"]
     if plan_file is not None and (options["bits"] is not None or options["size"] is not None or options["overrides"]):
@@ -147,7 +169,7 @@ def _request(model: str, options: dict[str, Any]) -> Request:
         raise UserError("--bits and --size are one budget in two spellings; give one of them")
     return Request(
         model=model,
-        formats=tuple(dict.fromkeys(options["formats"])) or ("onnx",),
+        formats=formats,
         bits=options["bits"],
         size=options["size"],
         plan=BitPlan.read(plan_file) if plan_file is not None else None,
@@ -159,6 +181,7 @@ def _request(model: str, options: dict[str, Any]) -> Request:
         task=options["task"],
         num_layers=options["num_layers"],
         max_context=options["max_context"],
+        **{key: options[name] for key, name in _HARDWARE.items() if options[name]},
     )
 
 
@@ -168,23 +191,33 @@ def _request(model: str, options: dict[str, Any]) -> Request:
 @click.option("-o", "--output", type=_path, help="The bundle to write; must not exist.")
 @click.option("--dry-run", is_flag=True, help="Plan and print, write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip reloading and comparing the artefacts.")
+@_strict
 @_json
-def export(model: str, output: Path | None, dry_run: bool, no_verify: bool, as_json: bool, **options: Any) -> None:
+def export(
+    model: str,
+    output: Path | None,
+    dry_run: bool,
+    no_verify: bool,
+    strict_placement: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Compile MODEL into a bundle."""
-    from . import compiler, reporting
-    from .exporters import exporter
+    from . import backends, compiler, reporting
 
     request = _request(model, options)
+    if strict_placement and no_verify:
+        raise UserError("--strict-placement judges what --no-verify skips; leave one of them out")
     if dry_run:
         for name in request.formats:
-            exporter(name)
+            backends.require(name)
         planned = compiler.plan(request, note)
         _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
         return
     if output is None:
         raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
     with _cleaning_up():
-        made = compiler.export(request, output, check=not no_verify, progress=note)
+        made = compiler.export(request, output, check=not no_verify, progress=note, strict=strict_placement)
     _print(reporting.export_json(made), reporting.export_text(made), as_json)
 
 
@@ -217,6 +250,8 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
 @click.option("--task", type=_path, help="Task file: exact-match accuracy of the artefact and the original.")
 @click.option("--task-limit", type=click.IntRange(1), help="Only the first N lines of the task file.")
 @click.option("--text", type=_path, help="Text file: perplexity (decoder-only models).")
+@click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
+@_strict
 @_threads
 @_json
 def verify(
@@ -225,19 +260,23 @@ def verify(
     task: Path | None,
     task_limit: int | None,
     text: Path | None,
+    formats: tuple[str, ...],
+    strict_placement: bool,
     threads: int,
     as_json: bool,
 ) -> None:
     """Check every artefact of BUNDLE against its reference."""
     from . import reporting
     from .bundle import Bundle
-    from .verification import require
+    from .verification import require, require_placement
     from .verification import verify as check
 
-    report = check(bundle, model, task, text, task_limit, threads, note)
+    report = check(bundle, model, task, text, task_limit, threads, note, formats)
     Bundle.open(bundle).write_report("verify", report.to_json())
     _print(report.to_json(), reporting.verify_text(report), as_json)
     require(report)
+    if strict_placement:
+        require_placement(report)
 
 
 @main.command()
@@ -248,7 +287,7 @@ def verify(
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--format", "form", default="onnx", show_default=True)
+@click.option("--format", "form", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @_threads
 def run(
     bundle: Path,
@@ -258,7 +297,7 @@ def run(
     temperature: float,
     top_p: float,
     seed: int,
-    form: str,
+    form: str | None,
     threads: int,
 ) -> None:
     """Answer a prompt, streaming to standard output."""
@@ -272,7 +311,7 @@ def run(
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
     sampling = Sampling(temperature, top_p, seed)
-    for piece in answer(bundle, text, form, chat, max_new_tokens, sampling, threads):
+    for piece in answer(bundle, text, form, chat, max_new_tokens, sampling, threads, note):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -286,9 +325,11 @@ def run(
 @click.option("-d", "depths", type=IntList(), default="0", show_default=True, help="Context depths of the tg rows.")
 @click.option("-r", "repeats", type=int, default=5, show_default=True)
 @click.option("-o", "form", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
+@click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @_threads
 def profile(
     bundle: Path,
+    formats: tuple[str, ...],
     prompts: tuple[int, ...] | None,
     new: int | None,
     depths: tuple[int, ...],
@@ -296,12 +337,12 @@ def profile(
     form: str,
     threads: int,
 ) -> None:
-    """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op."""
+    """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
     from .bundle import Bundle
     from .profiling import profile as measure
     from .profiling import render
 
-    result = measure(bundle, prompts, new, depths, repeats, threads)
+    result = measure(bundle, formats, prompts, new, depths, repeats, threads)
     Bundle.open(bundle).write_report("profile", result)
     click.echo(render(result, form))
 

@@ -8,12 +8,13 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, backends
 from .bundle import (
     CHECKPOINT,
     Bundle,
@@ -25,7 +26,7 @@ from .bundle import (
     write_manifest,
 )
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import UserError
+from .errors import UserError, VerificationFailure
 from .exporters import exporter
 from .exporters.artefact import Options
 from .memory import PeakAnonymous, require_available
@@ -33,17 +34,18 @@ from .models import build, shorten
 from .models.layers import Embedding
 from .models.loading import load_quantized
 from .prompts import random_prompts, read_task, text_windows
-from .quant.allocate import Override, allocate
-from .quant.plan import BitPlan, Unit
+from .quant.allocate import Override, allocate, expected_loss
+from .quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from .quant.stream import METADATA, quantize_checkpoint
-from .quant.targets import native_bits, stored_bytes
+from .quant.targets import TIED_TWICE, common_bits, stored_bytes
 from .quant.units import quantizable_units
 from .safetensors_writer import StreamingWriter
 from .scoring import score_layers, unit_weights
 from .untrusted import one_line
-from .verification import Report, require, require_memory, verify
+from .verification import Report, require, require_memory, require_placement, verify
 
 VERIFY_PROMPTS = 32
+TASK = "task.tsv"
 DEFAULT_CONTEXT = 4096
 DEFAULT_BITS = 4.5
 Progress = Callable[[str], None]
@@ -66,11 +68,26 @@ class Request:
     task: Path | None = None
     num_layers: int | None = None
     max_context: int | None = None
+    sms: tuple[int, ...] = (86, 89, 120)
+    htp: tuple[int, ...] = (75,)
+    ethos_u: tuple[str, ...] = ("ethos-u85-256",)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What the plan could be for one target alone, at the same budget: the price of carrying one plan to several.
+
+    widths: those it stores whole. loss_ratio: the joint plan's expected loss (importance * weights * expected relative
+    error, predicted) over that of the plan for this target alone; 1 or more.
+    """
+
+    widths: tuple[int, ...]
+    loss_ratio: float
 
 
 @dataclass
 class Planned:
-    """The model opened and the plan made; nothing has been written yet."""
+    """The model opened and the plan made; nothing has been written yet. alone: for each target of several."""
 
     checkpoint: Checkpoint
     config: dict[str, Any]
@@ -82,31 +99,52 @@ class Planned:
     generation: Generation
     prompts: list[list[int]]
     formats: tuple[str, ...]
+    alone: dict[str, Alone] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
         return sum(u.numel for u in self.units)
 
+    def held_by(self, target: str) -> list[WeightSpec]:
+        """The planned weights that an artefact of `target` holds: all, but for a target of some graphs."""
+        part = backends.BACKENDS[target].graphs
+        names = {n for g in self.model.graphs() if g.name in part for n in g.parameters()}
+        return [w for u in self.units for w in u.weights if not part or w.name in names]
+
     def true_bytes(self, target: str) -> int:
         """Bytes the planned weights take in an artefact of `target`, containers and scale types counted."""
         entries = self.plan.entries
+        twice = set(self.model.tied.values()) if target in TIED_TWICE else set()
         return sum(
             stored_bytes(target, entries[w.name].bits, entries[w.name].group_size, *w.shape)
-            for u in self.units
-            for w in u.weights
+            * (2 if w.name in twice else 1)
+            for w in self.held_by(target)
         )
+
+    def ideal_bytes(self, target: str) -> int:
+        """Bytes of codes and scales of the same weights in the quantized checkpoint."""
+        entries = self.plan.entries
+        return sum(weight_bytes(w, entries[w.name].bits, entries[w.name].group_size) for w in self.held_by(target))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What lowering one target took: seconds, and the peak of this process's anonymous memory meanwhile, in bytes."""
+
+    seconds: float
+    peak_anonymous: int
 
 
 @dataclass
 class Exported:
-    """A finished export."""
+    """A finished export. costs: format -> what its lowering took (measured)."""
 
     path: Path
     planned: Planned
     manifest: Manifest
     report: Report | None
     peak_anonymous: int
-    notes: list[str] = field(default_factory=list)
+    costs: dict[str, Cost]
 
 
 def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
@@ -115,6 +153,7 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
     Raises UserError for anything wrong with the checkpoint, the budget or the options.
     """
     checkpoint = open_checkpoint(request.model)
+    request = _with_own_task(request, checkpoint, progress)
     config = checkpoint.config
     if request.num_layers is not None:
         config = shorten(config, request.num_layers)
@@ -131,33 +170,37 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
     if request.plan is not None:
         made = request.plan.validate(units)
         scores: dict[tuple[str, int], float] = {}
+        alone: dict[str, Alone] = {}
     else:
-        made, scores = _allocate(request, checkpoint, model, units, other, generation, prompts, progress)
+        made, scores, alone = _allocate(request, checkpoint, model, units, other, generation, prompts, progress)
         model = build(config)  # LIM filled it with float weights
-    return Planned(checkpoint, config, model, units, made, other, scores, generation, prompts, request.formats)
+    return Planned(checkpoint, config, model, units, made, other, scores, generation, prompts, request.formats, alone)
 
 
-def export(request: Request, output: Path, check: bool = True, progress: Progress = lambda _: None) -> Exported:
+def export(
+    request: Request, output: Path, check: bool = True, progress: Progress = lambda _: None, strict: bool = False
+) -> Exported:
     """Compile a model into a bundle at `output`, which must not exist; it appears when whole.
 
     check: reload every artefact and compare it with the reference; a mismatch raises VerificationFailure and leaves no
-    bundle. Raises UserError for anything the user can mend.
+    bundle. strict: so does an op that fell back to another unit. Raises UserError for anything the user can mend.
     """
     _refuse_existing(output)
     for name in request.formats:
-        exporter(name)  # a missing library is refused before any work
+        backends.require(name)  # a missing library is refused before any work
     with PeakAnonymous() as peak:
         planned = plan(request, progress)
         if check:
             require_memory(planned.weights, [planned.true_bytes(f) for f in planned.formats], original=False)
         partial = _partial(output)
         try:
-            manifest = _write(planned, request, partial, progress)
+            manifest, costs = _write(planned, request, partial, progress)
             report = None
             if check:
                 report = verify(partial, progress=progress)
-                _judge(report, output)
-                Bundle(partial, manifest).write_report("export", report.to_json())
+                _judge(report, output, strict)
+                costed = {"costs": {name: asdict(cost) for name, cost in costs.items()}}
+                Bundle(partial, manifest).write_report("export", report.to_json() | costed)
             partial.chmod(0o755)
             partial.rename(output)
         except OSError as error:
@@ -166,10 +209,19 @@ def export(request: Request, output: Path, check: bool = True, progress: Progres
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return Exported(output, planned, manifest, report, peak.bytes)
+    return Exported(output, planned, manifest, report, peak.bytes, costs)
 
 
-def _write(planned: Planned, request: Request, folder: Path, progress: Progress) -> Manifest:
+def _with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress) -> Request:
+    """A checkpoint's directory may bring its task file, `task.tsv`: better prompts than random ids."""
+    own = Path(request.model).expanduser() / TASK
+    if request.task or request.calibration or checkpoint.tokenizer is None or not own.is_file():
+        return request
+    progress(f"prompts from the checkpoint's own {TASK}")
+    return replace(request, task=own)
+
+
+def _write(planned: Planned, request: Request, folder: Path, progress: Progress) -> tuple[Manifest, dict[str, Cost]]:
     """Quantized checkpoint, artefacts, tokenizer and manifest into `folder`."""
     checkpoint_dir = folder / CHECKPOINT
     checkpoint_dir.mkdir()
@@ -189,21 +241,28 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
     if (checkpoint_dir / "tokenizer.json").exists():
         shutil.copyfile(checkpoint_dir / "tokenizer.json", folder / "tokenizer.json")
 
+    sizes = {name: (planned.true_bytes(name), planned.ideal_bytes(name)) for name in request.formats}
     quantized = open_checkpoint(str(checkpoint_dir))
     load_quantized(planned.model, quantized)
     graphs = planned.model.graphs()
     targets: list[TargetEntry] = []
+    costs: dict[str, Cost] = {}
+    prompts = tuple(tuple(p) for p in planned.prompts)
+    options = Options(planned.generation.max_context, request.sms, request.htp, request.ethos_u, prompts)
     for name in request.formats:
         (folder / name).mkdir()
-        made = exporter(name).export(graphs, folder / name, Options(planned.generation.max_context), progress)
+        start = time.perf_counter()
+        with PeakAnonymous() as peak:
+            made = exporter(name).export(graphs, folder / name, options, progress)
+        costs[name] = Cost(time.perf_counter() - start, peak.bytes)
         targets.append(
             TargetEntry(
                 format=name,
                 files=tuple(f"{name}/{f}" for f in made.files),
                 ops=made.ops,
                 facts=made.facts,
-                stored_bytes=planned.true_bytes(name),
-                ideal_bytes=planned.plan.total_bytes,
+                stored_bytes=sizes[name][0],
+                ideal_bytes=sizes[name][1],
             )
         )
     progress("hashing")
@@ -216,20 +275,24 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
         average_bits=planned.plan.average_bits,
         weights=planned.weights,
         targets=tuple(targets),
-        prompts=tuple(tuple(p) for p in planned.prompts),
+        prompts=prompts,
         files=hash_files(folder),
-        tools=_tools(),
+        tools=_tools(request.formats),
     )
     write_manifest(folder, manifest)
-    return manifest
+    return manifest, costs
 
 
-def _judge(report: Report, output: Path) -> None:
+def _judge(report: Report, output: Path, strict: bool) -> None:
     """Raise VerificationFailure if a target does not match; the report stays beside where the bundle would have been."""
-    if not report.passed:
+    try:
+        require(report)
+        if strict:
+            require_placement(report)
+    except VerificationFailure:
         left = output.with_name(f"{output.name}.verification.json")
         left.write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    require(report)
+        raise
 
 
 def _refuse_existing(output: Path) -> None:
@@ -355,34 +418,39 @@ def _allocate(
     spec: Generation,
     prompts: list[list[int]],
     progress: Progress,
-) -> tuple[BitPlan, dict[tuple[str, int], float]]:
+) -> tuple[BitPlan, dict[tuple[str, int], float], dict[str, Alone]]:
     """Refuse an impossible budget first (it costs nothing), then score the layers and allocate for real."""
-    widths = request.widths or tuple(sorted(set.intersection(*(set(native_bits(t)) for t in request.formats))))
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
     bits = request.bits if request.bits is not None or request.size is not None else DEFAULT_BITS
 
-    def run(scores: dict[tuple[str, int], float]) -> BitPlan:
+    def run(scores: dict[tuple[str, int], float], targets: tuple[str, ...]) -> BitPlan:
         return allocate(
             units,
             unit_weights(units, scores, request.importance),
             bits=bits,
             size=request.size,
             other_bytes=other_bytes,
-            widths=widths,
+            widths=request.widths or common_bits(targets),
             groups=request.groups,
             overrides=request.overrides,
-            targets=request.formats,
+            targets=targets,
             method=request.importance,
         )
 
-    run({})
+    run({}, request.formats)
     calibration = prompts if request.task or request.calibration else []
     if request.importance == "lim":
         require_available(
             4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
         )
     scores = score_layers(request.importance, model, checkpoint, units, calibration, spec, progress)
-    return run(scores), scores
+    made = run(scores, request.formats)
+    loss = expected_loss(made, units)
+    alone = {}
+    for target in request.formats if len(request.formats) > 1 else ():
+        ratio = loss / expected_loss(run(scores, (target,)), units)
+        alone[target] = Alone(request.widths or common_bits((target,)), ratio)
+    return made, scores, alone
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> int:
@@ -402,6 +470,10 @@ def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -
     return StreamingWriter(Path("header"), entries, METADATA).file_bytes - data
 
 
-def _tools() -> dict[str, str]:
+def _tools(formats: tuple[str, ...]) -> dict[str, str]:
     packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-    return {"edgewright": __version__} | {p: importlib.metadata.version(p) for p in packages}
+    tools = {"edgewright": __version__} | {p: importlib.metadata.version(p) for p in packages}
+    for name in formats:
+        distribution, _, version = (backends.BACKENDS[name].version or f"{name} unknown").partition(" ")
+        tools[distribution] = version
+    return tools

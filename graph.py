@@ -44,6 +44,7 @@ class Graph:
 
     `states` is a list of tensors, left out where the graph has none. An output that bears the name of another graph's
     state fills it. `example` gives a size above 1 for each symbolic dimension to trace with, `bounds` its limits.
+    `root` stands before the names of the module's parameters in the checkpoint (see `checkpoint_name`).
     """
 
     name: str
@@ -53,6 +54,11 @@ class Graph:
     states: tuple[State, ...] = ()
     example: dict[str, int] = field(default_factory=dict)
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    root: str = ""
+
+    def checkpoint_name(self, path: str) -> str:
+        """The checkpoint's name of the parameter at `path` of `module`; a module that wraps a model holds it as `whole`."""
+        return self.root + path.removeprefix("whole.")
 
     @property
     def input_names(self) -> list[str]:
@@ -78,6 +84,10 @@ class Graph:
 
         ports: list[Port | State] = [*self.inputs, *self.states]
         return tuple(make(p.dtype, p.shape) for p in ports)
+
+    def parameters(self) -> set[str]:
+        """The checkpoint's names of all parameters that the module reaches, those of other graphs among them if it does."""
+        return {self.checkpoint_name(path) for path, _ in self.module.named_parameters(remove_duplicate=False)}
 
     def export(self) -> torch.export.ExportedProgram:
         """The graph as one `torch.export` program over plain ATen and the `edgewright::` ops, dimensions dynamic."""

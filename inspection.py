@@ -7,11 +7,12 @@ import os
 import platform
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .backends import BACKENDS
 from .bundle import MANIFEST, Bundle
-from .exporters import BACKENDS
 
 
 def inspect(target: str) -> dict[str, Any]:
@@ -108,13 +109,13 @@ def inspect_text(found: dict[str, Any]) -> str:
 
 
 def doctor() -> dict[str, Any]:
-    """Each target: whether its library is installed, in which version, whether this version exports it, what to do."""
+    """Each target: whether its library is installed, in which version, what it can do on this machine, how to get it."""
     targets: dict[str, dict[str, Any]] = {}
     for name, backend in BACKENDS.items():
         targets[name] = {
             "installed": backend.installed,
-            "version": _version(backend.distribution) if backend.installed else None,
-            "exports": backend.module is not None,
+            "version": backend.version if backend.installed else None,
+            "here": HERE[name]() if backend.installed else None,
             "get": None if backend.installed else backend.install,
         }
     return {
@@ -127,21 +128,46 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # the module came with another distribution
-        return "of unknown version"
+def _native() -> str:
+    return "exports, runs and verifies"
+
+
+def _coreml() -> str:
+    from .runtimes.coreml import here
+
+    return here()
+
+
+def _tensorrt() -> str:
+    from .runtimes.tensorrt import here
+
+    return here()
+
+
+def _qnn() -> str:
+    from .runtimes.qnn import here
+
+    return here()
+
+
+def _ethosu() -> str:
+    return "exports encoders; verifies them through Arm's TOSA reference model on this CPU (the NPU itself is not here)"
+
+
+HERE: dict[str, Callable[[], str]] = {
+    "onnx": _native,
+    "executorch": _native,
+    "coreml": _coreml,
+    "tensorrt": _tensorrt,
+    "qnn": _qnn,
+    "ethosu": _ethosu,
+}
+"""What a target whose library is installed can do on this machine, in words."""
 
 
 def doctor_text(found: dict[str, Any]) -> str:
     lines = [f"python {found['python']}, torch {found['torch']}, {found['cores']} cores, {found['platform']}"]
     for name, t in found["targets"].items():
-        if t["installed"] and t["exports"]:
-            lines.append(f"{name:<11} works: {t['version']}, exports, runs and verifies here")
-        elif not t["exports"]:
-            have = f"library {t['version']} is here" if t["installed"] else "library is not installed"
-            lines.append(f"{name:<11} not exported by this version of edgewright ({have})")
-        else:
-            lines.append(f"{name:<11} missing: {t['get']}")
+        said = f"{t['here']} ({t['version'] or 'of unknown version'})" if t["installed"] else f"missing: {t['get']}"
+        lines.append(f"{name:<11} {said}")
     return "\n".join(lines)

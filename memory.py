@@ -11,14 +11,19 @@ from types import TracebackType
 
 from .errors import UserError
 
-_STATUS = Path("/proc/self/status")
+_PROCESS = Path("/proc/self")
+_STATUS = _PROCESS / "status"
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def anonymous_bytes() -> int:
     """RssAnon of this process now; 0 where the system does not tell."""
+    return _anonymous(_STATUS)
+
+
+def _anonymous(status: Path) -> int:
     try:
-        for line in _STATUS.read_text().splitlines():
+        for line in status.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     except OSError:
@@ -82,17 +87,34 @@ def _cgroup_limits() -> list[int]:
     return found
 
 
+def _with_children() -> int:
+    """RssAnon of this process and of all below it: compilers run in processes of their own."""
+    total, pending = anonymous_bytes(), [_PROCESS]
+    while pending:
+        for tasks in pending.pop().glob("task/*/children"):
+            try:
+                children = [Path("/proc", pid) for pid in tasks.read_text().split()]
+            except OSError:  # the thread is gone
+                continue
+            pending += children
+            total += sum(_anonymous(child / "status") for child in children)
+    return total
+
+
 class PeakAnonymous:
-    """`with PeakAnonymous() as peak:` samples RssAnon every 10 ms; `peak.bytes` is the highest seen."""
+    """`with PeakAnonymous() as peak:` samples RssAnon every 10 ms, of the processes it started too.
+
+    `peak.bytes` is the highest sum seen.
+    """
 
     def __init__(self) -> None:
-        self.bytes = anonymous_bytes()
+        self.bytes = _with_children()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def _sample(self) -> None:
         while not self._stop.wait(0.01):
-            self.bytes = max(self.bytes, anonymous_bytes())
+            self.bytes = max(self.bytes, _with_children())
 
     def __enter__(self) -> PeakAnonymous:
         self._thread.start()
@@ -101,4 +123,4 @@ class PeakAnonymous:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        self.bytes = max(self.bytes, anonymous_bytes())
+        self.bytes = max(self.bytes, _with_children())

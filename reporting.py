@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,28 @@ def plan_text(planned: Planned) -> str:
     return text(rows, *_totals(planned))
 
 
-def _totals(planned: Planned) -> list[str]:
+def _totals(planned: Planned) -> list[Table | str]:
     plan = planned.plan
     ideal = plan.total_bytes
-    lines = [
+    line = (
         f"{planned.weights:,} quantizable weights at {plan.average_bits:.4f} bits a weight, scales counted: {size(ideal)}"
         f" (bf16: {size(2 * planned.weights)}; importance: {plan.method})"
-    ]
+    )
+    joint = ("alone it could choose from", "expected loss alone") if planned.alone else ()
+    rows = table("in", "true bytes", "bits a weight there", *joint)
     for target in planned.formats:
         true = planned.true_bytes(target)
-        lines.append(
-            f"in {target}: {size(true)} ({true * 8 / planned.weights:.4f} bits a weight in its containers and scale types)"
-        )
-    return lines
+        cells = [size(true), f"{true * 8 / planned.weights:.4f}"]
+        if joint:
+            alone = planned.alone[target]
+            cells += [f"{', '.join(map(str, alone.widths))} bits", _saved(alone.loss_ratio)]
+        rows.add_row(target, *cells)
+    return [line, rows]
+
+
+def _saved(ratio: float) -> str:
+    """How much less a target alone would lose; what the solver leaves open is nothing."""
+    return "the same" if ratio < 1.0005 else f"{1 - 1 / ratio:.1%} less (predicted)"
 
 
 def plan_json(planned: Planned) -> dict[str, Any]:
@@ -101,6 +111,7 @@ def plan_json(planned: Planned) -> dict[str, Any]:
         "average_bits": planned.plan.average_bits,
         "total_bytes": planned.plan.total_bytes,
         "stored_bytes": {t: planned.true_bytes(t) for t in planned.formats},
+        "alone": {t: asdict(a) for t, a in planned.alone.items()},
         "scores": {f"{stack}.{i}": s for (stack, i), s in planned.scores.items()},
         "entries": {n: {"bits": e.bits, "group_size": e.group_size} for n, e in planned.plan.entries.items()},
     }
@@ -138,15 +149,17 @@ def plot_plan(planned: Planned, path: Path) -> None:
 
 def export_text(made: Exported) -> str:
     """Plan, sizes, what the check found, and where the bundle is."""
-    sizes = table("target", "weights in codes", "weights as stored", "files")
+    sizes = table("target", "weights in codes", "weights as stored", "files", "lowering", "peak anonymous memory")
     for entry in made.manifest.targets:
         total = sum((made.path / f).stat().st_size for f in entry.files)
-        sizes.add_row(entry.format, size(entry.ideal_bytes), size(entry.stored_bytes), size(total))
+        cost = made.costs[entry.format]
+        taken = [f"{cost.seconds:.1f} s", f"{cost.peak_anonymous / 2**20:.0f} MiB"]
+        sizes.add_row(entry.format, size(entry.ideal_bytes), size(entry.stored_bytes), size(total), *taken)
     parts: list[Table | str] = [plan_text(made.planned), sizes]
     if made.report is None:
         parts.append("not verified (--no-verify): run 'edgewright verify' before shipping")
     else:
-        parts.append(_lowering_table(made.report))
+        parts += [_lowering_table(made.report), _target_table(made.report), *_fell_back(made.report)]
     parts.append(f"peak anonymous memory: {made.peak_anonymous / 2**20:.0f} MiB")
     parts.append(f"bundle: {made.path}")
     return text(*parts)
@@ -158,6 +171,7 @@ def export_json(made: Exported) -> dict[str, Any]:
         "plan": plan_json(made.planned),
         "targets": [t.model_dump(mode="json") for t in made.manifest.targets],
         "verification": made.report.to_json() if made.report is not None else None,
+        "costs": {name: asdict(cost) for name, cost in made.costs.items()},
         "peak_anonymous_bytes": made.peak_anonymous,
     }
 
@@ -178,21 +192,52 @@ def _lowering_table(report: Report) -> Table:
     return rows
 
 
+def _target_table(report: Report) -> Table:
+    """What computed each target here, its weights, where its nodes run, and its bytes."""
+    rows = table(
+        "target", "computed here by", "weights bit for bit", "accelerated", "CPU by choice", "fell back", "bytes"
+    )
+    rows.columns[1].justify = "left"
+    for t in report.targets:
+        p = t.placement
+        nodes = [str(sum(map(_nodes, part.values()))) for part in (p.accelerated, p.host, p.fallback)]
+        if not p.known:
+            nodes = ["unknown here"] * 3
+        rows.add_row(t.format, t.how, str(t.weights), *nodes, size(t.file_bytes))
+    return rows
+
+
+def _nodes(ops: dict[str, int]) -> int:
+    return sum(ops.values())
+
+
+def _fell_back(report: Report) -> list[str]:
+    """A line for each target with nodes off its accelerator, by name, and for each whose placement is unknown."""
+    lines = []
+    for t in report.targets:
+        if not t.placement.known:
+            lines.append(f"{t.format}: {t.placement.source}")
+        for kind, part in (("on the CPU by choice", t.placement.host), ("fell back to the CPU", t.placement.fallback)):
+            named: Counter[str] = Counter()
+            for ops in part.values():
+                named.update(ops)
+            if named:
+                lines.append(f"{t.format}: {kind}: {', '.join(f'{op} x{n}' for op, n in named.most_common())}")
+    return lines
+
+
 def verify_text(report: Report) -> str:
-    parts: list[Table | str] = [_lowering_table(report)]
+    parts: list[Table | str] = [_lowering_table(report), _target_table(report), *_fell_back(report)]
+    placement = table("target", "graph", "on the accelerator", "nodes", "most frequent ops")
+    for column in (1, 2, 4):
+        placement.columns[column].justify = "left"
     for t in report.targets:
         parts += _quality(t, report)
-        placement = table(f"{t.format} graph", "unit", "nodes", "most frequent ops")
-        placement.columns[-1].justify = "left"
-        for graph, units in t.placement.items():
-            for unit, ops in units.items():
-                often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:7])
-                placement.add_row(graph, unit.removesuffix("ExecutionProvider"), str(sum(ops.values())), often)
-        parts.append(placement)
-        parts.append(
-            f"{t.format}: {size(t.stored_bytes)} of weights as stored, {size(t.ideal_bytes)} in codes and scales"
-        )
-    return text(*parts)
+        for graph, ops in t.placement.accelerated.items():
+            often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:6])
+            unit = t.placement.accelerator.removesuffix("ExecutionProvider")
+            placement.add_row(t.format, graph, unit, str(_nodes(ops)), often)
+    return text(*parts, placement, *report.notes)
 
 
 def _by_count(item: tuple[str, int]) -> int:

@@ -2,7 +2,7 @@
 
 Two losses that are never mixed: the lowering error (artefact against the eager reference on the same dequantized
 weights, float32 activations; must be tiny) and the quantization loss (dequantized against original weights). What int8
-activations add on top is reported apart.
+or float16 activations add on top is reported apart. The weights in an artefact's files are the checkpoint's to the bit.
 """
 
 from __future__ import annotations
@@ -14,24 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .bundle import CHECKPOINT, Bundle, Generation
+from .backends import BACKENDS
+from .bundle import CHECKPOINT, Bundle, Generation, TargetEntry
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError, VerificationFailure
+from .exporters import exporter
 from .memory import require_available
 from .models import build
-from .models.loading import load_dequantized, load_original
+from .models.loading import CODES, load_dequantized, load_original, quantized_parts
+from .ops.quantized import dequantize
 from .prompts import Task, read_task, text_windows
 from .runtimes.eager import EagerSession
 from .runtimes.generate import PREFILL_CHUNK, Stream, generate_batch
-from .runtimes.opening import open_session
-from .runtimes.session import Array, Placement, Session
+from .runtimes.opening import open_exact, open_session
+from .runtimes.session import Array, Joined, PlacedSession, Placement, Session
+from .untrusted import one_line
 
 TOLERANCE = 1e-3
 """Largest error of any logit of an artefact with float32 activations, relative to the reference's largest logit."""
 
 AGREEMENT = 0.99
 """Least top-1 agreement of an artefact whose runtime has no float32 activations."""
+
+FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
+"""Prompts compared on a target whose device is emulated here: an emulator is hundreds of times slower than the device."""
 
 NEW_TOKENS = 16
 LONG_PROMPT = 700  # tokens: past two prefill chunks and Gemma 3's window of 512
@@ -56,7 +64,8 @@ class TargetReport:
     """What was found for one artefact. `shipped` is the artefact as it is; `lowering` has `activations`.
 
     Where the runtime can compute with float32 activations, the lowering must be exact (TOLERANCE, same tokens); where it
-    cannot, both are the same run and top-1 agreement decides.
+    cannot, both are the same run and top-1 agreement decides. how: what computed here. weights: those read back from the
+    artefact's files that are bit for bit the checkpoint's; wrong: what is said of the first that is not.
     """
 
     format: str
@@ -66,11 +75,17 @@ class TargetReport:
     placement: Placement
     stored_bytes: int
     ideal_bytes: int
+    how: str = ""
+    weights: int = 0
+    file_bytes: int = 0
+    wrong: str | None = None
     task_accuracy: float | None = None
     perplexity: float | None = None
 
     @property
     def passed(self) -> bool:
+        if self.wrong is not None:
+            return False
         if self.activations != "float32":
             return self.lowering.top1 >= AGREEMENT
         same = self.lowering.prompts_identical == self.lowering.prompts
@@ -107,12 +122,14 @@ def verify(
     task_limit: int | None = None,
     threads: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    formats: Sequence[str] = (),
 ) -> Report:
     """Check a bundle: hashes, then each artefact reloaded from disk and compared, then the quantization loss.
 
     model: the original checkpoint, for the quantization loss. task: a task file, text: a text file, measured on the
-    artefact as shipped and, with `model`, on the original. Raises VerificationFailure for a damaged file, UserError for
-    bad arguments; a failed comparison is in the report.
+    artefact as shipped and, with `model`, on the original. formats: the targets to check; without, all whose library is
+    here, and a note for each that is left out. Raises VerificationFailure for a damaged file, UserError for bad arguments;
+    a failed comparison is in the report.
     """
     bundle = Bundle.open(path)
     progress("checking file hashes")
@@ -129,21 +146,12 @@ def verify(
     progress("reference: dequantized weights in float32")
     reference = _eager(quantized.config, quantized, load_dequantized)
     report = Report(targets=[])
-    for entry in bundle.manifest.targets:
-        progress(f"{entry.format}: reloading, comparing on {len(prompts)} prompts")
-        shipped = open_session(bundle, entry.format, threads)
-        exact = open_session(bundle, entry.format, threads, exact=True)
-        lowering, as_shipped = compare(reference, [exact, shipped], spec, prompts)
-        target = TargetReport(
-            entry.format,
-            exact.activations,
-            lowering,
-            as_shipped,
-            shipped.placement(),
-            entry.stored_bytes,
-            entry.ideal_bytes,
-        )
-        del exact
+    for entry in _asked(bundle, formats, report):
+        target, shipped = _target(bundle, entry, quantized, reference, prompts, threads, progress)
+        if entry.format in FEWER_PROMPTS and (examples is not None or windows):
+            report.notes.append(f"{entry.format}: task accuracy and perplexity are not measured in an emulator")
+            report.targets.append(target)
+            continue
         if examples is not None:
             progress(f"{entry.format}: {len(examples.prompts)} task prompts")
             target.task_accuracy = task_accuracy(shipped, bundle, examples)
@@ -161,6 +169,102 @@ def verify(
             report.original_perplexity = perplexity(before, spec, windows)
     report.task_size = len(examples.prompts) if examples is not None else 0
     return report
+
+
+def _asked(bundle: Bundle, formats: Sequence[str], report: Report) -> list[TargetEntry]:
+    """The targets to check. Raises UserError if one was asked for that is not there, or none can be checked here."""
+    if formats:
+        return [bundle.target(name) for name in dict.fromkeys(formats)]
+    entries = [e for e in bundle.manifest.targets if e.format in BACKENDS and BACKENDS[e.format].installed]
+    for entry in bundle.manifest.targets:
+        if entry not in entries:
+            known = BACKENDS.get(entry.format)
+            way = known.install if known is not None else "this edgewright does not know it"
+            report.notes.append(f"{entry.format} was not checked here: {way}")
+    if not entries:
+        raise UserError(f"{bundle.path}: none of its targets can be checked here; {report.notes[0]}")
+    return entries
+
+
+def _target(
+    bundle: Bundle,
+    entry: TargetEntry,
+    quantized: Checkpoint,
+    reference: Session,
+    prompts: Sequence[Sequence[int]],
+    threads: int,
+    progress: Callable[[str], None],
+) -> tuple[TargetReport, PlacedSession]:
+    """One artefact: its weights read back, then run against the reference with float32 activations and as it ships."""
+    progress(f"{entry.format}: reading its weights back")
+    weights, wrong = 0, None
+    try:
+        weights = check_weights(bundle, entry.format, quantized)
+    except VerificationFailure as error:
+        wrong = str(error)
+    prompts = prompts[: FEWER_PROMPTS.get(entry.format, len(prompts))]
+    progress(f"{entry.format}: reloading, comparing on {len(prompts)} prompts")
+    shipped = open_session(bundle, entry.format, threads)
+    exact = open_exact(bundle, entry.format, threads)
+    sessions = [shipped] if exact is None else [exact, shipped]
+    part = BACKENDS[entry.format].graphs
+    found = compare(
+        reference,
+        [Joined(s, part, reference) for s in sessions] if part else sessions,
+        bundle.manifest.generation,
+        prompts,
+    )
+    target = TargetReport(
+        entry.format,
+        sessions[0].activations,
+        found[0],
+        found[-1],
+        shipped.placement(),
+        entry.stored_bytes,
+        entry.ideal_bytes,
+        shipped.how,
+        weights,
+        sum((bundle.path / f).stat().st_size for f in entry.files),
+        wrong,
+    )
+    return target, shipped
+
+
+def check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
+    """Compare every quantized weight in an artefact's files with the checkpoint's, to the bit; returns how many.
+
+    Raises VerificationFailure for one that differs or is missing, UserError for files that cannot be read.
+    """
+    try:
+        return _check_weights(bundle, format, quantized)
+    except (UserError, VerificationFailure):
+        raise
+    except Exception as error:  # the formats' readers raise types that share no base
+        reason = one_line(error)[:200]
+        raise UserError(f"{bundle.path}: the {format} artefact does not load ({reason}); export again") from error
+
+
+def _check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
+    model = build(quantized.config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    held = {n for g in model.graphs() if g.name in BACKENDS[format].graphs for n in g.parameters()}
+    stored = (n.removesuffix(CODES) for n in quantized.names() if n.endswith(CODES))
+    wanted = {n for n in stored if n in held or not BACKENDS[format].graphs}
+    seen: set[str] = set()
+    for found, values in exporter(format).read_weights(bundle.path / format):
+        name = model.tied.get(found, found)
+        if quantized.has(name):
+            continue  # kept at 16 bits, in whatever float type the target has
+        if name not in wanted:
+            raise VerificationFailure(
+                f"{format}: the artefact holds a weight {one_line(found, 120)} that the plan has not"
+            )
+        if not torch.equal(values, dequantize(*quantized_parts(quantized, name, shapes[name]))):
+            raise VerificationFailure(f"{format}: {name} in the artefact's files is not the checkpoint's to the bit")
+        seen.add(name)
+    if wanted - seen:
+        raise VerificationFailure(f"{format}: {min(wanted - seen)} is not in the artefact's files")
+    return len(seen)
 
 
 def require_memory(weights: int, stored: Sequence[int], original: bool) -> None:
@@ -323,9 +427,22 @@ def perplexity(session: Session, spec: Generation, windows: Sequence[Sequence[in
     return float(np.exp(total / count))
 
 
+def require_placement(report: Report) -> None:
+    """Raise VerificationFailure naming what fell back, or the target whose placement nothing here can tell."""
+    for target in report.targets:
+        placed = target.placement
+        if not placed.known:
+            raise VerificationFailure(f"{target.format}: the placement is not known here ({placed.source})")
+        for graph, ops in placed.fallback.items():
+            names = ", ".join(f"{op} x{n}" for op, n in sorted(ops.items()))
+            raise VerificationFailure(f"{target.format}: {graph}: not on {placed.accelerator}: {names}")
+
+
 def require(report: Report) -> None:
     """Raise VerificationFailure naming the first target whose lowering does not match its reference."""
     for target in report.targets:
+        if target.wrong is not None:
+            raise VerificationFailure(target.wrong)
         if not target.passed:
             a = target.lowering
             allowed = f"{TOLERANCE:g}" if target.activations == "float32" else f"top-1 of at least {AGREEMENT:.0%}"

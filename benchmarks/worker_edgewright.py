@@ -1,4 +1,4 @@
-"""Edgewright's worker of the SmolLM2 benchmark: `python worker_edgewright.py BUNDLE`, run by Edgewright's Python.
+"""Edgewright's worker of the SmolLM2 benchmark: `python worker_edgewright.py BUNDLE [FORMAT]`, run by Edgewright's Python.
 
 It speaks the protocol of `peers.py` and goes through the same session and loop as `edgewright run`.
 """
@@ -15,20 +15,21 @@ from worker_common import prompt_ids, serve
 
 from edgewright.bundle import CHECKPOINT, Bundle
 from edgewright.runtimes.generate import Stream, generate
-from edgewright.runtimes.onnxruntime import OnnxSession
+from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.session import Session
 from edgewright.tokenizer import Tokenizer
 
 
 class Worker:
-    def __init__(self, path: str) -> None:
-        self.bundle = Bundle.open(path)
+    def __init__(self, path: str, format: str = "onnx") -> None:
+        self.bundle, self.format = Bundle.open(path), format
         self.spec = self.bundle.manifest.generation
-        self.session: OnnxSession | None = None
+        self.session: Session | None = None
 
     def load(self, threads: int = 1) -> dict[str, Any]:
         start = time.perf_counter()
-        self.session = OnnxSession(self.bundle.path / "onnx", self.bundle.manifest.graphs, threads)
-        return {"seconds": time.perf_counter() - start, "system": f"edgewright bundle, {self.bundle.manifest.tools}"}
+        opened = self.session = open_session(self.bundle, self.format, threads)
+        return {"seconds": time.perf_counter() - start, "system": f"{opened.how}, {self.bundle.manifest.tools}"}
 
     def _stream(self, count: int, new: int) -> Stream:
         if self.session is None:
@@ -60,5 +61,5 @@ class Worker:
 
 
 if __name__ == "__main__":
-    worker = Worker(sys.argv[1])
+    worker = Worker(*sys.argv[1:])
     serve({"load": worker.load, "prefill": worker.prefill, "decode": worker.decode, "generate": worker.generate})

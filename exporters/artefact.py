@@ -10,11 +10,18 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say of targets. max_positions bounds rotary tables and KV caches, in tokens."""
+    """What a user may say of targets.
+
+    max_positions bounds rotary tables and KV caches, in tokens. tensorrt_sms: compute capabilities an engine is built
+    for. qnn_htp: HTP versions. ethosu: accelerator configurations. prompts: token ids that calibrate static activation
+    ranges, where a target has them.
+    """
 
     max_positions: int
     tensorrt_sms: tuple[int, ...] = (86, 89, 120)
     qnn_htp: tuple[int, ...] = (75,)
+    ethosu: tuple[str, ...] = ("ethos-u85-256",)
+    prompts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from ..graph import Graph
 from .artefact import Artefact, Options, Progress
 from .onnx_lowerings import LOWERINGS, MS, Lowering, fuse_silu, nodes
+from .onnx_reading import read_nbits
 from .onnx_translate import DOMAIN, translate
 from .onnx_weights import WeightFile
 
@@ -43,6 +45,12 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
         weights.close()
     files = (*(f"{g.name}.onnx" for g in graphs), WEIGHTS)
     return Artefact(files, ops)
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, float32 [N, K]) of every quantized weight that a graph in `directory` holds."""
+    for path in sorted(directory.glob("*.onnx")):
+        yield from read_nbits(path)
 
 
 def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:

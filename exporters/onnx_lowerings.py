@@ -7,6 +7,7 @@ tests/test_onnx_facts.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from .onnx_translate import DOMAIN
 from .onnx_weights import WeightFile, codes_chunks, content_key, scales_chunks
 
 MS = "com.microsoft"
+LABEL = "edgewright.weights"
+"""The metadata of a node with quantized weights: JSON, [[checkpoint name, rows], …]."""
+
 MASKED = float(np.finfo(np.float32).min)  # finite: a fully masked row must stay finite, padding rows feed later layers
 
 
@@ -89,6 +93,11 @@ def torch_tensor(value: ir.Value | None) -> torch.Tensor:
     return raw.detach() if isinstance(raw, torch.Tensor) else torch.from_numpy(value.const_value.numpy().copy())
 
 
+def weight_name(codes: ir.Value | None) -> str:
+    """The quantized module's name in the checkpoint, from that of its codes."""
+    return str(codes.name).removesuffix(".codes")  # type: ignore[union-attr]
+
+
 def attr(node: ir.Node, name: str) -> Any:
     return node.attributes[name].value
 
@@ -102,17 +111,34 @@ def nodes(graph: ir.Graph, op: str) -> list[ir.Node]:
 
 @dataclass
 class Stack:
-    """The weights of linears that share an input, as one matrix: rows of one after the rows of the other."""
+    """The weights of linears that share an input, as one matrix: rows of one after the rows of the other.
 
-    name: str
+    names: of the linears in the checkpoint, in this order.
+    """
+
+    names: list[str]
     codes: list[torch.Tensor]
     scales: list[torch.Tensor]
     bits: int
     columns: int
 
     @property
+    def name(self) -> str:
+        first = self.names[0]
+        if len(self.names) == 1:
+            return first
+        return first.rpartition(".")[0] + "." + "+".join(n.rpartition(".")[2] for n in self.names)
+
+    @property
     def rows(self) -> int:
         return sum(c.shape[0] for c in self.codes)
+
+    def label(self, value: ir.Value) -> None:
+        """Write on the node of `value` which weights it holds and how many rows each has, for `onnx_reading`."""
+        node = value.producer()
+        assert node is not None
+        rows = [[f"{n}.weight", c.shape[0]] for n, c in zip(self.names, self.codes, strict=True)]
+        node.metadata_props[LABEL] = json.dumps(rows)
 
     @property
     def block(self) -> int:
@@ -149,16 +175,10 @@ class Stack:
 
 
 def _stack(linears: list[ir.Node]) -> Stack:
-    def name_of(node: ir.Node) -> str:
-        return str(node.inputs[1].name).removesuffix(".codes")  # type: ignore[union-attr]
-
     codes = [torch_tensor(n.inputs[1]) for n in linears]
-    first = linears[0]
-    name = name_of(first)
-    if len(linears) > 1:
-        name = name.rpartition(".")[0] + "." + "+".join(name_of(n).rpartition(".")[2] for n in linears)
-    bits = int(attr(first, "bits"))
-    return Stack(name, codes, [torch_tensor(n.inputs[2]) for n in linears], bits, codes[0].shape[1] * 8 // bits)
+    names = [weight_name(n.inputs[1]) for n in linears]
+    bits = int(attr(linears[0], "bits"))
+    return Stack(names, codes, [torch_tensor(n.inputs[2]) for n in linears], bits, codes[0].shape[1] * 8 // bits)
 
 
 def lower_linear(low: Lowering, node: ir.Node) -> None:
@@ -183,6 +203,7 @@ def _matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> ir.Value:
         block_size=stack.block,
         accuracy_level=4,
     )
+    stack.label(out)
     out.name = f"{stack.name}.out"
     return out
 
@@ -202,13 +223,7 @@ def lower_embedding(low: Lowering, node: ir.Node) -> None:
     ids, codes_in, scales_in = node.inputs[:3]
     codes = torch_tensor(codes_in)
     bits = int(attr(node, "bits"))
-    stack = Stack(
-        str(codes_in.name).removesuffix(".codes"),  # type: ignore[union-attr]
-        [codes],
-        [torch_tensor(scales_in)],
-        bits,
-        codes.shape[1] * 8 // bits,
-    )
+    stack = Stack([weight_name(codes_in)], [codes], [torch_tensor(scales_in)], bits, codes.shape[1] * 8 // bits)
     data, scales, wide = stack.initializers(low, embedding=True)
     (out,) = low.emit(
         node,
@@ -220,6 +235,7 @@ def lower_embedding(low: Lowering, node: ir.Node) -> None:
         gather_axis=0,
         quantize_axis=1,
     )
+    stack.label(out)
     low.replace(node, [out])
 
 

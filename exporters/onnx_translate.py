@@ -25,7 +25,10 @@ _ANY = [*_FLOATS, "tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(boo
 
 
 def translate(graph: Graph) -> ir.Model:
-    """The graph as an ONNX IR model whose inputs and outputs bear the graph's names; weights stay lazy torch tensors."""
+    """The graph as an ONNX IR model whose inputs and outputs bear the graph's names; weights stay lazy torch tensors.
+
+    Initializers bear the checkpoint's names, so that a weight has one name in all graphs.
+    """
     program = graph.export()
     _quieten()
     with warnings.catch_warnings():
@@ -35,6 +38,8 @@ def translate(graph: Graph) -> ir.Model:
         )
     assert exported is not None
     model: ir.Model = exported.model
+    for value in list(model.graph.initializers.values()):
+        value.name = graph.checkpoint_name(str(value.name))
     ports: list[Port | State] = [*graph.inputs, *graph.states]
     for value, port in zip(model.graph.inputs, ports, strict=True):
         value.name = port.name

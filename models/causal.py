@@ -26,7 +26,7 @@ class CausalStep(nn.Module):
     ) -> None:
         super().__init__()
         self.whole = model  # registers the parameters under the checkpoint's names
-        self.embed, self.layers, self.norm, self.head = embed, layers, norm, head
+        self.parts = (embed, list(layers), norm, head)  # in a tuple: registered again, they would have two names
 
     def forward(
         self,
@@ -35,12 +35,13 @@ class CausalStep(nn.Module):
         logit_positions: torch.Tensor,
         states: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        h = self.embed(input_ids)
+        embed, layers, norm, head = self.parts
+        h = embed(input_ids)
         updated: list[torch.Tensor] = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             h, k, v = layer(h, past_length, states[2 * i], states[2 * i + 1])
             updated += [k, v]
-        return (self.head(self.norm(h.index_select(1, logit_positions))), *updated)
+        return (head(norm(h.index_select(1, logit_positions))), *updated)
 
 
 def causal_graph(step: CausalStep, kv_shapes: Sequence[tuple[int, int]], vocab: int, max_positions: int) -> list[Graph]:

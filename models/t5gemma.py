@@ -252,6 +252,7 @@ class Model(nn.Module):
                 outputs=(hidden,),
                 example={"batch": 2, "source": 5},
                 bounds=source,
+                root="model.encoder.",
             ),
             Graph(
                 name="cross_kv",

@@ -135,6 +135,15 @@ def expected_error(bits: int, group_size: int, columns: int) -> float:
     return EXPECTED_ERROR.get((bits, group_size), EXPECTED_ERROR[bits, PER_CHANNEL])
 
 
+def expected_loss(plan: BitPlan, units: Sequence[Unit]) -> float:
+    """What the allocator minimised, of a plan it made: importance * weights * expected relative error, summed."""
+    total = 0.0
+    for weight in (w for unit in units for w in unit.weights):
+        entry = plan.entries[weight.name]
+        total += entry.score * weight.numel * expected_error(entry.bits, entry.group_size, weight.shape[1])
+    return total
+
+
 def _check_units(units: Sequence[Unit], scores: Mapping[str, float]) -> None:
     if not units:
         raise UserError("the model has no weights to quantize")

@@ -43,11 +43,20 @@ class Form:
     table_bytes: int = 0
 
 
-def _matmulnbits(target: str) -> list[Form]:
+def _matmulnbits(target: str, scale_bytes: int) -> list[Form]:
     # 2 bits: blocks 16 and 256 exist and are silently slow on the CPU
     widths = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
     return [
-        Form(target, bits, container, (32, 64, 128) if container == 2 else GROUP_SIZES, 4, 4, "packed uint8", True)
+        Form(
+            target,
+            bits,
+            container,
+            (32, 64, 128) if container == 2 else GROUP_SIZES,
+            scale_bytes,
+            scale_bytes,
+            "packed uint8",
+            True,
+        )
         for bits, container in widths.items()
     ]
 
@@ -69,17 +78,27 @@ def _coreml() -> list[Form]:
 
 
 def _tensorrt() -> list[Form]:
-    # blocked INT8 is accepted and then expanded to fp16 inside the engine: it would cost, not save
-    narrow = [Form("tensorrt", bits, 4, (16, 32, 64, 128), 2, 2, "none") for bits in (2, 3, 4)]
+    # blocked INT8 is accepted and then expanded to fp16 inside the engine: it would cost, not save; INT4 with one scale
+    # per channel is widened to INT8, so its scale is repeated for each block
+    narrow = [Form("tensorrt", bits, 4, (16, 32, 64, 128), 2, 2, "none", True) for bits in (2, 3, 4)]
     return narrow + [Form("tensorrt", bits, 8, (), 2, 2, "none") for bits in (5, 6, 8)]
+
+
+def _ethosu() -> list[Form]:
+    # One scale per channel, in a record of ten bytes with the bias; Vela compresses the codes of eight bits further
+    return [Form("ethosu", bits, 8, (), 10, 10, "none") for bits in (2, 3, 4, 5, 6, 8)]
 
 
 FORMS: dict[tuple[str, int], Form] = {
     (form.target, form.bits): form
-    for form in _matmulnbits("onnx") + _xnnpack() + _coreml() + _tensorrt() + _matmulnbits("qnn")
+    for form in _matmulnbits("onnx", 4) + _xnnpack() + _coreml() + _tensorrt() + _matmulnbits("qnn", 2) + _ethosu()
 }
 
 TARGETS = tuple(dict.fromkeys(target for target, _ in FORMS))
+
+
+TIED_TWICE = frozenset({"executorch"})
+"""Targets that store an embedding's rows and the matrix of the head tied to it apart: their kernels want other layouts."""
 
 
 def form(target: str, bits: int) -> Form:
@@ -102,6 +121,11 @@ def native_bits(target: str) -> tuple[int, ...]:
     """The widths that the target stores at their true size. Raises UserError for an unknown target."""
     form(target, 4)
     return tuple(sorted(b for (t, b), row in FORMS.items() if t == target and row.container == b))
+
+
+def common_bits(targets: Iterable[str]) -> tuple[int, ...]:
+    """The widths that every one of `targets` stores at their true size. Raises UserError as `native_bits` does."""
+    return tuple(sorted(set.intersection(*(set(native_bits(t)) for t in targets))))
 
 
 def legal_group(target: str, bits: int, group: int) -> bool:

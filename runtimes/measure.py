@@ -20,28 +20,33 @@ import numpy as np
 from ..bundle import Bundle, Generation
 from ..memory import anonymous_bytes, peak_resident_bytes
 from .generate import Stream
-from .onnxruntime import OnnxSession
+from .opening import open_session
+from .session import PlacedSession
 
 _OP_STEPS = 16
 _TOP_OPS = 12
 
 
-def measure(path: str, prompts: list[int], new: int, depths: list[int], repeats: int, threads: int) -> dict[str, Any]:
+def measure(
+    path: str, format: str, prompts: list[int], new: int, depths: list[int], repeats: int, threads: int
+) -> dict[str, Any]:
     """Rows `pp<n>` and `tg<n> @ d<depth>` (tokens/s of each repeat after one warm-up), load times, memory, op times.
 
-    For an encoder-decoder pp is encoder, cross-KV and the first decoder step over that many source tokens, and the
-    depth of a tg row is the source length; for a decoder-only model it is the tokens already in the cache.
+    Where something stands in for the target's device: {"not_measured": why}. For an encoder-decoder pp is encoder, cross-KV
+    and the first decoder step over that many source tokens, and the depth of a tg row is the source length; for a
+    decoder-only model it is the tokens already in the cache.
     """
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
-    folder = bundle.path / "onnx"
 
-    def load() -> tuple[OnnxSession, float]:
+    def load() -> tuple[PlacedSession, float]:
         start = time.perf_counter()
-        session = OnnxSession(folder, bundle.manifest.graphs, threads)
+        session = open_session(bundle, format, threads)
         return session, time.perf_counter() - start
 
     session, first_load = load()
+    if session.stand_in:
+        return {"not_measured": session.how}
     loaded = anonymous_bytes()
     rows = [_prefill_row(session, spec, n, repeats) for n in prompts]
     if new:
@@ -55,7 +60,7 @@ def measure(path: str, prompts: list[int], new: int, depths: list[int], repeats:
         "load_first_s": first_load,
         "load_warm_s": warm_load,
         "memory": {"peak_resident": peak, "anonymous_after_load": loaded, "anonymous_after_run": anonymous},
-        "ops": _time_by_op(folder, bundle, threads, max(prompts, default=16)),
+        "ops": _time_by_op(bundle, threads, max(prompts, default=16)) if format == "onnx" else {},
         "host": {"cpu": _cpu_name(), "threads": threads or "all cores"},
         "kind": "measured",
     }
@@ -66,7 +71,7 @@ def _tokens(spec: Generation, count: int) -> list[int]:
     return [int(t) for t in rng.integers(min(4, spec.vocab - 1), spec.vocab, count)]
 
 
-def _prefill_row(session: OnnxSession, spec: Generation, count: int, repeats: int) -> dict[str, Any]:
+def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: int) -> dict[str, Any]:
     rates = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -75,7 +80,7 @@ def _prefill_row(session: OnnxSession, spec: Generation, count: int, repeats: in
     return _row(f"pp{count}", rates[1:])
 
 
-def _decode_row(session: OnnxSession, spec: Generation, count: int, depth: int, repeats: int) -> dict[str, Any]:
+def _decode_row(session: PlacedSession, spec: Generation, count: int, depth: int, repeats: int) -> dict[str, Any]:
     rates = []
     for _ in range(repeats + 1):
         stream = Stream(session, spec, [_tokens(spec, max(1, depth))], count + 1)
@@ -97,9 +102,11 @@ def _row(test: str, rates: list[float]) -> dict[str, Any]:
     }
 
 
-def _time_by_op(folder: Path, bundle: Bundle, threads: int, prompt: int) -> dict[str, list[dict[str, Any]]]:
-    """Kernel time by op type and provider for one prefill and some decode steps, from the runtime's own profiler."""
-    spec = bundle.manifest.generation
+def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[dict[str, Any]]]:
+    """Kernel time by op type and provider for one prefill and some decode steps, from ONNX Runtime's own profiler."""
+    from .onnxruntime import OnnxSession
+
+    spec, folder = bundle.manifest.generation, bundle.path / "onnx"
     with tempfile.TemporaryDirectory() as scratch:
         session = OnnxSession(folder, bundle.manifest.graphs, threads, profile_prefix=Path(scratch) / "ort")
         room = spec.max_context - (prompt if spec.task == "causal" else 1) - 1

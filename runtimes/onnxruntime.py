@@ -14,14 +14,20 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import GraphSpec, StateSpec
-from .session import DTYPES, Array, StateBuffers, sized
+from .session import DTYPES, Array, Placement, StateBuffers, place, sized
 
 Activations = Literal["int8", "float32"]
 """int8: as shipped (MatMulNBits quantizes its input row by row); float32: exact arithmetic, for checking the lowering."""
 
 
+PROVIDER = "CPUExecutionProvider"
+
+
 class OnnxSession:
     """The graphs of a bundle's `onnx` folder, loaded."""
+
+    how = f"onnxruntime {ort.__version__} on this CPU"
+    stand_in = False
 
     def __init__(
         self,
@@ -68,15 +74,15 @@ class OnnxSession:
                 results[port.name] = values[port.name].numpy()
         return results
 
-    def placement(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Graph -> provider -> op -> nodes, as the runtime itself assigned them."""
+    def placement(self) -> Placement:
+        """The providers of the nodes, as the runtime itself assigned them."""
         found: dict[str, dict[str, dict[str, int]]] = {}
         for name, session in self.sessions.items():
             counts: dict[str, Counter[str]] = defaultdict(Counter)
             for part in session.get_provider_graph_assignment_info():
                 counts[part.ep_name].update(node.op_type for node in part.get_nodes())
             found[name] = {provider: dict(ops) for provider, ops in counts.items()}
-        return found
+        return place(found, (PROVIDER,), (), "onnxruntime's own assignment")
 
     @staticmethod
     def _bound_outputs(spec: GraphSpec) -> list[str]:
@@ -106,9 +112,9 @@ def load(path: Path, threads: int, activations: Activations, profile_prefix: str
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix
     if activations == "int8":
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=[PROVIDER])
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return ort.InferenceSession(_with_float_activations(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(_with_float_activations(path), options, providers=[PROVIDER])
 
 
 def _with_float_activations(path: Path) -> bytes:

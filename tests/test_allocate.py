@@ -237,13 +237,14 @@ def test_targets_limit_the_choices() -> None:
 
 
 def test_target_table() -> None:
-    assert set(TARGETS) == {"onnx", "executorch", "coreml", "tensorrt", "qnn"}
+    assert set(TARGETS) == {"onnx", "executorch", "coreml", "tensorrt", "qnn", "ethosu"}
     assert {t: native_bits(t) for t in TARGETS} == {
         "onnx": (2, 4, 8),
         "executorch": (4, 8),
         "coreml": (2, 3, 4, 6, 8),
         "tensorrt": (4, 8),
         "qnn": (2, 4, 8),
+        "ethosu": (8,),
     }
     for target in TARGETS:
         for bits in (2, 3, 4, 5, 6, 8):
@@ -270,6 +271,8 @@ def test_stored_bytes() -> None:
     assert stored_bytes("coreml", 3, 32, 10, 640) == 10 * (240 + 20 * 2) + 8
     assert stored_bytes("coreml", 5, 32, 10, 640) == 10 * (480 + 20 * 2) + 64
     assert stored_bytes("tensorrt", 6, 640, 10, 640) == 10 * (640 + 2)
+    assert stored_bytes("tensorrt", 3, 0, 10, 640) == 10 * (320 + 5 * 2)  # INT4: a scale for each block of 128
+    assert stored_bytes("qnn", 4, 64, 10, 640) == 10 * (320 + 10 * 2)
     assert stored_bytes("qnn", 16, 0, 10, 640) == 10 * 640 * 2
 
 

@@ -6,6 +6,7 @@ One bundle of examples/t5gemma-g2p is exported by a real process and shared; eve
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -103,6 +104,9 @@ def test_export_then_verify_with_the_original(bundle: Path) -> None:
     assert target["lowering"]["max_relative_error"] <= report["tolerance"]
     assert target["lowering"]["prompts_identical"] == target["lowering"]["prompts"] == 32
     assert target["shipped"]["top1"] > 0.9
+    assert target["weights"] == len(json.loads((bundle / "checkpoint" / "plan.json").read_text())["entries"])
+    assert target["placement"]["accelerated"].keys() == {"encoder", "cross_kv", "decoder"}
+    assert target["placement"]["fallback"] == {}
     assert 0 < report["quantization"]["mean_kl"] < 1
     assert json.loads((bundle / "reports" / "verify.json").read_text()) == report
     assert "checking file hashes" in result.stderr
@@ -174,25 +178,39 @@ def test_verify_names_a_missing_file_and_another_checkpoint(bundle: Path, tmp_pa
     assert "is not the checkpoint this bundle was made from" in refused(edgewright("verify", bundle, "-m", other))
 
 
-def test_a_lowering_that_is_wrong_fails_verification(
-    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Damage the weights and mend the hash: only the comparison with the reference can see it."""
-    import hashlib
+def test_a_lowering_that_is_wrong_fails_verification(tmp_path: Path, bundle: Path) -> None:
+    """Damage a file and mend its hash: weights are read back, and the comparison with the reference sees the rest."""
 
-    copy = tmp_path / "copy"
-    shutil.copytree(bundle, copy)
-    file = copy / "onnx" / "weights.bin"
-    data = bytearray(file.read_bytes())
-    data[: len(data) // 2] = bytes(b ^ 0x11 for b in data[: len(data) // 2])
-    file.write_bytes(data)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["onnx/weights.bin"] = hashlib.sha256(data).hexdigest()
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    result = edgewright("verify", copy, "--json")
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("verification failed: onnx: logits differ from the reference")
-    assert json.loads(result.stdout)["passed"] is False
+    def damaged(name: str, change: Callable[[bytes], bytes]) -> Path:
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(bundle, copy)
+        data = change((copy / name).read_bytes())
+        (copy / name).write_bytes(data)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["files"][name] = hashlib.sha256(data).hexdigest()
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return copy
+
+    def flip(data: bytes) -> bytes:
+        return bytes(b ^ 0x11 for b in data[: len(data) // 2]) + data[len(data) // 2 :]
+
+    def rescale(data: bytes) -> bytes:
+        model = onnx.load_from_string(data)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "GroupQueryAttention" and attribute.name == "scale":
+                    attribute.f *= 2
+        return model.SerializeToString()
+
+    said = {
+        damaged("onnx/weights.bin", flip): r"model\.\S+ in the artefact's files is not the checkpoint's to the bit",
+        damaged("onnx/decoder.onnx", rescale): "logits differ from the reference",
+    }
+    for copy, wanted in said.items():
+        result = edgewright("verify", copy, "--json")
+        assert result.exit_code == 1
+        assert re.match(f"verification failed: onnx: {wanted}", result.stderr.splitlines()[-1])
+        assert json.loads(result.stdout)["passed"] is False
 
 
 # Determinism
@@ -378,7 +396,9 @@ def test_an_export_that_breaks_off_leaves_nothing(
     assert list(out.parent.iterdir()) == []
 
 
-def test_an_artefact_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artefact_that_fails_its_check_leaves_its_report_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgewright.errors import VerificationFailure
 
     def fail(report: object) -> None:
@@ -390,7 +410,8 @@ def test_an_artefact_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeyp
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1] == "verification failed: onnx: not the same"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle.verification.json", "model"]
+    assert "targets" in json.loads((tmp_path / "bundle.verification.json").read_text())
 
 
 def test_an_output_that_exists_or_cannot_be_made_is_refused(tmp_path: Path, plan_file: tuple[Path, Path]) -> None:
@@ -551,7 +572,7 @@ def test_one_layer_of_each_stack(plan_file: tuple[Path, Path], tmp_path: Path) -
         "from edgewright.cli import main; main(['--help'], standalone_mode=False)",
         "from edgewright.cli import main; main(['export', '--help'], standalone_mode=False)",
         "from edgewright.cli import main; main(['run', {bundle!r}, '--prompt', 'c a t'], standalone_mode=False)",
-        "from edgewright.runtimes.measure import measure; measure({bundle!r}, [4], 2, [0], 1, 1)",
+        "from edgewright.runtimes.measure import measure; measure({bundle!r}, 'onnx', [4], 2, [0], 1, 1)",
     ],
 )
 def test_torch_is_not_imported(code: str, bundle: Path) -> None:
@@ -624,23 +645,25 @@ class Cells(HTMLParser):
 def test_profile_prints_each_form(bundle: Path, form: str) -> None:
     text = passed(edgewright("profile", bundle, "-p", 8, "-n", 4, "-r", 1, "-t", 1, "-o", form))
     if form == "json":
-        result = json.loads(text)
+        whole = json.loads(text)
+        assert (set(whole["targets"]), whole["simulated"], whole["not_measured"]) == ({"onnx"}, {}, {})
+        assert json.loads((bundle / "reports" / "profile.json").read_text()) == whole
+        result = whole["targets"]["onnx"]
         assert [r["test"] for r in result["rows"]] == ["pp8", "tg4"]
         assert all(r["tokens_per_s"] > 0 and r["repeats"] == 1 for r in result["rows"])
         assert result["kind"] == "measured"
         assert set(result["ops"]) == {"encoder", "cross_kv", "decoder"}
         assert all(sum(o["share"] for o in ops) <= 1.0001 for ops in result["ops"].values())
         assert 0 < result["memory"]["anonymous_after_load"] <= result["memory"]["peak_resident"]
-        assert json.loads((bundle / "reports" / "profile.json").read_text()) == result
     elif form == "csv":
         rows = list(csv.DictReader(io.StringIO(text)))
         assert [r["test"] for r in rows] == ["pp8", "tg4"]
         assert all(float(r["tokens_per_s"]) > 0 for r in rows)
     elif form == "md":
         table = [line.split("|")[1:-1] for line in text.split("\n\n")[0].splitlines()]
-        assert [c.strip() for c in table[0]] == ["model", "bits", "threads", "test", "t/s"]
-        assert [row[3].strip() for row in table[2:]] == ["pp8", "tg4"]
-        assert {len(row) for row in table} == {5}
+        assert [c.strip() for c in table[0]] == ["target", "model", "bits", "threads", "test", "t/s"]
+        assert [(row[0].strip(), row[4].strip()) for row in table[2:]] == [("onnx", "pp8"), ("onnx", "tg4")]
+        assert {len(row) for row in table} == {6}
     else:
         page = Cells()
         page.feed(text)
@@ -680,7 +703,7 @@ def test_inspect_a_checkpoint_and_a_bundle(bundle: Path) -> None:
 def test_doctor_and_devices() -> None:
     found = json.loads(passed(edgewright("doctor", "--json")))
     assert found["targets"]["onnx"]["installed"] is True
-    assert found["targets"]["onnx"]["exports"] is True
+    assert "verifies" in found["targets"]["onnx"]["here"]
     text = passed(edgewright("doctor"))
     assert all(any(line.startswith(name) for line in text.splitlines()) for name in found["targets"])
     names = json.loads(passed(edgewright("devices", "list", "--json")))

@@ -23,7 +23,7 @@ FILES = {
     "LICENSE.cmudict",
     "config.json",
     "generation_config.json",
-    "heldout.tsv",
+    "task.tsv",
     "heldout.txt",
     "model.safetensors",
     "score.py",
@@ -85,7 +85,7 @@ def test_the_tokenizer_spells_words_and_phonemes() -> None:
 
 def test_the_task_file_holds_the_same_words_as_the_model_reads_them() -> None:
     words = [line.split("\t") for line in (EXAMPLE / "heldout.txt").read_text(encoding="utf-8").splitlines()]
-    task = read_task(EXAMPLE / "heldout.tsv")
+    task = read_task(EXAMPLE / "task.tsv")
     assert task.prompts == [" ".join(word) for word, _ in words]
     assert task.answers == [listed.split(" | ") for _, listed in words]
 

@@ -248,7 +248,7 @@ def test_profile_with_nothing_to_measure_or_rows_left_out(bundle: Path) -> None:
     assert "measures nothing" in refused(edgewright("profile", bundle, "-p", 0, "-n", 0))
     assert "-n" in refused(edgewright("profile", bundle, "-p", 4, "-n", -5))
     result = edgewright("profile", bundle, "-p", 0, "-n", 2, "-r", 1, "-t", 1, "-o", "json")
-    assert [row["test"] for row in json.loads(result.stdout)["rows"]] == ["tg2"]
+    assert [row["test"] for row in json.loads(result.stdout)["targets"]["onnx"]["rows"]] == ["tg2"]
 
 
 def test_doctor_knows_a_module_without_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

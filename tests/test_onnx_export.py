@@ -401,9 +401,11 @@ def test_ports_are_those_of_the_spec(case: Case) -> None:
 
 
 def test_every_node_runs_on_the_cpu_provider(case: Case) -> None:
-    for name, providers in case.session.placement().items():
-        assert list(providers) == ["CPUExecutionProvider"]
-        placed, written = providers["CPUExecutionProvider"], case.artefact.ops[name]
+    placement = case.session.placement()
+    assert (placement.accelerator, placement.host, placement.fallback) == ("CPUExecutionProvider", {}, {})
+    assert set(placement.accelerated) == set(case.artefact.ops)
+    for name, placed in placement.accelerated.items():
+        written = case.artefact.ops[name]
         for op in ("MatMulNBits", "GroupQueryAttention", "GatherBlockQuantized"):
             assert placed.get(op, 0) == written.get(f"com.microsoft::{op}", 0)
 

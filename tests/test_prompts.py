@@ -30,7 +30,7 @@ def test_a_task_is_prompts_and_accepted_answers(tmp_path: Path) -> None:
 
 
 def test_the_example_s_task_file_reads() -> None:
-    task = read_task(EXAMPLE / "heldout.tsv")
+    task = read_task(EXAMPLE / "task.tsv")
     assert len(task.prompts) == len(task.answers) == 1000
     assert all(task.answers)
 

@@ -25,7 +25,7 @@ from edgewright.models.loading import load_dequantized
 from edgewright.prompts import text_windows
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Sampling, generate
-from edgewright.runtimes.session import Array, StateBuffers
+from edgewright.runtimes.session import Array, Placement, StateBuffers
 from edgewright.verification import (
     AGREEMENT,
     TOLERANCE,
@@ -86,7 +86,7 @@ def agreement(**changes: Any) -> Agreement:
 
 
 def target(lowering: Agreement, activations: str = "float32") -> TargetReport:
-    return TargetReport("onnx", activations, lowering, lowering, {}, 1, 1)
+    return TargetReport("onnx", activations, lowering, lowering, Placement("CPU", {}), 1, 1)
 
 
 # The comparison

@@ -219,12 +219,12 @@ def train(
 
 
 def save(model: T5GemmaForConditionalGeneration, tokenizer: Tokenizer, heldout: Words, directory: Path) -> None:
-    """The Hugging Face layout with bf16 safetensors, heldout.txt and heldout.tsv. The tied head is stored once. Ends in bf16."""
+    """The Hugging Face layout with bf16 safetensors, heldout.txt and task.tsv. The tied head is stored once. Ends in bf16."""
     model.to(torch.bfloat16).save_pretrained(directory)
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
     write_heldout(heldout, directory / "heldout.txt")
-    write_task(heldout, directory / "heldout.tsv")
+    write_task(heldout, directory / "task.tsv")
 
 
 def main() -> None:

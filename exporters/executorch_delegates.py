@@ -1,0 +1,136 @@
+"""Which nodes of an exported graph XNNPACK computes, and the program with its delegates. What may enter: `ops`.
+
+ExecuTorch's own way to a delegate re-interprets the program some thirty times and copies every weight in one byte a code;
+for a 270M model that is minutes and gigabytes. Here one walk decides what runs where, and `executorch_xnnpack` writes
+XNNPACK's graph of each part. Ops that XNNPACK is not given stay with ExecuTorch's kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig, EdgeProgramManager
+from executorch.exir.backend.backend_api import _create_partitions, _insert_lowered_submodule
+from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from executorch.exir.backend.utils import _maybe_duplicate_constant_nodes, tag_constant_data
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.exir.passes.replace_aten_with_edge_pass import aten_to_edge, should_lower_to_edge
+from executorch.exir.tracer import _default_decomposition_table
+from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
+from torch import fx
+from torch.export import ExportedProgram
+
+from .executorch_xnnpack import OPS, Constants, Delegate
+
+ATEN = torch.ops.aten
+BACKEND = "XnnpackBackend"
+_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+_VIEW_COPIES = {
+    getattr(ATEN, name): getattr(ATEN, f"{name}_copy")
+    for name in ("view", "transpose", "select", "slice", "unsqueeze", "squeeze", "permute", "expand")
+}
+_WITH_NUMBER: dict[Any, Any] = {packet.Tensor: packet.Scalar for packet in (ATEN.add, ATEN.sub, ATEN.mul, ATEN.div)}
+"""The kernels that take a number, for what is left to ExecuTorch; XNNPACK is given it as a constant."""
+
+
+def edge_programs(programs: dict[str, ExportedProgram]) -> EdgeProgramManager:
+    """The exported methods with everything that XNNPACK computes inside delegates. Empties `programs`."""
+    table = _default_decomposition_table()
+    table.pop(ATEN.linear.default)
+    constants = Constants()
+    lowered: dict[str, ExportedProgram] = {}
+    for name in list(programs):
+        lowered[name] = _delegated(programs.pop(name).run_decompositions(table), constants)
+    return EdgeProgramManager(lowered, None, _CONFIG)
+
+
+def _delegated(program: ExportedProgram, constants: Constants) -> ExportedProgram:
+    program = _with_graph(program, program.graph_module)
+    _copy_views(program.graph)
+    tags = _partition(program)
+    # Executorch's own bookkeeping of inputs, outputs and constants; only XNNPACK's preprocessing is replaced.
+    tag_constant_data(program)
+    for tag in tags:
+        _maybe_duplicate_constant_nodes(program, tag)
+    result = PartitionResult(program, {tag: DelegationSpec(BACKEND, []) for tag in tags})
+    calls = _create_partitions(program.graph_module, result, program).get(BACKEND, [])
+    for call in calls:
+        part = call.meta["submodule_program"]
+        blob, data = Delegate(part, constants).finish()
+        lowered = LoweredBackendModule(part, BACKEND, blob, [], data)
+        lowered.meta = {"debug_handle_map": {}}
+        _insert_lowered_submodule(
+            part,
+            program,
+            call,
+            call.meta["submodule_output_node"],
+            lowered,
+            False,
+            call.meta["toplevel_input_specs_to_delete"],
+            call.meta["toplevel_output_specs_to_delete"],
+        )
+    for node in list(program.graph.nodes):
+        node.meta.pop("delegation_tag", None)
+        if node.target is ATEN._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+        elif node.op == "call_function" and should_lower_to_edge(node.target):
+            if node.target in _WITH_NUMBER and not isinstance(node.args[1], fx.Node):
+                node.target = _WITH_NUMBER[node.target]
+            node.target = aten_to_edge(node.target)
+    program.graph_module.recompile()
+    return _with_graph(program, program.graph_module)
+
+
+def _copy_views(graph: fx.Graph) -> None:
+    """Views become copies, and every value dense: neither XNNPACK nor ExecuTorch's kernels have strides."""
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            copies = _VIEW_COPIES.get(node.target.overloadpacket)
+            if copies is not None:
+                node.target = getattr(copies, node.target._overloadname)
+        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+            node.meta["val"] = node.meta["val"].contiguous()
+
+
+def _with_graph(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        constants=program.constants,
+        verifiers=[EXIREdgeDialectVerifier(edge_compile_config=_CONFIG, class_only=True)],
+    )
+
+
+def _partition(program: ExportedProgram) -> list[str]:
+    """Tag the nodes of each delegate; returns the tags.
+
+    A node joins the earliest delegate after those kernels that it waits for. So what lies between two writes to a KV
+    cache is one delegate.
+    """
+    level: dict[fx.Node, int] = {}
+    for node in program.graph.nodes:
+        before = [(level[i], "delegation_tag" in i.meta) for i in node.all_input_nodes if i in level]
+        if _taken(node):
+            level[node] = max((n if inside else n + 1 for n, inside in before), default=0)
+            node.meta["delegation_tag"] = f"delegate_{level[node]}"
+        else:
+            level[node] = max((n for n, _ in before), default=-1)
+    return [f"delegate_{n}" for n in sorted({level[node] for node in level if "delegation_tag" in node.meta})]
+
+
+def _taken(node: fx.Node) -> bool:
+    """Whether XNNPACK computes the node: an op of the table on activations, which have three dimensions and more.
+
+    What has fewer computes positions and masks, from integers; ExecuTorch's kernels do that.
+    """
+    if node.op != "call_function" or node.target not in OPS:
+        return False
+    value = node.meta["val"]
+    if value.dtype != torch.float32 or value.dim() < 3:
+        return False
+    return OPS[node.target] is not Delegate.reshape or sum(not isinstance(d, int) for d in value.shape) < 2
