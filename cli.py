@@ -268,7 +268,7 @@ def verify(
     """Check every artefact of BUNDLE against its reference."""
     from . import reporting
     from .bundle import Bundle
-    from .verification import require, require_placement
+    from .verdict import require, require_placement
     from .verification import verify as check
 
     report = check(bundle, model, task, text, task_limit, threads, note, formats)

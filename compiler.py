@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import math
@@ -27,14 +28,13 @@ from .bundle import (
 )
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError, VerificationFailure
-from .exporters import exporter
 from .exporters.artefact import Options
+from .lowering import lower, lower_apart
 from .memory import PeakAnonymous, require_available
 from .models import build, shorten
 from .models.layers import Embedding
-from .models.loading import load_quantized
 from .prompts import random_prompts, read_task, text_windows
-from .quant.allocate import Override, allocate, expected_loss
+from .quant.allocate import Override, allocate, expected_loss, reach
 from .quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from .quant.stream import METADATA, quantize_checkpoint
 from .quant.targets import TIED_TWICE, common_bits, stored_bytes
@@ -42,7 +42,8 @@ from .quant.units import quantizable_units
 from .safetensors_writer import StreamingWriter
 from .scoring import score_layers, unit_weights
 from .untrusted import one_line
-from .verification import Report, require, require_memory, require_placement, verify
+from .verdict import Report, require, require_placement
+from .verification import require_memory, verify
 
 VERIFY_PROMPTS = 32
 TASK = "task.tsv"
@@ -87,7 +88,10 @@ class Alone:
 
 @dataclass
 class Planned:
-    """The model opened and the plan made; nothing has been written yet. alone: for each target of several."""
+    """The model opened and the plan made; nothing has been written yet. alone: for each target of several.
+
+    checkpoint: the source; once it is quantized, the quantized checkpoint.
+    """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
@@ -191,7 +195,7 @@ def export(
     with PeakAnonymous() as peak:
         planned = plan(request, progress)
         if check:
-            require_memory(planned.weights, [planned.true_bytes(f) for f in planned.formats], original=False)
+            require_memory(planned.weights, {f: planned.true_bytes(f) for f in planned.formats}, original=False)
         partial = _partial(output)
         try:
             manifest, costs = _write(planned, request, partial, progress)
@@ -241,10 +245,9 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
     if (checkpoint_dir / "tokenizer.json").exists():
         shutil.copyfile(checkpoint_dir / "tokenizer.json", folder / "tokenizer.json")
 
-    sizes = {name: (planned.true_bytes(name), planned.ideal_bytes(name)) for name in request.formats}
-    quantized = open_checkpoint(str(checkpoint_dir))
-    load_quantized(planned.model, quantized)
-    graphs = planned.model.graphs()
+    fingerprint = planned.checkpoint.fingerprint()
+    planned.checkpoint = open_checkpoint(str(checkpoint_dir))  # the source is done with: a GGUF's vocabulary is large
+    gc.collect()
     targets: list[TargetEntry] = []
     costs: dict[str, Cost] = {}
     prompts = tuple(tuple(p) for p in planned.prompts)
@@ -253,7 +256,9 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
         (folder / name).mkdir()
         start = time.perf_counter()
         with PeakAnonymous() as peak:
-            made = exporter(name).export(graphs, folder / name, options, progress)
+            made = (lower if len(request.formats) == 1 else lower_apart)(
+                name, checkpoint_dir, folder / name, options, progress
+            )
         costs[name] = Cost(time.perf_counter() - start, peak.bytes)
         targets.append(
             TargetEntry(
@@ -261,16 +266,16 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
                 files=tuple(f"{name}/{f}" for f in made.files),
                 ops=made.ops,
                 facts=made.facts,
-                stored_bytes=sizes[name][0],
-                ideal_bytes=sizes[name][1],
+                stored_bytes=planned.true_bytes(name),
+                ideal_bytes=planned.ideal_bytes(name),
             )
         )
     progress("hashing")
     manifest = Manifest(
         source=_source_name(request.model),
-        source_fingerprint=planned.checkpoint.fingerprint(),
+        source_fingerprint=fingerprint,
         model_type=str(planned.config["model_type"]),
-        graphs=tuple(GraphSpec.of(g) for g in graphs),
+        graphs=tuple(GraphSpec.of(g) for g in planned.model.graphs()),
         generation=planned.generation,
         average_bits=planned.plan.average_bits,
         weights=planned.weights,
@@ -421,7 +426,21 @@ def _allocate(
 ) -> tuple[BitPlan, dict[tuple[str, int], float], dict[str, Alone]]:
     """Refuse an impossible budget first (it costs nothing), then score the layers and allocate for real."""
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
-    bits = request.bits if request.bits is not None or request.size is not None else DEFAULT_BITS
+
+    def budget(targets: tuple[str, ...]) -> float | None:
+        """The bits asked for; without a budget the default, or what comes nearest to it."""
+        if request.bits is not None or request.size is not None:
+            return request.bits
+        low, high = reach(
+            units,
+            widths=request.widths or common_bits(targets),
+            groups=request.groups,
+            overrides=request.overrides,
+            targets=targets,
+        )
+        return min(max(DEFAULT_BITS, low), high)
+
+    bits = budget(request.formats)
 
     def run(scores: dict[tuple[str, int], float], targets: tuple[str, ...]) -> BitPlan:
         return allocate(

@@ -88,16 +88,22 @@ def _cgroup_limits() -> list[int]:
 
 
 def _with_children() -> int:
-    """RssAnon of this process and of all below it: compilers run in processes of their own."""
+    """RssAnon of this process and of all below it: compilers run in processes of their own.
+
+    A child that has only been forked still has its parent's command line, and its parent's pages: they would count twice.
+    """
     total, pending = anonymous_bytes(), [_PROCESS]
     while pending:
-        for tasks in pending.pop().glob("task/*/children"):
+        parent = pending.pop()
+        for tasks in parent.glob("task/*/children"):
             try:
+                mine = (parent / "cmdline").read_bytes()
                 children = [Path("/proc", pid) for pid in tasks.read_text().split()]
-            except OSError:  # the thread is gone
+                started = [child for child in children if (child / "cmdline").read_bytes() != mine]
+            except OSError:  # a thread or a process is gone
                 continue
-            pending += children
-            total += sum(_anonymous(child / "status") for child in children)
+            pending += started
+            total += sum(_anonymous(child / "status") for child in started)
     return total
 
 

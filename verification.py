@@ -8,8 +8,7 @@ or float16 activations add on top is reported apart. The weights in an artefact'
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,92 +25,23 @@ from .models import build
 from .models.loading import CODES, load_dequantized, load_original, quantized_parts
 from .ops.quantized import dequantize
 from .prompts import Task, read_task, text_windows
-from .runtimes.eager import EagerSession
+from .runtimes.eager import EagerSession, Int8Session
 from .runtimes.generate import PREFILL_CHUNK, Stream, generate_batch
 from .runtimes.opening import open_exact, open_session
-from .runtimes.session import Array, Joined, PlacedSession, Placement, Session
+from .runtimes.session import Array, Joined, PlacedSession, Session
 from .untrusted import one_line
-
-TOLERANCE = 1e-3
-"""Largest error of any logit of an artefact with float32 activations, relative to the reference's largest logit."""
-
-AGREEMENT = 0.99
-"""Least top-1 agreement of an artefact whose runtime has no float32 activations."""
+from .verdict import Agreement, Report, TargetReport
 
 FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
 """Prompts compared on a target whose device is emulated here: an emulator is hundreds of times slower than the device."""
 
+BESIDES = {"coreml": 8, "tensorrt": 16}
+"""Bytes a weight that what stands in for a target's device holds beside its artefact (measured)."""
+
 NEW_TOKENS = 16
 LONG_PROMPT = 700  # tokens: past two prefill chunks and Gemma 3's window of 512
 WINDOW = 512
-_TASK_BATCH = 100
-
-
-@dataclass
-class Agreement:
-    """One session against another over teacher-forced positions and free-running greedy tokens."""
-
-    max_relative_error: float
-    mean_kl: float
-    top1: float
-    prompts: int
-    prompts_identical: int
-    positions: int
-
-
-@dataclass
-class TargetReport:
-    """What was found for one artefact. `shipped` is the artefact as it is; `lowering` has `activations`.
-
-    Where the runtime can compute with float32 activations, the lowering must be exact (TOLERANCE, same tokens); where it
-    cannot, both are the same run and top-1 agreement decides. how: what computed here. weights: those read back from the
-    artefact's files that are bit for bit the checkpoint's; wrong: what is said of the first that is not.
-    """
-
-    format: str
-    activations: str
-    lowering: Agreement
-    shipped: Agreement
-    placement: Placement
-    stored_bytes: int
-    ideal_bytes: int
-    how: str = ""
-    weights: int = 0
-    file_bytes: int = 0
-    wrong: str | None = None
-    task_accuracy: float | None = None
-    perplexity: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        if self.wrong is not None:
-            return False
-        if self.activations != "float32":
-            return self.lowering.top1 >= AGREEMENT
-        same = self.lowering.prompts_identical == self.lowering.prompts
-        return same and self.lowering.max_relative_error <= TOLERANCE
-
-
-@dataclass
-class Report:
-    """The result of `verify`."""
-
-    targets: list[TargetReport]
-    quantization: Agreement | None = None
-    original_task_accuracy: float | None = None
-    original_perplexity: float | None = None
-    task_size: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return all(t.passed for t in self.targets)
-
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        for target, entry in zip(self.targets, values["targets"], strict=True):
-            entry["passed"] = target.passed
-        return values | {"passed": self.passed, "tolerance": TOLERANCE}
+_TASK_BATCH = 16  # the rows that a TensorRT engine takes
 
 
 def verify(
@@ -142,12 +72,17 @@ def verify(
     spec = bundle.manifest.generation
 
     manifest = bundle.manifest
-    require_memory(manifest.weights, [t.stored_bytes for t in manifest.targets], original is not None)
+    require_memory(manifest.weights, {t.format: t.stored_bytes for t in manifest.targets}, original is not None)
     progress("reference: dequantized weights in float32")
-    reference = _eager(quantized.config, quantized, load_dequantized)
+    built = build(quantized.config)
+    load_dequantized(built, quantized)
+    reference = EagerSession(built.graphs())
+    linears = {n.removesuffix(CODES) for n in quantized.names() if n.endswith(CODES)}
+    linears |= {alias for alias, name in built.tied.items() if name in linears}
+    rounded = Int8Session(built.graphs(), linears)
     report = Report(targets=[])
     for entry in _asked(bundle, formats, report):
-        target, shipped = _target(bundle, entry, quantized, reference, prompts, threads, progress)
+        target, shipped = _target(bundle, entry, quantized, (reference, rounded), prompts, threads, progress)
         if entry.format in FEWER_PROMPTS and (examples is not None or windows):
             report.notes.append(f"{entry.format}: task accuracy and perplexity are not measured in an emulator")
             report.targets.append(target)
@@ -190,12 +125,16 @@ def _target(
     bundle: Bundle,
     entry: TargetEntry,
     quantized: Checkpoint,
-    reference: Session,
+    references: tuple[EagerSession, Int8Session],
     prompts: Sequence[Sequence[int]],
     threads: int,
     progress: Callable[[str], None],
 ) -> tuple[TargetReport, PlacedSession]:
-    """One artefact: its weights read back, then run against the reference with float32 activations and as it ships."""
+    """One artefact: its weights read back, then run against the reference with float32 activations and as it ships.
+
+    references: the reference, and the same with int8 activations, which is compared too where a runtime has no others.
+    """
+    reference, rounded = references
     progress(f"{entry.format}: reading its weights back")
     weights, wrong = 0, None
     try:
@@ -208,12 +147,10 @@ def _target(
     exact = open_exact(bundle, entry.format, threads)
     sessions = [shipped] if exact is None else [exact, shipped]
     part = BACKENDS[entry.format].graphs
-    found = compare(
-        reference,
-        [Joined(s, part, reference) for s in sessions] if part else sessions,
-        bundle.manifest.generation,
-        prompts,
-    )
+    compared: list[Session] = [Joined(s, part, reference) for s in sessions] if part else [*sessions]
+    int8 = exact is None and shipped.activations == "int8"
+    found = compare(reference, [*compared, *([rounded] if int8 else [])], bundle.manifest.generation, prompts)
+    arithmetic = found.pop() if int8 else None
     target = TargetReport(
         entry.format,
         sessions[0].activations,
@@ -226,6 +163,8 @@ def _target(
         weights,
         sum((bundle.path / f).stat().st_size for f in entry.files),
         wrong,
+        arithmetic,
+        exact is not None and exact.stand_in and not shipped.stand_in,
     )
     return target, shipped
 
@@ -267,12 +206,13 @@ def _check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
     return len(seen)
 
 
-def require_memory(weights: int, stored: Sequence[int], original: bool) -> None:
+def require_memory(weights: int, stored: Mapping[str, int], original: bool) -> None:
     """Refuse before hours of work: the reference is dequantized to float32, and an artefact is loaded twice beside it.
 
     With `original` the original's float32 weights come on top. Raises UserError.
     """
-    needed = (8 if original else 4) * weights + 2 * max(stored, default=0)
+    held = [2 * size + BESIDES.get(target, 0) * weights for target, size in stored.items()]
+    needed = (8 if original else 4) * weights + max(held, default=0)
     require_available(
         needed, "verifying this model takes memory", "export with --no-verify and verify on a larger machine"
     )
@@ -425,29 +365,3 @@ def perplexity(session: Session, spec: Generation, windows: Sequence[Sequence[in
         total -= float(logits[np.arange(len(window) - 1), ids[0, 1:]].sum())
         count += len(window) - 1
     return float(np.exp(total / count))
-
-
-def require_placement(report: Report) -> None:
-    """Raise VerificationFailure naming what fell back, or the target whose placement nothing here can tell."""
-    for target in report.targets:
-        placed = target.placement
-        if not placed.known:
-            raise VerificationFailure(f"{target.format}: the placement is not known here ({placed.source})")
-        for graph, ops in placed.fallback.items():
-            names = ", ".join(f"{op} x{n}" for op, n in sorted(ops.items()))
-            raise VerificationFailure(f"{target.format}: {graph}: not on {placed.accelerator}: {names}")
-
-
-def require(report: Report) -> None:
-    """Raise VerificationFailure naming the first target whose lowering does not match its reference."""
-    for target in report.targets:
-        if target.wrong is not None:
-            raise VerificationFailure(target.wrong)
-        if not target.passed:
-            a = target.lowering
-            allowed = f"{TOLERANCE:g}" if target.activations == "float32" else f"top-1 of at least {AGREEMENT:.0%}"
-            raise VerificationFailure(
-                f"{target.format}: logits differ from the reference by up to {a.max_relative_error:.2g} of the largest, "
-                f"top-1 agreement {a.top1:.2%} (allowed: {allowed}); "
-                f"{a.prompts_identical} of {a.prompts} prompts give the same tokens"
-            )

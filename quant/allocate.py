@@ -130,6 +130,22 @@ def allocate(
     return BitPlan(1, method, asked, entries, total * 8 / numel, total)
 
 
+def reach(
+    units: Sequence[Unit],
+    *,
+    widths: Sequence[int],
+    groups: Sequence[int],
+    overrides: Sequence[Override],
+    targets: Sequence[str],
+) -> tuple[float, float]:
+    """The least and the largest average bits that `allocate` can give, scales counted. Raises UserError as it does."""
+    scores = {unit.name: 1.0 for unit in units}
+    options = [rows for rows, _ in _all_options(units, scores, widths, groups, overrides, targets)]
+    numel = sum(unit.numel for unit in units)
+    low, high = (math.ceil(sum(rows[i].bytes for rows in options) * 80000 / numel) / 10000 for i in (0, -1))
+    return low, high
+
+
 def expected_error(bits: int, group_size: int, columns: int) -> float:
     """Expected relative squared error of a weight with `columns` inputs at this effective group size."""
     return EXPECTED_ERROR.get((bits, group_size), EXPECTED_ERROR[bits, PER_CHANNEL])

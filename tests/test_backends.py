@@ -12,10 +12,13 @@ from tiny import write_tiny_llama
 from edgewright import backends, compiler
 from edgewright.backends import BACKENDS, chosen, require
 from edgewright.errors import UserError, VerificationFailure
+from edgewright.exporters.artefact import Options
+from edgewright.lowering import lower, lower_apart
 from edgewright.quant.allocate import expected_loss
 from edgewright.quant.targets import TARGETS, common_bits, native_bits, stored_bytes
 from edgewright.runtimes.session import Placement, place
-from edgewright.verification import Agreement, Report, TargetReport, require_placement, verify
+from edgewright.verdict import Agreement, Report, TargetReport, require_placement
+from edgewright.verification import verify
 
 NAMED = tuple(name for name, backend in BACKENDS.items() if not backend.graphs)
 
@@ -141,3 +144,44 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
     without("onnxruntime")
     with pytest.raises(UserError, match="none of its targets can be checked here"):
         verify(tmp_path / "bundle")
+
+
+# A target in a process of its own
+
+
+def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
+    made = compiler.export(compiler.Request(str(model), bits=6.0), tmp_path / "bundle", check=False)
+    checkpoint, options, said = made.path / "checkpoint", Options(16, tensorrt_sms=(75,)), []
+    for lowering in (lower, lower_apart):
+        with pytest.raises(UserError, match=r"SM 75 is not supported"):
+            lowering("tensorrt", checkpoint, tmp_path, options, said.append)
+    (tmp_path / "onnx").mkdir()
+    found = lower_apart("onnx", checkpoint, tmp_path / "onnx", options, said.append)
+    assert found == lower("onnx", checkpoint, tmp_path / "onnx", options, said.append)
+    assert said == ["onnx: decoder", "onnx: decoder"]
+
+
+def test_an_exporter_that_dies_elsewhere_is_one_line(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
+    made = compiler.export(compiler.Request(str(model), bits=6.0), tmp_path / "bundle", check=False)
+    with pytest.raises(
+        UserError, match=r"--format onnx: lowering ended with status 1 \(.*No such file.*leave this target"
+    ):
+        lower_apart("onnx", made.path / "checkpoint", tmp_path / "absent", Options(16), lambda _: None)
+
+
+# The default budget
+
+
+def test_without_a_budget_the_nearest_to_the_default_is_taken(tmp_path: Path) -> None:
+    model = str(write_tiny_llama(tmp_path / "model", num_hidden_layers=1))
+    usual = compiler.plan(compiler.Request(model)).plan.average_bits
+    assert 4.3 < usual <= 4.5
+    low = compiler.plan(compiler.Request(model, widths=(2,))).plan
+    assert {e.bits for e in low.entries.values()} == {2}
+    high = compiler.plan(compiler.Request(model, ("ethosu",), widths=(8,))).plan
+    assert {(e.bits, e.group_size) for e in high.entries.values()} <= {(8, 64), (8, 96)}
+    with pytest.raises(UserError, match="above the ceiling"):
+        compiler.plan(compiler.Request(model, widths=(2,), bits=4.5))

@@ -387,7 +387,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
             seen.extend(p.name for p in directory.parent.parent.iterdir())
             raise error
 
-    monkeypatch.setattr(compiler, "exporter", lambda name: Breaks)
+    monkeypatch.setattr("edgewright.exporters.exporter", lambda name: Breaks)
     model = write_tiny_t5gemma(tmp_path / "model")
     out = tmp_path / "deep" / "bundle"
     with pytest.raises(type(error)):

@@ -304,7 +304,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
             written.append(directory)
             raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(compiler, "exporter", lambda name: Full)
+    monkeypatch.setattr("edgewright.exporters.exporter", lambda name: Full)
     line = refused(edgewright("export", "-m", model, "-o", tmp_path / name))
     assert "cannot be written" in line
     assert os.strerror(28) in line

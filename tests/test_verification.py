@@ -6,13 +6,16 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from tiny import EXAMPLE, write_tiny_llama
 
 from edgewright import compiler
@@ -20,23 +23,16 @@ from edgewright.answer import answer
 from edgewright.bundle import CHECKPOINT, Bundle, Generation
 from edgewright.checkpoint import open_checkpoint
 from edgewright.errors import UserError, VerificationFailure
+from edgewright.graph import Graph, Port
 from edgewright.models import build
+from edgewright.models.layers import Linear
 from edgewright.models.loading import load_dequantized
 from edgewright.prompts import text_windows
-from edgewright.runtimes.eager import EagerSession
+from edgewright.runtimes.eager import EagerSession, Int8Session
 from edgewright.runtimes.generate import Sampling, generate
 from edgewright.runtimes.session import Array, Placement, StateBuffers
-from edgewright.verification import (
-    AGREEMENT,
-    TOLERANCE,
-    Agreement,
-    Report,
-    TargetReport,
-    compare,
-    perplexity,
-    require,
-    verify,
-)
+from edgewright.verdict import AGREEMENT, SLACK, TOLERANCE, Agreement, Report, TargetReport, require
+from edgewright.verification import compare, perplexity, verify
 
 VOCAB = 19
 TABLE = np.random.default_rng(7).standard_normal((VOCAB, VOCAB))
@@ -172,7 +168,7 @@ def test_a_candidate_that_is_not_finite_fails_and_reads_as_json(value: float) ->
     assert not report.passed
     text = json.dumps(report.to_json(), allow_nan=False)
     assert json.loads(text)["passed"] is False
-    with pytest.raises(VerificationFailure, match="onnx: logits differ"):
+    with pytest.raises(VerificationFailure, match="onnx: as shipped its logits are not finite"):
         require(report)
 
 
@@ -206,6 +202,62 @@ def test_what_passes(changes: dict[str, Any], activations: str, passes: bool) ->
     else:
         with pytest.raises(VerificationFailure, match=r"^onnx: "):
             require(report)
+
+
+@pytest.mark.parametrize(
+    ("top1", "kl", "passes"),
+    [(0.85, 0.1, True), (0.8 - SLACK, 0.2, True), (0.8 - SLACK - 0.001, 0.1, False), (0.85, 0.201, False)],
+)
+def test_int8_activations_may_cost_what_they_cost_the_reference(top1: float, kl: float, passes: bool) -> None:
+    found = target(agreement(top1=top1, mean_kl=kl, prompts_identical=1, positions=40), "int8")
+    assert not found.passed
+    found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=40)
+    assert found.passed is passes
+    assert "77.00%" in found.allowed
+
+
+def test_what_ships_must_be_finite_and_on_its_own_device_near() -> None:
+    good = agreement(prompts_identical=4, positions=40)
+    infinite = agreement(max_relative_error=sys.float_info.max, prompts_identical=0, positions=40)
+    far = agreement(top1=0.9, prompts_identical=0, positions=40)
+    overflowing = replace(target(good), shipped=infinite)
+    with pytest.raises(VerificationFailure, match="onnx: as shipped its logits are not finite"):
+        require(Report([overflowing]))
+    elsewhere = replace(target(good), shipped=far)
+    require(Report([elsewhere]))
+    with pytest.raises(VerificationFailure, match=r"top-1 agreement 90\.00%"):
+        require(Report([replace(elsewhere, on_device=True)]))
+
+
+def test_the_reference_with_int8_activations_rounds_each_row_of_the_quantized_linears_inputs(tmp_path: Path) -> None:
+    """One linear by the formula of a scale and a zero point; a name that is not asked for stays as it is."""
+
+    class One(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rounded, self.exact = Linear(8, 4), Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.rounded(x), self.exact(x)
+
+    torch.manual_seed(0)
+    module = One()
+    for linear in (module.rounded, module.exact):
+        linear.weight = torch.nn.Parameter(torch.randn(4, 8), requires_grad=False)
+    port = Port("x", torch.float32, (3, 8))
+    outputs = (Port("a", torch.float32, (3, 4)), Port("b", torch.float32, (3, 4)))
+    session = Int8Session([Graph("one", module, (port,), outputs)], {"rounded.weight"})
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32) * 5
+    x[2] = np.abs(x[2]) + 1  # zero is among the steps though nothing of the row is near
+    found = session.run("one", {"x": x}, {})
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    scale = (high - low) / 255
+    zero = np.rint(-128 - low / scale)
+    steps = (np.clip(np.rint(x / scale) + zero, -128, 127) - zero) * scale
+    assert 0 < np.abs(steps - x).max() <= scale.max()
+    np.testing.assert_allclose(found["a"], steps @ module.rounded.weight.numpy().T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["b"], x @ module.exact.weight.numpy().T, rtol=1e-5, atol=1e-5)
+    assert not module.rounded._forward_pre_hooks
 
 
 def test_the_first_target_that_fails_is_named() -> None:

@@ -1,0 +1,134 @@
+"""What `verify` found of each artefact, and whether that passes. What may enter: `runtimes.session`, `errors`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import VerificationFailure
+from .runtimes.session import Placement
+
+TOLERANCE = 1e-3
+"""Largest error of any logit of an artefact with float32 activations, relative to the reference's largest logit."""
+
+AGREEMENT = 0.99
+"""Least top-1 agreement of an artefact whose runtime has no float32 activations, where its arithmetic leaves that much."""
+
+SLACK = 0.03
+"""By how much its top-1 agreement may stay below that of the reference with the same int8 activations; its mean KL may be
+twice that one's. Two runs that round alike drift apart at the first code that falls to the other side."""
+
+
+@dataclass
+class Agreement:
+    """One session against another over teacher-forced positions and free-running greedy tokens."""
+
+    max_relative_error: float
+    mean_kl: float
+    top1: float
+    prompts: int
+    prompts_identical: int
+    positions: int
+
+
+@dataclass
+class TargetReport:
+    """What was found for one artefact. `shipped` is the artefact as it is; `lowering` has `activations`.
+
+    Where the runtime can compute with float32 activations, the lowering must be exact (TOLERANCE, same tokens); where it
+    cannot, both are the same run and top-1 agreement decides, beside that of `arithmetic`: the reference with the same int8
+    activations. on_device: `shipped` ran on the target's own device and `lowering` in something else's place, so both are
+    judged. how: what computed here. weights: those read back from the artefact's files that are bit for bit the
+    checkpoint's; wrong: what is said of the first that is not.
+    """
+
+    format: str
+    activations: str
+    lowering: Agreement
+    shipped: Agreement
+    placement: Placement
+    stored_bytes: int
+    ideal_bytes: int
+    how: str = ""
+    weights: int = 0
+    file_bytes: int = 0
+    wrong: str | None = None
+    arithmetic: Agreement | None = None
+    on_device: bool = False
+    task_accuracy: float | None = None
+    perplexity: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.wrong is not None or self.shipped.max_relative_error == sys.float_info.max:
+            return False
+        if self.on_device and self.shipped.top1 < AGREEMENT:
+            return False
+        if self.activations == "float32":
+            same = self.lowering.prompts_identical == self.lowering.prompts
+            return same and self.lowering.max_relative_error <= TOLERANCE
+        if self.arithmetic is None or self.lowering.top1 >= AGREEMENT:
+            return self.lowering.top1 >= AGREEMENT
+        near = self.lowering.top1 >= self.arithmetic.top1 - SLACK
+        return near and self.lowering.mean_kl <= 2 * self.arithmetic.mean_kl
+
+    @property
+    def allowed(self) -> str:
+        """What `passed` asks of the lowering, in words."""
+        if self.activations == "float32":
+            return f"<= {TOLERANCE:g}"
+        if self.arithmetic is None or self.lowering.top1 >= AGREEMENT:
+            return f"top-1 >= {AGREEMENT:.0%}"
+        return f"top-1 >= {self.arithmetic.top1 - SLACK:.2%}, KL <= {2 * self.arithmetic.mean_kl:.2g}: what int8 costs"
+
+
+@dataclass
+class Report:
+    """The result of `verify`."""
+
+    targets: list[TargetReport]
+    quantization: Agreement | None = None
+    original_task_accuracy: float | None = None
+    original_perplexity: float | None = None
+    task_size: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(t.passed for t in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for target, entry in zip(self.targets, values["targets"], strict=True):
+            entry["passed"] = target.passed
+        return values | {"passed": self.passed, "tolerance": TOLERANCE}
+
+
+def require_placement(report: Report) -> None:
+    """Raise VerificationFailure naming what fell back, or the target whose placement nothing here can tell."""
+    for target in report.targets:
+        placed = target.placement
+        if not placed.known:
+            raise VerificationFailure(f"{target.format}: the placement is not known here ({placed.source})")
+        for graph, ops in placed.fallback.items():
+            names = ", ".join(f"{op} x{n}" for op, n in sorted(ops.items()))
+            raise VerificationFailure(f"{target.format}: {graph}: not on {placed.accelerator}: {names}")
+
+
+def require(report: Report) -> None:
+    """Raise VerificationFailure naming the first target whose lowering does not match its reference."""
+    for target in report.targets:
+        if target.wrong is not None:
+            raise VerificationFailure(target.wrong)
+        if not target.passed:
+            a = target.lowering
+            if target.shipped.max_relative_error == sys.float_info.max:
+                raise VerificationFailure(f"{target.format}: as shipped its logits are not finite: it overflows")
+            if target.on_device and target.shipped.top1 < AGREEMENT:
+                a = target.shipped
+            raise VerificationFailure(
+                f"{target.format}: logits differ from the reference by up to {a.max_relative_error:.2g} of the largest, "
+                f"top-1 agreement {a.top1:.2%} (allowed: {target.allowed}); "
+                f"{a.prompts_identical} of {a.prompts} prompts give the same tokens"
+            )
