@@ -21,6 +21,7 @@ import torch
 from ..errors import UserError
 from ..graph import Graph
 from ..ops.quantized import dequantize
+from ..runtimes.quiet import quiet_torchao
 from ..untrusted import one_line, read_json_object
 from . import ethosu_vela as vela
 from .artefact import Artefact, Options, Progress
@@ -52,6 +53,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     `options.prompts`, from random ids where there are none. Raises UserError for a model without an encoder, an unknown
     configuration, a weight in a form that the NPU cannot hold, and an op that it does not take.
     """
+    quiet_torchao()
     encoder = next((g for g in graphs if g.name == GRAPH), None)
     if encoder is None:
         raise UserError("Ethos-U runs encoders, and this model has none; choose another --format")

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..graph import Graph, Port, State
+from ..runtimes.quiet import quiet_torchao
 from ..untrusted import one_line, read_json_object
 from .artefact import Artefact, Options, Progress
 
@@ -39,6 +40,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     `options.max_positions` is the capacity of the KV caches and the longest source. Raises UserError for a weight in a
     form that XNNPACK does not have.
     """
+    quiet_torchao()
     from .executorch_program import ProgramFile, ops
 
     programs: dict[str, torch.export.ExportedProgram] = {}

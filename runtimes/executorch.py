@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..bundle import GraphSpec
+from .quiet import quiet_stderr, quiet_torchao
 from .session import Array, Placement, StateBuffers, place
 
 PROGRAM = "model.pte"
@@ -45,17 +46,19 @@ class ExecuTorchSession:
     stand_in = False
 
     def __init__(self, directory: Path, graphs: Sequence[GraphSpec], threads: int = 0) -> None:
-        import executorch.extension.llm.custom_ops.custom_ops  # registers the llama:: kernels
-        import executorch.kernels.quantized  # noqa: F401  registers the embedding kernels
-        from executorch.extension.pybindings import portable_lib
-
+        quiet_torchao()
         self.how = f"executorch {importlib.metadata.version('executorch')} on this CPU, XNNPACK with int8 activations"
-        wanted = threads or os.cpu_count() or 1
-        if portable_lib._threadpool_get_thread_count() != wanted:  # one pool for all programs of the process
-            portable_lib._unsafe_reset_threadpool(wanted)
         self._path = directory / PROGRAM
-        self._load = portable_lib._load_program
-        self._program = self._load(str(self._path))
+        with quiet_stderr():  # it tells of the processor's files and of its threads
+            import executorch.extension.llm.custom_ops.custom_ops  # registers the llama:: kernels
+            import executorch.kernels.quantized  # noqa: F401  registers the embedding kernels
+            from executorch.extension.pybindings import portable_lib
+
+            wanted = threads or os.cpu_count() or 1
+            if portable_lib._threadpool_get_thread_count() != wanted:  # one pool for all programs of the process
+                portable_lib._unsafe_reset_threadpool(wanted)
+            self._load = portable_lib._load_program
+            self._program = self._load(str(self._path))
         self._graphs = {g.name: g for g in graphs}
         self._methods: dict[str, Any] = {}
         self._pool: list[Any] = []

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from tiny import EXAMPLE
 
 from edgewright import compiler
 from edgewright.backends import BACKENDS
 from edgewright.bundle import CHECKPOINT, Bundle
 from edgewright.checkpoint import open_checkpoint
+from edgewright.cli import main
 from edgewright.errors import VerificationFailure
 from edgewright.exporters import exporter
 from edgewright.models import build
@@ -193,3 +195,43 @@ def test_reduced_activations_agree_on_99_percent_of_the_phonemes(
     session = open_session(Bundle.open(usual), form)
     assert session.activations in ("int8", "float16")
     assert agreement(phonemes(session, usual, count), reference[:count]) >= 0.99
+
+
+# ---- the commands
+
+
+def edgewright(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_target_answers(form: str, usual: Path) -> None:
+    result = edgewright("run", usual, "--format", form, "--prompt", "k n i g h t", "-t", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "N AY T\n"
+    assert bool(result.stderr) is (form in ("coreml", "tensorrt", "qnn")), "what stands in for a device says so"
+
+
+def test_profile_measures_what_runs_here_and_says_why_not_the_rest(usual: Path) -> None:
+    options = ("-p", 8, "-n", 4, "-r", 1, "-t", 1)
+    result = edgewright("profile", usual, *options, "-o", "json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found["targets"]) == {"onnx", "executorch"}
+    assert all(m["kind"] == "measured" and len(m["rows"]) == 2 for m in found["targets"].values())
+    assert set(found["not_measured"]) == {"coreml", "tensorrt", "qnn"}
+    (estimate,) = found["simulated"]["qnn"].values()
+    assert "SoC model" in estimate["simulator"]
+    assert all(p["microseconds"] > 0 and p["ddr_fill_bytes"] > 0 for p in estimate["programs"].values())
+    text = edgewright("profile", usual, *options, "--format", "qnn").stdout
+    assert "vendor-simulated by Qualcomm's simulator of SoC model" in text
+    assert "decoder_step" in text
+    assert "t/s" not in text
+
+
+def test_strict_placement_fails_where_the_placement_is_not_known(usual: Path) -> None:
+    passes = edgewright("verify", usual, "--format", "onnx", "--format", "tensorrt", "--strict-placement")
+    assert passes.exit_code == 0, passes.output
+    unknown = edgewright("verify", usual, "--format", "coreml", "--strict-placement")
+    assert unknown.exit_code == 1
+    assert "coreml: the placement is not known here" in unknown.stderr.splitlines()[-1]
