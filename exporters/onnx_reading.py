@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -26,7 +27,9 @@ def read_nbits(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         gather = node.op_type == "GatherBlockQuantized"
         if not gather and node.op_type != "MatMulNBits":
             continue
-        packed, scales = _tensor(path, node, 0 if gather else 1), _tensor(path, node, 2)
+        packed, scales = (
+            torch.from_numpy(stored_tensor(path, node, i).numpy().copy()) for i in (0 if gather else 1, 2)
+        )
         rows = packed.shape[0]
         try:
             label = json.loads(node.metadata_props.get(LABEL, "[]"))
@@ -42,11 +45,17 @@ def read_nbits(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             start += count
 
 
-def _tensor(path: Path, node: ir.Node, index: int) -> torch.Tensor:
+def stored_tensor(path: Path, node: ir.Node, index: int) -> Any:
+    """The tensor that an input of `node` has in the file or beside it, wholly inside its file. Raises UserError."""
     value = node.inputs[index]
     stored = value.const_value if value is not None else None
     if stored is None:
         raise UserError(f"{path}: the weights of node {node.name} are not stored in the file; export again")
-    if isinstance(stored, ir.ExternalTensor) and Path(stored.location).name != str(stored.location):
-        raise UserError(f"{path}: the weights of node {node.name} lie outside the folder")
-    return torch.from_numpy(stored.numpy().copy())
+    if isinstance(stored, ir.ExternalTensor):
+        if Path(stored.location).name != str(stored.location):
+            raise UserError(f"{path}: the weights of node {node.name} lie outside the folder")
+        file = path.parent / str(stored.location)
+        end = (stored.offset or 0) + stored.nbytes
+        if not file.is_file() or file.stat().st_size < end:
+            raise UserError(f"{file}: shorter than the {end} bytes its weights take; export the bundle again")
+    return stored

@@ -25,6 +25,7 @@ from ..graph import Graph, Port, State
 from ..quant.targets import container, scale_block
 from .artefact import Artefact, Options, Progress
 from .onnx_lowerings import attr, torch_tensor, weight_name
+from .onnx_reading import stored_tensor
 from .onnx_standard import Dialect, Standard, lower_standard, scatter_slots
 from .onnx_translate import translate
 from .onnx_weights import WeightFile, codes_chunks, content_key
@@ -300,7 +301,7 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for path in sorted(directory.glob("*.onnx")):
         for names, node in _weights(path):
-            signed, factors = (_tensor(path, node, i).numpy().astype(np.float32) for i in (0, 1))
+            signed, factors = (stored_tensor(path, node, i).numpy().astype(np.float32) for i in (0, 1))
             groups = factors.shape[-1] if factors.ndim == 2 else 1
             if signed.ndim != 2 or factors.shape[:1] != signed.shape[:1] or not groups or signed.shape[1] % groups:
                 raise UserError(f"{path}: codes and scales of {names[0]} do not fit together; export again")
@@ -319,7 +320,7 @@ def codes_in_engine(network: Path, engine: Path) -> dict[str, bool]:
     plan = engine.read_bytes()
     found: dict[str, bool] = {}
     for (name, *_), node in _weights(network):
-        codes = _tensor(network, node, 0)
+        codes = stored_tensor(network, node, 0)
         found[name] = codes.tobytes() in plan or ir.tensor(np.ascontiguousarray(codes.numpy().T)).tobytes() in plan
     return found
 
@@ -335,19 +336,3 @@ def _weights(path: Path) -> Iterator[tuple[list[str], ir.Node]]:
             if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
                 raise UserError(f"{path}: node {node.name} does not say which weight it holds; export again")
             yield names, node
-
-
-def _tensor(path: Path, node: ir.Node, index: int) -> Any:
-    """The stored tensor of an input of `node`, wholly inside its file."""
-    value = node.inputs[index]
-    stored = value.const_value if value is not None else None
-    if stored is None:
-        raise UserError(f"{path}: the weights of node {node.name} are not stored in the file; export again")
-    if isinstance(stored, ir.ExternalTensor):
-        if Path(stored.location).name != str(stored.location):
-            raise UserError(f"{path}: the weights of node {node.name} lie outside the folder")
-        file = path.parent / str(stored.location)
-        end = (stored.offset or 0) + stored.nbytes
-        if not file.is_file() or file.stat().st_size < end:
-            raise UserError(f"{file}: shorter than the {end} bytes its weights take; export the bundle again")
-    return stored

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tiny import write_tiny_gemma3, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright.bundle import Generation, GraphSpec
 from edgewright.checkpoint import Checkpoint, open_checkpoint
+from edgewright.errors import UserError
 from edgewright.exporters import onnx as exporter
 from edgewright.exporters.artefact import Artefact, Options
 from edgewright.models import build
@@ -444,3 +446,33 @@ def test_a_second_process_writes_the_same_bytes(cases: Callable[[str], Case], tm
     for name in WRITERS:
         first, second = ({p.name: p.read_bytes() for p in d.iterdir()} for d in (cases(name).folder, tmp_path / name))
         assert first == second
+
+
+# ---- reading back
+
+
+def test_weights_are_read_back_under_the_checkpoints_names(case: Case) -> None:
+    """Every quantized weight of the plan, q/k/v that were fused apart again, a tied head under its own name too."""
+    found = {name: values.numpy() for name, values in exporter.read_weights(case.folder)}
+    quantized = {n for n, e in case.plan.entries.items() if e.bits != UNQUANTIZED}
+    assert quantized <= set(found) <= quantized | set(case.tied)
+    for name, values in found.items():
+        assert np.array_equal(values, case.stored(case.tied.get(name, name))), name
+
+
+@pytest.mark.parametrize("damage", ["short", "elsewhere", "unnamed"])
+def test_a_damaged_file_is_not_read_back(case: Case, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
+    model = onnx.load(folder / "decoder.onnx", load_external_data=False)
+    if damage == "short":
+        (folder / "weights.bin").write_bytes((folder / "weights.bin").read_bytes()[:100])
+    for tensor in model.graph.initializer if damage == "elsewhere" else ():
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../weights.bin"
+    for node in model.graph.node if damage == "unnamed" else ():
+        del node.metadata_props[:]
+    (folder / "decoder.onnx").write_bytes(model.SerializeToString())
+    said = {"short": "shorter than the", "elsewhere": "outside the folder", "unnamed": "does not say which weights"}
+    with pytest.raises(UserError, match=said[damage]):
+        list(exporter.read_weights(folder))
