@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 _LOGGERS = ("torchao", "torch.utils._pytree")
 
@@ -19,7 +19,10 @@ def quiet_torchao() -> None:
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """File descriptor 2 goes nowhere: what C++ prints while a library loads. Errors come as exceptions all the same."""
+    """Standard error goes nowhere while a library loads: C++ prints to file descriptor 2, bindings to `sys.stderr`.
+
+    Errors come as exceptions all the same.
+    """
     sys.stderr.flush()
     try:
         kept = os.dup(2)
@@ -27,9 +30,9 @@ def quiet_stderr() -> Iterator[None]:
         yield
         return
     try:
-        with open(os.devnull, "wb") as nowhere:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             os.dup2(nowhere.fileno(), 2)
-        yield
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
