@@ -133,7 +133,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Cost:
-    """What lowering one target took: seconds, and the peak of this process's anonymous memory meanwhile, in bytes."""
+    """What lowering one target took: seconds, and the peak anonymous memory of this process and its children, in bytes."""
 
     seconds: float
     peak_anonymous: int
@@ -427,20 +427,16 @@ def _allocate(
     """Refuse an impossible budget first (it costs nothing), then score the layers and allocate for real."""
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
 
-    def budget(targets: tuple[str, ...]) -> float | None:
-        """The bits asked for; without a budget the default, or what comes nearest to it."""
-        if request.bits is not None or request.size is not None:
-            return request.bits
+    bits = request.bits
+    if bits is None and request.size is None:  # the default, or what comes nearest to it
         low, high = reach(
             units,
-            widths=request.widths or common_bits(targets),
+            widths=request.widths or common_bits(request.formats),
             groups=request.groups,
             overrides=request.overrides,
-            targets=targets,
+            targets=request.formats,
         )
-        return min(max(DEFAULT_BITS, low), high)
-
-    bits = budget(request.formats)
+        bits = min(max(DEFAULT_BITS, low), high)
 
     def run(scores: dict[tuple[str, int], float], targets: tuple[str, ...]) -> BitPlan:
         return allocate(
