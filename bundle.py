@@ -74,8 +74,16 @@ class GraphSpec(_Strict):
         )
 
 
+PREFILL_CHUNK = 128
+"""Tokens of a prompt fed at once: a causal kernel skips what lies ahead of a chunk, and activations stay small
+(benchmarks/RESULTS.md). Recurrences take fewer (`ops.recurrence`)."""
+
+
 class Generation(_Strict):
-    """What the generate loop needs: the kind of loop, where it starts, where it stops, and how far it can go."""
+    """What the generate loop needs: the kind of loop, where it starts, where it stops, and how far it can go.
+
+    prefill_chunk: the most tokens of one call of the decoder.
+    """
 
     task: Literal["seq2seq", "causal"]
     decoder_start: Token | None = None
@@ -84,6 +92,7 @@ class Generation(_Strict):
     vocab: int = Field(gt=0)
     max_context: int = Field(gt=0)
     max_new_tokens: int = Field(gt=0)
+    prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
 
 
 class TargetEntry(_Strict):

@@ -18,6 +18,7 @@ from typing import Any
 from . import __version__, backends
 from .bundle import (
     CHECKPOINT,
+    PREFILL_CHUNK,
     Bundle,
     Generation,
     GraphSpec,
@@ -372,6 +373,7 @@ def _generation(model: Any, checkpoint: Checkpoint, config: dict[str, Any], requ
         vocab=vocab,
         max_context=context,
         max_new_tokens=min(new_tokens, context - 1),
+        prefill_chunk=min(PREFILL_CHUNK, *(g.bounds["sequence"][1] for g in model.graphs() if "sequence" in g.bounds)),
     )
 
 

@@ -26,7 +26,7 @@ from .models.loading import CODES, load_dequantized, load_original, quantized_pa
 from .ops.quantized import dequantize
 from .prompts import Task, read_task, text_windows
 from .runtimes.eager import EagerSession, Int8Session
-from .runtimes.generate import PREFILL_CHUNK, Stream, generate_batch
+from .runtimes.generate import Stream, generate_batch
 from .runtimes.opening import open_exact, open_session
 from .runtimes.session import Array, Joined, PlacedSession, Session
 from .untrusted import one_line
@@ -326,9 +326,7 @@ def _teacher_forced(
     for row, sequence in enumerate(tokens):
         forced[row, : len(sequence)] = sequence[:longest]
     fed = np.concatenate([start, forced], 1)
-    cut = PREFILL_CHUNK if fed.shape[1] > 2 * PREFILL_CHUNK else fed.shape[1]
-    parts = [stream.feed(fed[:, i : i + cut], every=True) for i in range(0, fed.shape[1], cut)]
-    logits = np.concatenate(parts, 1)[:, start.shape[1] - 1 :]
+    logits = stream.feed(fed, every=True)[:, start.shape[1] - 1 :]
     return [logits[row, : len(sequence) + 1] for row, sequence in enumerate(tokens)]
 
 

@@ -1,6 +1,7 @@
 """The one graph of a decoder-only model, shared by the architectures that have it. What may enter: `graph`, torch.
 
-An architecture brings `embed`, its `layers` (each called with `(h, past_length, k_cache, v_cache)`), `norm` and `head`.
+An architecture brings `embed`, its `layers`, `norm` and `head`. A layer is called with `(h, past_length, *states)` and gives
+`(h, *updated states)`; what its states are the architecture says in `causal_graph`, a list of states for each layer.
 """
 
 from __future__ import annotations
@@ -11,10 +12,34 @@ import torch
 from torch import nn
 
 from ..graph import Graph, Port, State
+from ..ops.recurrence import CHUNK
+
+Layers = Sequence[Sequence[State]]
+
+
+def kv_states(layer: int, kv_heads: int, head_dim: int) -> list[State]:
+    """The KV cache of an attention layer."""
+    shape = ("batch", kv_heads, "capacity", head_dim)
+    return [State(f"{n}_cache_{layer}", "kv", torch.float32, shape, updated=True) for n in ("k", "v")]
+
+
+def conv_state(layer: int, channels: int, taps: int) -> State:
+    """The last `taps - 1` inputs of a causal convolution."""
+    return State(f"conv_{layer}", "conv", torch.float32, ("batch", channels, taps - 1), updated=True)
+
+
+def recurrent_state(layer: int, *shape: int) -> State:
+    """What a recurrence carries, [batch, *shape]."""
+    return State(f"recurrent_{layer}", "recurrent", torch.float32, ("batch", *shape), updated=True)
+
+
+def chunk(states: Sequence[State], max_positions: int) -> int:
+    """The most tokens of one call: recurrences bound them (`ops.recurrence`)."""
+    return min(CHUNK, max_positions) if any(s.kind == "recurrent" for s in states) else max_positions
 
 
 class CausalStep(nn.Module):
-    """Prefill and decode step of a decoder-only model."""
+    """Prefill and decode step of a decoder-only model. `counts`: how many states each layer has."""
 
     def __init__(
         self,
@@ -23,10 +48,12 @@ class CausalStep(nn.Module):
         layers: nn.ModuleList,
         norm: nn.Module,
         head: Callable[[torch.Tensor], torch.Tensor],
+        counts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.whole = model  # registers the parameters under the checkpoint's names
         self.parts = (embed, list(layers), norm, head)  # in a tuple: registered again, they would have two names
+        self.counts = tuple(counts or [2] * len(layers))
 
     def forward(
         self,
@@ -38,23 +65,21 @@ class CausalStep(nn.Module):
         embed, layers, norm, head = self.parts
         h = embed(input_ids)
         updated: list[torch.Tensor] = []
-        for i, layer in enumerate(layers):
-            h, k, v = layer(h, past_length, states[2 * i], states[2 * i + 1])
-            updated += [k, v]
+        for layer, count in zip(layers, self.counts, strict=True):
+            h, *new = layer(h, past_length, *states[len(updated) : len(updated) + count])
+            updated += new
         return (head(norm(h.index_select(1, logit_positions))), *updated)
 
 
-def causal_graph(step: CausalStep, kv_shapes: Sequence[tuple[int, int]], vocab: int, max_positions: int) -> list[Graph]:
-    """The graph `decoder` with one (kv_heads, head_dim) per layer."""
+def causal_graph(step: nn.Module, states: Layers, vocab: int, max_positions: int, name: str = "decoder") -> list[Graph]:
+    """The graph `decoder` of `step`, which takes `(input_ids, past_length, logit_positions, states)`."""
     f32, i64 = torch.float32, torch.int64
-    states = tuple(
-        State(f"{n}_cache_{i}", "kv", f32, ("batch", heads, "capacity", dim), updated=True)
-        for i, (heads, dim) in enumerate(kv_shapes)
-        for n in ("k", "v")
-    )
+    flat = tuple(state for layer in states for state in layer)
+    longest = chunk(flat, max_positions)
+    growing = any("capacity" in s.shape for s in flat)
     return [
         Graph(
-            name="decoder",
+            name=name,
             module=step,
             inputs=(
                 Port("input_ids", i64, ("batch", "sequence")),
@@ -62,13 +87,9 @@ def causal_graph(step: CausalStep, kv_shapes: Sequence[tuple[int, int]], vocab: 
                 Port("logit_positions", i64, ("logits",)),
             ),
             outputs=(Port("logits", f32, ("batch", "logits", vocab)),),
-            states=states,
-            example={"batch": 2, "sequence": 3, "capacity": 7, "logits": 2},
-            bounds={
-                "batch": (1, 1024),
-                "sequence": (1, max_positions),
-                "capacity": (1, max_positions),
-                "logits": (1, max_positions),
-            },
+            states=flat,
+            example={"batch": 2, "sequence": 3, "logits": 2} | ({"capacity": 7} if growing else {}),
+            bounds={"batch": (1, 1024), "sequence": (1, longest), "logits": (1, longest)}
+            | ({"capacity": (1, max_positions)} if growing else {}),
         )
     ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..graph import Graph
-from .causal import CausalStep, causal_graph
+from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
 from .layers import AttentionSpec, CachedAttention, Embedding, GatedMLP, Linear, RMSNorm, softcap
 
@@ -127,4 +127,5 @@ class Model(nn.Module):
     def graphs(self) -> list[Graph]:
         inner = self.model
         step = CausalStep(self, inner.embed, inner.layers, inner.norm, self.head)
-        return causal_graph(step, [inner.kv_shape] * len(inner.layers), self.vocab, self.max_context)
+        states = [kv_states(i, *inner.kv_shape) for i in range(len(inner.layers))]
+        return causal_graph(step, states, self.vocab, self.max_context)

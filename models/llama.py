@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..graph import Graph
-from .causal import CausalStep, causal_graph
+from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
 from .layers import AttentionSpec, CachedAttention, Embedding, GatedMLP, Linear, RMSNorm
 
@@ -77,5 +77,5 @@ class Model(nn.Module):
     def graphs(self) -> list[Graph]:
         inner = self.model
         step = CausalStep(self, inner.embed_tokens, inner.layers, inner.norm, self.lm_head)
-        shapes = [(self.spec.kv_heads, self.spec.head_dim)] * len(inner.layers)
-        return causal_graph(step, shapes, self.vocab, self.max_context)
+        states = [kv_states(i, self.spec.kv_heads, self.spec.head_dim) for i in range(len(inner.layers))]
+        return causal_graph(step, states, self.vocab, self.max_context)

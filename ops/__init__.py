@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import attention, pointwise, quantized
+from . import attention, pointwise, quantized, recurrence
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.edgewright.quantized_linear.default: quantized.quantized_linear_reference,
@@ -22,6 +22,12 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.edgewright.bidirectional_attention.default: attention.bidirectional_attention_reference,
     torch.ops.edgewright.cross_attention.default: attention.cross_attention_reference,
     torch.ops.edgewright.cached_attention.default: attention.cached_attention_reference,
+    torch.ops.edgewright.merged_attention.default: attention.merged_attention_reference,
+    torch.ops.edgewright.shared_attention.default: attention.shared_attention_reference,
+    torch.ops.edgewright.causal_conv.default: recurrence.causal_conv_reference,
+    torch.ops.edgewright.gated_delta_rule.default: recurrence.gated_delta_rule_reference,
+    torch.ops.edgewright.linear_attention.default: recurrence.linear_attention_reference,
+    torch.ops.edgewright.selective_scan.default: recurrence.selective_scan_reference,
 }
 
-__all__ = ["DECOMPOSITIONS", "attention", "pointwise", "quantized"]
+__all__ = ["DECOMPOSITIONS", "attention", "pointwise", "quantized", "recurrence"]

@@ -1,4 +1,4 @@
-"""Rotary embedding and the three attentions: bidirectional, over a growing cache, over a cache written once.
+"""Rotary embedding and the attentions: bidirectional, over a growing cache, over one written once or by another layer, over two.
 
 What may enter: torch. Heads stay in [batch, seq, heads, head_dim]; caches are [batch, kv_heads, capacity, head_dim].
 Query head h reads key head h // (heads / kv_heads). Soft-capping is `cap * tanh(scores / cap)`, before the mask, as in
@@ -67,6 +67,41 @@ def cached_attention_reference(
         allowed = torch.logical_and(allowed, slots.unsqueeze(0) > positions.unsqueeze(1) - window)
     out = _attend(q.transpose(1, 2), k_new, v_new, allowed, scale, softcap)
     return out, k_new, v_new
+
+
+def merged_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cross_k: torch.Tensor,
+    cross_v: torch.Tensor,
+    mask: torch.Tensor,
+    past_length: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    positions = past_length + torch.arange(q.shape[1], device=q.device)  # [seq]
+    k_new = k_cache.index_copy(2, positions, k.transpose(1, 2))
+    v_new = v_cache.index_copy(2, positions, v.transpose(1, 2))
+    slots = torch.arange(k_cache.shape[2], device=q.device)
+    own = slots.unsqueeze(0) <= positions.unsqueeze(1)
+    if window:
+        own = torch.logical_and(own, slots.unsqueeze(0) > positions.unsqueeze(1) - window)
+    batch, seq = q.shape[0], q.shape[1]
+    allowed = torch.cat((own.expand(batch, 1, -1, -1), mask.expand(-1, -1, seq, -1)), -1)
+    keys, values = torch.cat((k_new, cross_k), 2), torch.cat((v_new, cross_v), 2)
+    return _attend(q.transpose(1, 2), keys, values, allowed, scale, softcap), k_new, v_new
+
+
+def shared_attention_reference(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    slots = torch.arange(k_cache.shape[2], device=q.device)
+    allowed = slots.unsqueeze(0) <= positions.unsqueeze(1)
+    return _attend(q.transpose(1, 2), k_cache, v_cache, allowed, scale, 0.0)
 
 
 @torch.library.custom_op("edgewright::rope", mutates_args=())
@@ -148,3 +183,65 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2] * q.shape[3]))
     return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)  # contiguous, whatever came in
+
+
+@torch.library.custom_op("edgewright::merged_attention", mutates_args=())
+def merged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cross_k: torch.Tensor,
+    cross_v: torch.Tensor,
+    mask: torch.Tensor,
+    past_length: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention that appends to a KV cache and sees an encoder's keys and values under the same softmax (T5Gemma 2).
+
+    As `cached_attention`; cross_k, cross_v: [B, KV, T, D], written once; mask: bool [B, 1, 1, T], true at real source tokens.
+    """
+    return merged_attention_reference(
+        q, k, v, k_cache, v_cache, cross_k, cross_v, mask, past_length, scale, softcap, window
+    )
+
+
+@merged_attention.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cross_k: torch.Tensor,
+    cross_v: torch.Tensor,
+    mask: torch.Tensor,
+    past_length: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = q.new_empty((q.shape[0], q.shape[1], q.shape[2] * q.shape[3]))
+    return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)
+
+
+@torch.library.custom_op("edgewright::shared_attention", mutates_args=())
+def shared_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention over a KV cache that an earlier layer of the same call wrote (SambaY's cross-decoder).
+
+    q: [B, S, H, D]; caches: [B, KV, C, D] as `cached_attention` returned them; positions: int64 [S], the slot of each
+    query's own token: it sees all slots up to that one. Returns [B, S, H * D].
+    """
+    return shared_attention_reference(q, k_cache, v_cache, positions, scale)
+
+
+@shared_attention.register_fake
+def _(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * q.shape[3]))

@@ -15,10 +15,6 @@ from ..bundle import Generation
 from ..errors import UserError
 from .session import Array, Session
 
-PREFILL_CHUNK = (
-    128  # a causal kernel skips what lies ahead of a chunk, and activations stay small (benchmarks/RESULTS.md)
-)
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -84,6 +80,10 @@ class Stream:
         n = tokens.shape[1]
         if self.past + n > self.capacity:
             raise UserError(f"{self.past + n} tokens do not fit the context of {self.capacity}")
+        most = self.spec.prefill_chunk
+        if n > most:
+            parts = [self.feed(tokens[:, at : at + most], every) for at in range(0, n, most)]
+            return np.concatenate(parts, 1) if every else parts[-1]
         inputs = {
             "input_ids": tokens,
             "past_length": np.array([self.past], np.int64),
@@ -95,11 +95,7 @@ class Stream:
 
     def prefill(self) -> Array:
         """Feed the pending prompt (the start token of an encoder-decoder); logits [batch, 1, vocab] after it."""
-        tokens, logits = self.pending, None
-        for at in range(0, tokens.shape[1], PREFILL_CHUNK):
-            logits = self.feed(tokens[:, at : at + PREFILL_CHUNK])
-        assert logits is not None
-        return logits
+        return self.feed(self.pending)
 
 
 def generate(

@@ -10,7 +10,6 @@ import pytest
 
 from edgewright.bundle import Generation
 from edgewright.errors import UserError
-from edgewright.runtimes import generate as loop
 from edgewright.runtimes.generate import Sampling, Stream, generate, generate_batch
 from edgewright.runtimes.session import Array, StateBuffers
 
@@ -132,11 +131,10 @@ def test_too_long_and_empty_prompts_are_refused() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 128, 299, 300, 301])
-def test_chunked_prefill_equals_one_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+def test_chunked_prefill_equals_one_chunk(chunk: int) -> None:
     prompt = np.random.default_rng(0).integers(0, VOCAB, 300).tolist()
     session = Formula()
-    stream = Stream(session, causal(), [prompt], 4)
+    stream = Stream(session, causal(prefill_chunk=chunk), [prompt], 4)
     logits = stream.prefill()
     assert logits.shape == (1, 1, VOCAB)
     np.testing.assert_array_equal(logits[0, 0], logits_after(prompt))
@@ -144,7 +142,7 @@ def test_chunked_prefill_equals_one_chunk(chunk: int, monkeypatch: pytest.Monkey
     sizes = [shape[1] for _, shape in session.calls]
     assert sum(sizes) == 300
     assert max(sizes) == min(chunk, 300)
-    assert list(generate(Formula(), causal(), prompt, 4)) == argmax_loop(prompt, 4)
+    assert list(generate(Formula(), causal(prefill_chunk=chunk), prompt, 4)) == argmax_loop(prompt, 4)
 
 
 def test_feed_gives_the_last_logits_or_all() -> None:
