@@ -24,6 +24,9 @@ MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
 REPORTS = "reports"
 _MANIFEST_LIMIT = 64 << 20
+EXAMPLES = "examples.safetensors"
+"""Inputs that a "module" is compared on: tensors `<number>.<graph>.<input>`."""
+
 _READ_BY_VERIFY = ("config.json", "model.safetensors")
 
 
@@ -79,13 +82,32 @@ PREFILL_CHUNK = 128
 (benchmarks/RESULTS.md). Recurrences take fewer (`ops.recurrence`)."""
 
 
+class ContextSpec(_Strict):
+    """How a decoder-decoder (arXiv 2408.15518) turns a context into memory, rows of `hidden` numbers in a prompt's place.
+
+    window: the most context tokens of one memory; a longer context gives several, one after the other, at most `rows` rows.
+    vocab: of its tokens. tokens: read after each part, in chunks, and what they become is memory; without, the graph `context`
+    takes a part whole. prefix: tokens before the memory. splice: "exact", or "released" as the published Dolphin code does it:
+    one position early, over the prefix's last token, so that token 0 stands behind it.
+    """
+
+    window: Size
+    hidden: Size
+    rows: Size
+    vocab: Size
+    tokens: tuple[Token, ...] = ()
+    prefix: tuple[Token, ...] = ()
+    splice: Literal["exact", "released"] = "exact"
+
+
 class Generation(_Strict):
     """What the generate loop needs: the kind of loop, where it starts, where it stops, and how far it can go.
 
-    prefill_chunk: the most tokens of one call of the decoder.
+    task: "module" has no loop: its graphs are run as they are (vocab and max_context are then what its inputs allow).
+    prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task.
     """
 
-    task: Literal["seq2seq", "causal"]
+    task: Literal["seq2seq", "causal", "memory", "module"]
     decoder_start: Token | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: Token = 0
@@ -93,6 +115,16 @@ class Generation(_Strict):
     max_context: int = Field(gt=0)
     max_new_tokens: int = Field(gt=0)
     prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
+    context: ContextSpec | None = None
+
+
+NEEDED: dict[str, set[str]] = {
+    "seq2seq": {"encoder", "cross_kv", "decoder"},
+    "causal": {"decoder"},
+    "memory": {"context", "decoder"},
+    "module": set(),
+}
+"""Task -> the graphs that its loop runs."""
 
 
 class TargetEntry(_Strict):
@@ -107,7 +139,10 @@ class TargetEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """`manifest.json`. Paths are relative to the bundle and cannot leave it."""
+    """`manifest.json`. Paths are relative to the bundle and cannot leave it.
+
+    contexts: of a "memory" task, one for each of `prompts`.
+    """
 
     schema_version: Literal[1] = 1
     source: str
@@ -118,7 +153,8 @@ class Manifest(_Strict):
     average_bits: float
     weights: int
     targets: tuple[TargetEntry, ...] = Field(min_length=1)
-    prompts: tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...] = Field(min_length=1)
+    prompts: tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...]
+    contexts: tuple[tuple[Token, ...], ...] = ()
     files: dict[str, str]
     tools: dict[str, str]
     verification: dict[str, Any] | None = None
@@ -140,13 +176,23 @@ class Manifest(_Strict):
         if bare:
             raise ValueError(f"{bare[0]} has no hash")
         spec = self.generation
-        seq2seq = spec.task == "seq2seq"
-        lacking = {"decoder", *(("encoder", "cross_kv") if seq2seq else ())} - {g.name for g in self.graphs}
+        lacking = NEEDED[spec.task] - {g.name for g in self.graphs}
         if lacking:
             raise ValueError(f"a {spec.task} bundle needs the graph {min(lacking)}")
-        if seq2seq and spec.decoder_start is None:
+        if spec.task == "seq2seq" and spec.decoder_start is None:
             raise ValueError("a seq2seq bundle needs decoder_start")
-        largest = max(spec.decoder_start or 0, spec.pad_id, *(token for prompt in self.prompts for token in prompt))
+        if not self.prompts and spec.task != "module":
+            raise ValueError("no prompts to compare on")
+        if spec.task == "memory" and spec.context is None:
+            raise ValueError("a memory bundle needs generation.context")
+        if len(self.contexts) not in (0, len(self.prompts)):
+            raise ValueError(f"{len(self.contexts)} contexts do not fit {len(self.prompts)} prompts")
+        lists = [*self.prompts, spec.context.prefix if spec.context is not None else ()]
+        largest = max(spec.decoder_start or 0, spec.pad_id, *(token for tokens in lists for token in tokens))
+        if spec.context is not None:
+            read = [t for tokens in (*self.contexts, spec.context.tokens) for t in tokens]
+            if max(read, default=0) >= spec.context.vocab:
+                raise ValueError(f"a context's token {max(read)} is not below its vocabulary of {spec.context.vocab}")
         if largest >= spec.vocab:
             raise ValueError(f"token {largest} is not below the vocabulary of {spec.vocab}")
         return self

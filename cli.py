@@ -84,8 +84,14 @@ class IntList(click.ParamType[tuple[int, ...]]):
         return tuple(int(p) for p in parts)
 
 
+_interrupted = threading.Event()
+"""Set by the first SIGINT: one that a library's callback swallowed still ends the command at its next step."""
+
+
 def note(message: str) -> None:
     """Progress, to standard error."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
     click.echo(message, err=True)
 
 
@@ -245,6 +251,56 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
 
 
 @main.command()
+@_model
+@click.option(
+    "--eugen",
+    metavar="REGEX:m=M,k=K",
+    help=r"Feed-forward blocks whose path matches become EUGens (arXiv 2601.22563), such as 'layers\.3\.mlp:m=256,k=2'.",
+)
+@click.option(
+    "--calibration", type=_path, help="For --eugen: a text, or a task file (.tsv), that the blocks are fitted on."
+)
+@click.option(
+    "--adapt", is_flag=True, help="A decoder-only Gemma becomes an encoder-decoder to be trained (arXiv 2504.06225)."
+)
+@click.option("--decoder", metavar="MODEL", help="For --adapt: another checkpoint for the decoder.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("-o", "--output", type=_path, required=True, help="The checkpoint to write; must not exist.")
+@_json
+def rewrite(
+    model: str,
+    eugen: str | None,
+    calibration: Path | None,
+    adapt: bool,
+    decoder: str | None,
+    seed: int,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Change MODEL into another checkpoint, which exports as any other."""
+    if adapt == (eugen is not None):
+        raise UserError("say what to change: --eugen REGEX:m=M,k=K or --adapt, one of them")
+    if adapt and calibration is not None:
+        raise UserError("--calibration is for --eugen; --adapt reads no text")
+    from . import reporting
+
+    if eugen is None:
+        from .rewrites.adapt import adapt as initialise
+
+        made = initialise(model, decoder, output, seed, note)
+        _print(reporting.adapted_json(made), reporting.adapted_text(made), as_json)
+        return
+    if decoder is not None:
+        raise UserError("--decoder is for --adapt")
+    if calibration is None:
+        raise UserError("--eugen fits the blocks on text: give --calibration FILE")
+    from .rewrites.eugen import rewrite_eugen
+
+    report = rewrite_eugen(model, eugen, calibration, output, seed, note)
+    _print(report.to_json(), reporting.eugen_text(report), as_json)
+
+
+@main.command()
 @click.argument("bundle", type=_path)
 @click.option("-m", "--model", metavar="MODEL", help="The original checkpoint, for the quantization loss.")
 @click.option("--task", type=_path, help="Task file: exact-match accuracy of the artefact and the original.")
@@ -282,6 +338,9 @@ def verify(
 @main.command()
 @click.argument("bundle", type=_path)
 @click.option("--prompt", help="The prompt; '-' reads standard input.", required=True)
+@click.option("--context", type=_path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory.")
+@click.option("--memory", type=_path, metavar="FILE", help="The memory of a context read before.")
+@click.option("--save-memory", type=_path, metavar="FILE", help="Keep the memory of --context here.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1))
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
@@ -292,6 +351,9 @@ def verify(
 def run(
     bundle: Path,
     prompt: str,
+    context: Path | None,
+    memory: Path | None,
+    save_memory: Path | None,
     chat: bool | None,
     max_new_tokens: int | None,
     temperature: float,
@@ -300,9 +362,13 @@ def run(
     form: str | None,
     threads: int,
 ) -> None:
-    """Answer a prompt, streaming to standard output."""
+    """Answer a prompt, streaming to standard output.
+
+    A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
+    """
     from .answer import answer
     from .runtimes.generate import Sampling
+    from .untrusted import MEBIBYTE, read_text
 
     if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
@@ -311,7 +377,9 @@ def run(
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
     sampling = Sampling(temperature, top_p, seed)
-    for piece in answer(bundle, text, form, chat, max_new_tokens, sampling, threads, note):
+    read = None if context is None else read_text(context, 256 * MEBIBYTE)
+    asked = (bundle, text, form, chat, max_new_tokens, sampling, threads, note, read, memory, save_memory)
+    for piece in answer(*asked):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -418,14 +486,20 @@ def _cleaning_up() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {n: signal.signal(n, to) for n, to in ((signal.SIGTERM, stop), (signal.SIGINT, interrupt))}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _interrupted.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

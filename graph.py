@@ -102,4 +102,4 @@ class Graph:
         if self.states:
             args, shapes = (*args, list(examples[n:])), (*shapes, dynamic(self.states))
         with torch.no_grad():
-            return torch.export.export(self.module, args, dynamic_shapes=shapes)
+            return torch.export.export(self.module, args, dynamic_shapes=shapes if dims else None)

@@ -36,12 +36,17 @@ def lower(format: str, checkpoint: Path, directory: Path, options: Options, prog
     return made
 
 
-def lower_apart(format: str, checkpoint: Path, directory: Path, options: Options, progress: Progress) -> Artefact:
-    """`lower` in a process of its own. Raises UserError for what it raises, and if the process dies."""
+def lower_apart(
+    format: str, checkpoint: Path, directory: Path, options: Options, progress: Progress, code: str | None = None
+) -> Artefact:
+    """`lower` in a process of its own. code: the factory whose code the user lets run there (`models.module`).
+
+    Raises UserError for what `lower` raises, and if the process dies.
+    """
     with tempfile.TemporaryDirectory() as folder:
         job, result, errors = (Path(folder, name) for name in ("job.json", "result.json", "errors.txt"))
         request = {"format": format, "checkpoint": str(checkpoint.resolve()), "directory": str(directory.resolve())}
-        job.write_text(json.dumps(request | {"options": asdict(options)}))
+        job.write_text(json.dumps(request | {"code": code, "options": asdict(options)}))
         command = [sys.executable, "-m", f"{__package__}.lowering", str(job), str(result)]
         with errors.open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
             try:
@@ -69,6 +74,11 @@ def lower_apart(format: str, checkpoint: Path, directory: Path, options: Options
 def main(job: Path, result: Path) -> None:
     request = json.loads(job.read_text())
     given: dict[str, Any] = {key: _tuple(value) for key, value in request["options"].items()}
+
+    if request["code"] is not None:
+        from .models.module import allow
+
+        allow(request["code"])
 
     def say(message: str) -> None:
         print(f"{_SAID}{message}", flush=True)

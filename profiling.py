@@ -73,14 +73,17 @@ def _lengths(
     spec: Generation, prompts: Sequence[int] | None, new: int | None, depths: Sequence[int], repeats: int
 ) -> tuple[list[int], int]:
     """The prompt lengths and new tokens to measure. Raises UserError for what does not fit."""
-    context, causal = spec.max_context, spec.task == "causal"
+    if spec.task == "module":
+        return [], 0
+    context, causal = spec.max_context, spec.task != "seq2seq"
     prompts = [min(512, context - 1)] if prompts is None else prompts
     if new is None:
         new = max(1, min(128, context - 2 - (max(depths, default=0) if causal else 0)))
     prompts = [length for length in prompts if length]  # as in llama-bench, 0 asks for no such row
     if new < 0 or not (prompts or new):
         raise UserError(f"-p {','.join(map(str, prompts)) or 0} -n {new} measures nothing; give lengths above 0")
-    asked = [*prompts, *((d + new + 1 if causal else max(d, new + 1)) for d in depths)]
+    read = [] if spec.task == "memory" else prompts  # a long context is read in parts
+    asked = [*read, *((d + new + 1 if causal else max(d, new + 1)) for d in depths)]
     for length in asked:
         if length > context - 1:
             raise UserError(

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from .compiler import Exported, Planned
 from .errors import UserError
+from .rewrites.adapt import Adapted
+from .rewrites.eugen import EUGenReport
 from .verdict import Agreement, Report, TargetReport
 
 
@@ -177,6 +179,8 @@ def export_json(made: Exported) -> dict[str, Any]:
 
 
 def _agreement(a: Agreement) -> list[str]:
+    if a.rms is not None:
+        return [f"{a.max_relative_error:.2e}", f"rms {a.rms:.2e}", "", f"{a.prompts_identical}/{a.prompts}"]
     return [f"{a.max_relative_error:.2e}", f"{a.mean_kl:.2e}", f"{a.top1:.2%}", f"{a.prompts_identical}/{a.prompts}"]
 
 
@@ -266,3 +270,28 @@ def _quality(t: TargetReport, report: Report) -> list[str]:
         was = f"; original {before:.3f}" if before is not None else ""
         lines.append(f"{t.format}: perplexity {t.perplexity:.3f}{was}")
     return lines
+
+
+def eugen_text(report: EUGenReport) -> str:
+    """A row a block: how near its EUGen comes, and what it costs before and after."""
+    rows = table("block", "m, k", "error on held-out rows", "parameters", "FLOPs a token", "bytes")
+    for layer in report.layers:
+        before_after = [layer.parameters, layer.flops, layer.bytes]
+        shown = [f"{b:,} -> {a:,} ({a / b:.2f}x)" for b, a in before_after]
+        rows.add_row(layer.path, f"{layer.size.m}, {layer.size.k}", f"{layer.fit.error:.4f}", *shown)
+    before, after = report.bytes
+    fitted = f"fitted on {report.tokens:,} tokens of {report.sequences:,} sequences"
+    return text(rows, fitted, f"model.safetensors: {size(before)} -> {size(after)}", f"checkpoint: {report.path}")
+
+
+def adapted_json(made: Adapted) -> dict[str, Any]:
+    return asdict(made) | {"path": str(made.path)}
+
+
+def adapted_text(made: Adapted) -> str:
+    """What became of the tensors, and what must be trained first."""
+    lines = [f"{made.model_type}: {made.copied} tensors of the source, {len(made.drawn)} drawn at random, "]
+    lines[0] += f"{len(made.zeros)} zeros: {size(made.bytes)}"
+    if made.train_first is not None:
+        lines.append(f"train '{made.train_first}' alone first, with all else frozen: {', '.join(made.drawn[:3])} …")
+    return text(*lines, f"checkpoint: {made.path}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,20 @@ from .models.loading import load_original
 from .quant.importance import WEIGHT_RANGE, LimAccumulator, importance_weights, zd
 from .quant.plan import Unit
 from .runtimes.eager import EagerSession
-from .runtimes.generate import Stream, generate
+from .runtimes.generate import Stream, generate, read_context
 
 METHODS = ("zd", "zd-two-sided", "lim", "uniform")
 Layer = tuple[str, int]
 _NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What calibrates: prompts, a context for each where the model reads one, or (graph, inputs) where it has no loop."""
+
+    prompts: Sequence[Sequence[int]]
+    contexts: Sequence[Sequence[int]] = ()
+    examples: Sequence[tuple[str, dict[str, torch.Tensor]]] = ()
 
 
 def score_layers(
@@ -30,7 +40,7 @@ def score_layers(
     model: Any,
     checkpoint: Checkpoint,
     units: Sequence[Unit],
-    prompts: Sequence[Sequence[int]],
+    probes: Probes,
     spec: Generation,
     progress: Callable[[str], None],
 ) -> dict[Layer, float]:
@@ -50,13 +60,17 @@ def score_layers(
         return scores
     if method != "lim":
         raise UserError(f"--importance {method} is not known; choose from {', '.join(METHODS)}")
-    if not prompts:
+    if not layers:
+        raise UserError("--importance lim scores layers, and this model names none; use --importance uniform")
+    if not probes.prompts and not probes.examples:
         raise UserError("--importance lim needs --calibration TEXT or --task FILE; without data use --importance zd")
-    progress(f"importance (lim): {len(prompts)} calibration prompts through the original model")
-    return _lim(model, checkpoint, prompts, spec)
+    progress(
+        f"importance (lim): {len(probes.prompts or probes.examples)} calibration prompts through the original model"
+    )
+    return _lim(model, checkpoint, probes, spec)
 
 
-def _lim(model: Any, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], spec: Generation) -> dict[Layer, float]:
+def _lim(model: Any, checkpoint: Checkpoint, probes: Probes, spec: Generation) -> dict[Layer, float]:
     load_original(model, checkpoint)
     accumulators: dict[Layer, LimAccumulator] = {}
     hooks = []
@@ -66,9 +80,14 @@ def _lim(model: Any, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], s
             hooks.append(layer.register_forward_hook(_observer(accumulator)))
     session = EagerSession(model.graphs())
     try:
-        for prompt in prompts:  # one at a time: no padding to take out
-            if spec.task == "causal":
-                Stream(session, spec, [prompt[: spec.max_context - 1]], 1).prefill()
+        for graph, inputs in probes.examples:
+            session.run(graph, {name: value.numpy() for name, value in inputs.items()}, {})
+        for i, prompt in enumerate(
+            probes.prompts if not probes.examples else ()
+        ):  # one at a time: no padding to take out
+            memory = read_context(session, spec, probes.contexts[i]) if probes.contexts else None
+            if spec.task != "seq2seq":
+                Stream(session, spec, [prompt[: spec.max_context - 1]], 1, memory).prefill()
             else:
                 list(generate(session, spec, prompt, min(_NEW_TOKENS, spec.max_new_tokens)))
     finally:

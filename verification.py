@@ -7,30 +7,29 @@ or float16 activations add on top is reported apart. The weights in an artefact'
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .backends import BACKENDS
 from .bundle import CHECKPOINT, Bundle, Generation, TargetEntry
 from .checkpoint import Checkpoint, open_checkpoint
+from .comparison import Probe, perplexity, probe_of, task_accuracy
 from .errors import UserError, VerificationFailure
 from .exporters import exporter
 from .memory import require_available
 from .models import build
 from .models.loading import CODES, load_dequantized, load_original, quantized_parts
+from .module_checkpoint import open_model
 from .ops.quantized import dequantize
-from .prompts import Task, read_task, text_windows
+from .prompts import read_task, text_windows
 from .runtimes.eager import EagerSession, Int8Session
-from .runtimes.generate import Stream, generate_batch
 from .runtimes.opening import open_exact, open_session
-from .runtimes.session import Array, Joined, PlacedSession, Session
+from .runtimes.session import Joined, PlacedSession, Session
 from .untrusted import one_line
-from .verdict import Agreement, Report, TargetReport
+from .verdict import Report, TargetReport
 
 FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
 """Prompts compared on a target whose device is emulated here: an emulator is hundreds of times slower than the device."""
@@ -38,10 +37,7 @@ FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
 BESIDES = {"coreml": 8, "tensorrt": 16}
 """Bytes a weight that what stands in for a target's device holds beside its artefact (measured)."""
 
-NEW_TOKENS = 16
-LONG_PROMPT = 700  # tokens: past two prefill chunks and Gemma 3's window of 512
 WINDOW = 512
-_TASK_BATCH = 16  # the rows that a TensorRT engine takes
 
 
 def verify(
@@ -66,12 +62,13 @@ def verify(
     bundle.check_files()
     quantized = open_checkpoint(str(bundle.path / CHECKPOINT))
     original = _original(bundle, model)
-    prompts = [list(p) for p in bundle.manifest.prompts]
-    examples = read_task(task, task_limit) if task is not None else None
-    windows = _windows(text, quantized, bundle.manifest.generation)
-    spec = bundle.manifest.generation
+    manifest, spec = bundle.manifest, bundle.manifest.generation
+    if spec.task == "module" and (task is not None or text is not None):
+        raise UserError("--task and --text need a model that generates; this bundle's graphs are run as they are")
+    examples = read_task(task, task_limit, spec.task == "memory") if task is not None else None
+    windows = _windows(text, quantized, spec)
+    probe = probe_of(bundle)
 
-    manifest = bundle.manifest
     require_memory(manifest.weights, {t.format: t.stored_bytes for t in manifest.targets}, original is not None)
     progress("reference: dequantized weights in float32")
     built = build(quantized.config)
@@ -82,7 +79,7 @@ def verify(
     rounded = Int8Session(built.graphs(), linears)
     report = Report(targets=[])
     for entry in _asked(bundle, formats, report):
-        target, shipped = _target(bundle, entry, quantized, (reference, rounded), prompts, threads, progress)
+        target, shipped = _target(bundle, entry, quantized, (reference, rounded), probe, threads, progress)
         if entry.format in FEWER_PROMPTS and (examples is not None or windows):
             report.notes.append(f"{entry.format}: task accuracy and perplexity are not measured in an emulator")
             report.targets.append(target)
@@ -97,7 +94,7 @@ def verify(
     if original is not None:
         progress("quantization loss: original weights in float32")
         before = _eager(quantized.config, original, load_original)
-        (report.quantization,) = compare(before, [reference], spec, prompts)
+        (report.quantization,) = probe.compare(before, [reference])
         if examples is not None:
             report.original_task_accuracy = task_accuracy(before, bundle, examples)
         if windows:
@@ -126,7 +123,7 @@ def _target(
     entry: TargetEntry,
     quantized: Checkpoint,
     references: tuple[EagerSession, Int8Session],
-    prompts: Sequence[Sequence[int]],
+    probe: Probe,
     threads: int,
     progress: Callable[[str], None],
 ) -> tuple[TargetReport, PlacedSession]:
@@ -141,15 +138,15 @@ def _target(
         weights = check_weights(bundle, entry.format, quantized)
     except VerificationFailure as error:
         wrong = str(error)
-    prompts = prompts[: FEWER_PROMPTS.get(entry.format, len(prompts))]
-    progress(f"{entry.format}: reloading, comparing on {len(prompts)} prompts")
+    probe = probe.first(FEWER_PROMPTS.get(entry.format))
+    progress(f"{entry.format}: reloading, comparing on {probe.what}")
     shipped = open_session(bundle, entry.format, threads)
     exact = open_exact(bundle, entry.format, threads)
     sessions = [shipped] if exact is None else [exact, shipped]
     part = BACKENDS[entry.format].graphs
     compared: list[Session] = [Joined(s, part, reference) for s in sessions] if part else [*sessions]
     int8 = exact is None and shipped.activations == "int8"
-    found = compare(reference, [*compared, *([rounded] if int8 else [])], bundle.manifest.generation, prompts)
+    found = probe.compare(reference, [*compared, *([rounded] if int8 else [])])
     arithmetic = found.pop() if int8 else None
     target = TargetReport(
         entry.format,
@@ -221,7 +218,7 @@ def require_memory(weights: int, stored: Mapping[str, int], original: bool) -> N
 def _original(bundle: Bundle, model: str | None) -> Checkpoint | None:
     if model is None:
         return None
-    original = open_checkpoint(model)
+    original = open_model(model)
     if original.fingerprint() != bundle.manifest.source_fingerprint:
         raise UserError(f"{model} is not the checkpoint this bundle was made from ({bundle.manifest.source})")
     return original
@@ -243,123 +240,3 @@ def _eager(config: dict[str, Any], checkpoint: Checkpoint, load: Callable[[Any, 
     model = build(config)
     load(model, checkpoint)
     return EagerSession(model.graphs())
-
-
-def compare(
-    reference: Session, candidates: Sequence[Session], spec: Generation, prompts: Sequence[Sequence[int]]
-) -> list[Agreement]:
-    """Each candidate against the reference: free-running greedy tokens, then teacher-forced on the reference's tokens."""
-    tallies = [_Tally() for _ in candidates]
-    new_tokens = min(NEW_TOKENS, spec.max_new_tokens)
-    for batch in [*_batches(prompts, spec), *_long_prompt(prompts, spec)]:
-        tokens = generate_batch(reference, spec, batch, new_tokens)
-        want = _teacher_forced(reference, spec, batch, tokens)
-        for candidate, tally in zip(candidates, tallies, strict=True):
-            tally.tokens(tokens, generate_batch(candidate, spec, batch, new_tokens))
-            tally.logits(want, _teacher_forced(candidate, spec, batch, tokens))
-    count = len(prompts) + len(_long_prompt(prompts, spec))
-    return [tally.agreement(count) for tally in tallies]
-
-
-class _Tally:
-    """Sums over prompts of one comparison. A candidate that is not finite counts as wrong by the largest float."""
-
-    def __init__(self) -> None:
-        self.worst = self.scale = self.kl = 0.0
-        self.same = self.positions = self.identical = 0
-
-    def tokens(self, want: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> None:
-        self.identical += sum(a == b for a, b in zip(want, got, strict=True))
-
-    def logits(self, want: Sequence[Array], got: Sequence[Array]) -> None:
-        for a, b in zip(want, got, strict=True):
-            if not np.isfinite(a).all():
-                raise UserError("the reference's logits are not finite; the checkpoint is broken or overflows float32")
-            self.positions += len(a)
-            if not np.isfinite(b).all():
-                self.worst = self.kl = sys.float_info.max
-                continue
-            self.worst = max(self.worst, float(np.abs(a - b).max()))
-            self.scale = max(self.scale, float(np.abs(a).max()))
-            p, q = _log_softmax(a), _log_softmax(b)
-            self.kl += float((np.exp(p) * (p - q)).sum())
-            self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
-
-    def agreement(self, prompts: int) -> Agreement:
-        count = max(1, self.positions)
-        error = min(self.worst / max(self.scale, 1e-30), sys.float_info.max)
-        return Agreement(error, self.kl / count, self.same / count, prompts, self.identical, self.positions)
-
-
-def _batches(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
-    """Encoder-decoder prompts in padded batches, so that padding is checked too; others alone."""
-    size = 16 if spec.task == "seq2seq" else 1
-    return [[list(p) for p in prompts[i : i + size]] for i in range(0, len(prompts), size)]
-
-
-def _long_prompt(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
-    """One prompt beyond two prefill chunks and any common window, made of the others: short ones never get there.
-
-    Encoder-decoders have none: their prompts go through the encoder whole.
-    """
-    length = min(LONG_PROMPT, spec.max_context - NEW_TOKENS - 1)
-    joined = [token for prompt in prompts for token in prompt]
-    if spec.task != "causal" or not joined or length <= max(len(p) for p in prompts):
-        return []
-    repeated = joined * (length // len(joined) + 1)
-    return [[repeated[:length]]]
-
-
-def _teacher_forced(
-    session: Session, spec: Generation, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
-) -> list[Array]:
-    """For each prompt the logits [1 + len(tokens), vocab] that predict each of its tokens and what follows them.
-
-    Prompt and tokens go in as one prefill where they are short, in chunks behind a past where they are long, so these
-    paths are checked beside the decode steps of the free-running tokens.
-    """
-    longest = max(len(t) for t in tokens)
-    stream = Stream(session, spec, prompts, longest + 1)
-    start = stream.pending
-    longest = min(longest, stream.capacity - start.shape[1])
-    forced = np.zeros((len(prompts), longest), np.int64)
-    for row, sequence in enumerate(tokens):
-        forced[row, : len(sequence)] = sequence[:longest]
-    fed = np.concatenate([start, forced], 1)
-    logits = stream.feed(fed, every=True)[:, start.shape[1] - 1 :]
-    return [logits[row, : len(sequence) + 1] for row, sequence in enumerate(tokens)]
-
-
-def _log_softmax(logits: Array) -> Array:
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
-def task_accuracy(session: Session, bundle: Bundle, task: Task) -> float:
-    """Share of prompts whose greedy answer is one of the accepted ones. Raises UserError if there is no tokenizer."""
-    tokenizer = open_checkpoint(str(bundle.path / CHECKPOINT)).tokenizer
-    if tokenizer is None:
-        raise UserError("--task needs a tokenizer, and the bundle has none")
-    spec = bundle.manifest.generation
-    order = sorted(range(len(task.prompts)), key=lambda i: len(task.prompts[i]))  # little padding
-    right = 0
-    for start in range(0, len(order), _TASK_BATCH):
-        rows = order[start : start + _TASK_BATCH]
-        ids = [tokenizer.encode(task.prompts[i]) for i in rows]
-        for row, tokens in zip(rows, generate_batch(session, spec, ids, spec.max_new_tokens), strict=True):
-            right += tokenizer.decode(tokens).strip() in task.answers[row]
-    return right / len(order)
-
-
-def perplexity(session: Session, spec: Generation, windows: Sequence[Sequence[int]]) -> float:
-    """exp of the mean negative log-likelihood of each window's tokens after its first."""
-    total, count = 0.0, 0
-    for window in windows:
-        ids = np.asarray([window], np.int64)
-        stream = Stream(session, spec, [window], 1)
-        logits = _log_softmax(stream.feed(ids, every=True)[0, :-1])
-        total -= float(logits[np.arange(len(window) - 1), ids[0, 1:]].sum())
-        count += len(window) - 1
-    return float(np.exp(total / count))

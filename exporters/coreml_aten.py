@@ -19,9 +19,7 @@ from .coreml_lowerings import Lowering, scaled
 
 def _binary(op: Callable[..., Any]) -> Callable[..., Any]:
     def lower(low: Lowering, _: Any, x: Any, y: Any, alpha: float = 1) -> Any:
-        if not isinstance(x, Var | torch.Tensor) and not isinstance(y, Var | torch.Tensor):
-            raise UserError("--format coreml: arithmetic on lengths has no lowering")
-        like = x if isinstance(x, Var) else low.var(y, None)
+        like = _like(low, x, y)
         x, y = low.var(x, like), low.var(y, like)
         if alpha != 1:  # coremltools' own frontend drops it
             y = mb.mul(x=y, y=low.var(alpha, y))
@@ -30,9 +28,16 @@ def _binary(op: Callable[..., Any]) -> Callable[..., Any]:
     return lower
 
 
+def _like(low: Lowering, x: Any, y: Any) -> Any:
+    """The operand whose type both take: a float32 before a float16, floats before integers, a variable before a number."""
+    order = {types.fp32: 3, types.fp16: 2, types.int32: 1}
+    given = [low.var(v) for v in (x, y) if isinstance(v, Var | torch.Tensor)] or [low.var(x)]
+    return max(given, key=lambda v: order.get(v.dtype, 0))
+
+
 def _add(low: Lowering, node: Any, x: Any, y: Any, alpha: float = 1) -> Any:
     """The sum of two activations is held shrunk: see `SHRINK`."""
-    if not all(isinstance(v, Var) and v.dtype == types.fp16 for v in (x, y)):
+    if not all(isinstance(v, Var) and v.dtype == types.fp16 and len(v.shape) > 2 for v in (x, y)):
         return _binary(mb.add)(low, node, low.plain(x), low.plain(y), alpha)
     if alpha != 1:  # coremltools' own frontend drops it
         y = mb.mul(x=low.plain(y), y=low.half(alpha))
@@ -52,6 +57,18 @@ def _multiply(low: Lowering, _: Any, x: Any, y: Any) -> Any:
 
 def _rsub(low: Lowering, node: Any, x: Any, y: Any, alpha: float = 1) -> Any:
     return mb.sub(x=low.var(y, x), y=x if alpha == 1 else mb.mul(x=x, y=low.var(alpha, x)))
+
+
+def _negative(low: Lowering, x: Any) -> Any:
+    return mb.mul(x=x, y=low.var(-1, x))
+
+
+def _power(low: Lowering, _: Any, x: Any, exponent: Any) -> Any:
+    if exponent == 2:
+        return mb.mul(x=x, y=x)
+    if exponent == 0.5:
+        return mb.sqrt(x=x)
+    raise UserError(f"--format coreml: a power of {exponent} has no lowering")
 
 
 def _reciprocal(low: Lowering, _: Any, x: Any) -> Any:
@@ -78,6 +95,43 @@ def _arange(low: Lowering, node: Any, *limits: Any, **_: Any) -> Any:
     return mb.range_1d(start=low.var(start), end=low.var(end), step=low.var(step))
 
 
+def _softplus(low: Lowering, _: Any, x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    """max(x, 0) + log(1 + exp(-|x|)), in float32: in float16 one plus a small number is one."""
+    if beta != 1:
+        raise UserError(f"--format coreml: softplus with beta {beta} has no lowering")
+    given = low.cast(x, "fp32")
+    tail = mb.exp(x=mb.mul(x=mb.abs(x=given), y=low.var(-1.0, given)))
+    tail = mb.log(x=mb.add(x=tail, y=low.var(1.0, given)))
+    return _back(low, mb.add(x=mb.relu(x=given), y=tail), x)
+
+
+def _log1p(low: Lowering, _: Any, x: Any) -> Any:
+    """In float32, as `softplus`."""
+    given = low.cast(x, "fp32")
+    return _back(low, mb.log(x=mb.add(x=given, y=low.var(1.0, given))), x)
+
+
+def _back(low: Lowering, made: Any, given: Any) -> Any:
+    return low.cast(made, "fp16") if given.dtype == types.fp16 else made
+
+
+def _silu(low: Lowering, _: Any, x: Any) -> Any:
+    return mb.mul(x=x, y=mb.sigmoid(x=x))
+
+
+def _clamp(low: Lowering, _: Any, x: Any, least: Any = None, most: Any = None) -> Any:
+    x = x if least is None else mb.maximum(x=x, y=low.var(least, x))
+    return x if most is None else mb.minimum(x=x, y=low.var(most, x))
+
+
+def _reduce(op: Callable[..., Any]) -> Callable[..., Any]:
+    def lower(low: Lowering, _: Any, x: Any, axes: Any = None, keep: bool = False, **__: Any) -> Any:
+        listed = list(range(len(x.shape))) if axes is None else axes if isinstance(axes, list) else [axes]
+        return op(x=x, axes=listed, keep_dims=keep)
+
+    return lower
+
+
 def _sym_size(low: Lowering, node: Any, x: Any, axis: int) -> Any:
     return low.size(node.args[0].meta["val"].shape[axis])
 
@@ -91,13 +145,19 @@ def _view(low: Lowering, node: Any, x: Any, shape: list[Any]) -> Any:
 
 
 def _to_copy(low: Lowering, node: Any, x: Any, dtype: Any = None, **_: Any) -> Any:
-    """Floats are all float16 here, so a change between float types is none; a bool becomes numbers."""
+    """Floats are all float16 here but float64, which is float32; a bool becomes numbers.
+
+    A float64 that becomes a float32 stays as it is: whoever takes it has it rounded (`coreml_translate`).
+    """
     source = node.args[0].meta["val"].dtype
+    wide = dtype == torch.float64
     if dtype is None or dtype == source or (dtype.is_floating_point and source.is_floating_point):
-        return x
-    if source == torch.bool or not dtype.is_floating_point:
+        if not wide:
+            return x
+        return low.cast(x, "fp32") if isinstance(x, Var) else x.to(torch.float64)
+    if source == torch.bool or wide or not dtype.is_floating_point:
         kind = "fp16" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int32"
-        return mb.cast(x=low.var(x), dtype=kind)
+        return mb.cast(x=low.var(x), dtype="fp32" if wide else kind)
     raise UserError("--format coreml: whole numbers as float16 would be rounded; no lowering")
 
 
@@ -111,6 +171,153 @@ def _transpose(low: Lowering, node: Any, x: Any, a: int, b: int) -> Any:
     order = list(range(len(x.shape)))
     order[a], order[b] = order[b], order[a]
     return mb.transpose(x=x, perm=order)
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _axis(node: Any, axis: int) -> int:
+    rank: int = node.args[0].meta["val"].dim()
+    return axis % rank
+
+
+def _slice(low: Lowering, node: Any, x: Any, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    axis = _axis(node, axis)
+    given = [*node.args, None, None, None]
+    size = node.args[0].meta["val"].shape[axis]
+    first, last = _place(given[2] or 0, size), None if given[3] is None else _place(given[3], size)
+    if first is None:  # a slice from the very end
+        raise UserError("--format coreml: a slice without elements has no lowering")
+    return _known(
+        node, axis, _between(low, x, axis, start if first == "?" else first, end if last == "?" else last, step)
+    )
+
+
+def _place(given: Any, size: Any) -> Any:
+    """Where a slice begins or ends: from the front, from the end (negative), None at the end itself, "?" if neither."""
+    value = given.meta["val"] if isinstance(given, torch.fx.Node) else given
+    if isinstance(value, int) and isinstance(size, int):
+        value = min(value, size)
+        return None if value == size else value
+    if isinstance(value, int):
+        return None if value > 2**31 - 2 else value
+    past = (value - size).node.expr if isinstance(value - size, torch.SymInt) else value - size
+    if not getattr(past, "is_Integer", isinstance(past, int)):
+        return "?"
+    return int(past) if past < 0 else None
+
+
+def _known(node: Any, axis: int, x: Any) -> Any:
+    """A slice of a dynamic length whose own length is known: coremltools must be told."""
+    size = node.meta["val"].shape[axis]
+    if not isinstance(size, int) or x.shape[axis] == size:
+        return x
+    sizes = [int(s) if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+    if sizes.count(-1) > 1:
+        raise UserError("--format coreml: a slice of a tensor with two dynamic lengths has no lowering")
+    return mb.reshape(x=x, shape=sizes)
+
+
+def _between(low: Lowering, x: Any, axis: int, start: Any, end: Any, step: int = 1) -> Any:
+    rank = len(x.shape)
+    if start == 0 and end is None and step == 1:
+        return x
+    masks = [[i != axis or (end is None and last) for i in range(rank)] for last in (False, True)]
+
+    def corner(at: Any) -> Any:
+        if not isinstance(at, Var):
+            return [at or 0 if i == axis else 0 for i in range(rank)]
+        zero = low.constants.array(np.zeros(1, np.int32))
+        return mb.concat(values=[mb.expand_dims(x=at, axes=[0]) if i == axis else zero for i in range(rank)], axis=0)
+
+    return mb.slice_by_index(
+        x=low.var(x),
+        begin=corner(start),
+        end=corner(end),
+        stride=[step if i == axis else 1 for i in range(rank)],
+        begin_mask=masks[0],
+        end_mask=masks[1],
+    )
+
+
+def _narrow(low: Lowering, node: Any, x: Any, axis: int, start: Any, length: Any) -> Any:
+    axis = _axis(node, axis)
+    from_, count = (a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args[2:4])
+    size = node.args[0].meta["val"].shape[axis]
+    first = _place(node.args[2], size)
+    last = from_ + count - size
+    last = last.node.expr if isinstance(last, torch.SymInt) else last
+    if first == "?" or not getattr(last, "is_Integer", isinstance(last, int)):
+        begin = low.var(low.size(from_))
+        return _known(node, axis, _between(low, x, axis, begin, mb.add(x=begin, y=low.var(low.size(count)))))
+    return _known(node, axis, _between(low, x, axis, first, int(last) or None))
+
+
+def _select(low: Lowering, node: Any, x: Any, axis: int, index: int) -> Any:
+    axis = _axis(node, axis)
+    one = _between(low, x, axis, index, index + 1 or None)
+    return mb.squeeze(x=one, axes=[axis])
+
+
+def _split(low: Lowering, node: Any, x: Any, sizes: Any, axis: int = 0) -> list[Any]:
+    parts = [int(v.shape[_axis(node, axis)]) for v in node.meta["val"]]
+    if len(parts) == 1:
+        return [x]
+    return list(mb.split(x=x, split_sizes=parts, axis=_axis(node, axis)))
+
+
+def _expand(low: Lowering, node: Any, x: Any, *_: Any, **__: Any) -> Any:
+    """Leading dimensions are added, those of one repeated."""
+    source, target = node.args[0].meta["val"].shape, node.meta["val"].shape
+    x, extra = low.var(x), len(target) - len(source)
+    x = mb.expand_dims(x=x, axes=list(range(extra))) if extra else x
+    before = [1] * extra + list(source)
+    reps = [1 if str(a) == str(b) else low.size(b) for a, b in zip(before, target, strict=True)]
+    if all(r == 1 for r in reps if isinstance(r, int)) and all(isinstance(r, int) for r in reps):
+        return x
+    return mb.tile(x=x, reps=_sizes(low, reps))
+
+
+def _sizes(low: Lowering, sizes: list[Any]) -> Any:
+    """A shape as a list of integers, or as a variable if one of them is dynamic."""
+    if all(isinstance(s, int) for s in sizes):
+        return sizes
+    return mb.concat(values=[mb.expand_dims(x=low.var(s), axes=[0]) for s in sizes], axis=0)
+
+
+def _filled(value: float | None) -> Callable[..., Any]:
+    """A new tensor of the node's shape and type; without `value` it is the argument behind the first."""
+
+    def lower(low: Lowering, node: Any, _: Any, *rest: Any, **__: Any) -> Any:
+        made = node.meta["val"]
+        number = rest[0] if value is None else value
+        kind = np.float16 if made.dtype == torch.float32 else np.float32 if made.dtype == torch.float64 else np.int32
+        sizes = [low.size(s) for s in made.shape]
+        if all(isinstance(s, int) for s in sizes):
+            whole = np.full(sizes, number, np.bool_ if made.dtype == torch.bool else kind)
+            return low.constants.array(whole)
+        if made.dtype == torch.float32:  # the lowest float stands for what is masked
+            number = max(min(number, 65504.0), -65504.0)
+        filled = mb.fill(shape=_sizes(low, sizes), value=kind(number))
+        return mb.cast(x=filled, dtype="bool") if made.dtype == torch.bool else filled
+
+    return lower
+
+
+def _cat(low: Lowering, node: Any, values: list[Any], axis: int = 0) -> Any:
+    axis %= node.meta["val"].dim()
+    like = next((v for v in values if isinstance(v, Var) and v.dtype == types.fp32), None)
+    return mb.concat(values=[low.var(v, like) for v in values], axis=axis)
+
+
+def _matmul(low: Lowering, _: Any, x: Any, y: Any) -> Any:
+    like = _like(low, x, y)
+    return mb.matmul(x=low.var(x, like), y=low.var(y, like))
+
+
+def _where(low: Lowering, _: Any, condition: Any, a: Any, b: Any) -> Any:
+    like = _like(low, a, b)
+    return mb.select(cond=low.var(condition), a=low.var(a, like), b=low.var(b, like))
 
 
 def _linear(low: Lowering, _: Any, x: Any, weight: Any, bias: Any = None) -> Any:
@@ -133,16 +340,38 @@ ATEN: dict[str, Callable[..., Any]] = {
     "aten::logical_not": _unary(mb.logical_not),
     "aten::abs": _unary(mb.abs),
     "aten::tanh": _unary(mb.tanh),
+    "aten::erf": _unary(mb.erf),
     "aten::sigmoid": _unary(mb.sigmoid),
     "aten::relu": _unary(mb.relu),
     "aten::exp": _unary(mb.exp),
+    "aten::log": _unary(mb.log),
+    "aten::log1p": _log1p,
+    "aten::softplus": _softplus,
+    "aten::log_sigmoid": lambda low, node, x: _negative(low, _softplus(low, node, _negative(low, x))),
+    "aten::silu": _silu,
+    "aten::square": lambda low, _, x: mb.mul(x=x, y=x),
+    "aten::clamp": _clamp,
+    "aten::clamp_min": _clamp,
+    "aten::clamp_max": lambda low, node, x, most: _clamp(low, node, x, None, most),
+    "aten::maximum": _binary(mb.maximum),
+    "aten::minimum": _binary(mb.minimum),
+    "aten::sum": _reduce(mb.reduce_sum),
+    "aten::mean": _reduce(mb.reduce_mean),
+    "aten::amax": _reduce(mb.reduce_max),
+    "aten::floor_divide": _binary(mb.floor_div),
+    "aten::remainder": _binary(mb.mod),
+    "add": _binary(mb.add),
+    "sub": _binary(mb.sub),
+    "mul": _binary(mb.mul),
+    "floordiv": _binary(mb.floor_div),
     "aten::sqrt": _unary(mb.sqrt),
     "aten::rsqrt": lambda low, _, x: _reciprocal(low, _, mb.sqrt(x=x)),
     "aten::reciprocal": _reciprocal,
     "aten::rsub": _rsub,
+    "aten::pow": _power,
     "aten::log_softmax": lambda low, _, x, axis, *rest: _log_softmax(low, _, x, axis, False),
     "aten::_log_softmax": _log_softmax,
-    "aten::neg": lambda low, _, x: mb.mul(x=x, y=low.var(-1, x)),
+    "aten::neg": lambda low, _, x: _negative(low, x),
     "aten::arange": _arange,
     "aten::sym_size": _sym_size,
     "aten::view": _view,
@@ -152,17 +381,35 @@ ATEN: dict[str, Callable[..., Any]] = {
     "aten::squeeze": lambda low, _, x, axis: mb.squeeze(x=x, axes=axis if isinstance(axis, list) else [axis]),
     "aten::transpose": _transpose,
     "aten::permute": lambda low, _, x, order: mb.transpose(x=x, perm=order),
-    "aten::cat": lambda low, _, values, axis=0: mb.concat(values=[low.var(v) for v in values], axis=axis),
+    "aten::cat": _cat,
+    "aten::slice": _slice,
+    "aten::narrow": _narrow,
+    "aten::select": _select,
+    "aten::split": _split,
+    "aten::split_with_sizes": _split,
+    "aten::chunk": _split,
+    "aten::expand": _expand,
+    "aten::expand_as": _expand,
+    "aten::zeros_like": _filled(0.0),
+    "aten::ones_like": _filled(1.0),
+    "aten::full_like": _filled(None),
+    "aten::new_zeros": _filled(0.0),
+    "aten::zeros": _filled(0.0),
+    "aten::ones": _filled(1.0),
+    "aten::full": _filled(None),
     "aten::index_select": _index_select,
     "aten::embedding": lambda low, _, table, ids, *rest: mb.gather(x=low.var(table), indices=ids, axis=0),
-    "aten::where": lambda low, _, cond, a, b: mb.select(
-        cond=cond, a=low.var(a, b if isinstance(b, Var) else None), b=low.var(b, a if isinstance(a, Var) else None)
-    ),
-    "aten::matmul": lambda low, _, x, y: mb.matmul(x=x, y=low.var(y)),
+    "aten::where": _where,
+    "aten::matmul": _matmul,
+    "aten::bmm": _matmul,
     "aten::softmax": lambda low, _, x, axis, *rest: mb.softmax(x=x, axis=axis),
     "aten::_softmax": lambda low, _, x, axis, half: mb.softmax(x=x, axis=axis),
     "aten::linear": _linear,
     "aten::clone": lambda low, _, x, **rest: x,
+    "aten::contiguous": lambda low, _, x, **rest: x,
+    "aten::alias": lambda low, _, x: x,
+    "aten::detach": lambda low, _, x: x,
+    "aten::lift_fresh_copy": lambda low, _, x: x,
     "aten::_to_copy": _to_copy,
     "aten::to": _to,
 }

@@ -1,14 +1,15 @@
 """The table from `edgewright::` ops to MIL operations; the plain ATen around them is in `coreml_aten`.
 
-What may enter: coremltools, torch, `coreml_weights`. All floats are float16 (the one type of the Neural Engine) but
-rotary angles, which are float32. Each form is chosen so that float16 does not overflow where the reference would not, and so
-that no constant costs accuracy: see `rms_norm`, `scaled`, `rope`.
+What may enter: coremltools, torch, `coreml_weights`. All floats are float16 (the one type of the Neural Engine) but rotary
+angles and what `coreml_precision` moves to float64, which are float32. Each form is chosen so that float16 does not overflow
+where the reference would not, and so that no constant costs accuracy: see `rms_norm`, `scaled`, `rope`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Lowering:
         self.constants = constants
         self.symbols: dict[str, tuple[Any, int]] = {}
         self.states: dict[str, Any] = {}
+        self.written: dict[int, Any] = {}
+        """What ops that write states made of them, by identity."""
         self.shared: dict[Any, Any] = {}
         self._shrunk: dict[int, Any] = {}
 
@@ -60,11 +63,12 @@ class Lowering:
         return self.once(("plain", value), lambda: mb.mul(x=value, y=self.half(1 / SHRINK)))
 
     def var(self, value: Any, like: Any = None) -> Any:
-        """`value` as a variable; a number in the dtype of `like`."""
+        """`value` as a variable; a number, or a constant beside a float32, in the dtype of `like`."""
+        wide = like is not None and like.dtype == types.fp32
         if isinstance(value, Var):
-            return value
+            return self.cast(value, "fp32") if wide and value.dtype == types.fp16 else value
         if isinstance(value, torch.Tensor):
-            return self.constants.tensor(value)
+            return self.constants.tensor(value.to(torch.float64) if wide and value.is_floating_point() else value)
         if isinstance(value, bool):
             return self.constants.array(np.bool_(value))
         if like is not None and types.is_float(like.dtype):
@@ -72,6 +76,9 @@ class Lowering:
         if isinstance(value, int):
             return self.constants.array(np.int32(value))
         return self.half(value)
+
+    def cast(self, var: Any, dtype: str) -> Any:
+        return self.once(("cast", var, dtype), lambda: mb.cast(x=var, dtype=dtype))
 
     def half(self, value: float) -> Any:
         return self.constants.array(np.float16(value))
@@ -82,10 +89,17 @@ class Lowering:
         return mb.linear(x=x, weight=weight, bias=zeros)
 
     def size(self, value: Any) -> Any:
-        """A dimension as an int, or as an int32 scalar variable where it is dynamic."""
+        """A dimension as an int, or as an int32 scalar variable where it is dynamic; sums and products of those too."""
         if isinstance(value, int | Var):
             return value
-        name = str(value)
+        expression = value.node.expr if isinstance(value, torch.SymInt) else value
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Add or expression.is_Mul:
+            join = mb.add if expression.is_Add else mb.mul
+            first, *rest = (self.var(self.size(part)) for part in expression.args)
+            return self.once(("size", str(expression)), lambda: reduce(lambda a, b: join(x=a, y=b), rest, first))
+        name = str(expression)
         if name not in self.symbols:
             raise UserError(f"--format coreml: the length {name} is no dimension of an input")
         var, axis = self.symbols[name]
@@ -143,7 +157,7 @@ def rms_norm(low: Lowering, _: Any, x: Any, weight: torch.Tensor, eps: float, of
     largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
     largest = mb.maximum(x=largest, y=low.half(_TINY))
     unit = mb.real_div(x=x, y=largest)
-    root = mb.real_div(x=low.half(math.sqrt(eps)), y=largest)
+    root = scaled(low, mb.real_div(x=low.half(1.0), y=largest), math.sqrt(eps))
     root = low.shrunk(root) if low.is_shrunk(x) else root
     mean = mb.reduce_mean(x=mb.mul(x=unit, y=unit), axes=[-1], keep_dims=True)
     rms = mb.sqrt(x=mb.add(x=mean, y=mb.mul(x=root, y=root)))
@@ -189,22 +203,32 @@ def _rotation(low: Lowering, positions: Any, inv_freq: torch.Tensor) -> tuple[An
 
 
 def _attend(low: Lowering, q: Any, k: Any, v: Any, allowed: Any, scale: float, softcap: float) -> Any:
-    """q [1, S, H, D]; k, v [1, KV, T, D]; allowed bool [S or 1, T]. Returns [1, S, H * D].
+    """q [1, S, H, D]; k, v [1, KV, T, D]; allowed bool [S or 1, T]. Returns [1, S, H * D]."""
+    rows = _rows(low, q, k.shape[1], scale)
+    scores = _scores(low, rows, k, allowed, q.shape[2] // k.shape[1], softcap)
+    return _unfold(mb.matmul(x=mb.softmax(x=scores, axis=-1), y=mb.squeeze(x=v, axes=[0])), q)
 
-    The H / KV queries of a key head are folded into the rows of one product, so that no key is copied.
-    """
-    heads, dim, kv_heads = q.shape[2], q.shape[3], k.shape[1]
-    groups = heads // kv_heads
+
+def _rows(low: Lowering, q: Any, kv_heads: int, scale: float) -> Any:
+    """[KV, H / KV * S, D]: the queries of a key head are the rows of one product, so that no key is copied."""
     rows = mb.transpose(x=mb.squeeze(x=scaled(low, q, scale), axes=[0]), perm=[1, 0, 2])
-    rows = mb.reshape(x=rows, shape=[kv_heads, -1, dim])
+    return mb.reshape(x=rows, shape=[kv_heads, -1, q.shape[3]])
+
+
+def _scores(low: Lowering, rows: Any, k: Any, allowed: Any, groups: int, softcap: float) -> Any:
+    """[KV, H / KV * S, T] of rows and keys [1, KV, T, D], masked."""
     scores = mb.matmul(x=rows, y=mb.squeeze(x=k, axes=[0]), transpose_y=True)
     if softcap:
         scores = mb.mul(x=mb.tanh(x=mb.real_div(x=scores, y=low.half(softcap))), y=low.half(softcap))
     if groups > 1 and allowed.shape[0] != 1:
         allowed = low.once(("groups", id(allowed), groups), lambda: mb.concat(values=[allowed] * groups, axis=0))
     allowed = low.once(("mask", id(allowed)), lambda: mb.expand_dims(x=allowed, axes=[0]))
-    scores = mb.select(cond=allowed, a=scores, b=low.half(MASKED))
-    out = mb.matmul(x=mb.softmax(x=scores, axis=-1), y=mb.squeeze(x=v, axes=[0]))
+    return mb.select(cond=allowed, a=scores, b=low.half(MASKED))
+
+
+def _unfold(out: Any, q: Any) -> Any:
+    """[KV, H / KV * S, D] -> [1, S, H * D]."""
+    heads, dim = q.shape[2], q.shape[3]
     out = mb.transpose(x=mb.reshape(x=out, shape=[heads, -1, dim]), perm=[1, 0, 2])
     return mb.reshape(x=out, shape=[1, -1, heads * dim])
 
@@ -236,17 +260,63 @@ def cached_attention(
     scale: float,
     softcap: float,
     window: int,
-) -> tuple[Any, None, None]:
+) -> tuple[Any, Any, Any]:
     """New keys and values into the states with slice_update, then attention over the whole static cache."""
+    keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, window)
+    return _attend(low, q, keys, values, allowed, scale, softcap), keys, values
+
+
+def merged_attention(
+    low: Lowering,
+    node: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cross_k: Any,
+    cross_v: Any,
+    mask: Any,
+    past: Any,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[Any, Any, Any]:
+    """As `cached_attention`; the scores of the cache and of the encoder are joined for the softmax, never the keys."""
+    keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, window)
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    rows, groups = _rows(low, q, kv_heads, scale), q.shape[2] // kv_heads
+    own = _scores(low, rows, keys, allowed, groups, softcap)
+    other = _scores(low, rows, cross_k, _flat_mask(low, mask), groups, softcap)
+    shares = mb.softmax(x=mb.concat(values=[own, other], axis=-1), axis=-1)
+    masks = [True, True, False]
+    first = mb.slice_by_index(x=shares, begin=[0, 0, 0], end=[0, 0, capacity], begin_mask=[True] * 3, end_mask=masks)
+    rest = mb.slice_by_index(x=shares, begin=[0, 0, capacity], end=[0, 0, 0], begin_mask=masks, end_mask=[True] * 3)
+    parts = [mb.matmul(x=s, y=mb.squeeze(x=t, axes=[0])) for s, t in ((first, values), (rest, cross_v))]
+    return _unfold(mb.add(x=parts[0], y=parts[1]), q), keys, values
+
+
+def shared_attention(low: Lowering, _: Any, q: Any, keys: Any, values: Any, positions: Any, scale: float) -> Any:
+    """Over what `cached_attention` returned of its caches."""
+    positions, capacity = low.var(positions), keys.shape[2]
+    slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
+    allowed = low.once(
+        ("seen", id(positions), capacity),
+        lambda: mb.less_equal(x=slots, y=mb.expand_dims(x=positions, axes=[1])),
+    )
+    return _attend(low, q, keys, values, allowed, scale, 0.0)
+
+
+def _appended(
+    low: Lowering, node: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, past: Any, window: int
+) -> tuple[Any, Any, Any]:
+    """Both caches with the new keys and values in them, and which slots each new token sees."""
     length = low.size(node.args[0].meta["val"].shape[1])
     begin, end = low.once(("span", id(past)), lambda: _span(low, past, length))
     keys, values = _append(low, k_cache, k, begin, end), _append(low, v_cache, v, begin, end)
     capacity = keys.shape[2]
-    allowed = low.once(
-        ("causal", id(past), window, capacity),
-        lambda: _causal(low, past, length, capacity, window),
-    )
-    return _attend(low, q, keys, values, allowed, scale, softcap), None, None
+    allowed = low.once(("causal", id(past), window, capacity), lambda: _causal(low, past, length, capacity, window))
+    return keys, values, allowed
 
 
 def _span(low: Lowering, past: Any, length: Any) -> tuple[Any, Any]:
@@ -264,7 +334,9 @@ def _append(low: Lowering, state: Any, new: Any, begin: Any, end: Any) -> Any:
         begin_mask=[True, True, False, True],
         end_mask=[True, True, False, True],
     )
-    return mb.coreml_update_state(state=state, value=cache)
+    updated = mb.coreml_update_state(state=state, value=cache)
+    low.written[id(updated)] = updated
+    return updated
 
 
 def _causal(low: Lowering, past: Any, length: Any, capacity: int, window: int) -> Any:
@@ -283,6 +355,41 @@ def _causal(low: Lowering, past: Any, length: Any, capacity: int, window: int) -
     return allowed
 
 
+# ---- convolution ----------------------------------------------------------------------------------------------------
+
+
+def causal_conv(low: Lowering, node: Any, x: Any, weight: Any, bias: Any, state: Any) -> tuple[Any, Any]:
+    """A product for each tap over the inputs before x and x itself; of one token, one product and one sum."""
+    taps = node.args[1].meta["val"].shape[1]
+    weight = weight.detach().to(torch.float32).transpose(0, 1)  # [K, C]
+    seen = mb.concat(values=[mb.transpose(x=state, perm=[0, 2, 1]), x], axis=1)
+    if node.args[0].meta["val"].shape[1] == 1:
+        products = mb.mul(x=seen, y=low.constants.tensor(weight.unsqueeze(0).contiguous()))
+        out = mb.reduce_sum(x=products, axes=[1], keep_dims=True)
+    else:
+        parts = [
+            mb.mul(x=_rows_between(seen, tap, tap - taps + 1), y=low.constants.tensor(weight[tap].contiguous()))
+            for tap in range(taps)
+        ]
+        out = reduce(lambda a, b: mb.add(x=a, y=b), parts)
+    if bias is not None:
+        out = mb.add(x=out, y=low.var(bias))
+    # The reshape tells how many rows there are, which a slice of a dynamic length does not know.
+    last = mb.reshape(x=_rows_between(seen, 1 - taps, 0), shape=[1, taps - 1, weight.shape[1]])
+    return out, mb.transpose(x=last, perm=[0, 2, 1])
+
+
+def _rows_between(x: Any, begin: int, end: int) -> Any:
+    """[1, n, C] of x [1, T, C]: those from `begin` up to `end`, which is 0 or counts from the last."""
+    return mb.slice_by_index(
+        x=x,
+        begin=[0, begin, 0],
+        end=[0, end, 0],
+        begin_mask=[True, False, True],
+        end_mask=[True, end == 0, True],
+    )
+
+
 LOWERINGS: dict[str, Callable[..., Any]] = {
     "edgewright::quantized_linear": quantized_linear,
     "edgewright::quantized_embedding": quantized_embedding,
@@ -292,10 +399,13 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "edgewright::bidirectional_attention": bidirectional_attention,
     "edgewright::cross_attention": cross_attention,
     "edgewright::cached_attention": cached_attention,
+    "edgewright::merged_attention": merged_attention,
+    "edgewright::shared_attention": shared_attention,
+    "edgewright::causal_conv": causal_conv,
 }
 """An `edgewright::` op that is not here is decomposed into ATen first."""
 
-WRITES_STATE = frozenset({"edgewright::cached_attention"})
+WRITES_STATE = frozenset({"edgewright::cached_attention", "edgewright::merged_attention"})
 """The ops that take states themselves and write them; all others are given what a state held before the call."""
 
 TAKES_SHRUNK = frozenset({"edgewright::rms_norm", "aten::add", "aten::index_select"})

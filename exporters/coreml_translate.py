@@ -15,18 +15,22 @@ from typing import Any
 import coremltools as ct
 import torch
 from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, Placeholder, get_new_symbol, types
+from coremltools.converters.mil.mil import Function, Placeholder, Var, get_new_symbol, types
 from torch.export.graph_signature import InputKind
 
 from ..errors import UserError
 from ..graph import Graph, Port, State
 from ..ops import DECOMPOSITIONS
-from ..runtimes.coreml_package import STEP
+from ..runtimes.coreml_package import OUT, STEP
 from .coreml_aten import ATEN
 from .coreml_lowerings import LOWERINGS, TAKES_SHRUNK, WRITES_STATE, Lowering, op_name
+from .coreml_precision import wide_decompositions, widen_gates
 from .coreml_weights import Constants, WeightStore
 
 _SKIPPED = {"aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range_for_size"}
+_UNFOLDED = {"aten::_to_copy", "aten::to", "aten::clone", "aten::detach", "aten::alias", "aten::contiguous"}
+_TOKENS = {"sequence", "logits", "capacity", "source"}
+"""The dimensions that `max_positions` bounds; others have the graph's own bounds."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def shaped(graph: Graph, capacity: int) -> list[Shaped]:
     A graph that carries updated states over a `sequence` becomes two: any number of tokens (prefill), and exactly one (the
     decode step, whose shapes are all static in a decoder-only model).
     """
-    bounds = {n: (lo, min(hi, capacity)) for n, (lo, hi) in graph.bounds.items()}
+    bounds = {n: (lo, min(hi, capacity) if n in _TOKENS else hi) for n, (lo, hi) in graph.bounds.items()}
     common = {n: s for n, s in {"batch": 1, "capacity": capacity}.items() if n in bounds}
     made = [_fix(graph, graph.name, common, bounds)]
     if "sequence" in bounds and any(s.updated for s in graph.states):
@@ -78,15 +82,29 @@ def translate(item: Shaped, store: WeightStore) -> Function:
     placeholders: dict[str, Any] = {}
     for p in given:
         shape = tuple(symbols[d] if isinstance(d, str) else d for d in p.shape)
-        if isinstance(p, State) and p.updated:
+        if _in_place(p):
             placeholders[p.name] = mb.state_tensor_placeholder(shape, dtype=types.fp16)
         else:
-            placeholders[p.name] = Placeholder(shape, dtype=types.fp16 if p.dtype.is_floating_point else types.int32)
+            placeholders[p.name] = Placeholder(shape, dtype=_type(p))
     with Function(placeholders, opset_version=ct.target.iOS18) as function:
         outputs = _Walk(item, program, function, Constants(store)).run(ports)
-        function.set_outputs([mb.identity(x=v, name=p.name) for v, p in zip(outputs, graph.outputs, strict=True)])
-    function.set_input_types(tuple(_input_type(p, graph) for p in given if not (isinstance(p, State) and p.updated)))
+        names = [p.name for p in graph.outputs] + [p.name + OUT for p in graph.states if _is_wide(p)]
+        function.set_outputs([mb.identity(x=v, name=n) for v, n in zip(outputs, names, strict=True)])
+    function.set_input_types(tuple(_input_type(p, graph) for p in given if not _in_place(p)))
     return function
+
+
+def _is_wide(port: Port | State) -> bool:
+    """Whether a state comes in and goes out as float32: Core ML's own states are float16, too coarse for what adds up."""
+    return isinstance(port, State) and port.kind == "recurrent" and port.updated
+
+
+def _in_place(port: Port | State) -> bool:
+    return isinstance(port, State) and port.updated and not _is_wide(port)
+
+
+def _type(port: Port | State) -> Any:
+    return types.int32 if not port.dtype.is_floating_point else types.fp32 if _is_wide(port) else types.fp16
 
 
 def _program(graph: Graph) -> torch.export.ExportedProgram:
@@ -95,8 +113,10 @@ def _program(graph: Graph) -> torch.export.ExportedProgram:
     names = {op_name(n.target) for n in program.graph.nodes if n.op == "call_function"} - {"getitem"}
     if names <= LOWERINGS.keys() | ATEN.keys() | _SKIPPED:
         return program
+    widen_gates(program)
+    table = DECOMPOSITIONS | wide_decompositions()
     decomposed: torch.export.ExportedProgram = program.run_decompositions(
-        {op: fn for op, fn in DECOMPOSITIONS.items() if op_name(op) not in LOWERINGS}
+        {op: fn for op, fn in table.items() if op_name(op) not in LOWERINGS}
     )
     return decomposed
 
@@ -113,7 +133,7 @@ def _input_type(port: Port | State, graph: Graph) -> Any:
         else ct.RangeDim(*graph.bounds[d], default=graph.bounds[d][0] if d != "source" else min(graph.bounds[d][1], 64))
         for d in port.shape
     ]
-    return ct.TensorType(name=port.name, shape=dims, dtype=types.fp16 if port.dtype.is_floating_point else types.int32)
+    return ct.TensorType(name=port.name, shape=dims, dtype=_type(port))
 
 
 class _Walk:
@@ -129,7 +149,7 @@ class _Walk:
         self.input_of: dict[str, str] = {}
 
     def run(self, ports: Sequence[Port | State]) -> list[Any]:
-        """Values of the graph's outputs, updated states left out: those were written in place."""
+        """Values of the graph's outputs, then of its recurrent states; other updated states were written in place."""
         nodes = list(self.program.graph.nodes)
         self._bind_inputs(ports)
         for node in nodes:
@@ -137,12 +157,14 @@ class _Walk:
                 self.values[node.name] = self._call(node)
         results: Any = nodes[-1].args[0]
         count = len(self.item.graph.outputs)
-        outputs = [self.low.var(self.low.plain(self.values[n.name])) for n in results[:count]]
+        outputs = [self.low.var(self.low.plain(self._resolve(n))) for n in results[:count]]
         updated = [p for p in ports if isinstance(p, State) and p.updated]
         for port, node in zip(updated, results[count:], strict=True):
             value = self.low.plain(self.values[node.name])
-            if value is not None:  # a cache was written where it was used
-                mb.coreml_update_state(state=self.function.inputs[port.name], value=value)
+            if _is_wide(port):
+                outputs.append(self.low.cast(value, "fp32") if value.dtype == types.fp16 else value)
+            elif id(value) not in self.low.written:  # a cache is written where it is used
+                mb.coreml_update_state(state=self.function.inputs[port.name], value=self._narrowed(value, node))
         return outputs
 
     def _bind_inputs(self, ports: Sequence[Port | State]) -> None:
@@ -161,7 +183,7 @@ class _Walk:
                 self.values[name] = torch.zeros(1, dtype=torch.int64)
                 continue
             var = self.function.inputs[port.name]
-            if isinstance(port, State) and port.updated:
+            if _in_place(port):
                 self.low.states[name] = var
                 self.values[name] = self.low.states[name]
                 continue
@@ -182,6 +204,11 @@ class _Walk:
         if lowering is None:
             raise UserError(f"--format coreml: the graph '{self.item.graph.name}' uses {name}, which has no lowering")
         args, kwargs = self._resolve(list(node.args)), self._resolve(dict(node.kwargs))
+        if _is_constant(args) and name.startswith("aten::") and name not in _UNFOLDED:
+            return self._folded(node)
+        if name in ("aten::_to_copy", "aten::to") and node.meta["val"].dtype == torch.float64:
+            source: Any = node.args[0]
+            args[0] = self.values[source.name]  # as wide as it was computed
         if name not in WRITES_STATE:
             args = self._read_states(args)
         if name not in TAKES_SHRUNK:
@@ -199,14 +226,40 @@ class _Walk:
             return self.low.once(("state", id(value)), lambda: mb.read_state(input=value))
         return value
 
+    def _folded(self, node: torch.fx.Node) -> torch.Tensor:
+        """What a node makes of parameters alone, in the graph's own types; a tensor of its own, without their names."""
+
+        def own(value: Any) -> Any:
+            found = self.values[value.name]
+            return found.to(value.meta["val"].dtype) if isinstance(found, torch.Tensor) else found
+
+        target: Any = node.target
+        args, kwargs = torch.fx.node.map_arg(node.args, own), torch.fx.node.map_arg(node.kwargs, own)
+        made: torch.Tensor = target(*args, **kwargs)
+        return made.clone(memory_format=torch.contiguous_format)
+
+    def _narrowed(self, value: Any, node: torch.fx.Node) -> Any:
+        """A value computed in float32 as the float16 that its node's type stands for."""
+        if isinstance(value, Var) and value.dtype == types.fp32 and node.meta["val"].dtype == torch.float32:
+            return self.low.cast(value, "fp16")
+        return value
+
     def _resolve(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
-            return self.values[value.name]
+            return self._narrowed(self.values[value.name], value)
         if isinstance(value, list | tuple):
             return [self._resolve(v) for v in value]
         if isinstance(value, dict):
             return {k: self._resolve(v) for k, v in value.items()}
         return value
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether the arguments of a call are parameters, or made of them, and numbers."""
+    flat: list[Any] = []
+    for item in value:
+        flat += item if isinstance(item, list) else [item]
+    return any(isinstance(v, torch.Tensor) for v in flat) and not any(isinstance(v, Var) for v in flat)
 
 
 def _identity(value: Any) -> Any:

@@ -98,15 +98,20 @@ class Constants:
         return self.labelled(codes, self._vars[stored.key])
 
     def tensor(self, tensor: torch.Tensor) -> Any:
-        """A float16 (or int32, bool) constant holding `tensor`. Raises UserError beyond the range of float16."""
+        """A constant holding `tensor`: of float64 as float32, of other floats as float16, else int32 or bool.
+
+        Raises UserError beyond the range of float16.
+        """
         key = ("tensor", content_key(tensor), tuple(tensor.shape), tensor.dtype)
         if key not in self._vars:
             name = self.name(tensor, "tensor")
-            if tensor.is_floating_point():
+            if tensor.dtype == torch.float64:
+                array: Any = tensor.detach().to(torch.float32).numpy()
+            elif tensor.is_floating_point():
                 wide = tensor.detach().to(torch.float32).numpy()
                 if wide.size and not float(np.abs(wide).max()) <= _LARGEST:
                     raise UserError(f"--format coreml: {name} has values beyond float16, the type of Core ML's weights")
-                array: Any = wide.astype(np.float16)
+                array = wide.astype(np.float16)
             else:
                 kind = np.bool_ if tensor.dtype == torch.bool else np.int32
                 array = tensor.detach().numpy().astype(kind)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..graph import Graph, Port, State
+from ..runtimes.executorch import EXACT, STEP
 from ..runtimes.quiet import quiet_torchao
 from ..untrusted import one_line, read_json_object
 from .artefact import Artefact, Options, Progress
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
 PROGRAM = "model.pte"
 NAMES = "weights.json"
-CHUNK = 128
-"""The most tokens that one call of the decoder takes; memory is planned for them. A session feeds more in pieces."""
+CHUNK, SHORT = 128, 16
+"""The most tokens that one call of the decoder takes; memory is planned for them. A session feeds more in pieces. Recurrences
+with a decay for each key dimension take the shorter ones: what they compute grows with the square."""
 
-SLOTS = "slots"
+FILLED = "filled"
 """A last input of methods with a KV cache: int64 [tokens in the cache after this call], 0, 1, 2, …"""
 
 
@@ -46,7 +48,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     programs: dict[str, torch.export.ExportedProgram] = {}
     for graph in graphs:
         progress(f"executorch: {graph.name}")
-        programs[graph.name] = method(graph, options.max_positions)
+        programs |= methods(graph, options.max_positions)
     progress("executorch: lowering to XNNPACK")
     with (directory / PROGRAM).open("wb") as file:
         lower(programs).write_to_file(file)
@@ -120,10 +122,11 @@ def _names(graphs: Sequence[Graph], written: ProgramFile) -> dict[str, list[str]
 
 
 class _Method(nn.Module):
-    """A graph for a batch of one whose updated states are buffers [1, capacity, kv_heads, head_dim].
+    """A graph for a batch of one whose updated states are buffers.
 
-    This is the layout of the kernels that write them; `edgewright::cached_attention` only passes them through while the
-    graph is traced and is then rewritten.
+    A KV cache lies [1, capacity, kv_heads, head_dim], as the kernels that write it want; `edgewright::cached_attention` only
+    passes it through while the graph is traced and is then rewritten. Other states have the graph's own shape; where a
+    stream begins they count as zero, whatever the stream before has left there.
     """
 
     def __init__(self, graph: Graph, capacity: int) -> None:
@@ -132,48 +135,125 @@ class _Method(nn.Module):
         self.inputs = len(graph.inputs)
         self.outputs = len(graph.outputs)
         self.states = graph.states
+        self.carried = [s for s in graph.states if _is_carried(s)]
+        self.past_length = [p.name for p in graph.inputs].index("past_length") if self.carried else 0
         for state in graph.states:
             if state.updated:
-                _, heads, _, width = state.shape
-                self.register_buffer(f"state_{state.name}", torch.zeros(1, capacity, int(heads), int(width)))
+                _, heads, _, width = state.shape if "capacity" in state.shape else (1, 1, 1, 1)
+                shape = (1, *state.shape[1:]) if _is_carried(state) else (1, capacity, heads, width)
+                self.register_buffer(f"state_{state.name}", torch.zeros([int(d) for d in shape]))
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = iter(values[self.inputs :])  # the last, SLOTS, is for the rewriter
-        states = [getattr(self, f"state_{s.name}") if s.updated else next(given) for s in self.states]
+        """The graph's outputs, then what is to be carried on."""
+        given = iter(values[self.inputs :])  # the last, FILLED, is for the rewriter
+        begins = _begins(values[self.past_length]) if self.carried else 0
+        states: list[torch.Tensor] = []
+        for state in self.states:
+            held = getattr(self, f"state_{state.name}") if state.updated else next(given)
+            states.append(_held_or_zero(held, begins) if _is_carried(state) else held)
         out = self.inner(*values[: self.inputs], *([states] if states else []))
-        return tuple(out[: self.outputs])
+        updated = [s for s in self.states if s.updated]
+        carried = [v for s, v in zip(updated, out[self.outputs :], strict=True) if _is_carried(s)]
+        return (*out[: self.outputs], *carried)
 
 
-def method(graph: Graph, max_positions: int) -> torch.export.ExportedProgram:
-    """The graph as a program over ATen, torchao, llama and quantized_decomposed ops alone."""
-    from .executorch_rewriter import Rewriter
+class _Carrying(nn.Module):
+    """A rewritten method that writes its last outputs back into the buffers of those names."""
 
-    limits = {"sequence": min(CHUNK, max_positions), "logits": min(CHUNK, max_positions)}
-    bounds = {n: (low, min(high, limits.get(n, max_positions))) for n, (low, high) in graph.bounds.items()}
+    def __init__(self, rewritten: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.rewritten, self.names = rewritten, tuple(names)
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.rewritten(*values)
+        given = len(out) - len(self.names)
+        for name, value in zip(self.names, out[given:], strict=True):
+            self.rewritten.get_buffer(name).copy_(value)
+        return tuple(out[:given])
+
+
+def _begins(past_length: torch.Tensor) -> int:
+    """1 where a stream begins, else 0, as a size known only at run time."""
+    begins = (past_length == 0).to(torch.int64)[0].item()
+    torch._check(begins >= 0)  # type: ignore[no-untyped-call]
+    torch._check(begins <= 1)  # type: ignore[no-untyped-call]
+    assert isinstance(begins, int | torch.SymInt)
+    return begins
+
+
+def _held_or_zero(held: torch.Tensor, begins: int) -> torch.Tensor:
+    """A buffer [1, …], or zeros. Never a product with zero: a buffer may hold NaN. Copies alone: `where` is 20 times slower."""
+    padding = [0, 0] * (held.dim() - 1) + [0, 1]
+    return nn.functional.pad(held, padding).narrow(0, begins, 1)
+
+
+def _is_carried(state: State) -> bool:
+    """Whether a state is a buffer of its own shape, read and written whole; a KV cache is written where it is used."""
+    return state.updated and "capacity" not in state.shape
+
+
+def methods(graph: Graph, max_positions: int) -> dict[str, torch.export.ExportedProgram]:
+    """Name -> program of a graph's methods: one; of a graph with recurrent states a second one for a single token.
+
+    The first takes any number of tokens up to a limit; where it has a selective scan, exactly `SHORT`.
+    """
+    if not any(s.kind == "recurrent" for s in graph.states):
+        return {graph.name: method(graph, max_positions)}
+    found = {n.target for n in graph.export().graph.nodes}
+    step = {graph.name + STEP: method(graph, max_positions, exactly=1)}
+    if torch.ops.edgewright.selective_scan.default in found:
+        exactly = min(SHORT, max_positions, graph.bounds["sequence"][1])
+        return {graph.name + EXACT: method(graph, max_positions, exactly=exactly)} | step
+    most = SHORT if torch.ops.edgewright.linear_attention.default in found else CHUNK
+    return {graph.name: method(graph, max_positions, most=most)} | step
+
+
+def method(graph: Graph, max_positions: int, most: int = 0, exactly: int = 0) -> torch.export.ExportedProgram:
+    """The graph as a program over ATen, torchao, llama and quantized_decomposed ops alone.
+
+    most: tokens of one call, `CHUNK` if 0; exactly: all calls have so many, if not 0.
+    """
+    from .executorch_rewriter import Rewriter, decomposed
+
+    chunk = exactly or min(most or CHUNK, max_positions)
+    limits = {"sequence": chunk, "logits": chunk, "capacity": max_positions, "source": max_positions}
+    bounds = {n: (low, min(high, limits.get(n, high))) for n, (low, high) in graph.bounds.items()}
+    fixed = {"batch"} | ({"sequence"} if exactly else set()) | ({"logits"} if exactly == 1 else set())
     example = {n: min(size, bounds[n][1]) for n, size in graph.example.items()} | {"batch": 1}
+    example |= {"sequence": exactly} if exactly else {}
     single = replace(graph, example=example, bounds=bounds)
     given: list[Port | State] = [*graph.inputs, *(s for s in graph.states if not s.updated)]
-    if any(s.updated for s in graph.states):
-        given.append(Port(SLOTS, torch.int64, ("capacity",)))
-    dims = {n: torch.export.Dim(n, min=low, max=high) for n, (low, high) in bounds.items()}
-    shapes = [{i: dims[d] for i, d in enumerate(p.shape) if isinstance(d, str) and d != "batch"} for p in given]
+    if "capacity" in graph.bounds:
+        given.append(Port(FILLED, torch.int64, ("capacity",)))
+    dims = {n: torch.export.Dim(n, min=low, max=high) for n, (low, high) in bounds.items() if n not in fixed}
+    shapes = [{i: dims[d] for i, d in enumerate(p.shape) if isinstance(d, str) and d not in fixed} for p in given]
     named = dict(zip(graph.input_names, single.example_inputs(), strict=True))
-    named[SLOTS] = torch.arange(single.example.get("capacity", 0))
+    named[FILLED] = torch.arange(single.example.get("capacity", 0))
     args = tuple(named[p.name] for p in given)
     with torch.no_grad():
         wrapped = _Method(graph, max_positions).eval().requires_grad_(False)
-        module = torch.export.export(wrapped, args, dynamic_shapes=(tuple(shapes),)).module(check_guards=False)
+        traced = decomposed(torch.export.export(wrapped, args, dynamic_shapes=(tuple(shapes),)))
+        module = traced.module(check_guards=False)
         assert isinstance(module, torch.fx.GraphModule)
-        rewritten = Rewriter(module, max_positions).run().requires_grad_(False)
-        return torch.export.export(rewritten, args, dynamic_shapes=tuple(shapes))
+        rewritten: nn.Module = Rewriter(module, max_positions).run()
+        if wrapped.carried:
+            rewritten = _Carrying(rewritten, [f"state_{s.name}" for s in wrapped.carried])
+        rewritten.requires_grad_(False)
+        return torch.export.export(
+            rewritten, args, dynamic_shapes=(tuple(shapes),) if wrapped.carried else tuple(shapes)
+        )
 
 
 def lower(programs: dict[str, torch.export.ExportedProgram]) -> Any:
     """One ExecuTorch program of all methods. Empties `programs`."""
     from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
 
     from .executorch_delegates import edge_programs
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return edge_programs(programs).to_executorch(ExecutorchBackendConfig())
+        # The methods of a graph for many tokens and for one work on the same states.
+        shared = any(name.endswith(STEP) for name in programs)
+        config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=shared))
+        return edge_programs(programs).to_executorch(config)

@@ -21,7 +21,7 @@ from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
 from torch import fx
 from torch.export import ExportedProgram
 
-from .executorch_xnnpack import OPS, Constants, Delegate
+from .executorch_xnnpack import OPS, Constants, Delegate, takes
 
 ATEN = torch.ops.aten
 BACKEND = "XnnpackBackend"
@@ -47,10 +47,16 @@ def edge_programs(programs: dict[str, ExportedProgram]) -> EdgeProgramManager:
 
 def _delegated(program: ExportedProgram, constants: Constants) -> ExportedProgram:
     program = _with_graph(program, program.graph_module)
+    _cut_splits(program.graph)
     _copy_views(program.graph)
     tags = _partition(program)
     # Executorch's own bookkeeping of inputs, outputs and constants; only XNNPACK's preprocessing is replaced.
     tag_constant_data(program)
+    signature = program.graph_signature
+    carried = set(signature.buffers_to_mutate.values())
+    for node in program.graph.nodes:
+        if signature.inputs_to_buffers.get(node.name) in carried:  # a state is no constant of a delegate that reads it
+            node.meta.pop("delegation_tag", None)
     for tag in tags:
         _maybe_duplicate_constant_nodes(program, tag)
     result = PartitionResult(program, {tag: DelegationSpec(BACKEND, []) for tag in tags})
@@ -82,9 +88,40 @@ def _delegated(program: ExportedProgram, constants: Constants) -> ExportedProgra
     return _with_graph(program, program.graph_module)
 
 
+def _cut_splits(graph: fx.Graph) -> None:
+    """The parts of a split become slices, of which XNNPACK has a form of its own."""
+    for node in list(graph.nodes):
+        if node.target not in (ATEN.split_with_sizes.default, ATEN.split.Tensor, ATEN.chunk.default):
+            continue
+        axis, at = node.args[2] if len(node.args) > 2 else 0, 0
+        parts = {user.args[1]: user for user in node.users}
+        for index, value in enumerate(node.meta["val"]):
+            size = value.shape[axis]
+            if index in parts:
+                with graph.inserting_before(node):
+                    cut = graph.call_function(ATEN.slice.Tensor, (node.args[0], axis, at, at + size))
+                cut.meta = dict(parts[index].meta)
+                parts[index].replace_all_uses_with(cut)
+                graph.erase_node(parts[index])
+            at += size
+        graph.erase_node(node)
+
+
 def _copy_views(graph: fx.Graph) -> None:
-    """Views become copies, and every value dense: neither XNNPACK nor ExecuTorch's kernels have strides."""
+    """Views become copies, and every value dense: neither XNNPACK nor ExecuTorch's kernels have strides.
+
+    The one dynamic size of a view is inferred: XNNPACK takes no numbers. An expansion that changes nothing is none.
+    """
     for node in graph.nodes:
+        if node.target is ATEN.expand.default and str(node.meta["val"].shape) == str(node.args[0].meta["val"].shape):
+            node.replace_all_uses_with(node.args[0])
+        if node.target is ATEN.clone.default and node.args[0].op == "call_function":  # of a computed value: dense already
+            node.replace_all_uses_with(node.args[0])
+        if node.target is ATEN.view.default:
+            dynamic = [isinstance(size, fx.Node) for size in node.args[1]]
+            if sum(dynamic) == 1:
+                sizes = zip(node.args[1], dynamic, strict=True)
+                node.args = (node.args[0], [-1 if inferred else size for size, inferred in sizes])
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             copies = _VIEW_COPIES.get(node.target.overloadpacket)
             if copies is not None:
@@ -133,4 +170,4 @@ def _taken(node: fx.Node) -> bool:
     value = node.meta["val"]
     if value.dtype != torch.float32 or value.dim() < 3:
         return False
-    return OPS[node.target] is not Delegate.reshape or sum(not isinstance(d, int) for d in value.shape) < 2
+    return takes(node)

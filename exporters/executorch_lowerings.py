@@ -41,11 +41,15 @@ def quantized_embedding(ids: torch.Tensor, codes: torch.Tensor, scales: torch.Te
     return out
 
 
-def rotary_tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [1, seq, 1, head_dim] of both halves."""
-    angles = positions.to(torch.float32).view(1, -1, 1) * inv_freq
-    both = torch.cat((angles, angles), dim=-1).unsqueeze(2)
-    return both.cos(), both.sin()
+def frequencies(inv_freq: torch.Tensor, width: int) -> torch.Tensor:
+    """[width] of inv_freq [half]: both halves of what is rotated, and 0 for the dimensions behind it, which stay."""
+    return torch.cat((inv_freq, inv_freq, torch.zeros(width - 2 * inv_freq.shape[0])))
+
+
+def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [1, seq, 1, width]."""
+    angles = (positions.to(torch.float32).view(1, -1, 1) * frequencies).unsqueeze(2)
+    return angles.cos(), angles.sin()
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -169,6 +173,45 @@ def capped_attention(
     return (attend(q, keys.permute(1, 2, 0), values.permute(1, 0, 2), bias, scale, softcap),)
 
 
+def merged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cross_k: torch.Tensor,
+    cross_v: torch.Tensor,
+    start: int,
+    bias: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor]:
+    """Over the filled part of the cache and cross_k, cross_v [1, KV, T, D] together; bias [1, G * S, filled + T]."""
+    torch.ops.llama.update_cache(k, k_cache, start)
+    torch.ops.llama.update_cache(v, v_cache, start)
+    kv, width, end = k_cache.shape[2], k_cache.shape[3], slots.shape[0]
+    own = [cache.narrow(1, 0, end).view(-1, kv, width).permute(1, 0, 2) for cache in (k_cache, v_cache)]
+    keys, values = (torch.cat((x, y.squeeze(0)), 1) for x, y in zip(own, (cross_k, cross_v), strict=True))
+    return (attend(q, keys.permute(0, 2, 1), values, bias, scale, softcap),)
+
+
+def merged_bias(own: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """float32 [S, filled + T] of a causal bias [S, filled] and a source mask bool [1, 1, 1, T]."""
+    source = _bias(mask.view(1, -1)) + torch.zeros_like(own.narrow(1, 0, 1))
+    return torch.cat((own, source), 1)
+
+
+def shared_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """ExecuTorch's kernel over a cache that this call has already written; bias [n, filled] tells what each query sees."""
+    keys, values = (cache.narrow(1, 0, bias.shape[1]) for cache in (k_cache, v_cache))
+    out = torch.ops.llama.custom_sdpa(q, keys, values, start, bias, 0.0, False, scale)
+    merged: torch.Tensor = out.reshape(1, -1, q.shape[2] * q.shape[3])
+    return merged
+
+
 def new_positions(past_length: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """int64 [seq]: where the tokens ids [1, seq] stand."""
     return past_length + torch.arange(ids.shape[1])
@@ -188,7 +231,9 @@ def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return swapped.bitwise_or_(packed << 4)
 
 
-def rotation(half: int) -> torch.Tensor:
-    """[2 * half, 2 * half]: `linear(x, rotation)` is (-x2, x1) for the halves x1, x2 of x."""
-    identity, none = torch.eye(half), torch.zeros(half, half)
-    return torch.cat((torch.cat((none, -identity), 1), torch.cat((identity, none), 1)), 0)
+def rotation(half: int, width: int) -> torch.Tensor:
+    """[width, width]: `linear(x, rotation)` is (-x2, x1) for the halves x1, x2 of what is rotated of x, 0 behind it."""
+    turned, identity = torch.zeros(width, width), torch.eye(half)
+    turned[:half, half : 2 * half] = -identity
+    turned[half : 2 * half, :half] = identity
+    return turned

@@ -16,7 +16,9 @@ import torch
 from torch import fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
+from ..ops import DECOMPOSITIONS
 from . import executorch_lowerings as low
+from . import executorch_recurrence as recurrence
 
 EW = torch.ops.edgewright
 
@@ -26,13 +28,17 @@ class Rewriter:
 
     def __init__(self, module: fx.GraphModule, capacity: int) -> None:
         self.module, self.graph, self.capacity = module, module.graph, capacity
+        self._past_length: Any = None
         self._constants: dict[tuple[Any, ...], str] = {}
+        self._nodes: dict[tuple[Any, ...], fx.Node] = {}
         self._memo: dict[tuple[Any, ...], fx.Node] = {}
         self._fold_casts()
+        self._fold_constants()
         self._share_constants()
         shared = CSEPass()(module)  # a new module; what the layers compute alike (positions, masks) is one node in it
         assert shared is not None
         self.module, self.graph = shared.graph_module, shared.graph_module.graph
+        self._nodes.clear()  # those of the graph before
 
     def run(self) -> fx.GraphModule:
         for node in list(self.graph.nodes):
@@ -56,12 +62,14 @@ class Rewriter:
         return found
 
     def constant(self, key: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> fx.Node:
-        """A node for a constant, made once for each key. Alone in its storage: ExecuTorch stores storages whole."""
+        """The node of a constant, made once for each key. Alone in its storage: ExecuTorch stores storages whole."""
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
             self.module.register_buffer(name, _owned(make().detach()))
             self._constants[key] = name
-        return self.graph.get_attr(self._constants[key])
+        if key not in self._nodes:
+            self._nodes[key] = self.graph.get_attr(self._constants[key])
+        return self._nodes[key]
 
     def _fold_casts(self) -> None:
         """`get_attr -> to(dtype)` becomes a constant of that dtype: XNNPACK takes no computed weights."""
@@ -73,6 +81,21 @@ class Rewriter:
                 value = self.value(source)
                 cast = self.constant(("cast", source.target, dtype), partial(value.to, dtype))
             node.replace_all_uses_with(cast)
+            self.graph.erase_node(node)
+
+    def _fold_constants(self) -> None:
+        """What is made of parameters alone (`-exp(A_log)`) is computed here, not at every call."""
+        for node in list(self.graph.nodes):
+            inputs = node.all_input_nodes
+            ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+            fixed = all(n.op == "get_attr" and not str(n.target).startswith("state_") for n in inputs)
+            if not ours or not inputs or not fixed or not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
+            with self.graph.inserting_before(node):
+                made = self.constant(("folded", node.name), partial(node.target, *args, **kwargs))
+            made.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(made)
             self.graph.erase_node(node)
 
     def _share_constants(self) -> None:
@@ -133,12 +156,18 @@ class Rewriter:
         )
 
     def rope(self, node: fx.Node) -> None:
+        """Where only the first dimensions of a head are rotated and the rest joined to them, the head is taken whole."""
         x, positions, inv_freq = node.args
-        half = self.value(inv_freq).shape[0]
-        tables = self.once(low.rotary_tables, positions, inv_freq)
+        assert isinstance(inv_freq, fx.Node)
+        values, whole = self.value(inv_freq), _joined_rest(node)
+        made, x = (node, x) if whole is None else whole
+        half, width = values.shape[0], int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+        rates = self.constant(("frequencies", inv_freq.target, width), lambda: low.frequencies(values, width))
+        tables = self.once(low.rotary_tables, positions, rates)
         cos, sin = (self.once(operator.getitem, tables, i) for i in (0, 1))
-        node.target = low.rope
-        node.args = (x, cos, sin, self.constant(("rotation", half), lambda: low.rotation(half)))
+        made.target = low.rope
+        made.args = (x, cos, sin, self.constant(("rotation", half, width), lambda: low.rotation(half, width)))
+        made.kwargs = {}
 
     def bidirectional(self, node: fx.Node) -> None:
         q, k, v, mask, scale, softcap = node.args
@@ -156,15 +185,13 @@ class Rewriter:
         assert isinstance(past_length, fx.Node)
         assert isinstance(window, int)
         start = self.start(past_length)
-        if window >= self.capacity:  # nothing in the cache is ever out of sight
-            window = 0
+        self._hand_on(node, k_cache, v_cache)
+        window = self._window(window)
         if not softcap and not window:
             node.target = low.flash_attention
             node.args = (q, k, v, k_cache, v_cache, start, scale)
             return
-        # torch.export knows the length of `slots`, and so XNNPACK takes it; one computed from past_length it refuses.
-        slots, ids = self._input(-1), self._input(0)
-        bias = self.once(low.causal_bias, self.once(low.new_positions, past_length, ids), slots, window)
+        bias = self._causal_bias(past_length, window)
         if softcap:
             node.target = low.capped_attention
             bias = self.once(low.per_group, bias, _groups(q, k))
@@ -172,6 +199,90 @@ class Rewriter:
         else:
             node.target = low.windowed_attention
             node.args = (q, k, v, k_cache, v_cache, start, bias, scale)
+
+    def merged(self, node: fx.Node) -> None:
+        q, k, v, k_cache, v_cache, cross_k, cross_v, mask, past_length, scale, softcap, window = node.args
+        assert isinstance(past_length, fx.Node)
+        assert isinstance(window, int)
+        start = self.start(past_length)
+        self._hand_on(node, k_cache, v_cache)
+        bias = self.once(low.merged_bias, self._causal_bias(past_length, self._window(window)), mask)
+        bias = self.once(low.per_group, bias, _groups(q, k))
+        node.target = low.merged_attention
+        node.args = (q, k, v, k_cache, v_cache, cross_k, cross_v, start, bias, self._input(-1), scale, softcap)
+
+    def shared(self, node: fx.Node) -> None:
+        q, k_cache, v_cache, positions, scale = node.args
+        start = self.start(self._past_length)
+        bias = self.once(low.causal_bias, positions, self._input(-1), 0)
+        node.target = low.shared_attention
+        node.args = (q, k_cache, v_cache, start, bias, scale)
+
+    def _hand_on(self, node: fx.Node, k_cache: Any, v_cache: Any) -> None:
+        """Who reads the caches that an attention returns reads the buffers that it has written."""
+        self._past_length = node.args[8] if node.target is EW.merged_attention.default else node.args[5]
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] != 0:
+                user.replace_all_uses_with(k_cache if user.args[1] == 1 else v_cache)
+                self.graph.erase_node(user)
+
+    def _window(self, window: int) -> int:
+        """0 where nothing in the cache is ever out of sight."""
+        return 0 if window >= self.capacity else window
+
+    def _causal_bias(self, past_length: fx.Node, window: int) -> fx.Node:
+        # torch.export knows the length of `slots`, and so XNNPACK takes it; one computed from past_length it refuses.
+        slots, ids = self._input(-1), self._input(0)
+        return self.once(low.causal_bias, self.once(low.new_positions, past_length, ids), slots, window)
+
+    # -- recurrences: of one token, or of a length known only at run time
+
+    def conv(self, node: fx.Node) -> None:
+        x, weight, bias, state = node.args
+        if _is_step(x):
+            node.target = recurrence.causal_conv_step
+            return
+        assert isinstance(weight, fx.Node)
+        taps = self.value(weight).unbind(1)
+        rows = [
+            self.constant(("tap", weight.target, i), partial(torch.Tensor.float, tap)) for i, tap in enumerate(taps)
+        ]
+        node.target = recurrence.causal_conv
+        node.args = (x, rows, bias, state)
+
+    def delta(self, node: fx.Node) -> None:
+        if _is_step(node.args[0]):
+            node.target = recurrence.delta_rule_step
+            return
+        quarters = [
+            self._mask(("quarter", size), partial(recurrence.quarter_mask, size)) for size in recurrence.QUARTERS
+        ]
+        identity = self._mask(("identity",), recurrence.identity_mask)
+        node.target = recurrence.delta_rule
+        node.args = (*node.args, *self._fading_masks(), identity, quarters)
+
+    def linear_attention(self, node: fx.Node) -> None:
+        if _is_step(node.args[0]):
+            node.target = recurrence.linear_attention_step
+            return
+        _, _, heads, decays = node.args[3].meta["val"].shape  # type: ignore[union-attr]
+        of_head = self.constant(("of_head", heads, decays), partial(recurrence.of_head_mask, heads, decays))
+        node.target = recurrence.linear_attention
+        node.args = (*node.args, *self._fading_masks(), of_head)
+
+    def scan(self, node: fx.Node) -> None:
+        if _is_step(node.args[0]):
+            node.target = recurrence.selective_scan_step
+            return
+        node.target = recurrence.selective_scan
+
+    def _fading_masks(self) -> list[fx.Node]:
+        until = self._mask(("until",), recurrence.until_mask)
+        whole = self.once(recurrence.row, self.constant(("until",), recurrence.until_mask), self._input(0))
+        return [until, self._mask(("after",), recurrence.after_mask), whole]
+
+    def _mask(self, key: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> fx.Node:
+        return self.once(recurrence.square, self.constant(key, make), self._input(0))
 
     def _input(self, index: int) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -189,12 +300,63 @@ def _groups(q: Any, k: Any) -> int:
     return int(q.meta["val"].shape[2]) // int(k.meta["val"].shape[2])
 
 
+def _is_step(x: Any) -> bool:
+    """Whether [1, T, …] has the constant length 1."""
+    length = x.meta["val"].shape[1]
+    return isinstance(length, int) and length == 1
+
+
+def _joined_rest(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(the concatenation, x) where `node` rotates x[..., :n] and its only user joins x[..., n:] to the result."""
+    part, joins = _slice_of_last(node.args[0]), list(node.users)
+    if part is None or part[1] != 0 or len(joins) != 1 or joins[0].target is not torch.ops.aten.cat.default:
+        return None
+    given, axis = joins[0].args[0], joins[0].args[1] if len(joins[0].args) > 1 else 0
+    if not isinstance(given, list | tuple) or len(given) != 2 or given[0] is not node or axis not in (-1, 3):
+        return None
+    rest = _slice_of_last(given[1])
+    whole = (part[0], part[2], int(part[0].meta["val"].shape[-1]))
+    return (joins[0], part[0]) if rest == whole else None
+
+
+def _slice_of_last(node: Any) -> tuple[fx.Node, int, int] | None:
+    """(x, start, end) of x[..., start:end]."""
+    aten = torch.ops.aten
+    if not isinstance(node, fx.Node) or node.target not in (aten.slice.Tensor, aten.narrow.default):
+        return None
+    x, axis, start, stop = (*node.args, 0, 0, 2**63 - 1)[:4] if len(node.args) < 4 else node.args[:4]
+    assert isinstance(x, fx.Node)
+    size = x.meta["val"].shape[-1]
+    if axis not in (-1, x.meta["val"].dim() - 1) or len(node.args) > 4 or not isinstance(start, int):
+        return None
+    assert isinstance(stop, int)
+    end = start + stop if node.target is aten.narrow.default else min(stop, size)
+    return x, start, end
+
+
 _CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default}
+PRIVATE = {EW.quantized_linear.default, EW.rms_norm.default, EW.gelu_tanh.default}
+"""What `executorch_xnnpack` writes itself."""
 _REWRITES: dict[Any, Callable[[Rewriter, fx.Node], None]] = {
     EW.quantized_embedding.default: Rewriter.embedding,
     EW.rope.default: Rewriter.rope,
     EW.bidirectional_attention.default: Rewriter.bidirectional,
     EW.cross_attention.default: Rewriter.cross,
     EW.cached_attention.default: Rewriter.cached,
+    EW.merged_attention.default: Rewriter.merged,
+    EW.shared_attention.default: Rewriter.shared,
+    EW.causal_conv.default: Rewriter.conv,
+    EW.gated_delta_rule.default: Rewriter.delta,
+    EW.linear_attention.default: Rewriter.linear_attention,
+    EW.selective_scan.default: Rewriter.scan,
 }
+
+
+def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without those of our ops that have neither a rewrite nor a place in a delegate."""
+    left = {op: fn for op, fn in DECOMPOSITIONS.items() if op not in _REWRITES and op not in PRIVATE}
+    if not any(node.target in left for node in program.graph.nodes):
+        return program
+    plain: torch.export.ExportedProgram = program.run_decompositions(left)
+    return plain

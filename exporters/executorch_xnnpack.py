@@ -154,8 +154,9 @@ class Delegate:
         self._emit(_BINARY[node.target](a, b, self.result(node), 0))
 
     def relu(self, node: fx.Node) -> None:
+        """Not XNNPACK's clamp: its infinite bound cannot be read back."""
         x = self.value(node.args[0])
-        self._emit(xnn.XNNClamp(x, self.result(node), 0), xnn.OutputMinMax(0, "+inf"))
+        self._emit(xnn.XNNMaximum(x, self.value(0.0), self.result(node), 0))
 
     def softmax(self, node: fx.Node) -> None:
         dims = node.meta["val"].dim()
@@ -172,6 +173,33 @@ class Delegate:
     def permute(self, node: fx.Node) -> None:
         x, order = self.value(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
         self._emit(xnn.XNNStaticTranspose(len(order), [int(d) % len(order) for d in order], x, self.result(node), 0))
+
+    def slice(self, node: fx.Node) -> None:
+        """Of a dimension whose size is known; the others may be dynamic."""
+        offsets, sizes = [0] * node.meta["val"].dim(), [d if isinstance(d, int) else 0 for d in node.meta["val"].shape]
+        offsets[int(node.args[1]) % len(offsets)] = int(node.args[2] or 0)  # type: ignore[arg-type]
+        x = self.value(node.args[0])
+        self._emit(xnn.XNNStaticSlice(len(sizes), offsets, sizes, x, self.result(node), 0))  # size 0: all there is
+
+    def total(self, node: fx.Node) -> None:
+        """A sum or mean over the last dimension."""
+        dims = _dims(node.args[0])
+        kept = self._over_last(self.value(node.args[0]), dims, 1.0 if node.target in _SUMS else 1.0 / dims[-1])
+        if node.meta["val"].dim() == len(dims):
+            self._emit(xnn.XNNCopy(kept, self.result(node), 0))
+            return
+        shape = [d if isinstance(d, int) else 0 for d in node.meta["val"].shape]
+        self._emit(xnn.XNNStaticReshape(len(shape), shape, kept, self.result(node), 0))
+
+    def _over_last(self, x: int, dims: Sequence[int], factor: float) -> int:
+        """The sum over the last dimension, times `factor`, as a linear with one output: XNNPACK has none of its own."""
+        out = self._tensor([*dims[:-1], 1])
+        self._emit(xnn.XNNFullyConnected(x, self._constant(torch.full((1, dims[-1]), factor)), NONE, out, 0))
+        return out
+
+    def reciprocal(self, node: fx.Node) -> None:
+        x = self.value(node.args[0])
+        self._emit(xnn.XNNDiv(self.value(1.0), x, self.result(node), 0))
 
     def concatenate(self, node: fx.Node) -> None:
         parts = [self.value(x) for x in node.args[0]]  # type: ignore[union-attr]
@@ -225,14 +253,10 @@ class Delegate:
         return self._tensor((rows, columns), kind, buffer, quantized=quantized)
 
     def rms_norm(self, node: fx.Node) -> None:
-        """XNNPACK has no mean over the last dimension: the mean is a linear with one output."""
         x, weight, eps, offset = node.args
         dims, given = _dims(node), self.value(x)
-        size = dims[-1]
         square = self.two(xnn.XNNMultiply, given, given, dims)
-        mean = self._tensor([*dims[:-1], 1])
-        averaging = self._constant(torch.full((1, size), 1.0 / size))
-        self._emit(xnn.XNNFullyConnected(square, averaging, NONE, mean, 0))
+        mean = self._over_last(square, dims, 1.0 / dims[-1])
         kept = self.two(xnn.XNNAdd, mean, self.value(eps), [*dims[:-1], 1])
         factor = self.one(xnn.XNNReciprocalSquareRoot, kept, [*dims[:-1], 1])
         normed = self.two(xnn.XNNMultiply, given, factor, dims)
@@ -271,6 +295,11 @@ _UNARY: dict[Any, Any] = {
     ATEN.cos.default: xnn.XNNCos,
     ATEN.sin.default: xnn.XNNSin,
     ATEN.rsqrt.default: xnn.XNNReciprocalSquareRoot,
+    ATEN.sqrt.default: xnn.XNNSquareRoot,
+    ATEN.exp.default: xnn.XNNExp,
+    ATEN.log.default: xnn.XNNLog,
+    ATEN.neg.default: xnn.XNNNegate,
+    ATEN.abs.default: xnn.XNNAbs,
 }
 _BINARY: dict[Any, Any] = {
     ATEN.add.Tensor: xnn.XNNAdd,
@@ -278,7 +307,11 @@ _BINARY: dict[Any, Any] = {
     ATEN.mul.Tensor: xnn.XNNMultiply,
     ATEN.div.Tensor: xnn.XNNDiv,
     ATEN.bmm.default: xnn.XNNBatchMatrixMultiply,
+    ATEN.maximum.default: xnn.XNNMaximum,
+    ATEN.minimum.default: xnn.XNNMinimum,
 }
+_SUMS = {ATEN.sum.dim_IntList}
+_MEANS = {ATEN.mean.dim}
 OPS: dict[Any, Callable[[Delegate, fx.Node], None]] = {
     **dict.fromkeys(_UNARY, Delegate.unary),
     **dict.fromkeys(_BINARY, Delegate.binary),
@@ -286,10 +319,33 @@ OPS: dict[Any, Callable[[Delegate, fx.Node], None]] = {
     ATEN._softmax.default: Delegate.softmax,
     ATEN.view_copy.default: Delegate.reshape,
     ATEN.unsqueeze_copy.default: Delegate.reshape,
+    ATEN.squeeze_copy.dims: Delegate.reshape,
     ATEN.permute_copy.default: Delegate.permute,
     ATEN.cat.default: Delegate.concatenate,
+    ATEN.slice_copy.Tensor: Delegate.slice,
+    ATEN.reciprocal.default: Delegate.reciprocal,
+    **dict.fromkeys(_SUMS | _MEANS, Delegate.total),
     ATEN.linear.default: Delegate.linear,
     EW.quantized_linear.default: Delegate.quantized_linear,
     EW.rms_norm.default: Delegate.rms_norm,
     EW.gelu_tanh.default: Delegate.gelu_tanh,
 }
+
+
+def takes(node: fx.Node) -> bool:
+    """Whether the form of the call, of an op in `OPS`, is one that is written here."""
+    value, args, write = node.meta["val"], list[Any]([*node.args, None, None]), OPS[node.target]
+    given: Any = args[0].meta["val"] if isinstance(args[0], fx.Node) else None
+    if write is Delegate.reshape:
+        return sum(not isinstance(d, int) for d in value.shape) < 2
+    if write is Delegate.slice:
+        axis, start = int(args[1]) % value.dim(), args[2] or 0
+        sizes = (value.shape[axis], given.shape[axis])
+        one_by_one = len(node.args) < 5 or bool(node.args[4] == 1)
+        known = isinstance(start, int) and start >= 0 and all(isinstance(n, int) for n in sizes)
+        return one_by_one and known
+    if write is Delegate.total:
+        axes = [int(a) % given.dim() for a in args[1]] if isinstance(args[1], list | tuple) else []
+        known = isinstance(given.shape[-1], int) and bool(given.dtype == torch.float32)
+        return axes == [given.dim() - 1] and known
+    return True

@@ -1,14 +1,14 @@
 """ONNX for ONNX Runtime: each graph a file, all weights in one `weights.bin`. What may enter: `ops`, `graph`, `bundle`.
 
-Main path: translate (torch.onnx, private nodes) -> lower (the table in `onnx_lowerings`) -> save. Codes and scales stream
-from the mapped quantized checkpoint; the ONNX files hold the graph alone.
+Main path: translate (torch.onnx, private nodes) -> lower (by `LOWERINGS`) -> save. Codes and scales stream from the mapped
+quantized checkpoint; the ONNX files hold the graph alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,48 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from ..graph import Graph
 from .artefact import Artefact, Options, Progress
-from .onnx_lowerings import LOWERINGS, MS, Lowering, fuse_silu, nodes
+from .onnx_attention import lower_bidirectional_attention, lower_cached_attention, lower_rope
+from .onnx_cache_attention import lower_cross_attention, lower_merged_attention, lower_shared_attention
+from .onnx_lowerings import (
+    MS,
+    Lowering,
+    fuse_silu,
+    lower_embedding,
+    lower_gelu_tanh,
+    lower_linear,
+    lower_rms_norm,
+    nodes,
+)
 from .onnx_reading import read_nbits
+from .onnx_recurrence import (
+    lower_causal_conv,
+    lower_gated_delta_rule,
+    lower_linear_attention,
+    lower_selective_scan,
+)
 from .onnx_translate import DOMAIN, translate
 from .onnx_weights import WeightFile
 
 WEIGHTS = "weights.bin"
 _INLINE = 4096  # bytes: larger tensors that torch.onnx left in the graph move to the weight file
+
+LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
+    "CachedAttention": lower_cached_attention,
+    "BidirectionalAttention": lower_bidirectional_attention,
+    "MergedAttention": lower_merged_attention,
+    "SharedAttention": lower_shared_attention,
+    "CrossAttention": lower_cross_attention,
+    "Rope": lower_rope,
+    "CausalConv": lower_causal_conv,
+    "GatedDeltaRule": lower_gated_delta_rule,
+    "LinearAttention": lower_linear_attention,
+    "SelectiveScan": lower_selective_scan,
+    "QuantizedLinear": lower_linear,
+    "QuantizedEmbedding": lower_embedding,
+    "RmsNorm": lower_rms_norm,
+    "GeluTanh": lower_gelu_tanh,
+}
+"""Lowered one node at a time, in this order: attention first, which takes Rope and the q/k/v linears into itself."""
 
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
@@ -37,7 +72,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     try:
         for graph in graphs:
             progress(f"onnx: {graph.name}")
-            model = translate(graph)
+            model = translate(graph, LOWERINGS)
             lower(model, weights, options.max_positions)
             ir.save(model, directory / f"{graph.name}.onnx")
             ops[graph.name] = dict(Counter(_label(n) for n in model.graph))

@@ -1,8 +1,8 @@
-"""The table from `edgewright::` op to ONNX Runtime kernels, and the fusions the CPU provider is fast with.
+"""What lowers private nodes: the graph at work, and ONNX Runtime's kernels for linears, embeddings, norms, activations.
 
-What may enter: `ops`, onnx_ir, `onnx_weights`. Each lowering rewrites one private node in place. Facts it relies on (which
-kernels exist, that softcap comes before the mask, that packed QKV and shared past and present work) are pinned in
-tests/test_onnx_facts.py.
+What may enter: `ops`, onnx_ir, `onnx_weights`. Each lowering rewrites one private node in place; attention is in
+`onnx_attention`, the recurrences in `onnx_recurrence`, the table in `onnx`. Facts of kernels that the lowerings rely on are
+pinned in tests/test_onnx_facts.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ..errors import UserError
 from ..quant.targets import container, scale_block
 from .onnx_translate import DOMAIN
 from .onnx_weights import WeightFile, codes_chunks, content_key, scales_chunks
@@ -24,8 +23,6 @@ from .onnx_weights import WeightFile, codes_chunks, content_key, scales_chunks
 MS = "com.microsoft"
 LABEL = "edgewright.weights"
 """The metadata of a node with quantized weights: JSON, [[checkpoint name, rows], …]."""
-
-MASKED = float(np.finfo(np.float32).min)  # finite: a fully masked row must stay finite, padding rows feed later layers
 
 
 @dataclass
@@ -46,6 +43,20 @@ class Lowering:
         node = ir.node(op, inputs, attrs, domain=domain, num_outputs=outputs)
         self.graph.insert_before(before, node)
         return tuple(node.outputs)
+
+    def one(self, before: ir.Node, op: str, inputs: list[ir.Value | None], domain: str = "", **attrs: Any) -> ir.Value:
+        """`emit` of a node with one output."""
+        return self.emit(before, op, inputs, domain=domain, **attrs)[0]
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.constant(np.array(values, np.int64))
+
+    def built(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
+        """`build()`, once for each key."""
+        if key not in self.shared:
+            self.shared[key] = build()
+        made: ir.Value = self.shared[key]
+        return made
 
     def replace(self, node: ir.Node, values: list[ir.Value]) -> None:
         """Give `values` the uses, names and places among the graph outputs of the outputs of `node`, and remove it."""
@@ -86,11 +97,29 @@ class Lowering:
 
 
 def torch_tensor(value: ir.Value | None) -> torch.Tensor:
-    """The mapped torch tensor behind an initializer that torch.onnx made, or the array where it folded a small Cast."""
+    """The mapped torch tensor behind an initializer that torch.onnx made, or the array where it folded a small one.
+
+    A folded bfloat16, which numpy lacks, comes as float32.
+    """
     assert value is not None
     assert value.const_value is not None
     raw = getattr(value.const_value, "raw", None)
-    return raw.detach() if isinstance(raw, torch.Tensor) else torch.from_numpy(value.const_value.numpy().copy())
+    if isinstance(raw, torch.Tensor):
+        return raw.detach()
+    array = value.const_value.numpy()
+    wide = array.astype(np.float32) if value.const_value.dtype == ir.DataType.BFLOAT16 else array.copy()
+    return torch.from_numpy(wide)
+
+
+def parameter(value: ir.Value | None) -> tuple[str, torch.Tensor]:
+    """Name and values of an initializer, through the Cast of a 16-bit one and a change of its shape. Raises ValueError."""
+    assert value is not None
+    made = value.producer()
+    if made is None and value.const_value is not None:
+        return str(value.name), torch_tensor(value)
+    if made is None or made.domain or made.op_type not in ("Cast", "Squeeze", "Unsqueeze", "Reshape"):
+        raise ValueError(f"{value.name} is computed where a parameter is expected")
+    return parameter(made.inputs[0])
 
 
 def weight_name(codes: ir.Value | None) -> str:
@@ -182,15 +211,15 @@ def _stack(linears: list[ir.Node]) -> Stack:
 
 
 def lower_linear(low: Lowering, node: ir.Node) -> None:
-    low.replace(node, [_matmul(low, [node], before=node)])
+    low.replace(node, [matmul(low, [node], before=node)])
 
 
-def _matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> ir.Value:
+def matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> ir.Value:
     """One MatMulNBits for linears that share input, bits and group size: their outputs side by side."""
     stack = _stack(family)
     codes, scales, wide = stack.initializers(low, embedding=False)
     bias = None
-    if _has_bias(family[0]):
+    if has_bias(family[0]):
         bias = low.float_tensor(f"{stack.name}.bias.f32", torch.cat([_bias(n.inputs[3]) for n in family]))
     (out,) = low.emit(
         before,
@@ -208,15 +237,13 @@ def _matmul(low: Lowering, family: list[ir.Node], before: ir.Node) -> ir.Value:
     return out
 
 
-def _has_bias(node: ir.Node) -> bool:
+def has_bias(node: ir.Node) -> bool:
     return len(node.inputs) > 3 and node.inputs[3] is not None
 
 
 def _bias(value: ir.Value | None) -> torch.Tensor:
-    """A bias initializer, through the Cast that a bfloat16 one has before it."""
-    assert value is not None
-    producer = value.producer()
-    return torch_tensor(producer.inputs[0] if producer is not None else value).to(torch.float32)
+    _, stored = parameter(value)
+    return stored.to(torch.float32)
 
 
 def lower_embedding(low: Lowering, node: ir.Node) -> None:
@@ -286,248 +313,3 @@ def fuse_silu(low: Lowering) -> None:
         (out,) = low.emit(users[0], "QuickGelu", [x], domain=MS, alpha=1.0)
         low.replace(users[0], [out])
         low.graph.remove(node, safe=True)
-
-
-# ---- attention ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Heads:
-    """An attention operand [B, S, heads, head_dim] traced back to its flat [B, S, heads * head_dim] value."""
-
-    flat: ir.Value
-    heads: int
-    head_dim: int
-
-
-def _heads(low: Lowering, value: ir.Value, before: ir.Node) -> Heads:
-    assert value.shape is not None
-    heads, dim = int(value.shape[2]), int(value.shape[3])  # type: ignore[arg-type]
-    if dim % 16:
-        raise UserError(
-            f"head_dim {dim}: ONNX Runtime's GroupQueryAttention takes multiples of 16; choose another format"
-        )
-    reshape = value.producer()
-    if reshape is not None and reshape.op_type == "Reshape" and reshape.domain == "":
-        source = reshape.inputs[0]
-        if source is not None and source.shape is not None and len(source.shape) == 3:
-            return Heads(source, heads, dim)
-    flat = low.constant(np.array([0, 0, heads * dim], np.int64))
-    (out,) = low.emit(before, "Reshape", [value, flat])
-    return Heads(out, heads, dim)
-
-
-def _unroped(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None]:
-    """The value before its Rope node, and that node."""
-    assert value is not None
-    node = value.producer()
-    if node is not None and node.domain == DOMAIN and node.op_type == "Rope":
-        assert node.inputs[0] is not None
-        return node.inputs[0], node
-    return value, None
-
-
-def _tables(low: Lowering, rope: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [max_positions, head_dim / 2] as initializers."""
-    inv_freq = torch_tensor(rope.inputs[2]).to(torch.float32)
-    angles = torch.arange(low.max_positions, dtype=torch.float32).unsqueeze(-1) * inv_freq
-    return low.float_tensor("rope.cos", angles.cos()), low.float_tensor("rope.sin", angles.sin())
-
-
-def _operands(low: Lowering, node: ir.Node, parts: list[Heads]) -> list[ir.Value | None]:
-    """q, k and v for GroupQueryAttention: packed by one MatMulNBits where their linears allow it, else apart.
-
-    Only here are linears fused: gate and up as one product would need a Split, which costs more than it saves.
-    """
-    family = [p.flat.producer() for p in parts]
-    linears = [n for n in family if n is not None and n.domain == DOMAIN and n.op_type == "QuantizedLinear"]
-
-    def form(n: ir.Node) -> Any:
-        return n.inputs[0], attr(n, "bits"), attr(n, "group_size"), _has_bias(n)
-
-    if len(linears) < 3 or len({form(n) for n in linears}) > 1:
-        return [p.flat for p in parts]
-    return [_matmul(low, linears, before=node), None, None]
-
-
-def lower_cached_attention(low: Lowering, node: ir.Node) -> None:
-    """GroupQueryAttention with past and present in one buffer, RoPE inside where positions count on from past_length."""
-    q_in, k_in, v, k_cache, v_cache, past = node.inputs[:6]
-    q, q_rope = _unroped(q_in)
-    k, k_rope = _unroped(k_in)
-    inside = q_rope is not None and k_rope is not None and _counts_on(q_rope, past) and _counts_on(k_rope, past)
-    if not inside:
-        raise ValueError(f"{node.name}: rotary positions that do not count on from past_length have no lowering")
-    assert q_rope is not None
-    assert v is not None
-    assert past is not None
-    cos, sin = _tables(low, q_rope)
-    parts = [_heads(low, q, node), _heads(low, k, node), _heads(low, v, node)]
-    operands = _operands(low, node, parts)
-    total = _shared(low, ("total", past), lambda: _total_length(low, parts[0].flat, past))
-    lengths = _shared(low, ("lengths", past), lambda: _seqlens(low, parts[0].flat, total))
-    window = int(attr(node, "window"))
-    outs = low.emit(
-        node,
-        "GroupQueryAttention",
-        [*operands, k_cache, v_cache, lengths, total, cos, sin],
-        outputs=3,
-        domain=MS,
-        num_heads=parts[0].heads,
-        kv_num_heads=parts[1].heads,
-        scale=float(attr(node, "scale")),
-        softcap=float(attr(node, "softcap")),
-        local_window_size=window if window else -1,
-        do_rotary=1,
-        rotary_interleaved=0,
-    )
-    low.replace(node, list(outs))
-
-
-def _shared(low: Lowering, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
-    if key not in low.shared:
-        low.shared[key] = build()
-    return low.shared[key]
-
-
-def _counts_on(rope: ir.Node, past: ir.Value | None) -> bool:
-    positions = rope.inputs[1]
-    add = positions.producer() if positions is not None else None
-    if add is None or add.op_type != "Add" or past not in add.inputs:
-        return False
-    other = add.inputs[1] if add.inputs[0] is past else add.inputs[0]
-    made = other.producer() if other is not None else None
-    return made is not None and made.op_type == "Range"
-
-
-def _first(low: Lowering) -> ir.Node:
-    return next(iter(low.graph))
-
-
-def _total_length(low: Lowering, flat: ir.Value, past: ir.Value) -> ir.Value:
-    """past + new tokens, int32 scalar."""
-    anchor = _first(low)
-    (length,) = low.emit(anchor, "Shape", [low.graph.inputs[0]], start=1, end=2)
-    (total,) = low.emit(anchor, "Add", [past, length])
-    (scalar,) = low.emit(anchor, "Squeeze", [total])
-    (out,) = low.emit(anchor, "Cast", [scalar], to=ir.DataType.INT32)
-    return out
-
-
-def _seqlens(low: Lowering, flat: ir.Value, total: ir.Value) -> ir.Value:
-    """total - 1 for every row of the batch, int32 [B]."""
-    producer = total.producer()
-    assert producer is not None
-    batch_node = ir.node("Shape", [low.graph.inputs[0]], {"start": 0, "end": 1})
-    less = ir.node("Sub", [total, low.constant(np.array(1, np.int32))])
-    expand = ir.node("Expand", [less.outputs[0], batch_node.outputs[0]])
-    low.graph.insert_after(producer, [batch_node, less, expand])
-    return expand.outputs[0]
-
-
-def _float_mask(low: Lowering, mask: ir.Value) -> ir.Value:
-    """A bool mask as 0 or the lowest float, made once for each mask."""
-
-    def build() -> ir.Value:
-        where = ir.node(
-            "Where", [mask, low.constant(np.array(0.0, np.float32)), low.constant(np.array(MASKED, np.float32))]
-        )
-        producer = mask.producer()
-        if producer is None:
-            low.graph.insert_before(_first(low), where)
-        else:
-            low.graph.insert_after(producer, where)
-        return where.outputs[0]
-
-    return _shared(low, ("bias", mask), build)
-
-
-def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
-    """GroupQueryAttention with causal off, the mask as a bias; softcap comes before the bias."""
-    q, q_rope = _unroped(node.inputs[0])
-    k, k_rope = _unroped(node.inputs[1])
-    v, mask = node.inputs[2], node.inputs[3]
-    if q_rope is None or k_rope is None or not (_counts_from_zero(q_rope) and _counts_from_zero(k_rope)):
-        raise ValueError(f"{node.name}: rotary positions that do not count from zero have no lowering")
-    assert v is not None
-    assert mask is not None
-    cos, sin = _tables(low, q_rope)
-    parts = [_heads(low, q, node), _heads(low, k, node), _heads(low, v, node)]
-    operands = _operands(low, node, parts)
-    total = _shared(low, "source_total", lambda: _source_length(low))
-    lengths = _shared(low, "source_lengths", lambda: _seqlens(low, parts[0].flat, total))
-    outs = low.emit(
-        node,
-        "GroupQueryAttention",
-        [*operands, None, None, lengths, total, cos, sin, None, _float_mask(low, mask)],
-        outputs=3,
-        domain=MS,
-        num_heads=parts[0].heads,
-        kv_num_heads=parts[1].heads,
-        scale=float(attr(node, "scale")),
-        softcap=float(attr(node, "softcap")),
-        local_window_size=-1,
-        do_rotary=1,
-        rotary_interleaved=0,
-        causal=0,
-    )
-    low.replace(node, [outs[0]])
-
-
-def _counts_from_zero(rope: ir.Node) -> bool:
-    made = rope.inputs[1].producer() if rope.inputs[1] is not None else None
-    return made is not None and made.op_type == "Range"
-
-
-def _source_length(low: Lowering) -> ir.Value:
-    anchor = _first(low)
-    (length,) = low.emit(anchor, "Shape", [low.graph.inputs[0]], start=1, end=2)
-    (scalar,) = low.emit(anchor, "Squeeze", [length])
-    (out,) = low.emit(anchor, "Cast", [scalar], to=ir.DataType.INT32)
-    return out
-
-
-def lower_cross_attention(low: Lowering, node: ir.Node) -> None:
-    """The standard Attention-24: the one CPU kernel with soft-capping whose query and key lengths may differ."""
-    q, k, v, mask = node.inputs[:4]
-    assert q is not None
-    assert q.shape is not None
-    assert mask is not None
-    rows = _shared(low, ("rows", mask), lambda: _mask_rows(low, mask))
-    heads, dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[arg-type]
-    (q_first,) = low.emit(node, "Transpose", [q], perm=[0, 2, 1, 3])
-    (attended,) = low.emit(
-        node,
-        "Attention",
-        [q_first, k, v, rows],
-        scale=float(attr(node, "scale")),
-        softcap=float(attr(node, "softcap")),
-    )
-    (back,) = low.emit(node, "Transpose", [attended], perm=[0, 2, 1, 3])
-    flat = low.constant(np.array([0, 0, heads * dim], np.int64))
-    (out,) = low.emit(node, "Reshape", [back, flat])
-    low.replace(node, [out])
-
-
-def _mask_rows(low: Lowering, mask: ir.Value) -> ir.Value:
-    """A mask [B, 1, 1, T] as [B, 1, S, T]: the kernel does not broadcast over queries."""
-    producer = mask.producer()
-    assert producer is not None
-    length = ir.node("Shape", [low.graph.inputs[0]], {"start": 1, "end": 2})
-    one = low.constant(np.array([1], np.int64))
-    shape = ir.node("Concat", [one, one, length.outputs[0], one], {"axis": 0})
-    expand = ir.node("Expand", [mask, shape.outputs[0]])
-    low.graph.insert_after(producer, [length, shape, expand])
-    return expand.outputs[0]
-
-
-LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
-    "CachedAttention": lower_cached_attention,
-    "BidirectionalAttention": lower_bidirectional_attention,
-    "CrossAttention": lower_cross_attention,
-    "QuantizedLinear": lower_linear,
-    "QuantizedEmbedding": lower_embedding,
-    "RmsNorm": lower_rms_norm,
-    "GeluTanh": lower_gelu_tanh,
-}
-"""Lowered one node at a time, in this order: attention first, which takes Rope and the q/k/v linears into itself."""

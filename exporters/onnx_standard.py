@@ -1,17 +1,17 @@
 """A second table from `edgewright::` op to ONNX: the standard's own ops, for compilers that know no ONNX Runtime kernels.
 
 What may enter: `ops`, onnx_ir, `onnx_lowerings` (its `Lowering`). TensorRT and QNN share everything but the form of weights,
-the way a cache is written and the float type, which a `Dialect` names. Heads are folded into the query axis, so that
-grouped keys are never repeated; softcap comes before an additive mask, whose lowest value stays finite in float16.
+the way a cache is written and the float type, which a `Dialect` names; ops without a row here, the recurrences, come decomposed.
+Heads are folded into the query axis, so that grouped keys are never repeated; softcap comes before an additive mask, whose
+lowest value stays finite in float16.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -48,12 +48,6 @@ class Standard(Lowering):
 
     dialect: Dialect
 
-    def one(self, before: ir.Node, op: str, inputs: list[ir.Value | None], domain: str = "", **attrs: Any) -> ir.Value:
-        return self.emit(before, op, inputs, domain=domain, **attrs)[0]
-
-    def ints(self, *values: int) -> ir.Value:
-        return self.constant(np.array(values, np.int64))
-
     def scalar(self, value: float, narrow: bool) -> ir.Value:
         """A constant in the matrix type (narrow) or that of the residual."""
         half = self.dialect.all_half or (narrow and self.dialect.half)
@@ -82,26 +76,30 @@ class Standard(Lowering):
     def widen(self, before: ir.Node, value: ir.Value) -> ir.Value:
         return self.one(before, "Cast", [value], to=ir.DataType.FLOAT) if self.dialect.half else value
 
-    def built(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
-        """`build()`, once for each key."""
-        if key not in self.shared:
-            self.shared[key] = build()
-        made: ir.Value = self.shared[key]
-        return made
+
+def _table(dialect: Dialect) -> dict[str, Lower]:
+    return {
+        "CachedAttention": _cached_attention,
+        "MergedAttention": _merged_attention,
+        "SharedAttention": _shared_attention,
+        "BidirectionalAttention": _bidirectional_attention,
+        "CrossAttention": _cross_attention,
+        "Rope": _rope,
+        "QuantizedLinear": dialect.linear,
+        "QuantizedEmbedding": dialect.embedding,
+        "RmsNorm": _rms_norm,
+        "GeluTanh": _gelu_tanh,
+    }
+
+
+def rows(dialect: Dialect) -> frozenset[str]:
+    """The private nodes that `lower_standard` lowers; `translate` decomposes the others."""
+    return frozenset(_table(dialect))
 
 
 def lower_standard(model: ir.Model, low: Standard) -> dict[str, int]:
     """Rewrite every private node of `model`, float weights last; returns op -> nodes. Raises ValueError if one is left."""
-    table: dict[str, Lower] = {
-        "CachedAttention": _cached_attention,
-        "BidirectionalAttention": _bidirectional_attention,
-        "CrossAttention": _cross_attention,
-        "Rope": _rope,
-        "QuantizedLinear": low.dialect.linear,
-        "QuantizedEmbedding": low.dialect.embedding,
-        "RmsNorm": _rms_norm,
-        "GeluTanh": _gelu_tanh,
-    }
+    table = _table(low.dialect)
     for op, lowering in table.items():
         for node in nodes(model.graph, op):
             lowering(low, node)
@@ -141,56 +139,125 @@ def _bias(low: Standard, node: ir.Node, allowed: ir.Value) -> ir.Value:
     )
 
 
-def _attend(
-    low: Standard, node: ir.Node, q: ir.Value | None, k: ir.Value, v: ir.Value, kv_heads: int, allowed: ir.Value
-) -> ir.Value:
-    """Attention of q [B, S, H, D] to k, v [B, KV, T, D]; allowed broadcasts to [B, 1, S, T]. Gives float32 [B, S, H * D]."""
+Part = tuple[ir.Value, ir.Value, ir.Value]
+"""Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T]."""
+
+
+def _attend(low: Standard, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
+    """Attention of q [B, S, H, D] to all `parts` under one softmax. Gives float32 [B, S, H * D]."""
     heads, dim = _dims(q)
-    scale, cap = float(attr(node, "scale")), float(attr(node, "softcap"))
+    scale = float(attr(node, "scale"))
+    cap = float(attr(node, "softcap")) if "softcap" in node.attributes else 0.0
     scaled = low.one(node, "Mul", [q, low.scalar(scale / cap if cap else scale, False)])
     scaled = _heads_first(low, node, scaled)
     folded = low.one(node, "Reshape", [scaled, low.ints(0, kv_heads, -1, dim)])
-    scores = low.one(node, "MatMul", [folded, low.one(node, "Transpose", [k], perm=[0, 1, 3, 2])])
-    if heads != kv_heads:
-        scores = low.one(node, "Reshape", [scores, low.ints(0, heads, -1, 0)])
-    if cap:
-        scores = low.one(node, "Mul", [low.one(node, "Tanh", [scores]), low.scalar(cap, True)])
-    scores = low.one(node, "Add", [scores, _bias(low, node, allowed)])
-    weights = low.one(node, "Softmax", [scores], axis=-1)
+    found = []
+    for keys, _, allowed in parts:
+        scores = low.one(node, "MatMul", [folded, low.one(node, "Transpose", [keys], perm=[0, 1, 3, 2])])
+        if heads != kv_heads:
+            scores = low.one(node, "Reshape", [scores, low.ints(0, heads, -1, 0)])
+        if cap:
+            scores = low.one(node, "Mul", [low.one(node, "Tanh", [scores]), low.scalar(cap, True)])
+        found.append(low.one(node, "Add", [scores, _bias(low, node, allowed)]))
+    together = low.one(node, "Concat", [*found], axis=3) if len(found) > 1 else found[0]
+    weights = low.one(node, "Softmax", [together], axis=-1)
     if heads != kv_heads:
         weights = low.one(node, "Reshape", [weights, low.ints(0, kv_heads, -1, 0)])
-    attended = low.one(node, "MatMul", [weights, v])
+    apart = _split(low, node, weights, [keys for keys, _, _ in parts])
+    sums = [low.one(node, "MatMul", [w, values]) for w, (_, values, _) in zip(apart, parts, strict=True)]
+    attended = sums[0]
+    for other in sums[1:]:
+        attended = low.one(node, "Add", [attended, other])
     attended = low.one(node, "Reshape", [attended, low.ints(0, heads, -1, dim)])
     back = low.one(node, "Transpose", [attended], perm=[0, 2, 1, 3])
     return low.widen(node, low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)]))
 
 
+def _split(low: Standard, node: ir.Node, weights: ir.Value, keys: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+    """Attention weights [B, KV, …, T] as those of each of `keys`, which make up T."""
+    if len(keys) == 1:
+        return (weights,)
+    known = [k.shape[2] if k.shape is not None else None for k in keys]
+    if all(isinstance(n, int) for n in known):
+        sizes = low.ints(*known)  # type: ignore[arg-type]
+    else:
+        lengths = [low.one(node, "Shape", [k], start=2, end=3) for k in keys]
+        sizes = low.one(node, "Concat", [*lengths], axis=0)
+    return low.emit(node, "Split", [weights, sizes], outputs=len(keys), axis=3)
+
+
 def _cached_attention(low: Standard, node: ir.Node) -> None:
-    q, k, v, k_cache, v_cache, past = node.inputs[:6]
+    past = node.inputs[5]
+    assert past is not None
+    _over_its_cache(low, node, past, [])
+
+
+def _merged_attention(low: Standard, node: ir.Node) -> None:
+    cross_k, cross_v, mask, past = node.inputs[5:9]
+    assert cross_k is not None
+    assert cross_v is not None
+    assert mask is not None
+    assert past is not None
+    _over_its_cache(low, node, past, [(_narrowed(low, node, cross_k), _narrowed(low, node, cross_v), mask)])
+
+
+def _narrowed(low: Standard, node: ir.Node, value: ir.Value) -> ir.Value:
+    narrow = low.narrow(node, value)
+    narrow.shape = value.shape
+    return narrow
+
+
+def _over_its_cache(low: Standard, node: ir.Node, past: ir.Value, others: Sequence[Part]) -> None:
+    """Write the new keys and values into the caches, attend to these and to `others`."""
+    q, k, v, k_cache, v_cache = node.inputs[:5]
     assert q is not None
     assert k_cache is not None
     assert v_cache is not None
-    assert past is not None
-    rope = q.producer()
-    if rope is None or rope.op_type != "Rope":
-        raise ValueError(f"{node.name}: attention without rotary positions has no lowering")
-    positions = rope.inputs[1]
-    assert positions is not None
+    positions = low.built(("positions", past), lambda: _positions(low, node, q, past))
     kv_heads, _ = _dims(k)
-    caches = [
-        low.dialect.write_cache(low, node, cache, _heads_first(low, node, new), past, positions)
-        for cache, new in ((k_cache, k), (v_cache, v))
-    ]
-    window = int(attr(node, "window"))
-    allowed = low.built(("causal", positions, window), lambda: _causal(low, node, k_cache, positions, window))
-    attended = _attend(low, node, q, caches[0], caches[1], kv_heads, allowed)
+    caches = []
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        written = low.dialect.write_cache(low, node, cache, _heads_first(low, node, new), past, positions)
+        written.shape, written.type = cache.shape, cache.type
+        caches.append(written)
+    allowed = _causal(low, node, k_cache, positions, int(attr(node, "window")))
+    parts: list[Part] = [(caches[0], caches[1], allowed), *others]
+    attended = _attend(low, node, q, kv_heads, parts)
     low.replace(node, [attended, *caches])
     for cache, source in zip(caches, (k_cache, v_cache), strict=True):
         cache.type = source.type
 
 
+def _positions(low: Standard, node: ir.Node, q: ir.Value, past: ir.Value) -> ir.Value:
+    """past + 0, 1, 2 … for each token of q [B, S, H, D], int64 [S]."""
+    assert q.shape is not None
+    count = q.shape[1]
+    if isinstance(count, int):
+        counted = low.constant(np.arange(count, dtype=np.int64))
+    else:
+        length = low.one(node, "Squeeze", [low.one(node, "Shape", [q], start=1, end=2)])
+        zero, one = (low.constant(np.array(n, np.int64)) for n in (0, 1))
+        counted = low.one(node, "Range", [zero, length, one])
+    return low.one(node, "Add", [past, counted])
+
+
+def _shared_attention(low: Standard, node: ir.Node) -> None:
+    q, k_cache, v_cache, positions = node.inputs[:4]
+    assert k_cache is not None
+    assert k_cache.shape is not None
+    assert v_cache is not None
+    assert positions is not None
+    keys, values = _narrowed(low, node, k_cache), _narrowed(low, node, v_cache)
+    allowed = _causal(low, node, k_cache, positions, 0)
+    low.replace(node, [_attend(low, node, q, int(k_cache.shape[1]), [(keys, values, allowed)])])  # type: ignore[arg-type]
+
+
 def _causal(low: Standard, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
     """Which slots of a cache each position sees, bool [S, capacity]: those up to its own, the last `window` of them."""
+    return low.built(("causal", positions, window), lambda: _up_to(low, node, cache, positions, window))
+
+
+def _up_to(low: Standard, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
     assert cache.shape is not None
     capacity = cache.shape[2]
     if isinstance(capacity, int):
@@ -212,7 +279,7 @@ def _bidirectional_attention(low: Standard, node: ir.Node) -> None:
     assert mask is not None
     kv_heads, _ = _dims(k)
     keys, values = _heads_first(low, node, k), _heads_first(low, node, v)
-    low.replace(node, [_attend(low, node, q, keys, values, kv_heads, mask)])
+    low.replace(node, [_attend(low, node, q, kv_heads, [(keys, values, mask)])])
 
 
 def _cross_attention(low: Standard, node: ir.Node) -> None:
@@ -222,7 +289,8 @@ def _cross_attention(low: Standard, node: ir.Node) -> None:
     assert v is not None
     assert mask is not None
     kv_heads = int(k.shape[1])  # type: ignore[arg-type]
-    low.replace(node, [_attend(low, node, q, low.narrow(node, k), low.narrow(node, v), kv_heads, mask)])
+    part = (low.narrow(node, k), low.narrow(node, v), mask)
+    low.replace(node, [_attend(low, node, q, kv_heads, [part])])
 
 
 def _rope(low: Standard, node: ir.Node) -> None:
@@ -264,18 +332,6 @@ def scatter_slots(
     return low.one(node, "ScatterElements", [cache, rows, new], axis=2)
 
 
-def scatter_tensor(
-    low: Standard, node: ir.Node, cache: ir.Value, new: ir.Value, past: ir.Value, positions: ir.Value
-) -> ir.Value:
-    """A cache written with TensorScatter: `new` [B, KV, S, D] goes to the slots from `past` on, in place where it can."""
-
-    def starts() -> ir.Value:
-        batch = low.one(node, "Shape", [cache], start=0, end=1)
-        return low.one(node, "Expand", [past, batch])
-
-    return low.one(node, "TensorScatter", [cache, new, low.built(("starts", past), starts)], axis=-2)
-
-
 # ---- pointwise and float weights ------------------------------------------------------------------------------------
 
 
@@ -283,7 +339,14 @@ def _rms_norm(low: Standard, node: ir.Node) -> None:
     x, weight = node.inputs[:2]
     gamma = torch_tensor(weight).to(torch.float32) + float(attr(node, "offset"))
     scale = low.float_tensor(f"{weight.name}.gamma", gamma)  # type: ignore[union-attr]
-    low.replace(node, [low.one(node, "RMSNormalization", [x, scale], axis=-1, epsilon=float(attr(node, "eps")))])
+    eps = float(attr(node, "eps"))
+    assert x is not None
+    if not low.dialect.all_half or x.shape is None or len(x.shape) != 4:
+        return low.replace(node, [low.one(node, "RMSNormalization", [x, scale], axis=-1, epsilon=eps)])
+    heads, dim = _dims(x)  # HTP computes the norm of a rank of 4 wrongly
+    flat = low.one(node, "Reshape", [x, low.ints(0, -1, dim)])
+    normed = low.one(node, "RMSNormalization", [flat, scale], axis=-1, epsilon=eps)
+    return low.replace(node, [low.one(node, "Reshape", [normed, low.ints(0, -1, heads, dim)])])
 
 
 def _gelu_tanh(low: Standard, node: ir.Node) -> None:

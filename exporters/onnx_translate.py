@@ -1,13 +1,14 @@
 """A `Graph` as ONNX IR: torch.onnx translates plain ATen, `edgewright::` ops become nodes of the private domain 1:1.
 
-The private nodes are what `onnx.py` lowers to kernels; none reaches a file. What may enter: `ops`, `graph`.
+An op that the target's table lacks is decomposed first. The private nodes are what the exporters lower; none reaches a file.
+What may enter: `ops`, `graph`.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import onnx
@@ -20,16 +21,23 @@ from ..ops import DECOMPOSITIONS
 
 DOMAIN = "edgewright"
 OPSET = 24
+LEAST_DECAY = -80.0
+"""Log decays are cut here before a decomposition: exp of it is nothing, and minus infinity times a mask's 0 is no number."""
 _FLOATS = ["tensor(float)", "tensor(bfloat16)", "tensor(float16)"]
 _ANY = [*_FLOATS, "tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(bool)"]
 
 
-def translate(graph: Graph) -> ir.Model:
+def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
     """The graph as an ONNX IR model whose inputs and outputs bear the graph's names; weights stay lazy torch tensors.
 
-    Initializers bear the checkpoint's names, so that a weight has one name in all graphs.
+    kept: the private nodes the target's table has (see `onnx_name`). Initializers bear the checkpoint's names, so that a
+    weight has one name in all graphs.
     """
     program = graph.export()
+    used = {node.target for node in program.graph.nodes}
+    apart = {op: _decomposition(op) for op in DECOMPOSITIONS if op in used and onnx_name(op) not in kept}
+    if apart:
+        program = program.run_decompositions(apart)
     _quieten()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -51,6 +59,20 @@ def translate(graph: Graph) -> ir.Model:
         value.shape = ir.Shape(shape)
     model.graph.name = graph.name
     return model
+
+
+def _decomposition(op: Any) -> Callable[..., Any]:
+    """The op's reference, its log decays `g` cut."""
+    reference = DECOMPOSITIONS[op]
+    names = [a.name for a in op._schema.arguments]
+    if "g" not in names:
+        return reference
+    at = names.index("g")
+
+    def cut(*args: Any) -> Any:
+        return reference(*args[:at], args[at].clamp(min=LEAST_DECAY), *args[at + 1 :])
+
+    return cut
 
 
 def _quieten() -> None:

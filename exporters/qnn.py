@@ -23,7 +23,8 @@ from ..runtimes.qnn_provider import NAME, PROGRAMS, Program, Programs, compiled
 from .artefact import Artefact, Options, Progress
 from .onnx_lowerings import MS, Stack, attr, nodes, torch_tensor, weight_name
 from .onnx_reading import read_nbits
-from .onnx_standard import Dialect, Standard, lower_standard, scatter_slots
+from .onnx_standard import MASKED, Dialect, Standard, lower_standard, scatter_slots
+from .onnx_standard import rows as private_rows
 from .onnx_translate import translate
 from .onnx_weights import WeightFile, codes_chunks, content_key, scales_chunks
 from .qnn_compile import SOC, compile_programs
@@ -36,6 +37,8 @@ SHORT = 32
 """Tokens of the shorter of an encoder's two programs."""
 CHUNK = 128
 """Tokens of a decoder-only prompt that one call takes, as the generate loop feeds them."""
+WHOLE = 32
+"""The same where states would carry padding on: only whole chunks are fed, what is left of a prompt goes token by token."""
 SHRINK = 0.125
 """What the residual is multiplied by: that of Gemma 3 270M reaches 101,753, float16 ends at 65,504."""
 LOGITS = 32, 1 << 20
@@ -43,23 +46,31 @@ LOGITS = 32, 1 << 20
 
 
 def programs(graph: Graph, max_positions: int) -> dict[str, Program]:
-    """File stem -> static program of a graph, batch 1, source and cache as long as the context.
+    """File stem -> static program of a graph, batch 1, source and cache as long as the context, other dimensions at their bound.
 
     An encoder has a shorter program beside it. A decoder-only graph gives a chunk for prompts and a step; the decoder
     behind an encoder starts from one token: a step. Each program stores its graph's weights again: no more than pay.
+    Raises UserError for a graph that cannot tell padding from tokens.
     """
     ports: list[Port | State] = [*graph.inputs, *graph.states]
     symbols = {d for p in ports for d in p.shape if isinstance(d, str)}
-    sizes = {"batch": 1, "source": max_positions, "capacity": max_positions}
+    source = min(max_positions, graph.bounds.get("source", (1, max_positions))[1])
+    sizes = {name: most for name, (_, most) in graph.bounds.items()}
+    sizes |= {"batch": 1, "source": source, "capacity": max_positions}
     if "sequence" not in symbols:
         encodes = any(p.dtype == torch.int64 for p in graph.inputs)
-        lengths = sorted({min(SHORT, max_positions), max_positions}) if encodes else [max_positions]
+        if encodes and "source" in symbols and not any(p.dtype == torch.bool for p in graph.inputs):
+            raise UserError(
+                f"the graph {graph.name} takes no padding, and --format qnn has fixed lengths; leave it out"
+            )
+        lengths = sorted({min(SHORT, source), source}) if encodes else [source]
         return {f"{graph.name}_{n}": _program(graph, symbols, sizes | {"source": n}) for n in lengths}
     found = {f"{graph.name}_step": _program(graph, symbols, sizes | {"sequence": 1, "logits": 1})}
     if "source" not in symbols:
-        chunk = min(CHUNK, max_positions)
-        vocab = next(int(p.shape[-1]) for p in graph.outputs if p.name == "logits")
-        logits = max(1, min(LOGITS[0], chunk, LOGITS[1] // vocab))
+        carries = any(s.updated and "capacity" not in s.shape for s in graph.states)
+        chunk = min(WHOLE if carries else CHUNK, max_positions, graph.bounds.get("sequence", (1, CHUNK))[1])
+        width = next(int(p.shape[-1]) for p in graph.outputs if "logits" in p.shape)
+        logits = max(1, min(LOGITS[0], chunk, LOGITS[1] // width))
         found[f"{graph.name}_chunk"] = _program(graph, symbols, sizes | {"sequence": chunk, "logits": logits})
     return found
 
@@ -210,11 +221,27 @@ def _residual(value: ir.Value | None) -> ir.Node | None:
     )
 
 
+def mask_before_exp(low: Standard) -> None:
+    """`exp(x) * mask` of zeros and ones becomes `exp(x + bias)`.
+
+    HTP computes the product of a masked value and a matrix product wrongly, as it stands in the chunk form of a recurrence.
+    """
+    for node in [n for n in low.graph if n.domain == "" and n.op_type == "Mul"]:
+        x, mask = node.inputs
+        exp = x.producer() if x is not None else None
+        known = mask.const_value.numpy() if mask is not None and mask.const_value is not None else None
+        if exp is None or exp.op_type != "Exp" or known is None or not np.isin(known, (0, 1)).all():
+            continue
+        bias = low.constant(np.where(known, 0, MASKED).astype(np.float32))
+        low.replace(node, [low.one(node, "Exp", [low.one(node, "Add", [exp.inputs[0], bias])])])
+
+
 def _lower(graph: Graph, weights: WeightFile, rows: WeightFile, options: Options, directory: Path) -> dict[str, int]:
     """Write `<graph>.onnx`, all float16. Returns op -> nodes."""
-    model = translate(graph)
+    model = translate(graph, private_rows(dialect(rows)))
     low = Standard(model.graph, weights, options.max_positions, dialect=dialect(rows))
     shrink_residual(low)
+    mask_before_exp(low)
     ops = lower_standard(model, low)
     model.opset_imports[MS] = 1
     ir.save(model, directory / f"{graph.name}.onnx")

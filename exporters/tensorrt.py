@@ -1,4 +1,5 @@
-"""TensorRT: each graph an engine for the GPUs asked for, beside the very ONNX it was built from. What may enter: `ops`, `graph`.
+"""TensorRT: each graph an engine for the GPUs asked for, beside the very ONNX it was built from. What may enter: `ops`, `graph`,
+the leaf `runtimes.tensorrt`, which knows the types of states.
 
 Main path: translate -> lower to the standard's ops (`onnx_standard`) -> save the ONNX -> parse -> one strongly typed engine
 for all compute capabilities, with an optimization profile for prefill and one for the decode step. TensorRT-RTX builds
@@ -23,10 +24,11 @@ import torch
 from ..errors import UserError
 from ..graph import Graph, Port, State
 from ..quant.targets import container, scale_block
+from ..runtimes.tensorrt import HALF_STATES
 from .artefact import Artefact, Options, Progress
 from .onnx_lowerings import attr, torch_tensor, weight_name
 from .onnx_reading import stored_tensor
-from .onnx_standard import Dialect, Standard, lower_standard, scatter_slots
+from .onnx_standard import Dialect, Standard, lower_standard, rows, scatter_slots
 from .onnx_translate import translate
 from .onnx_weights import WeightFile, codes_chunks, content_key
 
@@ -120,9 +122,16 @@ def _embedding(low: Standard, node: ir.Node) -> None:
 DIALECT = Dialect(linear=_linear, embedding=_embedding, write_cache=scatter_slots, half=True)
 
 
-def _lower(graph: Graph, states: set[str], weights: WeightFile, options: Options, directory: Path) -> dict[str, int]:
-    """Write `<graph>.onnx`; the `states` of any graph are float16, here and where they come from. Returns op -> nodes."""
-    model = translate(graph)
+def _lower(
+    graph: Graph, states: set[str], weights: WeightFile, options: Options, directory: Path
+) -> tuple[dict[str, int], list[str]]:
+    """Write `<graph>.onnx`; the `states` of any graph are float16, here and where they come from.
+
+    What a recurrence carries, and its arithmetic, stay float32. Returns op -> nodes, and the inputs that the graph has no use for
+    (the length of what is past, where no layer looks back at it).
+    """
+    model = translate(graph, rows(DIALECT))
+    idle = [str(v.name) for v in model.graph.inputs if not v.uses()]
     half = ir.TensorType(ir.DataType.FLOAT16)
     for value in model.graph.inputs:
         if value.name in states:
@@ -137,7 +146,7 @@ def _lower(graph: Graph, states: set[str], weights: WeightFile, options: Options
             cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name, half, value.shape
             model.graph.outputs[i] = cast.outputs[0]
     ir.save(model, directory / f"{graph.name}.onnx")
-    return dict(Counter(node.op_type for node in model.graph))
+    return dict(Counter(node.op_type for node in model.graph)), idle
 
 
 # ---- building -------------------------------------------------------------------------------------------------------
@@ -162,14 +171,21 @@ def check_sms(sms: Sequence[int]) -> None:
             raise UserError(f"SM {sm} is not supported (INT4 weights and bfloat16 need SM80); choose from {SMS}")
 
 
-def build_engine(path: Path, sms: Sequence[int], profiles: Sequence[dict[str, tuple[Shape, Shape, Shape]]]) -> Any:
+def build_engine(
+    path: Path,
+    sms: Sequence[int],
+    profiles: Sequence[dict[str, tuple[Shape, Shape, Shape]]],
+    idle: Sequence[str] = (),
+) -> Any:
     """The engine of an ONNX file, as a buffer, for `sms`; profiles: input -> (least, usual, largest) shape.
+
+    idle: inputs that may be left unused.
 
     The full TensorRT builds for the GPU of this machine, whatever `sms` says. Raises UserError with TensorRT's own words if
     anything was not understood, or an input was left unused.
     """
     trt = library()
-    log = _logger(trt)
+    log = _logger(trt, idle)
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED))
@@ -180,7 +196,7 @@ def build_engine(path: Path, sms: Sequence[int], profiles: Sequence[dict[str, tu
         raise UserError(f"--format tensorrt: {path.name} is refused: {reasons}; leave this target out")
     declared = [i.name for i in onnx.load(str(path), load_external_data=False).graph.input]
     taken = {network.get_input(i).name for i in range(network.num_inputs)}
-    lost = [n for n in declared if n not in taken]
+    lost = [n for n in declared if n not in taken and n not in idle]
     _refuse_dropped(path, lost + log.unused)
     config = builder.create_builder_config()
     if hasattr(trt, "ComputeCapability"):
@@ -212,7 +228,7 @@ def _refuse_dropped(path: Path, inputs: Sequence[str]) -> None:
         )
 
 
-def _logger(trt: Any) -> Any:
+def _logger(trt: Any, idle: Sequence[str]) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps what the parser and builder complain about."""
 
@@ -223,7 +239,8 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if "Unused Input" in message or ("Input Tensor" in message and "unused" in message):
-                self.unused.append(" ".join(message.split())[:200])
+                if not set(idle) & set(message.split()):
+                    self.unused.append(" ".join(message.split())[:200])
             # A host without a GPU says cudaError 35 whatever is asked of it; it is no reason.
             elif severity <= trt.ILogger.ERROR and "cudaError" not in message:
                 self.errors.append(" ".join(message.split())[:200])
@@ -232,9 +249,14 @@ def _logger(trt: Any) -> Any:
 
 
 def profiles(graph: Graph, max_positions: int) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
-    """Prefill, then decode step (a graph without a sequence has one profile): input -> (least, usual, largest) shape."""
-    chunk = min(CHUNK, max_positions)
-    common = {"batch": (1, 1, BATCH), "source": (1, min(64, max_positions), max_positions)}
+    """Prefill, then decode step (a graph without a sequence has one profile): input -> (least, usual, largest) shape.
+
+    A recurrence bounds the tokens of one call; dimensions that only this graph has reach to their bound.
+    """
+    chunk = min(CHUNK, max_positions, graph.bounds.get("sequence", (1, CHUNK))[1])
+    common = {name: (least, min(max(64, least), most), most) for name, (least, most) in graph.bounds.items()}
+    source = min(max_positions, graph.bounds.get("source", (1, max_positions))[1])
+    common |= {"batch": (1, 1, BATCH), "source": (1, min(64, source), source)}
     common |= {"capacity": (1, min(1024, max_positions), max_positions)}
     several = {"sequence": (1, min(128, chunk), chunk), "logits": (1, 1, chunk)}
     single = {"sequence": (1, 1, 1), "logits": (1, 1, 1)}
@@ -259,13 +281,14 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     """
     check_sms(options.tensorrt_sms)
     trt = library()
-    states = {s.name for g in graphs for s in g.states}
+    states = {s.name for g in graphs for s in g.states if s.kind in HALF_STATES}
     weights = WeightFile(directory / WEIGHTS)
     ops: dict[str, dict[str, int]] = {}
+    idle: dict[str, list[str]] = {}
     try:
         for graph in graphs:
             progress(f"tensorrt: {graph.name}: ONNX")
-            ops[graph.name] = _lower(graph, states, weights, options, directory)
+            ops[graph.name], idle[graph.name] = _lower(graph, states, weights, options, directory)
     finally:
         weights.close()
     rtx = hasattr(trt, "ComputeCapability")
@@ -275,7 +298,8 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
         progress(f"tensorrt: {graph.name}: engine for {made_for}")
         path = directory / f"{graph.name}.engine"
         onnx_path = directory / f"{graph.name}.onnx"
-        path.write_bytes(build_engine(onnx_path, options.tensorrt_sms, profiles(graph, options.max_positions)))
+        shapes = profiles(graph, options.max_positions)
+        path.write_bytes(build_engine(onnx_path, options.tensorrt_sms, shapes, idle[graph.name]))
         sizes[graph.name] = path.stat().st_size
     progress("tensorrt: looking for the codes in the engines")
     found = [codes_in_engine(directory / f"{g.name}.onnx", directory / f"{g.name}.engine") for g in graphs]

@@ -13,11 +13,27 @@ from torch import nn
 
 from ..errors import UserError
 from ..graph import Graph
+from . import eugen
 
 ARCHITECTURES = {
     "t5gemma": "t5gemma",
     "llama": "llama",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_next": "qwen3_5",
+    "olmo_hybrid": "olmo_hybrid",
+    "falcon_h1": "falcon_h1",
+    "lfm2": "lfm2",
+    "hgrn2": "hgrn2",
     "gemma3_text": "gemma3",
+    "qwen2": "qwen2",
+    "dolphin": "dolphin",
+    "phi4flash": "sambay",
+    "t5gemma2": "t5gemma2",
+    "mu": "mu",
+    "modernbert": "modernbert",
+    "modernbert-decoder": "modernbert_decoder",
+    "arc_encoder": "arc_encoder",
+    "module": "module",
 }
 
 
@@ -54,7 +70,9 @@ def build(config: dict[str, Any]) -> Any:
     """The architecture's `Model` for `config`, its parameters on the meta device. Raises UserError for a bad config."""
     architecture = _architecture(config)
     with torch.device("meta"):
-        return architecture(config).eval()
+        model = architecture(config)
+        eugen.place(model, config)
+        return model.eval()
 
 
 def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -64,4 +82,5 @@ def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
     architecture = _architecture(config)
     build(config)  # so that a bad config is reported by key rather than failing in the slicing
     short: dict[str, Any] = architecture.shorten(config, layers)
-    return short
+    with torch.device("meta"):
+        return eugen.kept_by(architecture(short), short)

@@ -65,6 +65,19 @@ class Section:
             raise self._fail(key, value, "an object")
         return Section(value, f"{self.where}{key}.")
 
+    def divisor(self, key: str, of: int, default: int | None = None) -> int:
+        """A number of groups, heads …, that divides `of`."""
+        value = self.integer(key, default, most=of)
+        if of % value:
+            raise self._fail(key, value, f"a divisor of {of}")
+        return value
+
+    def absent(self, *keys: str) -> None:
+        """Raises UserError if a feature that the architecture's file does not compute is switched on."""
+        for key in keys:
+            if self.values.get(key) not in (None, False, 0):
+                raise self._fail(key, self.values[key], "nothing: this feature is not supported")
+
     def head_dim(self, default: int | None) -> int:
         """`head_dim`, a multiple of 8 as rotary halves and the attention kernels need it."""
         value = self.integer("head_dim", default, most=4096)
@@ -80,16 +93,34 @@ class Section:
 
     def layer_types(self, layers: int, pattern: int) -> list[str]:
         """`layer_types`, or every `pattern`-th layer full and the others sliding."""
+        default = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
+        return self.kinds(layers, ("full_attention", "sliding_attention"), default)
+
+    def kinds(self, layers: int, known: tuple[str, str], default: list[str]) -> list[str]:
+        """`layer_types`, each one of the two `known`; `default` where the key is absent."""
         value = self.values.get("layer_types")
         if value is None:
-            return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-        known = ("full_attention", "sliding_attention")
+            return default
         if not isinstance(value, list) or len(value) != layers or not all(t in known for t in value):
-            raise self._fail("layer_types", value, f"{layers} times 'full_attention' or 'sliding_attention'")
+            raise self._fail("layer_types", value, f"{layers} times '{known[0]}' or '{known[1]}'")
         return value
 
-    def rope(self, default_theta: float, key: str | None = None) -> tuple[float, float]:
-        """(theta, linear factor) from `rope_parameters` (by layer type `key` where nested) or the older keys."""
+    def rotated(self, head_dim: int, default: float = 1.0) -> int:
+        """How many of the dimensions of a head rotate, by `partial_rotary_factor`; give `rope` `partial=True` beside it."""
+        params = self.values.get("rope_parameters")
+        inner = Section(params if isinstance(params, dict) else {}, f"{self.where}rope_parameters.")
+        here = inner if inner.values.get("partial_rotary_factor") is not None else self
+        share = here.number("partial_rotary_factor", default)
+        dims = int(head_dim * share)
+        if not 2 <= dims <= head_dim or dims % 2:
+            raise here._fail("partial_rotary_factor", share, f"a share of {head_dim} that is even and at least 2")
+        return dims
+
+    def rope(self, default_theta: float, key: str | None = None, partial: bool = False) -> tuple[float, float]:
+        """(theta, linear factor) from `rope_parameters` (by layer type `key` where nested) or the older keys.
+
+        A `partial_rotary_factor` is refused unless `partial` says that the caller reads it (`rotated`).
+        """
         params = self.values.get("rope_parameters") or {}
         old = self.values.get("rope_scaling") or {}
         if not isinstance(params, dict):
@@ -110,7 +141,7 @@ class Section:
         if kind not in ("default", "linear"):
             raise self._fail("rope_parameters.rope_type", kind, "'default' or 'linear'")
         for where in (self.values, params, old):
-            if where.get("partial_rotary_factor", 1.0) not in (1, None):
+            if not partial and where.get("partial_rotary_factor", 1.0) not in (1, None):
                 raise self._fail("partial_rotary_factor", where["partial_rotary_factor"], "1 or nothing")
         theta_key = "rope_local_base_freq" if key == "sliding_attention" else "rope_theta"
         fallback = self.number(theta_key, default_theta, least=1.0)

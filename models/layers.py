@@ -88,8 +88,45 @@ class RMSNorm(nn.Module):
         return out
 
 
+class CausalConv(nn.Module):
+    """Depthwise causal convolution; the weight [channels, 1, taps] is as checkpoints hold it."""
+
+    def __init__(self, channels: int, taps: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(channels), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, T, channels]; state: [B, channels, taps - 1]. Returns both after the tokens."""
+        out, new = EW.causal_conv(x, self.weight.squeeze(1), self.bias, state)
+        return out, new
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(x)
+
+
+def twice_atanh(z: torch.Tensor) -> torch.Tensor:
+    """`2 atanh(z)`, which is log((1 + z) / (1 - z)), for z from 0 to 1/3 within 2e-7.
+
+    A logarithm near 1 that half precision holds: log(1 + u) with u = 2z / (1 - z) would round 1 + u and lose small u.
+    """
+    square = z * z
+    series = square * (2 / 11) + 2 / 9
+    for divisor in (7, 5, 3, 1):
+        series = series * square + 2 / divisor
+    return series * z
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """`log(1 + exp(x))` within 1e-6, and to the relative precision of the dtype where it is small."""
+    small = torch.exp(-torch.abs(x))
+    return torch.relu(x) + twice_atanh(small / (small + 2.0))
+
+
+def l2_normalise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """`x / sqrt(sum of x squared + eps)` over the last dimension."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -99,6 +136,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
+    "swish": silu,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": torch.relu,
 }
@@ -136,7 +174,11 @@ def rotary_frequencies(head_dim: int, theta: float, factor: float = 1.0) -> torc
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Shape of one attention. `window` 0 means full; `softcap` 0 means none; `norm_eps` set means QK-norm."""
+    """Shape of one attention. `window` 0 means full; `softcap` 0 means none; `norm_eps` set means QK-norm.
+
+    norm_offset: 1 is Gemma's form of the QK-norm. norm_whole: it spans the whole projection, not each head (OLMo 2).
+    rotated: how many dimensions of a head rotate, the first ones; None is all, 0 none.
+    """
 
     hidden: int
     heads: int
@@ -150,6 +192,13 @@ class AttentionSpec:
     bias: bool = False
     out_bias: bool = False
     norm_eps: float | None = None
+    norm_offset: float = 1.0
+    norm_whole: bool = False
+    rotated: int | None = None
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.head_dim if self.rotated is None else self.rotated
 
 
 class _SelfAttention(nn.Module):
@@ -166,20 +215,41 @@ class _SelfAttention(nn.Module):
         self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
         if spec.norm_eps is not None:
-            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, offset=1.0)
-            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, offset=1.0)
-        frequencies = rotary_frequencies(spec.head_dim, spec.theta, spec.rope_factor)
-        self.register_buffer("inv_freq", frequencies, persistent=False)
+            q_size, k_size = (spec.heads, spec.kv_heads) if spec.norm_whole else (1, 1)
+            self.q_norm = RMSNorm(q_size * spec.head_dim, spec.norm_eps, spec.norm_offset)
+            self.k_norm = RMSNorm(k_size * spec.head_dim, spec.norm_eps, spec.norm_offset)
+        if spec.rotary_dims:
+            frequencies = rotary_frequencies(spec.rotary_dims, spec.theta, spec.rope_factor)
+            self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, S, H, D] and k, v [B, S, KV, D] of x [B, S, hidden], q and k rotated."""
-        s, lead = self.spec, x.shape[:2]
-        q = self.q_proj(x).reshape(*lead, s.heads, s.head_dim)
-        k = self.k_proj(x).reshape(*lead, s.kv_heads, s.head_dim)
-        v = self.v_proj(x).reshape(*lead, s.kv_heads, s.head_dim)
-        if s.norm_eps is not None:
+        return self.normed_and_rotated(self.q_proj(x), self.k_proj(x), self.v_proj(x), positions)
+
+    def normed_and_rotated(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The heads of projections q [B, S, H * D] and k, v [B, S, KV * D], q and k rotated."""
+        s, lead = self.spec, q.shape[:2]
+        if s.norm_eps is not None and s.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
-        return EW.rope(q, positions, self.inv_freq), EW.rope(k, positions, self.inv_freq), v
+        q = q.reshape(*lead, s.heads, s.head_dim)
+        k = k.reshape(*lead, s.kv_heads, s.head_dim)
+        v = v.reshape(*lead, s.kv_heads, s.head_dim)
+        if s.norm_eps is not None and not s.norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.rotate(q, positions), self.rotate(k, positions), v
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The first `rotary_dims` of each head of x [B, S, heads, D] rotated."""
+        dims, head_dim = self.spec.rotary_dims, self.spec.head_dim
+        if not dims:
+            return x
+        if dims == head_dim:
+            out: torch.Tensor = EW.rope(x, positions, self.inv_freq)
+            return out
+        turned = EW.rope(x.narrow(3, 0, dims), positions, self.inv_freq)
+        return torch.cat((turned, x.narrow(3, dims, head_dim - dims)), 3)
 
 
 class BidirectionalAttention(_SelfAttention):
@@ -205,6 +275,28 @@ class CachedAttention(_SelfAttention):
             q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window
         )
         return self.o_proj(attended), k_out, v_out
+
+
+class GatedCachedAttention(_SelfAttention):
+    """`CachedAttention` whose output meets a sigmoid gate; for each head `q_proj` holds the query, then the gate."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.q_proj = Linear(spec.hidden, 2 * spec.heads * spec.head_dim, spec.bias)
+
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        s, lead = self.spec, x.shape[:2]
+        both = self.q_proj(x).reshape(*lead, s.heads, 2 * s.head_dim)
+        query = both.narrow(3, 0, s.head_dim).reshape(*lead, s.heads * s.head_dim)
+        gate = both.narrow(3, s.head_dim, s.head_dim).reshape(*lead, s.heads * s.head_dim)
+        positions = past_length + torch.arange(x.shape[1], device=x.device)
+        q, k, v = self.normed_and_rotated(query, self.k_proj(x), self.v_proj(x), positions)
+        attended, k_out, v_out = EW.cached_attention(
+            q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window
+        )
+        return self.o_proj(attended * torch.sigmoid(gate)), k_out, v_out
 
 
 class CrossAttention(nn.Module):

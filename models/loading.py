@@ -68,6 +68,9 @@ def load_quantized(model: Any, checkpoint: Checkpoint) -> None:
             new = QuantizedLinear(codes, scales, bits, group, bias)
         else:
             new = QuantizedEmbedding(codes, scales, bits, group)
+        for extra, parameter in module.named_parameters(recurse=False):
+            if extra not in ("weight", "bias"):  # T5Gemma 2's embedding has a row of its own beside the table
+                new.register_parameter(extra, parameter)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.eval())
 

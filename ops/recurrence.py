@@ -10,6 +10,7 @@ The ops themselves take any length, chunk by chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ CHUNK = 64
 """The most tokens of a decomposed recurrence: its masks and its triangular inverse are built for that many."""
 
 
-def _levels(length: int | torch.SymInt, dynamic: int = CHUNK) -> list[int]:
+def _levels(length: Any, dynamic: int = CHUNK) -> list[int]:
     """1, 2, 4 … below the length, or below `dynamic` where the length is dynamic."""
     most = length if isinstance(length, int) else dynamic
     return [1 << i for i in range(12) if 1 << i < most]
@@ -36,7 +37,7 @@ def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.transpose(1, 2)
 
 
-def _fading(fade: torch.Tensor, length: int | torch.SymInt) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fading(fade: torch.Tensor, length: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of log decays [..., T, 1]: what is left of token j at token i, [..., T, T], 0 for j > i; of what was before the chunk at
     token i, [..., T, 1]; and of token j after the chunk, [..., T, 1].
 
@@ -115,7 +116,7 @@ def gated_delta_rule_reference(
     return out.transpose(1, 2), new
 
 
-def _inverse_of_unit_lower(lower: torch.Tensor, length: int | torch.SymInt) -> torch.Tensor:
+def _inverse_of_unit_lower(lower: torch.Tensor, length: Any) -> torch.Tensor:
     """(I + strictly lower part of [B, H, T, T])^-1, by doubling diagonal blocks: as stable as substitution.
 
     With X the inverse of the diagonal blocks of size b, those of size 2b have -X L X in their lower left quarter.

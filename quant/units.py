@@ -33,6 +33,16 @@ def quantizable_units(model: Any) -> list[Unit]:
     return units
 
 
+def protected_weights(model: Any) -> set[str]:
+    """Weights that modules name in `protected` (gates, decays of recurrences): 16 bits unless the user overrides it."""
+    return {
+        f"{path}.{child}.weight".removeprefix(".")
+        for path, module in model.named_modules()
+        for child in getattr(module, "protected", ())
+        if isinstance(getattr(module, child, None), Linear)
+    }
+
+
 def _layers(model: Any) -> list[tuple[str, str, int]]:
     """(path prefix, stack, layer index) of every layer."""
     paths = {id(module): path for path, module in model.named_modules()}

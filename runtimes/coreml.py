@@ -17,7 +17,7 @@ from ..bundle import GraphSpec
 from ..errors import UserError
 from ..untrusted import one_line
 from .coreml_evaluator import Evaluator
-from .coreml_package import PACKAGE, STEP, FunctionDef, Package
+from .coreml_package import OUT, PACKAGE, STEP, FunctionDef, Package
 from .session import Array, PlacedSession, Placement, StateBuffers
 
 ACCELERATOR = "Neural Engine or GPU"
@@ -56,14 +56,20 @@ class Batch:
                 if name in package.functions:
                     _expect(package, graph, name, package.functions[name])
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """State -> the static shape of one row."""
-        return {n: shape for f in self.package.functions.values() for n, (_, shape) in f.states.items()}
+    def own(self, graph: str) -> dict[str, tuple[int, ...]]:
+        """State that the functions of `graph` write themselves -> the static shape of one row."""
+        return {n: shape for n, (_, shape) in self.package.functions[graph].states.items()}
 
-    def check(self, capacity: int) -> None:
+    def carried(self, graph: str, batch: int) -> StateBuffers:
+        """A new stream's states that come in as inputs and go out as outputs: zeros, an array a row."""
+        updated = {s.name for s in self.graphs[graph].states if s.updated}
+        inputs = self.package.functions[graph].inputs.items()
+        return {n: [np.zeros(s, np.float32) for _ in range(batch)] for n, (_, s) in inputs if n in updated}
+
+    def check(self, graph: str, capacity: int) -> None:
         """Raise UserError if the caches of the package are smaller than `capacity` tokens."""
-        for name, shape in self.shapes().items():
-            if self.states[name].kind == "kv" and capacity > shape[2]:
+        for name, shape in self.own(graph).items():
+            if "capacity" in self.states[name].shape and capacity > shape[2]:
                 raise UserError(
                     f"{capacity} tokens do not fit the package's caches of {shape[2]}; export with a larger --max-context"
                 )
@@ -75,21 +81,28 @@ class Batch:
         state: StateBuffers,
         predict: Callable[[str, dict[str, Array], int], dict[str, Array]],
     ) -> dict[str, Array]:
-        """`predict(function, inputs of one row, row)` for every row; outputs that bear a state's name go into `state`."""
+        """`predict(function, inputs of one row, row)` for every row; outputs that bear a state's name go into `state`.
+
+        A state that a function does not write itself is given to it and taken from it here.
+        """
         spec = self.graphs[graph]
         rows = next(v.shape[0] for p in spec.inputs for v in [inputs[p.name]] if p.shape[0] == "batch")
         step = graph + STEP
-        single = (
-            "input_ids" in inputs and inputs["input_ids"].shape[1] == 1 and inputs.get("logit_positions", [0])[0] == 0
-        )
+        asked = list(inputs.get("logit_positions", [0]))
+        single = "input_ids" in inputs and inputs["input_ids"].shape[1] == 1 and asked == [0]
         function = step if single and step in self.package.functions else graph
         wanted = self.package.functions[function].inputs
         given = dict(inputs) | {s.name: state[s.name] for s in spec.states if not s.updated}
         batched = {p.name for p in (*spec.inputs, *spec.states) if p.shape[0] == "batch"}
+        carried = [s.name for s in spec.states if s.updated and s.name in wanted]
         collected: dict[str, list[Array]] = {}
         for row in range(rows):
-            one = {n: given[n][row : row + 1] if n in batched else given[n] for n in wanted}
-            for name, value in predict(function, one, row).items():
+            one = {n: state[n][row] for n in carried}
+            one |= {n: given[n][row : row + 1] if n in batched else given[n] for n in wanted if n not in one}
+            made = predict(function, one, row)
+            for name in carried:
+                state[name][row] = made.pop(name + OUT)
+            for name, value in made.items():
                 collected.setdefault(name, []).append(value)
         results: dict[str, Array] = {}
         for name, values in collected.items():
@@ -99,15 +112,17 @@ class Batch:
 
 
 def _expect(package: Package, graph: GraphSpec, name: str, function: FunctionDef) -> None:
-    """Raise UserError unless a function has exactly the ports of its graph; a step has no `logit_positions`."""
+    """Raise UserError unless a function has exactly the ports of its graph; a step has no `logit_positions`.
+
+    A recurrent state is an input and an output.
+    """
     implied = {"logit_positions"} if name != graph.name else set()
+    given = {s.name for s in graph.states if not s.updated or s.kind == "recurrent"}
+    updated = {s.name for s in graph.states if s.updated}
     ports = {
-        "input": (
-            {p.name for p in graph.inputs} | {s.name for s in graph.states if not s.updated},
-            set(function.inputs),
-        ),
-        "state": ({s.name for s in graph.states if s.updated}, set(function.states)),
-        "output": ({p.name for p in graph.outputs}, set(function.outputs)),
+        "input": ({p.name for p in graph.inputs} | given, set(function.inputs)),
+        "state": (updated - given, set(function.states)),
+        "output": ({p.name for p in graph.outputs} | {n + OUT for n in updated & given}, set(function.outputs)),
     }
     for kind, (wanted, got) in ports.items():
         odd = sorted((wanted ^ got) - implied)
@@ -129,10 +144,11 @@ class CoremlEvaluator:
         self._batch = Batch(Package(directory / PACKAGE), graphs)
         self._programs: dict[str, Evaluator] = {}
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """Zeroed caches of the package's own, static size for each row."""
-        self._batch.check(capacity)
-        return {n: [np.zeros(shape, np.float32) for _ in range(batch)] for n, shape in self._batch.shapes().items()}
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """Zeroed states of the package's own, static size for each row."""
+        self._batch.check(graph, capacity)
+        own = {n: [np.zeros(shape, np.float32) for _ in range(batch)] for n, shape in self._batch.own(graph).items()}
+        return own | self._batch.carried(graph, batch)
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         def predict(function: str, one: dict[str, Array], row: int) -> dict[str, Array]:

@@ -18,6 +18,7 @@ from .coreml import Batch
 from .coreml_package import PACKAGE, Package
 from .session import Array, Placement, StateBuffers, place
 
+_TYPES = {"INT32": np.int32, "FLOAT16": np.float16, "FLOAT32": np.float32}
 ACCELERATORS = ("MLNeuralEngineComputeDevice", "MLGPUComputeDevice")
 """What coremltools' compute plan calls the units the package is for; its third is the CPU."""
 
@@ -41,23 +42,19 @@ class CoremlDevice:
             for name in self._batch.package.functions
         }
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """One Core ML state for each row, under every state's name."""
-        self._batch.check(capacity)
-        shapes = self._batch.shapes()
-        if not shapes:
-            return {}
-        owner = next(n for n, f in self._batch.package.functions.items() if f.states)
-        rows = [self._models[owner].make_state() for _ in range(batch)]
-        return dict.fromkeys(shapes, rows)
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """One Core ML state for each row, under the name of every state in it; arrays for the other states."""
+        self._batch.check(graph, capacity)
+        made, own = self._batch.carried(graph, batch), self._batch.own(graph)
+        if not own:
+            return made
+        rows = [self._models[graph].make_state() for _ in range(batch)]
+        return made | dict.fromkeys(own, rows)
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         def predict(function: str, one: dict[str, Array], row: int) -> dict[str, Array]:
             spec = self._batch.package.functions[function]
-            given = {
-                name: np.ascontiguousarray(one[name], np.int32 if dtype == "INT32" else np.float16)
-                for name, (dtype, _) in spec.inputs.items()
-            }
+            given = {name: np.ascontiguousarray(one[name], _TYPES[dtype]) for name, (dtype, _) in spec.inputs.items()}
             carried = next((state[n][row] for n in spec.states), None)
             made: Any = self._models[function].predict(given, state=carried)
             return {name: np.asarray(made[name]) for name in spec.outputs}

@@ -28,6 +28,8 @@ from .session import Array
 PACKAGE = "model.mlpackage"
 STEP = "_step"
 """What the name of a graph's one-token function ends in."""
+OUT = "_out"
+"""What stands behind a state's name where it leaves a function as an output."""
 LABELS = "edgewright.weights"
 """The metadata entry that maps a name in the program to the checkpoint's names (several where weights are alike)."""
 

@@ -21,9 +21,10 @@ class EagerSession:
         self._graphs = {g.name: g for g in graphs}
         self._states = {s.name: s for g in graphs for s in g.states}
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         sizes = {"batch": batch, "capacity": capacity}
-        return {s.name: torch.zeros(sized(s.shape, sizes), dtype=s.dtype) for s in self._states.values() if s.updated}
+        states = self._graphs[graph].states
+        return {s.name: torch.zeros(sized(s.shape, sizes), dtype=s.dtype) for s in states if s.updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         g = self._graphs[graph]

@@ -61,7 +61,7 @@ class EthosUSession:
         self._inputs, self._output = [p.name for p in spec.inputs], spec.outputs[0].name
         self._length = int(self._program.plan.values[self._program.plan.inputs[0]].val.sizes[1])
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         return {}  # an encoder has none
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:

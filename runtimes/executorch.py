@@ -1,9 +1,9 @@
 """ExecuTorch's own Python runtime behind `Session`. What may enter: `bundle`; torch, whose tensors the runtime takes.
 
-The KV cache lives in the decoder's mutable buffers, and a loaded program holds one stream: all methods loaded from one
-program share its buffers, also two of the same name. A row of a batch therefore has a program of its own, lent from a
-pool; rows run one after the other. A new stream needs no reset: it writes from position 0 on, and the kernels read no
-further than what was written.
+States live in the methods' mutable buffers, and a loaded program holds one stream: all methods loaded from one program share
+its buffers, also two of the same name. A row of a batch therefore has a program of its own, lent from a pool; rows run
+one after the other. A new stream needs no reset: from position 0 on it writes the KV cache, of which the kernels read no
+further than what was written, and takes the other states for zero, whatever they hold.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,15 @@ HOST_OPS = {
     "aten::embedding.out": "the same of a table kept at 16 bits",
     "aten::slice_copy.Tensor_out": "hands on the filled part of a cache where scores are soft-capped or have a window",
     "aten::index_select.out": "hands the head the positions asked for",
+    "aten::copy_": "writes a state back",
+    "aten::constant_pad_nd.out": "puts zeros behind a state, of which a new stream's first call takes those",
 }
 """What the lowering itself leaves to ExecuTorch's optimised kernels, and why."""
 POSITIONS = " on positions"
 """Behind the name of a kernel that is given no activations, but the integers of positions, or a mask."""
-_ROWS = "decoder rows"
+STEP, EXACT = "_step", "_chunk"
+"""What the name of a graph's method for one token ends in, and that of one for exactly as many as it takes."""
+_ROWS = "rows of "
 
 
 class ExecuTorchSession:
@@ -61,18 +66,25 @@ class ExecuTorchSession:
             self._program = self._load(str(self._path))
         self._graphs = {g.name: g for g in graphs}
         self._methods: dict[str, Any] = {}
-        self._pool: list[Any] = []
-        self._chunk = self._bound("decoder", "input_ids")
+        self._pool: dict[str, list[_Row]] = {g.name: [] for g in graphs}
+        self._names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         """A stream a row. The caches are as long as the program's, whatever `capacity` asks."""
-        rows = [self._pool.pop() if self._pool else self._decoder() for _ in range(batch)]
-        state = _State({_ROWS: rows})
-        weakref.finalize(state, self._pool.extend, rows)
+        pool = self._pool[graph]
+        rows = [pool.pop() if pool else self._row_of(graph) for _ in range(batch)]
+        state = _State({_ROWS + graph: rows})
+        weakref.finalize(state, _give_back, pool, rows)
         return state
 
-    def _decoder(self) -> Any:
-        return self._load(str(self._path)).load_method("decoder")
+    def _row_of(self, graph: str) -> _Row:
+        """The graph's methods from a program of their own."""
+        program = self._load(str(self._path))
+        step = program.load_method(graph + STEP) if graph + STEP in self._names else None
+        return _Row(program, program.load_method(self._many(graph)), step)
+
+    def _many(self, graph: str) -> str:
+        return graph + EXACT if graph + EXACT in self._names else graph
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         spec = self._graphs[graph]
@@ -99,31 +111,61 @@ class ExecuTorchSession:
         one = {p.name: _tensor(inputs[p.name], row if p.shape[0] == "batch" else None) for p in spec.inputs}
         one |= {s.name: state[s.name][row] for s in spec.states if not s.updated}
         order = [p.name for p in spec.inputs] + [s.name for s in spec.states if not s.updated]
-        if "past_length" not in one:
+        if not any(s.updated for s in spec.states):
             if spec.name not in self._methods:
                 self._methods[spec.name] = self._program.load_method(spec.name)
             return list(self._methods[spec.name]([one[n] for n in order]))
-        return [self._decode(state[_ROWS][row], one, order)]
+        return self._advance(spec, state[_ROWS + spec.name][row], one, order)
 
-    def _decode(self, method: Any, one: dict[str, torch.Tensor], order: list[str]) -> torch.Tensor:
-        """Logits [1, asked positions, vocab]; a long input goes in pieces of what the program takes."""
-        ids, past, asked = one["input_ids"], one["past_length"], one["logit_positions"]
-        found: list[torch.Tensor] = []
-        for at in range(0, ids.shape[1], self._chunk):
-            piece = ids[:, at : at + self._chunk].contiguous()
-            here = asked[(asked >= at) & (asked < at + self._chunk)] - at
+    def _advance(
+        self, spec: GraphSpec, row: _Row, one: dict[str, torch.Tensor], order: list[str]
+    ) -> list[torch.Tensor]:
+        """Outputs at the asked positions; a long input goes in pieces of what the program takes."""
+        past, asked = one["past_length"], one["logit_positions"]
+        along = {p.name: p.shape.index("sequence") for p in spec.inputs if "sequence" in p.shape}
+        length = one["input_ids"].shape[1]
+        most, exact = self._bound(spec, "input_ids"), self._many(spec.name) != spec.name
+        cached = any("capacity" in s.shape for s in spec.states)
+        found: list[list[torch.Tensor]] = []
+        at = 0
+        while at < length:
+            size = min(most, length - at)
+            size = 1 if exact and size < most else size
+            here = asked[(asked >= at) & (asked < at + size)] - at
             wanted = here if len(here) else torch.zeros(1, dtype=torch.int64)
-            values = one | {"input_ids": piece, "past_length": past + at, "logit_positions": wanted}
-            slots = torch.arange(int(past) + at + piece.shape[1])  # see exporters/executorch.py
-            (logits,) = method([*(values[n] for n in order), slots])
+            values = one | {n: one[n].narrow(axis, at, size).contiguous() for n, axis in along.items()}
+            values |= {"past_length": past + at, "logit_positions": wanted}
+            # The last input, see exporters/executorch.py.
+            slots = [torch.arange(int(past) + at + size)] if cached else []
+            single = row.step is not None and size == 1 and len(wanted) == 1
+            made = (row.step if single else row.many)([*(values[n] for n in order), *slots])
+            row.spoiled = row.spoiled or not bool(torch.isfinite(made[0]).all())
             if len(here):
-                found.append(logits)
-        return _joined(found, 1)
+                found.append(list(made))
+            at += size
+        return [_joined(list(parts), 1) for parts in zip(*found, strict=True)]
 
-    def _bound(self, graph: str, port: str) -> int:
+    def _bound(self, spec: GraphSpec, port: str) -> int:
         """The most that the program takes of an input's last dimension."""
-        index = [p.name for p in self._graphs[graph].inputs].index(port)
-        return int(self._program.method_meta(graph).input_tensor_meta(index).sizes()[-1])
+        index = [p.name for p in spec.inputs].index(port)
+        return int(self._program.method_meta(self._many(spec.name)).input_tensor_meta(index).sizes()[-1])
+
+
+@dataclass
+class _Row:
+    """The methods of one stream: for many tokens, and for one where the program has that.
+
+    spoiled: a number was not finite; what is left in the states would make the next stream's start so too, zero times it.
+    """
+
+    program: Any
+    many: Any
+    step: Any
+    spoiled: bool = False
+
+
+def _give_back(pool: list[_Row], rows: list[_Row]) -> None:
+    pool.extend(row for row in rows if not row.spoiled)
 
 
 class _State(dict[str, Any]):

@@ -1,7 +1,8 @@
 """The generate loop over any `Session`: prefill, then a decode step a token. No torch enters.
 
 `Stream` is one batch being decoded: it hides the difference between an encoder-decoder, whose prompt goes through the
-encoder, and a decoder-only model, whose prompt fills the KV cache.
+encoder, a decoder-only model, whose prompt fills the KV cache, and a decoder-decoder, whose prompt begins with the memory that
+`read_context` made of a context (and that serves any number of prompts).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import Generation
+from ..bundle import ContextSpec, Generation
 from ..errors import UserError
 from .session import Array, Session
 
@@ -41,12 +42,23 @@ class Sampling:
 class Stream:
     """A batch of prompts being decoded. All rows advance together; prompts of a decoder-only batch are of one length."""
 
-    def __init__(self, session: Session, spec: Generation, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        spec: Generation,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        memory: Array | None = None,
+    ) -> None:
+        """memory: [batch, rows, hidden] of a "memory" task; without, the main decoder answers from the prompt alone."""
         if not prompts or not all(prompts):
             raise UserError("the prompt has no tokens; give some text")
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
         self._extra: dict[str, Array] = {}
+        self._slots = np.zeros(0, np.int64)
+        if spec.context is not None:
+            prompts = self._splice(spec.context, prompts, memory)
         longest = max(len(p) for p in prompts)
         if spec.task == "seq2seq":
             if longest > spec.max_context:
@@ -60,8 +72,28 @@ class Stream:
         self.state = session.new_state(self.batch, capacity)
         self._start(prompts, longest)
 
+    def _splice(
+        self, context: ContextSpec, prompts: Sequence[Sequence[int]], memory: Array | None
+    ) -> list[Sequence[int]]:
+        """The prompts with a token 0 for each row of memory; `_slots` says which positions hold which row."""
+        rows = 0 if memory is None else memory.shape[1]
+        early = context.splice == "released" and rows > 0
+        lead = len(context.prefix) - early
+        if rows > context.rows:
+            raise UserError(
+                f"the context gives {rows} rows of memory, the model takes {context.rows}; give a shorter one"
+            )
+        slots = [*[-1] * lead, *range(rows), *[-1] * early]
+        ids = [*context.prefix[:lead], *[0] * (rows + early)]
+        if not rows:
+            memory = np.zeros((self.batch, 1, context.hidden), np.float32)
+        assert memory is not None
+        self._extra = {"memory": memory}
+        self._slots = np.array([*slots, *[-1] * max(len(p) for p in prompts)], np.int64)
+        return [[*ids, *p] for p in prompts]
+
     def _start(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
-        if self.spec.task == "causal":
+        if self.spec.task != "seq2seq":
             if any(len(p) != longest for p in prompts):
                 raise ValueError("prompts of one decoder-only batch must have one length")
             self.pending = np.asarray(prompts, np.int64)
@@ -90,6 +122,9 @@ class Stream:
             "logit_positions": np.arange(n, dtype=np.int64) if every else np.array([n - 1], np.int64),
             **self._extra,
         }
+        if self.spec.context is not None:
+            slots = self._slots[self.past : self.past + n]
+            inputs["slots"] = np.concatenate([slots, np.full(n - len(slots), -1, np.int64)])
         self.past += n
         return self.session.run("decoder", inputs, self.state)["logits"]
 
@@ -98,13 +133,57 @@ class Stream:
         return self.feed(self.pending)
 
 
+def read_context(session: Session, spec: Generation, ids: Sequence[int]) -> Array:
+    """The memory [1, rows, hidden] of a context of token ids: parts of `window` tokens, a memory each, side by side.
+
+    One memory a part is the paper's (arXiv 2408.15518 trains on contexts of one window); splitting a longer context and
+    putting the memories side by side is ours. Raises UserError for an empty context.
+    """
+    context = spec.context
+    if context is None:
+        raise UserError("this bundle's model reads no context; give all of it as the prompt")
+    if not ids:
+        raise UserError("the context has no tokens; give some text")
+    parts = [ids[at : at + context.window] for at in range(0, len(ids), context.window)]
+    return np.concatenate([_memory(session, spec, context, part) for part in parts], 1)
+
+
+def _memory(session: Session, spec: Generation, context: ContextSpec, part: Sequence[int]) -> Array:
+    """The memory of one part of a context."""
+    if not context.tokens:
+        return session.run("context", {"input_ids": np.array([part], np.int64)}, {})["memory"]
+    ids = np.array([[*part, *context.tokens]], np.int64)
+    state = session.new_state(1, ids.shape[1], "context")
+    rows = []
+    for at in range(0, ids.shape[1], spec.prefill_chunk):
+        tokens = ids[:, at : at + spec.prefill_chunk]
+        wanted = np.arange(max(0, len(part) - at), tokens.shape[1], dtype=np.int64)
+        inputs = {
+            "input_ids": tokens,
+            "past_length": np.array([at], np.int64),
+            "logit_positions": wanted if len(wanted) else np.array([tokens.shape[1] - 1], np.int64),
+        }
+        made = session.run("context", inputs, state)["memory"]
+        if len(wanted):
+            rows.append(made)
+    return np.concatenate(rows, 1)
+
+
 def generate(
-    session: Session, spec: Generation, prompt: Sequence[int], new_tokens: int, sampling: Sampling | None = None
+    session: Session,
+    spec: Generation,
+    prompt: Sequence[int],
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    memory: Array | None = None,
 ) -> Iterator[int]:
-    """Tokens after `prompt`, one at a time, until an end token (not yielded), `new_tokens`, or the context is full."""
+    """Tokens after `prompt`, one at a time, until an end token (not yielded), `new_tokens`, or the context is full.
+
+    memory: what `read_context` made, for a "memory" task.
+    """
     sampling = sampling or Sampling()
     rng = np.random.default_rng(sampling.seed)
-    stream = Stream(session, spec, [prompt], new_tokens)
+    stream = Stream(session, spec, [prompt], new_tokens, memory)
     logits = stream.prefill()
     for count in range(1, new_tokens + 1):
         token = sampling.pick(logits[0, -1], rng)
@@ -117,11 +196,20 @@ def generate(
 
 
 def generate_batch(
-    session: Session, spec: Generation, prompts: Sequence[Sequence[int]], new_tokens: int
+    session: Session,
+    spec: Generation,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    contexts: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
-    """Greedy tokens for each prompt. Encoder-decoder prompts run as one padded batch, others one after the other."""
-    if spec.task == "causal":
-        return [list(generate(session, spec, p, new_tokens)) for p in prompts]
+    """Greedy tokens for each prompt. Encoder-decoder prompts run as one padded batch, others one after the other.
+
+    contexts: of a "memory" task, one for each prompt, or none at all.
+    """
+    if spec.task != "seq2seq":
+        memories: list[Array | None] = [read_context(session, spec, c) for c in contexts]
+        memories = memories or [None] * len(prompts)
+        return [list(generate(session, spec, p, new_tokens, memory=m)) for p, m in zip(prompts, memories, strict=True)]
     stream = Stream(session, spec, prompts, new_tokens)
     results: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))

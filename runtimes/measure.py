@@ -19,12 +19,14 @@ import numpy as np
 
 from ..bundle import Bundle, Generation
 from ..memory import anonymous_bytes, peak_resident_bytes
-from .generate import Stream
+from .examples import Call, read_examples
+from .generate import Stream, read_context
 from .opening import open_session
 from .session import PlacedSession
 
 _OP_STEPS = 16
 _TOP_OPS = 12
+_QUESTION = 8  # tokens asked after a context
 
 
 def measure(
@@ -34,7 +36,8 @@ def measure(
 
     Where something stands in for the target's device: {"not_measured": why}. For an encoder-decoder pp is encoder, cross-KV
     and the first decoder step over that many source tokens, and the depth of a tg row is the source length; for a
-    decoder-only model it is the tokens already in the cache.
+    decoder-only model it is the tokens already in the cache. For a decoder-decoder pp is a context of that many tokens read
+    and a question of 8 after it. A module has one row, its calls a second.
     """
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
@@ -44,13 +47,17 @@ def measure(
         session = open_session(bundle, format, threads)
         return session, time.perf_counter() - start
 
+    timed = spec.task in ("seq2seq", "causal")
     session, first_load = load()
     if session.stand_in:
         return {"not_measured": session.how}
     loaded = anonymous_bytes()
-    rows = [_prefill_row(session, spec, n, repeats) for n in prompts]
-    if new:
-        rows += [_decode_row(session, spec, new, depth, repeats) for depth in depths]
+    if spec.task == "module":
+        rows = [_call_row(session, read_examples(bundle), repeats)]
+    else:
+        rows = [_prefill_row(session, spec, n, repeats) for n in prompts]
+        if new:
+            rows += [_decode_row(session, spec, new, depth, repeats) for depth in depths]
     peak = peak_resident_bytes()
     anonymous = anonymous_bytes()
     del session
@@ -60,7 +67,7 @@ def measure(
         "load_first_s": first_load,
         "load_warm_s": warm_load,
         "memory": {"peak_resident": peak, "anonymous_after_load": loaded, "anonymous_after_run": anonymous},
-        "ops": _time_by_op(bundle, threads, max(prompts, default=16)) if format == "onnx" else {},
+        "ops": _time_by_op(bundle, threads, max(prompts, default=16)) if format == "onnx" and timed else {},
         "host": {"cpu": _cpu_name(), "threads": threads or "all cores"},
         "kind": "measured",
     }
@@ -75,9 +82,24 @@ def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: 
     rates = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        Stream(session, spec, [_tokens(spec, count)], 1).prefill()
+        if spec.task == "memory":
+            Stream(
+                session, spec, [_tokens(spec, _QUESTION)], 1, read_context(session, spec, _tokens(spec, count))
+            ).prefill()
+        else:
+            Stream(session, spec, [_tokens(spec, count)], 1).prefill()
         rates.append(count / (time.perf_counter() - start))
     return _row(f"pp{count}", rates[1:])
+
+
+def _call_row(session: PlacedSession, calls: list[Call], repeats: int) -> dict[str, Any]:
+    rates = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        for graph, inputs in calls:
+            session.run(graph, inputs, {})
+        rates.append(len(calls) / (time.perf_counter() - start))
+    return _row("calls a second", rates[1:])
 
 
 def _decode_row(session: PlacedSession, spec: Generation, count: int, depth: int, repeats: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """ONNX Runtime on the CPU behind `Session`. What may enter: `bundle`; never torch, so that memory figures are the app's.
 
-Updated states live in one buffer each, bound as past and present alike: the cache is written in place.
+A KV cache lives in one buffer, bound as past and present alike: the kernels write it in place. Every other updated state has
+two that change places at each call, because nothing says that a kernel has read a state before it writes the next.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,18 @@ Activations = Literal["int8", "float32"]
 
 
 PROVIDER = "CPUExecutionProvider"
+
+
+IN_PLACE = ("kv",)
+"""Kinds of states that the lowering's kernels write in place."""
+
+
+@dataclass
+class _Bound:
+    """The IOBindings of a graph with all states of `state` bound: one, or two that take turns where states change places."""
+
+    state: StateBuffers
+    turns: list[Any]
 
 
 class OnnxSession:
@@ -41,23 +55,25 @@ class OnnxSession:
         self._graphs = {g.name: g for g in graphs}
         self._states: dict[str, StateSpec] = {s.name: s for g in graphs for s in g.states}
         self.sessions: dict[str, ort.InferenceSession] = {}
-        self._bindings: dict[str, tuple[StateBuffers | None, Any]] = {}
+        self._bindings: dict[str, _Bound] = {}
         for name in self._graphs:
             prefix = None if profile_prefix is None else f"{profile_prefix}-{name}"
             self.sessions[name] = load(directory / f"{name}.onnx", threads, activations, prefix)
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """Zeroed OrtValues for all updated states, [batch, kv_heads, capacity, head_dim]."""
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """Zeroed OrtValues for the states that `graph` updates, two of each that changes places."""
         sizes = {"batch": batch, "capacity": capacity}
-        return {
-            s.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(sized(s.shape, sizes), DTYPES[s.dtype]))
-            for s in self._states.values()
-            if s.updated
-        }
+
+        def zeros(s: StateSpec) -> ort.OrtValue:
+            return ort.OrtValue.ortvalue_from_numpy(np.zeros(sized(s.shape, sizes), DTYPES[s.dtype]))
+
+        updated = [s for s in self._graphs[graph].states if s.updated]
+        return {s.name: zeros(s) if s.kind in IN_PLACE else [zeros(s), zeros(s)] for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         spec = self._graphs[graph]
-        binding = self._binding(spec, state)
+        turns = self._bound(spec, state).turns
+        binding = turns[0]
         held = {name: np.ascontiguousarray(value) for name, value in inputs.items()}  # must outlive the run
         for name, value in held.items():
             binding.bind_cpu_input(name, value)
@@ -72,6 +88,10 @@ class OnnxSession:
                 state[port.name] = values[port.name]
             else:
                 results[port.name] = values[port.name].numpy()
+        turns.reverse()
+        for s in spec.states:
+            if s.updated and s.kind not in IN_PLACE:
+                state[s.name].reverse()
         return results
 
     def placement(self) -> Placement:
@@ -88,16 +108,23 @@ class OnnxSession:
     def _bound_outputs(spec: GraphSpec) -> list[str]:
         return [f"{s.name}_out" for s in spec.states if s.updated] + [p.name for p in spec.outputs]
 
-    def _binding(self, spec: GraphSpec, state: StateBuffers) -> Any:
-        """The graph's IOBinding with all states of `state` bound; kept while the same state comes again."""
-        known, binding = self._bindings.get(spec.name, (None, None))
-        if binding is None or known is not state:
-            binding = self.sessions[spec.name].io_binding()
-            for s in spec.states:
-                binding.bind_ortvalue_input(s.name, state[s.name])
-                if s.updated:
-                    binding.bind_ortvalue_output(f"{s.name}_out", state[s.name])
-            self._bindings[spec.name] = (state, binding)
+    def _bound(self, spec: GraphSpec, state: StateBuffers) -> _Bound:
+        """The graph's IOBindings with all states of `state` bound; kept while the same state comes again."""
+        known = self._bindings.get(spec.name)
+        if known is None or known.state is not state:
+            count = 2 if any(s.updated and s.kind not in IN_PLACE for s in spec.states) else 1
+            known = _Bound(state, [self._binding(spec, state, turn) for turn in range(count)])
+            self._bindings[spec.name] = known
+        return known
+
+    def _binding(self, spec: GraphSpec, state: StateBuffers, turn: int) -> Any:
+        binding = self.sessions[spec.name].io_binding()
+        for s in spec.states:
+            held = state[s.name]
+            past, present = (held[turn], held[1 - turn]) if isinstance(held, list) else (held, held)
+            binding.bind_ortvalue_input(s.name, past)
+            if s.updated:
+                binding.bind_ortvalue_output(f"{s.name}_out", present)
         return binding
 
 

@@ -1,7 +1,8 @@
 """HTP context binaries behind `Session`: static programs, batch 1, everything padded to them. Never torch.
 
 Rows of a batch run one after the other, an encoder in the shortest program that takes its source. A decoder takes several
-tokens as a chunk where there is such a program, else a token at a time. On x86 the binaries run in Qualcomm's emulator.
+tokens as a chunk where there is such a program, else a token at a time; where its states would carry padding on, a chunk is
+whole or is not fed. On x86 the binaries run in Qualcomm's emulator.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class QnnSession:
         lost = [name for name in self._graphs if not self._of(name)]
         if lost:
             raise UserError(f"{directory / PROGRAMS}: no program of the graph {lost[0]}; export again")
-        self._capacity = max((p.sizes.get("capacity", 0) for p in listed.programs.values()), default=0)
+        self._capacity = {g: max(p.sizes.get("capacity", 0) for p in self._programs_of(g)) for g in self._graphs}
 
     @staticmethod
     def _check_ports(path: Path, spec: GraphSpec, program: Program, loaded: Any) -> None:
@@ -81,20 +82,28 @@ class QnnSession:
                 if shapes.get(port.name) != list(sized(port.shape, sizes)):
                     raise UserError(f"{path}: {port.name} is not as {PROGRAMS} says; export again")
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """Zeroed float16 arrays [batch, kv_heads, C, head_dim], C that of the longest program. Raises UserError beyond it."""
-        if capacity > self._capacity:
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """Zeroed float16 arrays for the states that `graph` updates, caches as long as those of its programs.
+
+        Raises UserError for a capacity beyond them.
+        """
+        most = self._capacity[graph]
+        if most and capacity > most:
             raise UserError(
-                f"{capacity} tokens do not fit the {self._capacity} these programs were made for; "
+                f"{capacity} tokens do not fit the {most} these programs were made for; "
                 "export with a longer --max-context"
             )
-        sizes = {"batch": batch, "capacity": self._capacity}
-        return {s.name: np.zeros(sized(s.shape, sizes), np.float16) for s in self._states.values() if s.updated}
+        sizes, updated = {"batch": batch, "capacity": most}, [s for s in self._graphs[graph].states if s.updated]
+        return {s.name: np.zeros(sized(s.shape, sizes), np.float16) for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         """As `Session.run`. Raises UserError for a source longer than the programs take."""
         spec = self._graphs[graph]
         lengths = {d: inputs[p.name].shape[i] for p in spec.inputs for i, d in enumerate(p.shape) if isinstance(d, str)}
+        for name in set(lengths) - {"batch", "source", "sequence", "logits"}:
+            most = max(p.sizes.get(name, 0) for p in self._programs_of(graph))
+            if lengths[name] > most:
+                raise UserError(f"{graph}: {lengths[name]} {name} rows; these programs take {most}")
         rows = []
         for row in range(lengths["batch"]):
             one = {p.name: inputs[p.name][row : row + 1] if "batch" in p.shape else inputs[p.name] for p in spec.inputs}
@@ -117,6 +126,9 @@ class QnnSession:
         """The ops inside the context binaries, as onnxruntime assigned them when it compiled."""
         return place(self._units, (NAME,), HOST_OPS, "onnxruntime's own assignment when it compiled the binaries")
 
+    def _programs_of(self, graph: str) -> list[Program]:
+        return [p for p in self._programs.values() if p.graph == graph]
+
     def _of(self, graph: str) -> list[str]:
         """The programs of a graph: short sources first, chunks before steps."""
 
@@ -138,39 +150,49 @@ class QnnSession:
     def _decode(
         self, spec: GraphSpec, given: dict[str, Array], carried: dict[str, Array], source: int
     ) -> dict[str, Array]:
-        """One row's new tokens through chunks and steps; logits of the positions asked for."""
+        """One row's new tokens through chunks and steps; the outputs at the positions asked for."""
         ids, past = given["input_ids"], int(given["past_length"][0])
         wanted = [int(p) for p in given["logit_positions"]]
-        logits: dict[int, Array] = {}
-        at, count = 0, ids.shape[1]
-        if past + count > self._capacity:
-            raise UserError(f"{past + count} tokens do not fit the {self._capacity} these programs were made for")
+        name = next(p.name for p in spec.outputs if "logits" in p.shape)
+        found: dict[int, Array] = {}
+        at, count, most = 0, ids.shape[1], self._capacity[spec.name]
+        if most and past + count > most:
+            raise UserError(f"{past + count} tokens do not fit the {most} these programs were made for")
+        growing = [s.name for s in spec.states if "capacity" in s.shape]
+        carries = [s.name for s in spec.states if s.updated and s.name not in growing]
         while at < count:
-            stem, begin = self._part(self._fitting(spec.name, source), past, at, count)
+            stem, begin = self._part(self._fitting(spec.name, source), past, at, count, whole=bool(carries))
             sizes = self._programs[stem].sizes
             stop = min(begin + sizes["sequence"], count)
-            part = np.zeros((1, sizes["sequence"]), np.int64)
-            part[:, : stop - begin] = ids[:, begin:stop]  # what follows in the cache is overwritten before it is seen
-            fed = given | {"input_ids": part, "past_length": np.array([past + begin], np.int64)}
+            # What follows the tokens in the cache is overwritten before it is seen.
+            fed = given | {p.name: _cut(p, given[p.name], begin, stop) for p in spec.inputs if "sequence" in p.shape}
+            fed["past_length"] = np.array([past + begin], np.int64)
             here = [p for p in wanted if at <= p < stop] or [stop - 1]
+            before = {n: carried[n].copy() for n in carries}
             for i in range(0, len(here), sizes["logits"]):  # again writes the same into the cache
+                for n, value in before.items():
+                    carried[n][...] = value
                 asked = here[i : i + sizes["logits"]]
                 positions = np.array(asked + asked[-1:] * (sizes["logits"] - len(asked)), np.int64) - begin
-                made = self._call(stem, fed | {"logit_positions": positions}, carried)["logits"]
-                logits |= {p: made[:, j : j + 1] for j, p in enumerate(asked)}
+                made = self._call(stem, fed | {"logit_positions": positions}, carried)[name]
+                found |= {p: made[:, j : j + 1] for j, p in enumerate(asked)}
             at = stop
-        return {"logits": np.concatenate([logits[p] for p in wanted], 1)}
+        return {name: np.concatenate([found[p] for p in wanted], 1)}
 
-    def _part(self, stems: list[str], past: int, at: int, count: int) -> tuple[str, int]:
+    def _part(self, stems: list[str], past: int, at: int, count: int, whole: bool) -> tuple[str, int]:
         """(program, first token) for the tokens from `at` on.
 
-        A chunk that would not fit the end of the cache begins earlier, at tokens of this call that are in it already.
+        A chunk that would not fit the end of the cache begins earlier, at tokens of this call that are in it already; one that
+        must be whole neither begins earlier nor ends in padding.
         """
         for stem in stems:
-            length = self._programs[stem].sizes["sequence"]
-            begin = min(at, self._programs[stem].sizes["capacity"] - length - past)
-            if length == 1 or (count - at > 1 and begin >= 0):
-                return stem, at if length == 1 else begin
+            sizes = self._programs[stem].sizes
+            length = sizes["sequence"]
+            if length == 1 or (whole and count - at >= length):
+                return stem, at
+            begin = min(at, sizes.get("capacity", past + at + length) - length - past)
+            if not whole and count - at > 1 and begin >= 0:
+                return stem, begin
         raise UserError(f"no program takes a single token; {PROGRAMS} is damaged: export again")
 
     def _call(self, stem: str, given: Mapping[str, Array], carried: dict[str, Array]) -> dict[str, Array]:
@@ -187,6 +209,11 @@ class QnnSession:
                 value = results.pop(f"{s.name}_out")
                 carried[s.name][tuple(slice(0, d) for d in value.shape)] = value
         return results
+
+
+def _cut(port: PortSpec, value: Array, begin: int, stop: int) -> Array:
+    """The tokens from `begin` to `stop` of an input."""
+    return value[tuple(slice(begin, stop) if d == "sequence" else slice(None) for d in port.shape)]
 
 
 def _fit(port: PortSpec, value: Array, sizes: Mapping[str, int]) -> Array:

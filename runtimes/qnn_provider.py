@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,7 +30,7 @@ Stem = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.:]{0,127}$")]
 Nodes = Annotated[int, Field(ge=0, le=1 << 24)]
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
-Symbol = Literal["batch", "source", "capacity", "sequence", "logits"]
+Symbol = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class _Strict(BaseModel):

@@ -17,8 +17,8 @@ StateBuffers = dict[str, Any]
 class Session(Protocol):
     """One loaded artefact."""
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """Empty buffers for all updated states; capacity in tokens."""
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """Zeroed buffers for all states that `graph` updates; capacity in tokens."""
         ...
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
@@ -83,8 +83,8 @@ class Joined:
     def __init__(self, part: Session, graphs: Collection[str], rest: Session) -> None:
         self._part, self._graphs, self._rest = part, graphs, rest
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        return self._rest.new_state(batch, capacity)
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        return (self._part if graph in self._graphs else self._rest).new_state(batch, capacity, graph)
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         return (self._part if graph in self._graphs else self._rest).run(graph, inputs, state)

@@ -1,7 +1,8 @@
 """TensorRT behind `Session`: the engine where there is an NVIDIA GPU, else the ONNX it was built from on the CPU.
 
 What may enter: `bundle`; never torch. The engine path speaks to the driver through `cuda`; states stay in its memory, two
-buffers each that change places at every call, because a scatter must not write where it reads.
+buffers each that change places at every call, because a scatter must not write where it reads. Keys and values are float16,
+what a recurrence carries is float32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .cuda import Device
 from .session import DTYPES, Array, Counts, Placement, StateBuffers, sized
 
 GPU = "NVIDIA GPU"
+HALF_STATES = ("kv", "cross")
+"""Kinds of states that are float16."""
 
 _SM_BITS = (75, 80, 86, 89, 120, 121)
 _LIBRARIES = ("tensorrt_rtx_bindings", "tensorrt")
@@ -99,6 +102,10 @@ def open_tensorrt(
     return NetworkSession(directory, graphs, threads, exact)
 
 
+def _dtype(state: StateSpec, half: type[np.generic]) -> np.dtype[Any]:
+    return np.dtype(half if state.kind in HALF_STATES else DTYPES[state.dtype])
+
+
 def _names(graph: GraphSpec) -> tuple[list[str], list[str]]:
     """Inputs and outputs of a graph, its states among them."""
     updated = [f"{s.name}_out" for s in graph.states if s.updated]
@@ -138,7 +145,7 @@ class NetworkSession:
         self.how = "the ONNX the engine was built from, on this CPU" + (
             ", float16 widened to float32" if exact else " (no NVIDIA GPU: the engine itself was not run)"
         )
-        self._directory, self._float = directory, np.dtype(np.float32 if exact else np.float16)
+        self._directory, self._half = directory, np.float32 if exact else np.float16
         self._graphs = {g.name: g for g in graphs}
         self._states: dict[str, StateSpec] = {s.name: s for g in graphs for s in g.states}
         self.sessions: dict[str, Any] = {}
@@ -164,10 +171,10 @@ class NetworkSession:
             _expect(path, [o.name for o in session.get_outputs()], outputs)
             self.sessions[graph.name] = session
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """Zeroed arrays for all updated states, [batch, kv_heads, capacity, head_dim], float16 (exact: float32)."""
-        sizes = {"batch": batch, "capacity": capacity}
-        return {s.name: np.zeros(sized(s.shape, sizes), self._float) for s in self._states.values() if s.updated}
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """Zeroed arrays for the states that `graph` updates, keys and values in float16 (exact: float32)."""
+        sizes, updated = {"batch": batch, "capacity": capacity}, [s for s in self._graphs[graph].states if s.updated]
+        return {s.name: np.zeros(sized(s.shape, sizes), _dtype(s, self._half)) for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         spec = self._graphs[graph]
@@ -257,12 +264,13 @@ class EngineSession:
                     raise UserError(f"{path}: optimization profile {profile} does not load; export the bundle again")
                 self._contexts[graph.name, profile] = context
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
-        """For each updated state two zeroed float16 buffers on the GPU: what is read and what is written next."""
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """For each state that `graph` updates two zeroed buffers on the GPU: what is read and what is written next."""
         sizes = {"batch": batch, "capacity": capacity}
-        shapes = {s.name: sized(s.shape, sizes) for s in self._states.values() if s.updated}
         return {
-            name: [self.device.zeros(shape, np.dtype(np.float16)) for _ in range(2)] for name, shape in shapes.items()
+            s.name: [self.device.zeros(sized(s.shape, sizes), _dtype(s, np.float16)) for _ in range(2)]
+            for s in self._graphs[graph].states
+            if s.updated
         }
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
@@ -284,8 +292,11 @@ class EngineSession:
             context.set_tensor_address(port.name, buffer.address)
         written = {}
         for port in spec.outputs:
-            dtype = np.dtype(np.float16 if port.name in self._states else DTYPES[port.dtype])
-            written[port.name] = self.device.empty(sized(port.shape, sizes), dtype)
+            state_of = self._states.get(port.name)
+            dtype = np.dtype(DTYPES[port.dtype]) if state_of is None else _dtype(state_of, np.float16)
+            known = all(isinstance(d, int) or d in sizes for d in port.shape)
+            shape = sized(port.shape, sizes) if known else tuple(context.get_tensor_shape(port.name))
+            written[port.name] = self.device.empty(shape, dtype)
             context.set_tensor_address(port.name, written[port.name].address)
         for s in spec.states:
             if s.updated:

@@ -49,7 +49,7 @@ class Formula:
         self.calls: list[tuple[str, tuple[int, ...]]] = []
         self.capacity = 0
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         self.capacity = capacity
         return {"tokens": [[] for _ in range(batch)], "source": [[] for _ in range(batch)]}
 

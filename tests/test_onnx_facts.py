@@ -1,4 +1,4 @@
-"""The facts of ONNX Runtime's CPU kernels that exporters/onnx_lowerings.py relies on, one small test each.
+"""The facts of ONNX Runtime's CPU kernels that the lowerings for it (exporters/onnx*.py) rely on, one small test each.
 
 The documentation leaves most of them open; when an upgrade changes one, the test that fails names it.
 """
@@ -210,6 +210,55 @@ def test_do_rotary_rotates_halves_from_the_past_length_on(past: int) -> None:
     close(out, plain.attention(turned_q, *seen, plain.causal(1, 4, past), 0.5))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_narrower_than_a_head_rotate_its_first_dimensions(packed: bool) -> None:
+    dim, rotated, past = 32, 16, 3
+    inv_freq = 100.0 ** (-np.arange(rotated // 2) / (rotated // 2))
+    angles = np.outer(np.arange(20), inv_freq)
+    tables = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+    q, k, v = (normal(1, 4, heads, dim) for heads in (HEADS, KV, KV))
+    cache = normal(1, KV, 12, dim), normal(1, KV, 12, dim)
+    got = attend(q, k, v, past=(*cache, past), tables=tables, packed=packed, do_rotary=1, rotary_interleaved=0)
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([plain.rope(x[..., :rotated], np.arange(4) + past, inv_freq), x[..., rotated:]], -1)
+
+    seen = [np.concatenate([c[:, :, :past].swapaxes(1, 2), x], 1) for c, x in zip(cache, (turn(k), v), strict=True)]
+    close(got, plain.attention(turn(q), *seen, plain.causal(1, 4, past), SCALE))
+
+
+def test_a_rotated_part_that_is_no_multiple_of_16_is_refused() -> None:
+    """Why such heads are rotated by RotaryEmbedding before."""
+    q, k, v = qkv(1, 2)
+    cache, table = normal(1, KV, 9, DIM), normal(9, 4)
+    with pytest.raises(Exception, match="a multiple of 8"):
+        attend(q, k, v, past=(cache, cache, 2), tables=(table, table), do_rotary=1)
+
+
+def test_rotary_embedding_takes_positions_of_any_order_and_flat_heads() -> None:
+    x, positions, inv_freq = normal(2, 3, HEADS, 8), np.array([3, 9, 2]), 100.0 ** (-np.arange(4) / 4)
+    angles = np.outer(np.arange(20), inv_freq).astype(np.float32)
+    node = helper.make_node("RotaryEmbedding", ["x", "positions", "cos", "sin"], ["out"], domain=MS)
+    feeds = {"x": x.reshape(2, 3, -1), "positions": np.tile(positions, (2, 1))}
+    (out,) = run([node], feeds, ["out"], {"cos": np.cos(angles), "sin": np.sin(angles)})
+    close(out.reshape(x.shape), plain.rope(x, positions, inv_freq))
+
+
+def test_tensor_scatter_writes_in_place_where_past_and_present_are_one_buffer() -> None:
+    cache, new, starts = normal(2, KV, 9, DIM), normal(2, KV, 3, DIM), np.array([4, 4])
+    node = helper.make_node("TensorScatter", ["past", "new", "starts"], ["present"], axis=-2)
+    binding = (session := load(build([node], {"past": cache, "new": new, "starts": starts}, ["present"]))).io_binding()
+    buffer = ort.OrtValue.ortvalue_from_numpy(cache.copy())
+    binding.bind_ortvalue_input("past", buffer)
+    binding.bind_ortvalue_output("present", buffer)
+    binding.bind_cpu_input("new", new)
+    binding.bind_cpu_input("starts", starts)
+    session.run_with_iobinding(binding)
+    want = cache.copy()
+    want[:, :, 4:7] = new
+    np.testing.assert_array_equal(buffer.numpy(), want)
+
+
 def test_several_rows_of_several_tokens_after_a_past_are_refused() -> None:
     """Why `generate` prefills the prompts of a decoder-only batch one after the other."""
     q, k, v = qkv(2, 3)
@@ -243,6 +292,90 @@ def test_attention_24_does_not_broadcast_a_mask_over_queries() -> None:
     q, k, v = normal(2, 3, HEADS, DIM), normal(2, 6, KV, DIM), normal(2, 6, KV, DIM)
     with pytest.raises(Exception, match="Attention node"):
         standard_attention(np.ones((2, 1, 1, 6), bool), q, k, v, 3.0)
+
+
+# ---- recurrences ----
+
+
+def recurrent(length: int, groups: int, per_key: bool) -> Arrays:
+    """Operands of the references: q, k [B, T, groups, 8], v [B, T, HEADS, 6], log decays, rates, the state."""
+    k = normal(2, length, groups, 8)
+    arrays = {"q": normal(2, length, groups, 8), "k": k / np.linalg.norm(k, axis=-1, keepdims=True)}
+    arrays |= {"v": normal(2, length, HEADS, 6), "state": normal(2, HEADS, 8, 6)}
+    g = -np.abs(normal(2, length, HEADS, 8 if per_key else 1))
+    g[:, length // 2] *= 300  # a token that forgets everything
+    return arrays | {"g": g, "beta": np.abs(normal(2, length, HEADS))}
+
+
+def linear_attention(arrays: Arrays, rule: str) -> tuple[np.ndarray, np.ndarray]:
+    names = ["q", "k", "v", "state", "g", "beta"][: 6 if "delta" in rule else 5]
+    groups = arrays["q"].shape[2]
+    node = helper.make_node(
+        "LinearAttention",
+        names,
+        ["out", "present"],
+        domain=MS,
+        q_num_heads=groups,
+        kv_num_heads=HEADS,
+        scale=SCALE,
+        update_rule=rule,
+    )
+    feeds = {n: a if n in ("state", "beta") else a.reshape(*a.shape[:2], -1) for n, a in arrays.items() if n in names}
+    out, present = run([node], feeds, ["out", "present"])
+    return out.reshape(arrays["v"].shape), present
+
+
+@pytest.mark.parametrize("length", [1, 2, 65])
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+@pytest.mark.parametrize("per_key", [False, True])
+def test_linear_attention_is_the_gated_recurrence_also_for_groups_of_values(
+    length: int, groups: int, per_key: bool
+) -> None:
+    arrays = recurrent(length, groups, per_key)
+    given = [torch.from_numpy(arrays[n]) for n in ("q", "k", "v", "g", "state")]
+    for got, want in zip(
+        linear_attention(arrays, "gated"), torch.ops.edgewright.linear_attention(*given, SCALE), strict=True
+    ):
+        close(got, want.numpy())
+
+
+@pytest.mark.parametrize("length", [1, 2, 65])
+@pytest.mark.parametrize("groups", [HEADS, 2])
+def test_linear_attention_is_the_gated_delta_rule(length: int, groups: int) -> None:
+    arrays = recurrent(length, groups, per_key=False)
+    given = [torch.from_numpy(arrays[n]) for n in ("q", "k", "v", "g", "beta", "state")]
+    given[3] = given[3].squeeze(-1)
+    for got, want in zip(
+        linear_attention(arrays, "gated_delta"), torch.ops.edgewright.gated_delta_rule(*given, SCALE), strict=True
+    ):
+        close(got, want.numpy())
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_causal_conv_with_state_is_the_convolution_channels_first(length: int, biased: bool) -> None:
+    x, weight, bias, state = normal(2, length, 10), normal(10, 4), normal(10), normal(2, 10, 3)
+    node = helper.make_node(
+        "CausalConvWithState",
+        ["x", "weight", "bias" if biased else "", "state"],
+        ["out", "present"],
+        domain=MS,
+        activation="none",
+    )
+    constants = {"weight": weight[:, None]} | ({"bias": bias} if biased else {})
+    feeds = {"x": np.ascontiguousarray(x.swapaxes(1, 2)), "state": state}
+    out, present = run([node], feeds, ["out", "present"], constants)
+    given = [torch.from_numpy(a) for a in (x, weight, bias, state)]
+    given[2] = given[2] if biased else None  # type: ignore[call-overload]
+    want, after = torch.ops.edgewright.causal_conv(*given)
+    close(out.swapaxes(1, 2), want.numpy())
+    np.testing.assert_array_equal(present, after.numpy())
+
+
+def test_sigmoid_is_zero_far_below_zero() -> None:
+    """Why log decays are cut before a decomposition: a logarithm of this is minus infinity."""
+    (out,) = run([helper.make_node("Sigmoid", ["x"], ["out"])], {"x": np.full((1, 8), -40, np.float32)}, ["out"])
+    assert not out.any()
 
 
 # ---- weights of 2, 4 and 8 bits ----

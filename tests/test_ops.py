@@ -188,6 +188,36 @@ def test_quantized_ops_use_the_values_of_the_tensor(bits: int, group: int) -> No
     close(EW.quantized_linear(x, w.codes, w.scales, bias, bits, group), x.double() @ values.double().T + bias, 1e-6)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(("past", "queries", "window"), [(0, 6, 0), (5, 4, 3), (7, 1, 2)])
+def test_merged_attention_has_one_softmax_over_its_cache_and_the_source(
+    softcap: float, past: int, queries: int, window: int
+) -> None:
+    q, k, v = qkv(2, queries, queries, 2)
+    caches = [normal(2, 2, past + queries + 3, DIM, spread=s) for s in (2.0, 5.0)]
+    cross = [normal(2, 2, 5, DIM, spread=s) for s in (2.1, 3.0)]
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1, :, :, 3:] = False
+    out, *after = EW.merged_attention(q, k, v, *caches, *cross, mask, torch.tensor([past]), SCALE, softcap, window)
+    both = []
+    for cache, new, added, source in zip(caches, after, (k, v), cross, strict=True):
+        own = torch.cat([cache[:, :, :past].transpose(1, 2), added], 1)
+        assert torch.equal(new[:, :, : past + queries], own.transpose(1, 2))
+        both.append(torch.cat([own, source.transpose(1, 2)], 1))
+    seen = plain.causal(2, queries, past, window)
+    allowed = np.concatenate([seen, np.broadcast_to(mask[:, 0].numpy(), (2, queries, 5))], -1)
+    close(out, attention(q, *both, allowed, softcap))
+
+
+def test_shared_attention_sees_the_slots_up_to_each_querys_own() -> None:
+    q, *_ = qkv(2, 3, 3, 2)
+    caches = [normal(2, 2, 9, DIM, spread=s) for s in (2.0, 5.0)]
+    at = torch.tensor([0, 6, 3])
+    allowed = np.broadcast_to(np.arange(9)[None] <= at.numpy()[:, None], (2, 3, 9))
+    seen = [c.transpose(1, 2) for c in caches]
+    close(EW.shared_attention(q, *caches, at, SCALE), attention(q, *seen, allowed, 0.0))
+
+
 # ---- schemas, fakes, decompositions ----
 
 
@@ -205,6 +235,26 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "gelu_tanh": (normal(2, 5),),
         "quantized_linear": (normal(2, 3, 128), w.codes, w.scales, normal(24), 3, 32),
         "quantized_embedding": (torch.tensor([[3, 1]]), w.codes, w.scales, 3, 32),
+        "merged_attention": (
+            *(q, k, v, cache, cache + 1, normal(2, 2, 5, DIM), normal(2, 2, 5, DIM)),
+            *(torch.ones(2, 1, 1, 5, dtype=torch.bool), torch.tensor([4]), SCALE, 3.0, 2),
+        ),
+        "shared_attention": (q, cache, cache + 1, torch.tensor([0, 5, 6]), SCALE),
+        "causal_conv": (normal(2, 3, 5), normal(5, 4), normal(5), normal(2, 5, 3)),
+        "gated_delta_rule": (
+            q,
+            q,
+            q,
+            -normal(2, 3, HEADS).abs(),
+            normal(2, 3, HEADS),
+            normal(2, HEADS, DIM, DIM),
+            SCALE,
+        ),
+        "linear_attention": (q, q, q, -normal(2, 3, HEADS, 1).abs(), normal(2, HEADS, DIM, DIM), SCALE),
+        "selective_scan": (
+            *(normal(2, 3, 5), normal(2, 3, 5).abs(), -normal(5, 4).abs()),
+            *(normal(2, 3, 4), normal(2, 3, 4), normal(2, 5, 4)),
+        ),
     }
 
 
@@ -221,7 +271,9 @@ def test_schema_fake_and_decomposition_agree_with_the_op(name: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["rope", "rms_norm", "gelu_tanh", "cross_attention", "cached_attention"])
+@pytest.mark.parametrize(
+    "name", ["rope", "rms_norm", "gelu_tanh", "cross_attention", "cached_attention", "causal_conv", "gated_delta_rule"]
+)
 def test_the_fake_of_strided_arguments_has_the_strides_of_the_result(name: str) -> None:
     """As cross_kv leaves its keys: the same numbers, but not contiguous."""
     args = [

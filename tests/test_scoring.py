@@ -19,7 +19,7 @@ from edgewright.models.loading import load_original
 from edgewright.quant.importance import importance_weights, lim, zd
 from edgewright.quant.plan import Unit
 from edgewright.quant.units import quantizable_units
-from edgewright.scoring import score_layers, unit_weights
+from edgewright.scoring import Probes, score_layers, unit_weights
 
 PROMPTS = [[5, 9, 40, 3, 17, 33], [60], [8, 8, 21, 30, 4, 55, 12, 6, 7]]
 WRITERS = [write_tiny_t5gemma, write_tiny_llama, write_tiny_gemma3]
@@ -42,7 +42,7 @@ def opened(writer: Callable[[Path], Path], folder: Path) -> tuple[Checkpoint, An
 
 def score(method: str, parts: tuple[Checkpoint, Any, list[Unit], Generation], prompts: list[list[int]]) -> Any:
     checkpoint, model, units, spec = parts
-    return score_layers(method, model, checkpoint, units, prompts, spec, lambda _: None)
+    return score_layers(method, model, checkpoint, units, Probes(prompts), spec, lambda _: None)
 
 
 # ---- LIM ----

@@ -22,6 +22,7 @@ from edgewright import compiler
 from edgewright.answer import answer
 from edgewright.bundle import CHECKPOINT, Bundle, Generation
 from edgewright.checkpoint import open_checkpoint
+from edgewright.comparison import compare, perplexity
 from edgewright.errors import UserError, VerificationFailure
 from edgewright.graph import Graph, Port
 from edgewright.models import build
@@ -32,7 +33,7 @@ from edgewright.runtimes.eager import EagerSession, Int8Session
 from edgewright.runtimes.generate import Sampling, generate
 from edgewright.runtimes.session import Array, Placement, StateBuffers
 from edgewright.verdict import AGREEMENT, SLACK, TOLERANCE, Agreement, Report, TargetReport, require
-from edgewright.verification import compare, perplexity, verify
+from edgewright.verification import verify
 
 VOCAB = 19
 TABLE = np.random.default_rng(7).standard_normal((VOCAB, VOCAB))
@@ -51,7 +52,7 @@ class Formula:
     def __init__(self, change: Change = lambda logits, past, new: logits, reads_padding: bool = False) -> None:
         self.change, self.reads_padding = change, reads_padding
 
-    def new_state(self, batch: int, capacity: int) -> StateBuffers:
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         return {"tokens": np.zeros((batch, capacity), np.int64)}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:

@@ -144,6 +144,8 @@ def weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict[str, 
         # are small, or a tied head would answer every token with itself.
         if isinstance(module, RMSNorm):
             value = noise * 0.2 + (1.0 - module.offset)
+        elif parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
+            value = noise * 0.2 + 1.0
         else:
             value = noise * (0.06 if isinstance(module, Embedding) else 0.15)
         made[name] = value.to(dtype)

@@ -1,0 +1,273 @@
+"""One tiny config a model family, for the tests of exporters and runtimes: widths of 32 and up, about 80 tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAMILIES: dict[str, dict[str, Any]] = {}
+"""Name -> config.json. Weights: `tiny.write(directory, FAMILIES[name])`."""
+
+_T5GEMMA2_STACK: dict[str, Any] = {
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 24,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "sliding_window": 4,
+    "vocab_size": 80,
+}
+FAMILIES["t5gemma2"] = {
+    "model_type": "t5gemma2",
+    "encoder": {
+        "eoi_token_index": 70,
+        "text_config": _T5GEMMA2_STACK
+        | {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
+    },
+    "decoder": _T5GEMMA2_STACK
+    | {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        "bos_token_id": 2,
+    },
+    "decoder_start_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+
+_MODERNBERT: dict[str, Any] = {
+    "attention_bias": False,
+    "classifier_activation": "gelu",
+    "classifier_bias": False,
+    "decoder_bias": True,
+    "eos_token_id": 1,
+    "hidden_activation": "gelu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "local_attention": 6,
+    "max_position_embeddings": 64,
+    "mlp_bias": False,
+    "norm_bias": False,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "pad_token_id": 0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 160000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+FAMILIES["modernbert"] = _MODERNBERT | {"model_type": "modernbert"}
+FAMILIES["modernbert-decoder"] = _MODERNBERT | {"model_type": "modernbert-decoder"}
+
+FAMILIES["mu"] = {
+    "model_type": "mu",
+    "d_ff": 64,
+    "d_kv": 16,
+    "d_model": 32,
+    "decoder_start_token_id": 2,
+    "eos_token_id": 1,
+    "layer_norm_epsilon": 1e-06,
+    "n_positions": 64,
+    "num_decoder_layers": 2,
+    "num_heads": 6,
+    "num_key_value_heads": 3,
+    "num_layers": 3,
+    "pad_token_id": 0,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+
+_QWEN2: dict[str, Any] = {
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+FAMILIES["qwen2"] = _QWEN2 | {
+    "model_type": "qwen2",
+    "max_window_layers": 1,
+    "sliding_window": 5,
+    "use_sliding_window": True,
+}
+FAMILIES["dolphin"] = _QWEN2 | {
+    "model_type": "dolphin",
+    "context_window": 40,
+    "encoder_config": _QWEN2 | {"hidden_size": 32, "num_hidden_layers": 2},
+    "memory_token_ids": [72, 73, 74, 75],
+    "num_memory_tokens": 4,
+    "projector": "mlp",
+    "prompt_prefix": [3],
+    "splice": "released",
+}
+
+FAMILIES["phi4flash"] = {
+    "model_type": "phi4flash",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_norm_eps": 1e-05,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 32,
+    "max_position_embeddings": 128,
+    "mb_per_layer": 2,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": 5,
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+
+_ARC_STACK: dict[str, Any] = {
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "vocab_size": 80,
+}
+FAMILIES["arc_encoder"] = _ARC_STACK | {
+    "model_type": "arc_encoder",
+    "bridge_hidden_size": 32,
+    "context_window": 32,
+    "encoder_config": _ARC_STACK
+    | {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3},
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "pooling_factor": 4,
+    "prompt_prefix": [2],
+    "tie_word_embeddings": False,
+}
+
+_DELTA: dict[str, Any] = {
+    "attention_bias": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 24,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "vocab_size": 80,
+}
+_QWEN3: dict[str, Any] = _DELTA | {
+    "head_dim": 16,
+    "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"},
+}
+FAMILIES["qwen3_5_text"] = _QWEN3 | {"model_type": "qwen3_5_text", "tie_word_embeddings": True}
+FAMILIES["qwen3_next"] = _QWEN3 | {"model_type": "qwen3_next", "num_experts": 0, "tie_word_embeddings": False}
+FAMILIES["olmo_hybrid"] = _DELTA | {
+    "model_type": "olmo_hybrid",
+    "linear_allow_neg_eigval": True,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+}
+FAMILIES["falcon_h1"] = {
+    "model_type": "falcon_h1",
+    "attention_bias": True,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 0.8,
+    "bos_token_id": 2,
+    "embedding_multiplier": 2.0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "key_multiplier": 0.6,
+    "lm_head_multiplier": 0.7,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 24,
+    "mamba_n_groups": 2,
+    "mamba_n_heads": 4,
+    "mamba_norm_before_gate": False,
+    "mamba_rms_norm": True,
+    "max_position_embeddings": 128,
+    "mlp_multipliers": [0.9, 1.1],
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+    "ssm_in_multiplier": 1.2,
+    "ssm_multipliers": [0.7, 1.2, 0.9, 1.4, 0.8],
+    "ssm_out_multiplier": 1.3,
+    "tie_word_embeddings": False,
+    "vocab_size": 80,
+}
+FAMILIES["lfm2"] = {
+    "model_type": "lfm2",
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 32,
+    "bos_token_id": 2,
+    "conv_L_cache": 3,
+    "conv_bias": True,
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "max_position_embeddings": 128,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+FAMILIES["hgrn2"] = {
+    "model_type": "hgrn2",
+    "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 5},
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "expand_ratio": 16,
+    "hidden_act": "swish",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "norm_eps": 1e-06,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,
+    "use_lower_bound": True,
+    "vocab_size": 80,
+}
