@@ -73,7 +73,8 @@ def answer(
             raise UserError(
                 f"{path}: its tokenizer gives token {max(read)}, the context's model has {spec.context.vocab}"
             )
-        progress(f"reading a context of {len(read)} tokens")
+        parts = -(-len(read) // spec.context.window) if spec.context is not None else 1
+        progress(f"reading a context of {len(read)} tokens" + (f" in {parts} parts" if parts > 1 else ""))
         rows = read_context(session, spec, read)
         if save_memory is not None:
             write_memory(save_memory, rows, bundle)

@@ -143,6 +143,11 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
     planned_names = {w.name for u in units for w in u.weights}
     other = [n for n in _parameters(model) if n not in planned_names]
     generation = _generation(model, checkpoint, config, request)
+    if generation.context is not None and generation.context.window < model.context_spec()["window"]:
+        progress(
+            f"a context is read in parts of {generation.context.window} tokens, not {model.context_spec()['window']}: "
+            f"the bundle's context is {generation.max_context}"
+        )
     prompts, contexts = _prompts(request, checkpoint, generation)
     examples = _examples(model, generation, prompts)
     if request.plan is not None:

@@ -23,7 +23,8 @@ from ..graph import Graph, Port, State
 from ..ops import DECOMPOSITIONS
 from ..runtimes.coreml_package import OUT, STEP
 from .coreml_aten import ATEN
-from .coreml_lowerings import LOWERINGS, TAKES_SHRUNK, WRITES_STATE, Lowering, op_name
+from .coreml_builder import Lowering, op_name
+from .coreml_lowerings import LOWERINGS, TAKES_SHRUNK, WRITES_STATE
 from .coreml_precision import wide_decompositions, widen_gates
 from .coreml_weights import Constants, WeightStore
 
@@ -202,7 +203,10 @@ class _Walk:
             return None
         lowering = LOWERINGS.get(name) or ATEN.get(name)
         if lowering is None:
-            raise UserError(f"--format coreml: the graph '{self.item.graph.name}' uses {name}, which has no lowering")
+            raise UserError(
+                f"--format coreml: the graph '{self.item.graph.name}' uses {name}, which has no lowering; "
+                "leave this target out"
+            )
         args, kwargs = self._resolve(list(node.args)), self._resolve(dict(node.kwargs))
         if _is_constant(args) and name.startswith("aten::") and name not in _UNFOLDED:
             return self._folded(node)

@@ -21,15 +21,18 @@ from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
 from torch import fx
 from torch.export import ExportedProgram
 
+from .executorch_rewriter import PRIVATE
 from .executorch_xnnpack import OPS, Constants, Delegate, takes
 
 ATEN = torch.ops.aten
 BACKEND = "XnnpackBackend"
+_MOST_DIMENSIONS = 6  # XNNPACK's own limit
 _CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 _VIEW_COPIES = {
     getattr(ATEN, name): getattr(ATEN, f"{name}_copy")
     for name in ("view", "transpose", "select", "slice", "unsqueeze", "squeeze", "permute", "expand")
 }
+_NOTHING = (ATEN.alias.default, ATEN.detach.default)
 _WITH_NUMBER: dict[Any, Any] = {packet.Tensor: packet.Scalar for packet in (ATEN.add, ATEN.sub, ATEN.mul, ATEN.div)}
 """The kernels that take a number, for what is left to ExecuTorch; XNNPACK is given it as a constant."""
 
@@ -48,6 +51,7 @@ def edge_programs(programs: dict[str, ExportedProgram]) -> EdgeProgramManager:
 def _delegated(program: ExportedProgram, constants: Constants) -> ExportedProgram:
     program = _with_graph(program, program.graph_module)
     _cut_splits(program.graph)
+    _cut_selections(program.graph)
     _copy_views(program.graph)
     tags = _partition(program)
     # Executorch's own bookkeeping of inputs, outputs and constants; only XNNPACK's preprocessing is replaced.
@@ -107,6 +111,22 @@ def _cut_splits(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _cut_selections(graph: fx.Graph) -> None:
+    """x[..., i, ...] of floats becomes a slice of one and a view."""
+    for node in list(graph.nodes):
+        if node.target is not ATEN.select.int or not _is_float(node):
+            continue
+        x, axis, index = node.args
+        axis %= x.meta["val"].dim()
+        size = x.meta["val"].shape[axis]
+        if not isinstance(size, int) or not isinstance(index, int):
+            continue
+        with graph.inserting_before(node):
+            cut = graph.call_function(ATEN.slice.Tensor, (x, axis, index % size, index % size + 1))
+        cut.meta["val"] = x.meta["val"].narrow(axis, index % size, 1)
+        node.target, node.args = ATEN.squeeze.dims, (cut, [axis])
+
+
 def _copy_views(graph: fx.Graph) -> None:
     """Views become copies, and every value dense: neither XNNPACK nor ExecuTorch's kernels have strides.
 
@@ -115,7 +135,11 @@ def _copy_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is ATEN.expand.default and str(node.meta["val"].shape) == str(node.args[0].meta["val"].shape):
             node.replace_all_uses_with(node.args[0])
-        if node.target is ATEN.clone.default and node.args[0].op == "call_function":  # of a computed value: dense already
+        if (
+            node.target is ATEN.clone.default and node.args[0].op == "call_function"
+        ):  # of a computed value: dense already
+            node.replace_all_uses_with(node.args[0])
+        if node.target in _NOTHING:
             node.replace_all_uses_with(node.args[0])
         if node.target is ATEN.view.default:
             dynamic = [isinstance(size, fx.Node) for size in node.args[1]]
@@ -149,10 +173,15 @@ def _partition(program: ExportedProgram) -> list[str]:
     A node joins the earliest delegate after those kernels that it waits for. So what lies between two writes to a KV
     cache is one delegate.
     """
+    given = set(program.graph_signature.user_inputs)
+    active: set[fx.Node] = set()
     level: dict[fx.Node, int] = {}
     for node in program.graph.nodes:
         before = [(level[i], "delegation_tag" in i.meta) for i in node.all_input_nodes if i in level]
-        if _taken(node):
+        if node.name in given and _is_float(node):
+            active.add(node)
+        if _taken(node, active):
+            active.add(node)
             level[node] = max((n if inside else n + 1 for n, inside in before), default=0)
             node.meta["delegation_tag"] = f"delegate_{level[node]}"
         else:
@@ -160,14 +189,19 @@ def _partition(program: ExportedProgram) -> list[str]:
     return [f"delegate_{n}" for n in sorted({level[node] for node in level if "delegation_tag" in node.meta})]
 
 
-def _taken(node: fx.Node) -> bool:
-    """Whether XNNPACK computes the node: an op of the table on activations, which have three dimensions and more.
+def _taken(node: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether XNNPACK computes the node: an op of the table on activations.
 
-    What has fewer computes positions and masks, from integers; ExecuTorch's kernels do that.
+    Those have three dimensions and more, or come from such. Other floats of fewer dimensions are positions and masks, made
+    from integers; ExecuTorch's kernels compute them.
     """
-    if node.op != "call_function" or node.target not in OPS:
+    if node.op != "call_function" or node.target not in OPS or not _is_float(node):
         return False
-    value = node.meta["val"]
-    if value.dtype != torch.float32 or value.dim() < 3:
-        return False
-    return takes(node)
+    rank = node.meta["val"].dim()
+    ours = rank >= 3 or node.target in PRIVATE or any(i in active for i in node.all_input_nodes)
+    return 0 < rank <= _MOST_DIMENSIONS and ours and takes(node)
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32

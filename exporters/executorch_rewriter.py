@@ -19,6 +19,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from ..ops import DECOMPOSITIONS
 from . import executorch_lowerings as low
 from . import executorch_recurrence as recurrence
+from .executorch_patterns import exact_gelu, joined_rest
 
 EW = torch.ops.edgewright
 
@@ -159,7 +160,7 @@ class Rewriter:
         """Where only the first dimensions of a head are rotated and the rest joined to them, the head is taken whole."""
         x, positions, inv_freq = node.args
         assert isinstance(inv_freq, fx.Node)
-        values, whole = self.value(inv_freq), _joined_rest(node)
+        values, whole = self.value(inv_freq), joined_rest(node)
         made, x = (node, x) if whole is None else whole
         half, width = values.shape[0], int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
         rates = self.constant(("frequencies", inv_freq.target, width), lambda: low.frequencies(values, width))
@@ -231,9 +232,9 @@ class Rewriter:
         return 0 if window >= self.capacity else window
 
     def _causal_bias(self, past_length: fx.Node, window: int) -> fx.Node:
-        # torch.export knows the length of `slots`, and so XNNPACK takes it; one computed from past_length it refuses.
-        slots, ids = self._input(-1), self._input(0)
-        return self.once(low.causal_bias, self.once(low.new_positions, past_length, ids), slots, window)
+        # torch.export knows the length of the last input, and so XNNPACK takes it; one computed from past_length it refuses.
+        filled, ids = self._input(-1), self._input(0)
+        return self.once(low.causal_bias, self.once(low.new_positions, past_length, ids), filled, window)
 
     # -- recurrences: of one token, or of a length known only at run time
 
@@ -284,6 +285,31 @@ class Rewriter:
     def _mask(self, key: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> fx.Node:
         return self.once(recurrence.square, self.constant(key, make), self._input(0))
 
+    def gelu(self, node: fx.Node) -> None:
+        """x / 2 (1 + erf(x / sqrt 2)) becomes XNNPACK's one op for it; any other erf stays."""
+        found = exact_gelu(node)
+        if found is not None:
+            result, x = found
+            result.target, result.args, result.kwargs = torch.ops.aten.gelu.default, (x,), {}
+
+    def matmul(self, node: fx.Node) -> None:
+        """A product with a constant matrix is a linear."""
+        x, matrix = node.args
+        if isinstance(matrix, fx.Node) and matrix.op == "get_attr" and self.value(matrix).dim() == 2:
+            turned = self.constant(("turned", matrix.target), lambda: self.value(matrix).t())
+            node.target, node.args = torch.ops.aten.linear.default, (x, turned)
+
+    def filled(self, node: fx.Node) -> None:
+        """A small tensor of one number, whose shape is known, is a constant."""
+        made: torch.Tensor = node.meta["val"]
+        number = node.args[1] if len(node.args) > 1 else float(node.target is torch.ops.aten.ones_like.default)
+        if made.dtype == torch.float32 and all(isinstance(d, int) for d in made.shape) and made.numel() <= 4096:
+            assert isinstance(number, int | float)
+            shape = tuple(made.shape)
+            node.replace_all_uses_with(
+                self.constant(("filled", shape, number), lambda: torch.full(shape, float(number)))
+            )
+
     def _input(self, index: int) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
         return inputs[index]
@@ -306,34 +332,6 @@ def _is_step(x: Any) -> bool:
     return isinstance(length, int) and length == 1
 
 
-def _joined_rest(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(the concatenation, x) where `node` rotates x[..., :n] and its only user joins x[..., n:] to the result."""
-    part, joins = _slice_of_last(node.args[0]), list(node.users)
-    if part is None or part[1] != 0 or len(joins) != 1 or joins[0].target is not torch.ops.aten.cat.default:
-        return None
-    given, axis = joins[0].args[0], joins[0].args[1] if len(joins[0].args) > 1 else 0
-    if not isinstance(given, list | tuple) or len(given) != 2 or given[0] is not node or axis not in (-1, 3):
-        return None
-    rest = _slice_of_last(given[1])
-    whole = (part[0], part[2], int(part[0].meta["val"].shape[-1]))
-    return (joins[0], part[0]) if rest == whole else None
-
-
-def _slice_of_last(node: Any) -> tuple[fx.Node, int, int] | None:
-    """(x, start, end) of x[..., start:end]."""
-    aten = torch.ops.aten
-    if not isinstance(node, fx.Node) or node.target not in (aten.slice.Tensor, aten.narrow.default):
-        return None
-    x, axis, start, stop = (*node.args, 0, 0, 2**63 - 1)[:4] if len(node.args) < 4 else node.args[:4]
-    assert isinstance(x, fx.Node)
-    size = x.meta["val"].shape[-1]
-    if axis not in (-1, x.meta["val"].dim() - 1) or len(node.args) > 4 or not isinstance(start, int):
-        return None
-    assert isinstance(stop, int)
-    end = start + stop if node.target is aten.narrow.default else min(stop, size)
-    return x, start, end
-
-
 _CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default}
 PRIVATE = {EW.quantized_linear.default, EW.rms_norm.default, EW.gelu_tanh.default}
@@ -341,6 +339,11 @@ PRIVATE = {EW.quantized_linear.default, EW.rms_norm.default, EW.gelu_tanh.defaul
 _REWRITES: dict[Any, Callable[[Rewriter, fx.Node], None]] = {
     EW.quantized_embedding.default: Rewriter.embedding,
     EW.rope.default: Rewriter.rope,
+    torch.ops.aten.erf.default: Rewriter.gelu,
+    torch.ops.aten.matmul.default: Rewriter.matmul,
+    torch.ops.aten.zeros_like.default: Rewriter.filled,
+    torch.ops.aten.ones_like.default: Rewriter.filled,
+    torch.ops.aten.full_like.default: Rewriter.filled,
     EW.bidirectional_attention.default: Rewriter.bidirectional,
     EW.cross_attention.default: Rewriter.cross,
     EW.cached_attention.default: Rewriter.cached,

@@ -7,6 +7,7 @@ mapped checkpoint into the program in their own packing.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,10 +183,19 @@ class Delegate:
         self._emit(xnn.XNNStaticSlice(len(sizes), offsets, sizes, x, self.result(node), 0))  # size 0: all there is
 
     def total(self, node: fx.Node) -> None:
-        """A sum or mean over the last dimension."""
-        dims = _dims(node.args[0])
-        kept = self._over_last(self.value(node.args[0]), dims, 1.0 if node.target in _SUMS else 1.0 / dims[-1])
-        if node.meta["val"].dim() == len(dims):
+        """A sum or mean over some dimensions, which are put last and become one for it."""
+        x, axes, given = self.value(node.args[0]), _axes(node), node.args[0].meta["val"].shape  # type: ignore[union-attr]
+        dims, last = _dims(node.args[0]), len(given) - 1
+        if axes != [last]:
+            others = [i for i in range(len(given)) if i not in axes]
+            turned = self._tensor([dims[i] for i in (*others, *axes)])
+            self._emit(xnn.XNNStaticTranspose(len(given), [*others, *axes], x, turned, 0))
+            count = math.prod(dims[i] for i in axes)
+            x, dims = self._tensor([*(dims[i] for i in others), count]), [*(dims[i] for i in others), count]
+            flat = [*(given[i] if isinstance(given[i], int) else 0 for i in others), count]
+            self._emit(xnn.XNNStaticReshape(len(flat), flat, turned, x, 0))
+        kept = self._over_last(x, dims, 1.0 if node.target in _SUMS else 1.0 / dims[-1])
+        if axes == [last] and node.meta["val"].dim() == len(dims):
             self._emit(xnn.XNNCopy(kept, self.result(node), 0))
             return
         shape = [d if isinstance(d, int) else 0 for d in node.meta["val"].shape]
@@ -196,6 +206,13 @@ class Delegate:
         out = self._tensor([*dims[:-1], 1])
         self._emit(xnn.XNNFullyConnected(x, self._constant(torch.full((1, dims[-1]), factor)), NONE, out, 0))
         return out
+
+    def pad(self, node: fx.Node) -> None:
+        x, rank = self.value(node.args[0]), node.meta["val"].dim()
+        given: Any = node.args[1]
+        both = [*given, *[0] * (2 * rank - len(given))]  # before and after, of the last dimension first
+        number: Any = node.args[2] if len(node.args) > 2 else 0
+        self._emit(xnn.XNNStaticConstantPad(both[-2::-2], both[::-2], float(number), x, self.result(node), 0))
 
     def reciprocal(self, node: fx.Node) -> None:
         x = self.value(node.args[0])
@@ -281,6 +298,12 @@ def _dims(node: Any) -> list[int]:
     return [int(d) for d in eval_shape_upper_bound(node.meta["val"].shape)] or [1]
 
 
+def _axes(node: fx.Node) -> list[int]:
+    """Those that a sum or mean is over, from the front; none if it is over all."""
+    rank, given = node.args[0].meta["val"].dim(), node.args[1] if len(node.args) > 1 else None  # type: ignore[union-attr]
+    return sorted(int(a) % rank for a in given) if isinstance(given, list | tuple) else []
+
+
 def _exact(scales: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """Scales in XNNPACK's type. Raises ValueError if one is not canonical, so that no value changes."""
     cast = scales.to(wide)
@@ -300,6 +323,7 @@ _UNARY: dict[Any, Any] = {
     ATEN.log.default: xnn.XNNLog,
     ATEN.neg.default: xnn.XNNNegate,
     ATEN.abs.default: xnn.XNNAbs,
+    ATEN.gelu.default: xnn.XNNGelu,  # the exact one
 }
 _BINARY: dict[Any, Any] = {
     ATEN.add.Tensor: xnn.XNNAdd,
@@ -324,6 +348,7 @@ OPS: dict[Any, Callable[[Delegate, fx.Node], None]] = {
     ATEN.cat.default: Delegate.concatenate,
     ATEN.slice_copy.Tensor: Delegate.slice,
     ATEN.reciprocal.default: Delegate.reciprocal,
+    ATEN.constant_pad_nd.default: Delegate.pad,
     **dict.fromkeys(_SUMS | _MEANS, Delegate.total),
     ATEN.linear.default: Delegate.linear,
     EW.quantized_linear.default: Delegate.quantized_linear,
@@ -336,6 +361,8 @@ def takes(node: fx.Node) -> bool:
     """Whether the form of the call, of an op in `OPS`, is one that is written here."""
     value, args, write = node.meta["val"], list[Any]([*node.args, None, None]), OPS[node.target]
     given: Any = args[0].meta["val"] if isinstance(args[0], fx.Node) else None
+    if node.target is ATEN.gelu.default:
+        return bool(node.kwargs.get("approximate", "none") == "none")
     if write is Delegate.reshape:
         return sum(not isinstance(d, int) for d in value.shape) < 2
     if write is Delegate.slice:
@@ -345,7 +372,12 @@ def takes(node: fx.Node) -> bool:
         known = isinstance(start, int) and start >= 0 and all(isinstance(n, int) for n in sizes)
         return one_by_one and known
     if write is Delegate.total:
-        axes = [int(a) % given.dim() for a in args[1]] if isinstance(args[1], list | tuple) else []
-        known = isinstance(given.shape[-1], int) and bool(given.dtype == torch.float32)
-        return axes == [given.dim() - 1] and known
+        axes = _axes(node)
+        others = [d for i, d in enumerate(given.shape) if i not in axes]
+        known = all(isinstance(given.shape[a], int) for a in axes) and sum(not isinstance(d, int) for d in others) < 2
+        return bool(axes) and bool(others) and known and bool(given.dtype == torch.float32)
+    if write is Delegate.pad:
+        # Of a state it stays with ExecuTorch, whose slice comes next; XNNPACK's JSON has no infinite numbers.
+        sized = all(isinstance(p, int) and p >= 0 for p in args[1])
+        return bool(args[0].op == "call_function") and sized and math.isfinite(float(args[2] or 0))
     return True

@@ -21,7 +21,7 @@ from ..graph import Graph, Port, State
 from ..quant.targets import container
 from ..runtimes.qnn_provider import NAME, PROGRAMS, Program, Programs, compiled
 from .artefact import Artefact, Options, Progress
-from .onnx_lowerings import MS, Stack, attr, nodes, torch_tensor, weight_name
+from .onnx_lowerings import MS, Stack, attr, nodes, parameter, torch_tensor, weight_name
 from .onnx_reading import read_nbits
 from .onnx_standard import MASKED, Dialect, Standard, lower_standard, scatter_slots
 from .onnx_standard import rows as private_rows
@@ -50,10 +50,12 @@ def programs(graph: Graph, max_positions: int) -> dict[str, Program]:
 
     An encoder has a shorter program beside it. A decoder-only graph gives a chunk for prompts and a step; the decoder
     behind an encoder starts from one token: a step. Each program stores its graph's weights again: no more than pay.
-    Raises UserError for a graph that cannot tell padding from tokens.
+    A graph without symbolic dimensions is one program. Raises UserError for a graph that cannot tell padding from tokens.
     """
     ports: list[Port | State] = [*graph.inputs, *graph.states]
     symbols = {d for p in ports for d in p.shape if isinstance(d, str)}
+    if not symbols:
+        return {graph.name: _program(graph, symbols, {})}
     source = min(max_positions, graph.bounds.get("source", (1, max_positions))[1])
     sizes = {name: most for name, (_, most) in graph.bounds.items()}
     sizes |= {"batch": 1, "source": source, "capacity": max_positions}
@@ -61,7 +63,7 @@ def programs(graph: Graph, max_positions: int) -> dict[str, Program]:
         encodes = any(p.dtype == torch.int64 for p in graph.inputs)
         if encodes and "source" in symbols and not any(p.dtype == torch.bool for p in graph.inputs):
             raise UserError(
-                f"the graph {graph.name} takes no padding, and --format qnn has fixed lengths; leave it out"
+                f"--format qnn: the graph {graph.name} takes no padding, and a program's length is fixed; leave this target out"
             )
         lengths = sorted({min(SHORT, source), source}) if encodes else [source]
         return {f"{graph.name}_{n}": _program(graph, symbols, sizes | {"source": n}) for n in lengths}
@@ -151,9 +153,15 @@ def _linear(low: Standard, node: ir.Node) -> None:
     stack, wide = _stack(node), container("qnn", int(attr(node, "bits")))
     data = _codes(low, stack, "", (stack.rows, stack.columns // stack.block, stack.block * wide // 8))
     sizes = {"K": stack.columns, "N": stack.rows, "bits": wide, "block_size": stack.block}
-    inputs = [node.inputs[0], data, _scales(low, stack, "")]
-    out = low.emit(node, "MatMulNBits", inputs, domain=MS, **sizes)[0]
+    x = node.inputs[0]
+    assert x is not None
+    assert x.shape is not None
+    deep = len(x.shape) > 3  # pixels: HTP takes no more than a rank of 3
+    rows = low.one(node, "Reshape", [x, low.ints(1, -1, stack.columns)]) if deep else x
+    out = low.emit(node, "MatMulNBits", [rows, data, _scales(low, stack, "")], domain=MS, **sizes)[0]
     stack.label(out)
+    if deep:
+        out = low.one(node, "Reshape", [out, low.ints(*x.shape[:-1], stack.rows)])  # type: ignore[arg-type]
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         out = low.one(node, "Add", [out, node.inputs[3]])
     low.replace(node, [out])
@@ -222,10 +230,7 @@ def _residual(value: ir.Value | None) -> ir.Node | None:
 
 
 def mask_before_exp(low: Standard) -> None:
-    """`exp(x) * mask` of zeros and ones becomes `exp(x + bias)`.
-
-    HTP computes the product of a masked value and a matrix product wrongly, as it stands in the chunk form of a recurrence.
-    """
+    """`exp(x) * mask` of zeros and ones becomes `exp(x + bias)`: `lay_out_factors` would make the mask large."""
     for node in [n for n in low.graph if n.domain == "" and n.op_type == "Mul"]:
         x, mask = node.inputs
         exp = x.producer() if x is not None else None
@@ -236,12 +241,36 @@ def mask_before_exp(low: Standard) -> None:
         low.replace(node, [low.one(node, "Exp", [low.one(node, "Add", [exp.inputs[0], bias])])])
 
 
+def lay_out_factors(low: Standard) -> None:
+    """A constant factor of a product that is multiplied again is laid out as large as the product, vectors excepted.
+
+    Where it is broadcast HTP reads what is not there, and the process may die (tests/test_qnn_facts.py).
+    """
+    for node in [n for n in low.graph if n.domain == "" and n.op_type == "Mul"]:
+        out = node.outputs[0]
+        whole = [d for d in out.shape if isinstance(d, int)] if out.shape is not None else []
+        again = any(u.node.domain == "" and u.node.op_type == "Mul" for u in out.uses())
+        if not again or out.shape is None or len(whole) != len(out.shape):
+            continue
+        for i, factor in enumerate(node.inputs):
+            sizes = [int(d) for d in factor.shape] if factor is not None and factor.shape is not None else []  # type: ignore[arg-type]
+            if all(d == 1 for d in sizes[:-1]) or sizes == whole:
+                continue
+            try:
+                _, values = parameter(factor)
+            except ValueError:  # computed: HTP takes it
+                continue
+            spread = values.to(torch.float32).reshape(sizes).broadcast_to(whole)
+            node.replace_input_with(i, low.constant(spread.contiguous().numpy()))
+
+
 def _lower(graph: Graph, weights: WeightFile, rows: WeightFile, options: Options, directory: Path) -> dict[str, int]:
     """Write `<graph>.onnx`, all float16. Returns op -> nodes."""
     model = translate(graph, private_rows(dialect(rows)))
     low = Standard(model.graph, weights, options.max_positions, dialect=dialect(rows))
     shrink_residual(low)
     mask_before_exp(low)
+    lay_out_factors(low)
     ops = lower_standard(model, low)
     model.opset_imports[MS] = 1
     ir.save(model, directory / f"{graph.name}.onnx")

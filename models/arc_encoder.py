@@ -16,15 +16,14 @@ in the half-rotating layout of RoPE; the release's, which turns neighbours, have
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..graph import Graph, Port
-from .causal import kv_states
+from .causal import MemoryStep, kv_states, memory_graph
 from .config import Section
-from .dolphin import DecoderStep
 from .layers import EW, AttentionSpec, BidirectionalAttention, Embedding, GatedMLP, Linear, RMSNorm
 from .llama import Layer
 
@@ -247,27 +246,6 @@ class Model(nn.Module):
         )
 
     def _decoder_graph(self) -> Graph:
-        f32, i64, most = torch.float32, torch.int64, self.main.max_positions
         states = [s for i in range(self.main.layers) for s in kv_states(i, self.main.kv_heads, self.main.head_dim)]
-        length = (1, most)
-        return Graph(
-            name="decoder",
-            module=DecoderStep(cast(Any, self)),
-            inputs=(
-                Port("input_ids", i64, ("batch", "sequence")),
-                Port("past_length", i64, (1,)),
-                Port("logit_positions", i64, ("logits",)),
-                Port("memory", f32, ("batch", "memory", self.main.hidden)),
-                Port("slots", i64, ("sequence",)),
-            ),
-            outputs=(Port("logits", f32, ("batch", "logits", self.main.vocab)),),
-            states=tuple(states),
-            example={"batch": 2, "sequence": 3, "capacity": 7, "logits": 2, "memory": 4},
-            bounds={
-                "batch": (1, 1024),
-                "sequence": length,
-                "capacity": length,
-                "logits": length,
-                "memory": (1, min(most, WINDOWS * self.memory.rows)),
-            },
-        )
+        step, rows = MemoryStep(self.model, self.lm_head), WINDOWS * self.memory.rows
+        return memory_graph(step, states, self.main.hidden, self.main.vocab, self.main.max_positions, rows)

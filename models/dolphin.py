@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..graph import Graph, Port, State
-from .causal import CausalStep, kv_states
+from .causal import CausalStep, MemoryStep, kv_states, memory_graph
 from .config import Section
 from .layers import Linear
 from .qwen2 import Stack, StackConfig, shorten_stack
@@ -121,33 +121,6 @@ class Main(Stack):
         self.context_encoder = ContextEncoder(encoder, config.hidden, projector)
 
 
-class DecoderStep(nn.Module):
-    """Prefill and decode step of the main decoder with its head."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model, self.lm_head = model.model, model.lm_head
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        logit_positions: torch.Tensor,
-        memory: torch.Tensor,
-        slots: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """memory: [B, M, hidden]; slots: int64 [S], the row of memory that stands at a position, -1 for the token's own."""
-        inner = self.model
-        rows = memory.index_select(1, slots.clamp(min=0))
-        h = torch.where((slots >= 0).unsqueeze(-1), rows, inner.embed_tokens(input_ids))
-        updated: list[torch.Tensor] = []
-        for i, layer in enumerate(inner.layers):
-            h, k, v = layer(h, past_length, *states[2 * i : 2 * i + 2])
-            updated += [k, v]
-        return (self.lm_head(inner.norm(h.index_select(1, logit_positions))), *updated)
-
-
 class Model(nn.Module):
     """A Dolphin checkpoint's modules, named as the checkpoint names them."""
 
@@ -216,28 +189,9 @@ class Model(nn.Module):
         )
 
     def _decoder_graph(self) -> Graph:
-        f32, i64, most = torch.float32, torch.int64, self.main.max_positions
-        return Graph(
-            name="decoder",
-            module=DecoderStep(self),
-            inputs=(
-                Port("input_ids", i64, ("batch", "sequence")),
-                Port("past_length", i64, (1,)),
-                Port("logit_positions", i64, ("logits",)),
-                Port("memory", f32, ("batch", "memory", self.main.hidden)),
-                Port("slots", i64, ("sequence",)),
-            ),
-            outputs=(Port("logits", f32, ("batch", "logits", self.main.vocab)),),
-            states=tuple(_caches(self.main)),
-            example={"batch": 2, "sequence": 3, "capacity": 7, "logits": 2, "memory": 4},
-            bounds={
-                "batch": (1, 1024),
-                "sequence": (1, most),
-                "capacity": (1, most),
-                "logits": (1, most),
-                "memory": (1, min(most, WINDOWS * self.memory.tokens)),
-            },
-        )
+        rows = WINDOWS * self.memory.tokens
+        step = MemoryStep(self.model, self.lm_head)
+        return memory_graph(step, _caches(self.main), self.main.hidden, self.main.vocab, self.main.max_positions, rows)
 
 
 def _has_encoder(config: dict[str, Any]) -> bool:

@@ -86,14 +86,14 @@ class Batch:
         A state that a function does not write itself is given to it and taken from it here.
         """
         spec = self.graphs[graph]
-        rows = next(v.shape[0] for p in spec.inputs for v in [inputs[p.name]] if p.shape[0] == "batch")
+        batched = {p.name for p in (*spec.inputs, *spec.states) if p.shape[:1] == ("batch",)}
+        rows = next((len(inputs[p.name]) for p in spec.inputs if p.name in batched), 1)
         step = graph + STEP
         asked = list(inputs.get("logit_positions", [0]))
         single = "input_ids" in inputs and inputs["input_ids"].shape[1] == 1 and asked == [0]
         function = step if single and step in self.package.functions else graph
         wanted = self.package.functions[function].inputs
         given = dict(inputs) | {s.name: state[s.name] for s in spec.states if not s.updated}
-        batched = {p.name for p in (*spec.inputs, *spec.states) if p.shape[0] == "batch"}
         carried = [s.name for s in spec.states if s.updated and s.name in wanted]
         collected: dict[str, list[Array]] = {}
         for row in range(rows):

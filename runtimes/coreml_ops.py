@@ -107,6 +107,14 @@ def _concat(g: Given) -> Any:
     return np.concatenate([np.atleast_1d(v) for v in g["values"]], axis=int(g["axis"]))
 
 
+def _pad(g: Given) -> Any:
+    if str(g.get("mode", "constant")) != "constant":
+        raise NotImplementedError(f"pad with the mode {g['mode']}")
+    pairs = np.asarray(g["pad"]).reshape(-1, 2).tolist()
+    whole = [(0, 0)] * (g["x"].ndim - len(pairs)) + [(before, after) for before, after in pairs]
+    return np.pad(g["x"], whole, constant_values=g.get("constant_val", 0.0))
+
+
 _KINDS = {"fp16": np.float32, "fp32": np.float32, "int32": np.int32, "bool": np.bool_, "int16": np.int16}
 
 
@@ -179,6 +187,7 @@ OPS: dict[str, Callable[[Given], Any]] = {
     "mod": _mod,
     "mul": _binary(np.multiply),
     "not_equal": _binary(np.not_equal),
+    "pad": _pad,
     "pow": _binary(np.power),
     "range_1d": lambda g: np.arange(g["start"], g["end"], g["step"], dtype=np.asarray(g["start"]).dtype),
     "real_div": _binary(np.true_divide),

@@ -33,7 +33,10 @@ HOST_OPS = {
     "aten::embedding.out": "the same of a table kept at 16 bits",
     "aten::slice_copy.Tensor_out": "hands on the filled part of a cache where scores are soft-capped or have a window",
     "aten::index_select.out": "hands the head the positions asked for",
+    "executorch_prim::et_view.default": "gives a value another shape, copying nothing",
     "aten::copy_": "writes a state back",
+    "aten::where.self_out": "picks one of two values; XNNPACK neither compares nor picks",
+    "aten::lt.Tensor_out": "compares for it",
     "aten::constant_pad_nd.out": "puts zeros behind a state, of which a new stream's first call takes those",
 }
 """What the lowering itself leaves to ExecuTorch's optimised kernels, and why."""
@@ -74,7 +77,7 @@ class ExecuTorchSession:
         pool = self._pool[graph]
         rows = [pool.pop() if pool else self._row_of(graph) for _ in range(batch)]
         state = _State({_ROWS + graph: rows})
-        weakref.finalize(state, _give_back, pool, rows)
+        weakref.finalize(state, pool.extend, rows)
         return state
 
     def _row_of(self, graph: str) -> _Row:
@@ -88,7 +91,7 @@ class ExecuTorchSession:
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         spec = self._graphs[graph]
-        rows = len(next(iter(inputs.values())))
+        rows = next((len(inputs[p.name]) for p in spec.inputs if p.shape[:1] == ("batch",)), 1)
         parts = [self._row(spec, row, inputs, state) for row in range(rows)]
         results: dict[str, Array] = {}
         held = {s.name for g in self._graphs.values() for s in g.states}
@@ -108,7 +111,7 @@ class ExecuTorchSession:
         return place(units, (DELEGATE,), ours | set(HOST_OPS), "the program's own instructions and delegates")
 
     def _row(self, spec: GraphSpec, row: int, inputs: Mapping[str, Array], state: StateBuffers) -> list[torch.Tensor]:
-        one = {p.name: _tensor(inputs[p.name], row if p.shape[0] == "batch" else None) for p in spec.inputs}
+        one = {p.name: _tensor(inputs[p.name], row if p.shape[:1] == ("batch",) else None) for p in spec.inputs}
         one |= {s.name: state[s.name][row] for s in spec.states if not s.updated}
         order = [p.name for p in spec.inputs] + [s.name for s in spec.states if not s.updated]
         if not any(s.updated for s in spec.states):
@@ -136,10 +139,9 @@ class ExecuTorchSession:
             values = one | {n: one[n].narrow(axis, at, size).contiguous() for n, axis in along.items()}
             values |= {"past_length": past + at, "logit_positions": wanted}
             # The last input, see exporters/executorch.py.
-            slots = [torch.arange(int(past) + at + size)] if cached else []
+            filled = [torch.arange(int(past) + at + size)] if cached else []
             single = row.step is not None and size == 1 and len(wanted) == 1
-            made = (row.step if single else row.many)([*(values[n] for n in order), *slots])
-            row.spoiled = row.spoiled or not bool(torch.isfinite(made[0]).all())
+            made = (row.step if single else row.many)([*(values[n] for n in order), *filled])
             if len(here):
                 found.append(list(made))
             at += size
@@ -153,19 +155,11 @@ class ExecuTorchSession:
 
 @dataclass
 class _Row:
-    """The methods of one stream: for many tokens, and for one where the program has that.
-
-    spoiled: a number was not finite; what is left in the states would make the next stream's start so too, zero times it.
-    """
+    """The methods of one stream: for many tokens, and for one where the program has that."""
 
     program: Any
     many: Any
     step: Any
-    spoiled: bool = False
-
-
-def _give_back(pool: list[_Row], rows: list[_Row]) -> None:
-    pool.extend(row for row in rows if not row.spoiled)
 
 
 class _State(dict[str, Any]):

@@ -2,7 +2,7 @@
 
 Rows of a batch run one after the other, an encoder in the shortest program that takes its source. A decoder takes several
 tokens as a chunk where there is such a program, else a token at a time; where its states would carry padding on, a chunk is
-whole or is not fed. On x86 the binaries run in Qualcomm's emulator.
+whole or is not fed. A graph without symbolic dimensions runs as it is. On x86 the binaries run in Qualcomm's emulator.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ class QnnSession:
         """As `Session.run`. Raises UserError for a source longer than the programs take."""
         spec = self._graphs[graph]
         lengths = {d: inputs[p.name].shape[i] for p in spec.inputs for i, d in enumerate(p.shape) if isinstance(d, str)}
+        if not lengths:  # the program is the graph as it is
+            made = self._call(self._of(graph)[0], inputs, {s.name: state[s.name] for s in spec.states})
+            return {name: value.astype(np.float32) for name, value in made.items()}
         for name in set(lengths) - {"batch", "source", "sequence", "logits"}:
             most = max(p.sizes.get(name, 0) for p in self._programs_of(graph))
             if lengths[name] > most:

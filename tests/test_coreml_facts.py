@@ -219,7 +219,7 @@ def test_a_state_that_no_attention_writes_is_read_before_and_written_after(tmp_p
 
 
 def test_two_float16_factors_stand_for_one_number() -> None:
-    from edgewright.exporters.coreml_lowerings import halves
+    from edgewright.exporters.coreml_builder import halves
 
     for factor in (24**-0.5, 256**-0.5, 640**0.5, 1 / 3, -0.7, 1e-3, 0.0, 30.0):
         first, second = halves(factor)

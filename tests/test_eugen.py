@@ -281,6 +281,7 @@ def test_bad_calibration_is_refused_and_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "text.txt"]
 
 
+@pytest.mark.slow
 def test_the_example_still_spells(tmp_path):
     """Two blocks of the real encoder-decoder, a task file as calibration: it deploys, and most words stay right."""
     task = tmp_path / "task.tsv"

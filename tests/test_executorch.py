@@ -38,6 +38,7 @@ from edgewright.exporters import executorch as exporter
 from edgewright.exporters import executorch_lowerings as lowerings
 from edgewright.exporters import executorch_xnnpack as xnnpack
 from edgewright.exporters.executorch_program import ProgramFile
+from edgewright.exporters.executorch_rewriter import Rewriter
 from edgewright.runtimes.executorch import ExecuTorchSession
 
 CONTEXT = 32
@@ -434,6 +435,27 @@ def test_xnnpacks_own_gelu_is_not_the_tanh_formula_and_ours_is(tmp_path: Path, m
     assert float((computed(Gelu(), x, tmp_path) - want).abs().max()) < 1e-6
     monkeypatch.setitem(xnnpack._UNARY, torch.ops.aten.tanh.default, xnn.XNNGelu)
     assert 5e-5 < float((computed(Tanh(), x, tmp_path) - want).abs().max()) < 1e-3
+
+
+def test_an_exact_gelu_is_one_op_of_xnnpack(tmp_path: Path) -> None:
+    class Exact(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))
+
+    class Other(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.25 * x * (1.0 + torch.erf(x * 0.5**0.5))
+
+    x = torch.linspace(-6, 6, 2001).reshape(1, 3, -1)
+    for module, count in ((Exact(), 1), (Other(), 0)):
+        traced = torch.export.export(module, (x,)).module(check_guards=False)
+        assert isinstance(traced, torch.fx.GraphModule)
+        rewritten = Rewriter(traced, CONTEXT).run()
+        targets = [n.target for n in rewritten.graph.nodes]
+        assert targets.count(torch.ops.aten.gelu.default) == count
+        assert targets.count(torch.ops.aten.erf.default) == 1 - count
+        want = module(x.double()).float()
+        assert float((computed(rewritten, x, tmp_path) - want).abs().max()) < 2e-6
 
 
 def test_xnnpacks_sine_and_cosine_hold_at_large_angles(tmp_path: Path) -> None:

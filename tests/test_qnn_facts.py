@@ -123,6 +123,37 @@ def test_rms_normalization_survives_values_whose_squares_overflow_float16(tmp_pa
     assert np.abs(loaded.run(None, {"x": x})[0] - want).max() < 3e-3
 
 
+@pytest.mark.skipif(not emulated(), reason="a process that may die is for the emulator")
+def test_a_broadcast_factor_of_a_product_that_is_multiplied_again_is_computed_wrongly(tmp_path: Path) -> None:
+    """Why such a constant is laid out whole. When this fails, that has become needless."""
+    given, shape = [1, 4, 32, 64], [1, 4, 32, 32]
+    x = RNG.standard_normal(given).astype(np.float16)
+    factor = RNG.standard_normal((32, 32)).astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    nodes = [
+        helper.make_node("Split", ["x", "sizes"], ["decay", "q", "k"], axis=-1),
+        helper.make_node("Transpose", ["k"], ["turned"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "turned"], ["scores"]),
+        helper.make_node("Mul", ["decay", "factor"], ["part"]),
+        helper.make_node("Mul", ["part", "scores"], ["y"]),
+    ]
+    run = (
+        "import sys, numpy; from pathlib import Path; from edgewright.runtimes.qnn_provider import session\n"
+        "made = session(Path(sys.argv[1]), {'htp_arch': '75'}, {}, 1).run(None, {'x': numpy.load(sys.argv[2])})\n"
+        "numpy.save(sys.argv[3], made[0])"
+    )
+    wide = x.astype(np.float64)
+    want = wide[..., :32] * factor * (wide[..., 32:48] @ wide[..., 48:].swapaxes(2, 3))
+    right = {}
+    for name, constant in (("broadcast", factor), ("whole", np.broadcast_to(factor, shape).copy())):
+        constants = {"factor": constant, "sizes": np.array([32, 16, 16])}
+        path, out = _graph(tmp_path / f"{name}.onnx", nodes, given, shape, constants), tmp_path / f"{name}.npy"
+        command = [sys.executable, "-c", run, str(path), str(tmp_path / "x.npy"), str(out)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        right[name] = done.returncode == 0 and bool(np.abs(np.load(out) - want).max() < 0.02 * np.abs(want).max())
+    assert right == {"broadcast": False, "whole": True}
+
+
 def test_an_unknown_htp_version_is_only_warned_of(tmp_path: Path) -> None:
     """Why `check_htp` refuses it."""
     nodes, stored = _nbits(4, 32, 64, 32)

@@ -10,12 +10,14 @@ import onnx
 import pytest
 import recurrent_blocks as blocks
 import torch
+from tiny_families import FAMILIES
 from torch import nn
 
 from edgewright.bundle import GraphSpec
 from edgewright.exporters.artefact import Artefact, Options
 from edgewright.exporters.onnx import export
 from edgewright.graph import Graph
+from edgewright.models import build
 from edgewright.models.causal import kv_states
 from edgewright.models.layers import AttentionSpec, CachedAttention
 from edgewright.runtimes.eager import EagerSession
@@ -116,6 +118,18 @@ def test_the_recurrences_become_kernels(tmp_path: Path) -> None:
         assert ops.items() <= artefact.ops["decoder"].items()
 
 
+@pytest.mark.parametrize("layer", [blocks.DeltaNet, blocks.Mamba])
+def test_a_bfloat16_convolution_is_read_as_it_is(layer: type[Any], tmp_path: Path) -> None:
+    """As checkpoints have it: numpy knows no bfloat16, and small ones are folded by torch.onnx."""
+    graphs = blocks.causal([layer()], CONTEXT)
+    for name, parameter in graphs[0].module.named_parameters():
+        if name.endswith(("conv", "bias")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    reference, session, artefact = exported(graphs, tmp_path)
+    assert artefact.ops["decoder"]["com.microsoft::CausalConvWithState"] == 1
+    agree(reference, session, 1, PIECES, 1)
+
+
 def test_an_op_without_a_row_comes_decomposed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from edgewright.exporters import onnx as exporter
 
@@ -146,6 +160,19 @@ def test_merged_attention_is_the_reference(window: int, softcap: float, tmp_path
         n.op_type for n in onnx.load(tmp_path / "decoder.onnx").graph.node if "cache" in str(n.input)
     }
     assert artefact.ops["decoder"]["TensorScatter"] == 2
+
+
+def test_queries_that_are_no_tokens_attend_to_all_tokens(tmp_path: Path) -> None:
+    """A context pooled into groups: as many queries as groups, whatever the length of the input."""
+    graphs = build(FAMILIES["arc_encoder"]).graphs()[:1]
+    blocks.initialised(graphs[0].module, 7)
+    reference, session, artefact = exported(graphs, tmp_path)
+    assert artefact.ops["context"]["Attention"] == 1
+    for length in (1, 4, 5, 17):
+        feeds = {"input_ids": blocks.tokens(2, length, length)}
+        want, got = (s.run("context", feeds, {})["memory"] for s in (reference, session))
+        assert got.shape == (2, -(-length // 4) + 1, 64)
+        assert blocks.worst(got, want) < CLOSE
 
 
 def test_a_memory_of_any_length_is_read(tmp_path: Path) -> None:

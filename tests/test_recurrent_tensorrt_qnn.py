@@ -16,6 +16,8 @@ from edgewright.bundle import GraphSpec
 from edgewright.errors import UserError
 from edgewright.exporters.artefact import Options
 from edgewright.graph import Graph, Port
+from edgewright.models.layers import QuantizedLinear
+from edgewright.quant.rtn import quantize_rtn
 from edgewright.runtimes.eager import EagerSession
 
 CONTEXT = 80
@@ -196,10 +198,44 @@ def test_binaries_of_merged_attention_and_of_a_memory(tmp_path: Path) -> None:
         assert blocks.worst(got, want) < 2e-2
 
 
+@qnn_only
+def test_a_graph_of_fixed_shapes_is_one_program_of_any_inputs(tmp_path: Path) -> None:
+    """Floats and a mask in, two outputs: no batch, no tokens. A linear over pixels has a rank of 4, which HTP takes as 3."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            made = quantize_rtn(torch.randn(48, 32, generator=torch.Generator().manual_seed(2)), 4, 32)
+            self.pixels = QuantizedLinear(made.codes, made.scales, 4, 32, torch.full((48,), 0.5))
+
+        def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = torch.relu(self.pixels(frames))
+            return torch.where(mask.unsqueeze(-1), h, torch.zeros_like(h)), h.mean(1)
+
+    graph = Graph(
+        "module",
+        Masked(),
+        (Port("frames", torch.float32, (1, 2, 5, 32)), Port("mask", torch.bool, (1, 2, 5))),
+        (Port("output_0", torch.float32, (1, 2, 5, 48)), Port("output_1", torch.float32, (1, 5, 48))),
+    )
+    session, reference = compiled([graph], tmp_path), EagerSession([graph])
+    frames = np.random.default_rng(0).standard_normal((1, 2, 5, 32)).astype(np.float32)
+    for mask in ([1, 1, 1, 0, 0], [0, 1, 0, 1, 1]):
+        feeds = {"frames": frames, "mask": np.array([[mask, mask]], bool)}
+        want, got = (s.run("module", feeds, {}) for s in (reference, session))
+        assert set(got) == {"output_0", "output_1"}
+        for name, values in got.items():
+            assert values.dtype == np.float32
+            assert blocks.worst(values, want[name]) < 5e-3
+        assert not got["output_0"][0, :, np.array(mask) == 0].any()
+
+
 def test_a_graph_that_cannot_be_padded_is_refused() -> None:
     from edgewright.exporters.qnn import programs
 
     ids = Port("input_ids", torch.int64, ("batch", "source"))
     out = Port("memory", torch.float32, ("batch", "memory", 8))
-    with pytest.raises(UserError, match="the graph context takes no padding"):
+    with pytest.raises(
+        UserError, match=r"^--format qnn: the graph context takes no padding, .*; leave this target out$"
+    ):
         programs(Graph("context", torch.nn.Identity(), (ids,), (out,)), 64)

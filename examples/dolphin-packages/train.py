@@ -123,7 +123,7 @@ def collate(rows: list[tuple[list[int], list[tuple[list[int], list[int]]]]]) -> 
 def build_config() -> dict[str, Any]:
     """config.json: four layers read the context, three answer."""
 
-    def stack(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, positions: int) -> dict[str, Any]:
+    def stack(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict[str, Any]:
         return {
             "hidden_size": hidden,
             "num_hidden_layers": layers,
@@ -134,16 +134,16 @@ def build_config() -> dict[str, Any]:
             "hidden_act": "silu",
             "rope_theta": 10000.0,
             "rms_norm_eps": 1e-6,
-            "max_position_embeddings": positions,
+            "max_position_embeddings": 512,  # rotary: a bound for buffers, no parameter
         }
 
     return {
         "model_type": "dolphin",
         "architectures": ["DolphinForCausalLM"],
         "dtype": "bfloat16",
-        **stack(192, 3, 6, 2, 512, 128),
+        **stack(192, 3, 6, 2, 512),
         "tie_word_embeddings": True,
-        "encoder_config": {**stack(192, 4, 6, 2, 512, WINDOW + MEMORY), "tie_word_embeddings": False},
+        "encoder_config": {**stack(192, 4, 6, 2, 512), "tie_word_embeddings": False},
         "num_memory_tokens": MEMORY,
         "memory_token_ids": [SPECIAL.index(f"<memory_{i}>") for i in range(MEMORY)],
         "projector": "linear",
