@@ -111,6 +111,9 @@ class Examples:
                 most = 0.0
                 for name in self.outputs[graph]:
                     a, b = want[name].astype(np.float64), got[name].astype(np.float64)
+                    real = inputs.get("encoder_mask")  # rows of padding see nothing: what they hold has no meaning
+                    if real is not None and a.shape[:2] == real.shape:
+                        a, b = a[real], b[real]
                     if not np.isfinite(a).all():
                         raise UserError(f"the reference's output {name} is not finite; the module overflows float32")
                     apart = np.abs(a - b).max(initial=0.0) if np.isfinite(b).all() else sys.float_info.max

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 Dim = int | str
-StateKind = Literal["kv", "cross", "conv", "recurrent", "memory"]
+StateKind = Literal["kv", "cross", "conv", "window", "recurrent"]
+"""window: the last keys or values of attention within a window, oldest first; like conv, its size is fixed."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def _like(low: Lowering, x: Any, y: Any) -> Any:
 
 def _add(low: Lowering, node: Any, x: Any, y: Any, alpha: float = 1) -> Any:
     """The sum of two activations is held shrunk: see `SHRINK`."""
-    if not all(isinstance(v, Var) and v.dtype == types.fp16 and len(v.shape) > 2 for v in (x, y)):
+    if not all(isinstance(v, Var) and v.dtype == types.fp16 and len(v.shape) > 1 for v in (x, y)):
         return _binary(mb.add)(low, node, low.plain(x), low.plain(y), alpha)
     if alpha != 1:  # coremltools' own frontend drops it
         y = mb.mul(x=low.plain(y), y=low.half(alpha))

@@ -199,6 +199,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "aten::unsqueeze": lambda low, _, x, axis: mb.expand_dims(x=low.var(x), axes=[axis]),
     "aten::squeeze": lambda low, _, x, axis: mb.squeeze(x=x, axes=axis if isinstance(axis, list) else [axis]),
     "aten::transpose": _transpose,
+    "aten::t": lambda low, node, x: _transpose(low, node, x, 0, 1),
     "aten::permute": lambda low, _, x, order: mb.transpose(x=x, perm=order),
     "aten::cat": _cat,
     "aten::pad": _pad,

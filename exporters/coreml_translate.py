@@ -201,15 +201,15 @@ class _Walk:
         name = op_name(target)
         if name in _SKIPPED:
             return None
+        args, kwargs = self._resolve(list(node.args)), self._resolve(dict(node.kwargs))
+        if _is_constant(args) and name.startswith("aten::") and name not in _UNFOLDED:
+            return self._folded(node)
         lowering = LOWERINGS.get(name) or ATEN.get(name)
         if lowering is None:
             raise UserError(
                 f"--format coreml: the graph '{self.item.graph.name}' uses {name}, which has no lowering; "
                 "leave this target out"
             )
-        args, kwargs = self._resolve(list(node.args)), self._resolve(dict(node.kwargs))
-        if _is_constant(args) and name.startswith("aten::") and name not in _UNFOLDED:
-            return self._folded(node)
         if name in ("aten::_to_copy", "aten::to") and node.meta["val"].dtype == torch.float64:
             source: Any = node.args[0]
             args[0] = self.values[source.name]  # as wide as it was computed

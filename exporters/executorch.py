@@ -7,6 +7,7 @@ export again -> lower all methods together, so that weights are stored once.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..graph import Graph, Port, State
-from ..runtimes.executorch import EXACT, STEP
+from ..runtimes.executorch import EXACT, POSITIONS, STEP
 from ..runtimes.quiet import quiet_torchao
 from ..untrusted import one_line, read_json_object
 from .artefact import Artefact, Options, Progress
@@ -31,6 +32,8 @@ NAMES = "weights.json"
 CHUNK, SHORT = 128, 16
 """The most tokens that one call of the decoder takes; memory is planned for them. A session feeds more in pieces. Recurrences
 with a decay for each key dimension take the shorter ones: what they compute grows with the square."""
+
+_NO_VARIANT = re.compile(r"Missing out variants: \{'([\w:.]+)'")
 
 FILLED = "filled"
 """A last input of methods with a KV cache: int64 [tokens in the cache after this call], 0, 1, 2, …"""
@@ -54,10 +57,27 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
         lower(programs).write_to_file(file)
     progress("executorch: reading the weights back")
     written = ProgramFile(directory / PROGRAM)
+    _require_kernels(written)
     names = _names(graphs, written)
     (directory / NAMES).write_text(json.dumps(names, indent=1, sort_keys=True) + "\n")
     facts: dict[str, object] = {"weights read back bit for bit (measured)": len(names)}
     return Artefact((PROGRAM, NAMES), ops(written), facts)
+
+
+def _require_kernels(written: ProgramFile) -> None:
+    """Raise UserError for an op that ExecuTorch's own kernels do not compute."""
+    import executorch.extension.llm.custom_ops.custom_ops
+    import executorch.kernels.quantized  # noqa: F401  both register kernels
+    from executorch.extension.pybindings import portable_lib
+
+    from .executorch_lowerings import no_kernel
+    from .executorch_program import KERNELS
+
+    registered = set(portable_lib._get_operator_names())
+    for graph, units in written.placement().items():
+        lacking = {op.removesuffix(POSITIONS) for op in units[KERNELS]} - registered
+        if lacking:
+            raise no_kernel(graph, min(lacking))
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -223,16 +243,16 @@ def method(graph: Graph, max_positions: int, most: int = 0, exactly: int = 0) ->
     example |= {"sequence": exactly} if exactly else {}
     single = replace(graph, example=example, bounds=bounds)
     given: list[Port | State] = [*graph.inputs, *(s for s in graph.states if not s.updated)]
+    named = dict(zip(graph.input_names, single.example_inputs(), strict=True))
+    args = [named[p.name] for p in given]
     if "capacity" in graph.bounds:
         given.append(Port(FILLED, torch.int64, ("capacity",)))
+        args.append(torch.arange(single.example["capacity"]))
     dims = {n: torch.export.Dim(n, min=low, max=high) for n, (low, high) in bounds.items() if n not in fixed}
     shapes = [{i: dims[d] for i, d in enumerate(p.shape) if isinstance(d, str) and d not in fixed} for p in given]
-    named = dict(zip(graph.input_names, single.example_inputs(), strict=True))
-    named[FILLED] = torch.arange(single.example.get("capacity", 0))
-    args = tuple(named[p.name] for p in given)
     with torch.no_grad():
         wrapped = _Method(graph, max_positions).eval().requires_grad_(False)
-        traced = decomposed(torch.export.export(wrapped, args, dynamic_shapes=(tuple(shapes),)))
+        traced = decomposed(torch.export.export(wrapped, tuple(args), dynamic_shapes=(tuple(shapes),)))
         module = traced.module(check_guards=False)
         assert isinstance(module, torch.fx.GraphModule)
         rewritten: nn.Module = Rewriter(module, max_positions).run()
@@ -240,7 +260,7 @@ def method(graph: Graph, max_positions: int, most: int = 0, exactly: int = 0) ->
             rewritten = _Carrying(rewritten, [f"state_{s.name}" for s in wrapped.carried])
         rewritten.requires_grad_(False)
         return torch.export.export(
-            rewritten, args, dynamic_shapes=(tuple(shapes),) if wrapped.carried else tuple(shapes)
+            rewritten, tuple(args), dynamic_shapes=(tuple(shapes),) if wrapped.carried else tuple(shapes)
         )
 
 
@@ -250,10 +270,18 @@ def lower(programs: dict[str, torch.export.ExportedProgram]) -> Any:
     from executorch.exir.passes import MemoryPlanningPass
 
     from .executorch_delegates import edge_programs
+    from .executorch_lowerings import no_kernel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The methods of a graph for many tokens and for one work on the same states.
         shared = any(name.endswith(STEP) for name in programs)
         config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=shared))
-        return edge_programs(programs).to_executorch(config)
+        names = ", ".join(programs)
+        try:
+            return edge_programs(programs).to_executorch(config)
+        except RuntimeError as error:
+            found = _NO_VARIANT.search(str(error))
+            if found is None:
+                raise
+            raise no_kernel(names, found[1]) from error

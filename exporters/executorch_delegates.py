@@ -21,8 +21,9 @@ from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
 from torch import fx
 from torch.export import ExportedProgram
 
+from .executorch_lowerings import no_kernel
 from .executorch_rewriter import PRIVATE
-from .executorch_xnnpack import OPS, Constants, Delegate, takes
+from .executorch_xnnpack import OPS, Constants, Delegate, expanded, takes
 
 ATEN = torch.ops.aten
 BACKEND = "XnnpackBackend"
@@ -32,19 +33,29 @@ _VIEW_COPIES = {
     getattr(ATEN, name): getattr(ATEN, f"{name}_copy")
     for name in ("view", "transpose", "select", "slice", "unsqueeze", "squeeze", "permute", "expand")
 }
+_IN_PLACE = ("auto_functionalized", "auto_functionalized_v2")
 _NOTHING = (ATEN.alias.default, ATEN.detach.default)
 _WITH_NUMBER: dict[Any, Any] = {packet.Tensor: packet.Scalar for packet in (ATEN.add, ATEN.sub, ATEN.mul, ATEN.div)}
 """The kernels that take a number, for what is left to ExecuTorch; XNNPACK is given it as a constant."""
 
 
 def edge_programs(programs: dict[str, ExportedProgram]) -> EdgeProgramManager:
-    """The exported methods with everything that XNNPACK computes inside delegates. Empties `programs`."""
+    """The exported methods with everything that XNNPACK computes inside delegates. Empties `programs`.
+
+    Raises UserError for control flow, which ExecuTorch is not given here.
+    """
     table = _default_decomposition_table()
     table.pop(ATEN.linear.default)
     constants = Constants()
     lowered: dict[str, ExportedProgram] = {}
     for name in list(programs):
-        lowered[name] = _delegated(programs.pop(name).run_decompositions(table), constants)
+        plain = programs.pop(name).run_decompositions(table)
+        for node in plain.graph.nodes:
+            # Branches, loops, and ops with effects. What writes a cache in place is one too, until it is emitted.
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) not in _IN_PLACE:
+                inner = [str(a) for a in node.args if isinstance(a, torch._ops.OpOverload)]
+                raise no_kernel(name, (inner or [str(node.target)])[0])
+        lowered[name] = _delegated(plain, constants)
     return EdgeProgramManager(lowered, None, _CONFIG)
 
 
@@ -85,11 +96,27 @@ def _delegated(program: ExportedProgram, constants: Constants) -> ExportedProgra
         if node.target is ATEN._assert_tensor_metadata.default:
             program.graph.erase_node(node)
         elif node.op == "call_function" and should_lower_to_edge(node.target):
-            if node.target in _WITH_NUMBER and not isinstance(node.args[1], fx.Node):
-                node.target = _WITH_NUMBER[node.target]
+            if node.target in _WITH_NUMBER:
+                _take_number(program.graph, node)
             node.target = aten_to_edge(node.target)
     program.graph_module.recompile()
     return _with_graph(program, program.graph_module)
+
+
+def _take_number(graph: fx.Graph, node: fx.Node) -> None:
+    """Point a call of two operands, one of them a number, at the kernel that takes a number, which is its second operand."""
+    first, second = node.args
+    if not isinstance(second, fx.Node):
+        node.target = _WITH_NUMBER[node.target]
+    elif not isinstance(first, fx.Node):
+        if node.target is ATEN.div.Tensor:
+            with graph.inserting_before(node):
+                inverse = graph.call_function(aten_to_edge(ATEN.reciprocal.default), (second,))
+            inverse.meta = dict(node.meta)
+            second = inverse
+        turned: dict[Any, Any] = {ATEN.sub.Tensor: ATEN.rsub.Scalar, ATEN.add.Tensor: ATEN.add.Scalar}
+        node.target = turned.get(node.target, ATEN.mul.Scalar)
+        node.args = (second, first)
 
 
 def _cut_splits(graph: fx.Graph) -> None:
@@ -135,12 +162,13 @@ def _copy_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is ATEN.expand.default and str(node.meta["val"].shape) == str(node.args[0].meta["val"].shape):
             node.replace_all_uses_with(node.args[0])
-        if (
-            node.target is ATEN.clone.default and node.args[0].op == "call_function"
-        ):  # of a computed value: dense already
-            node.replace_all_uses_with(node.args[0])
+        if node.target is ATEN.clone.default and node.args[0].op == "call_function":
+            node.replace_all_uses_with(node.args[0])  # a computed value, dense already
         if node.target in _NOTHING:
             node.replace_all_uses_with(node.args[0])
+        if node.target is ATEN.expand.default:
+            kept = zip(node.args[1], expanded(node), strict=True)
+            node.args = (node.args[0], [-1 if isinstance(size, fx.Node) and new == 1 else size for size, new in kept])
         if node.target is ATEN.view.default:
             dynamic = [isinstance(size, fx.Node) for size in node.args[1]]
             if sum(dynamic) == 1:
@@ -173,14 +201,18 @@ def _partition(program: ExportedProgram) -> list[str]:
     A node joins the earliest delegate after those kernels that it waits for. So what lies between two writes to a KV
     cache is one delegate.
     """
-    given = set(program.graph_signature.user_inputs)
+    signature = program.graph_signature
+    given = {*signature.user_inputs, *(n for n, b in signature.inputs_to_buffers.items() if _is_state(signature, b))}
+    moving: set[fx.Node] = set()  # what is not made of constants alone: a delegate of those has no input
     active: set[fx.Node] = set()
     level: dict[fx.Node, int] = {}
     for node in program.graph.nodes:
         before = [(level[i], "delegation_tag" in i.meta) for i in node.all_input_nodes if i in level]
+        if node.name in given or any(i in moving for i in node.all_input_nodes):
+            moving.add(node)
         if node.name in given and _is_float(node):
             active.add(node)
-        if _taken(node, active):
+        if node in moving and _taken(node, active):
             active.add(node)
             level[node] = max((n if inside else n + 1 for n, inside in before), default=0)
             node.meta["delegation_tag"] = f"delegate_{level[node]}"
@@ -200,6 +232,10 @@ def _taken(node: fx.Node, active: set[fx.Node]) -> bool:
     rank = node.meta["val"].dim()
     ours = rank >= 3 or node.target in PRIVATE or any(i in active for i in node.all_input_nodes)
     return 0 < rank <= _MOST_DIMENSIONS and ours and takes(node)
+
+
+def _is_state(signature: Any, buffer: str) -> bool:
+    return buffer in signature.buffers_to_mutate.values()
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -27,6 +27,11 @@ def container(bits: int, group: int, columns: int) -> int:
     )
 
 
+def no_kernel(graph: str, op: str) -> UserError:
+    """What to raise for an op that ExecuTorch cannot compute."""
+    return UserError(f"--format executorch: the graph '{graph}' uses {op}, which has no kernel; leave this target out")
+
+
 def table_bits(bits: int) -> int:
     """Bits that an embedding's codes take: its kernels read 2, 4 and 8."""
     return {2: 2, 3: 4, 4: 4}.get(bits, 8)

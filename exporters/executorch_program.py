@@ -195,8 +195,14 @@ def ops(program: ProgramFile) -> dict[str, dict[str, int]]:
 
 
 def _on_activations(plan: Any, arguments: list[int]) -> bool:
-    """Whether a kernel reads a table or floats of three dimensions and more; its last argument is its result."""
+    """Whether a kernel reads a table or floats of three dimensions and more; its last argument is its result.
+
+    In a method without integers among its inputs there are no positions: any floats are activations.
+    """
     from executorch.exir.schema import ScalarType
+
+    given = [getattr(plan.values[i].val, "scalar_type", None) for i in plan.inputs]
+    least = 3 if ScalarType.LONG in given else 0
 
     def large(index: int) -> bool:
         value = plan.values[index].val
@@ -204,7 +210,7 @@ def _on_activations(plan: Any, arguments: list[int]) -> bool:
             return any(large(i) for i in value.items)
         kind = getattr(value, "scalar_type", None)
         constant = getattr(value, "data_buffer_idx", 0) > 0 and len(value.sizes) > 1
-        return kind is not None and (constant or (kind == ScalarType.FLOAT and len(value.sizes) > 2))
+        return kind is not None and (constant or (kind == ScalarType.FLOAT and len(value.sizes) >= least))
 
     return any(large(i) for i in arguments if i != arguments[-1])
 

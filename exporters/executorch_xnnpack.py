@@ -207,6 +207,11 @@ class Delegate:
         self._emit(xnn.XNNFullyConnected(x, self._constant(torch.full((1, dims[-1]), factor)), NONE, out, 0))
         return out
 
+    def expand(self, node: fx.Node) -> None:
+        """A sum with zeros of the new shape."""
+        x, zeros = self.value(node.args[0]), torch.zeros(expanded(node))
+        self._emit(xnn.XNNAdd(x, self._constant(zeros), self.result(node), 0))
+
     def pad(self, node: fx.Node) -> None:
         x, rank = self.value(node.args[0]), node.meta["val"].dim()
         given: Any = node.args[1]
@@ -304,6 +309,13 @@ def _axes(node: fx.Node) -> list[int]:
     return sorted(int(a) % rank for a in given) if isinstance(given, list | tuple) else []
 
 
+def expanded(node: fx.Node) -> list[Any]:
+    """The new size of each dimension that an expansion widens, 1 for the others."""
+    made, given = node.meta["val"].shape, node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    before = [1] * (len(made) - len(given)) + list(given)
+    return [1 if str(a) == str(b) else a for a, b in zip(made, before, strict=True)]
+
+
 def _exact(scales: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """Scales in XNNPACK's type. Raises ValueError if one is not canonical, so that no value changes."""
     cast = scales.to(wide)
@@ -349,6 +361,7 @@ OPS: dict[Any, Callable[[Delegate, fx.Node], None]] = {
     ATEN.slice_copy.Tensor: Delegate.slice,
     ATEN.reciprocal.default: Delegate.reciprocal,
     ATEN.constant_pad_nd.default: Delegate.pad,
+    ATEN.expand_copy.default: Delegate.expand,
     **dict.fromkeys(_SUMS | _MEANS, Delegate.total),
     ATEN.linear.default: Delegate.linear,
     EW.quantized_linear.default: Delegate.quantized_linear,
@@ -376,6 +389,8 @@ def takes(node: fx.Node) -> bool:
         others = [d for i, d in enumerate(given.shape) if i not in axes]
         known = all(isinstance(given.shape[a], int) for a in axes) and sum(not isinstance(d, int) for d in others) < 2
         return bool(axes) and bool(others) and known and bool(given.dtype == torch.float32)
+    if write is Delegate.expand:
+        return all(isinstance(d, int) for d in expanded(node)) and math.prod(expanded(node)) <= 4096
     if write is Delegate.pad:
         # Of a state it stays with ExecuTorch, whose slice comes next; XNNPACK's JSON has no infinite numbers.
         sized = all(isinstance(p, int) and p >= 0 for p in args[1])

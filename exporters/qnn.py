@@ -264,6 +264,21 @@ def lay_out_factors(low: Standard) -> None:
             node.replace_input_with(i, low.constant(spread.contiguous().numpy()))
 
 
+def part_linears(low: Standard) -> None:
+    """Linears whose outputs are laid side by side come there through two negations.
+
+    HTP's compiler makes one product of them and runs out of memory (tests/test_qnn_facts.py); what changes nothing it leaves out.
+    """
+    for node in [n for n in low.graph if n.domain == "" and n.op_type == "Concat"]:
+        for i, value in enumerate(node.inputs):
+            made = value.producer() if value is not None else None
+            if value is None or made is None or made.op_type != "QuantizedLinear":
+                continue
+            apart = low.one(node, "Neg", [low.one(node, "Neg", [value])])
+            apart.shape, apart.type = value.shape, value.type
+            node.replace_input_with(i, apart)
+
+
 def _lower(graph: Graph, weights: WeightFile, rows: WeightFile, options: Options, directory: Path) -> dict[str, int]:
     """Write `<graph>.onnx`, all float16. Returns op -> nodes."""
     model = translate(graph, private_rows(dialect(rows)))
@@ -271,6 +286,7 @@ def _lower(graph: Graph, weights: WeightFile, rows: WeightFile, options: Options
     shrink_residual(low)
     mask_before_exp(low)
     lay_out_factors(low)
+    part_linears(low)
     ops = lower_standard(model, low)
     model.opset_imports[MS] = 1
     ir.save(model, directory / f"{graph.name}.onnx")

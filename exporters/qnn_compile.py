@@ -58,7 +58,10 @@ def compile_programs(
         if process.returncode or not result.is_file():
             told = [one_line(line) for line in errors.read_text("utf-8", "replace").splitlines() if line.strip()]
             how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-            raise UserError(f"qnn: {stage}: the compiler ended with {how} ({told[-1] if told else 'it said nothing'})")
+            raise UserError(
+                f"--format qnn: {stage}: the compiler ended with {how} ({told[-1] if told else 'it said nothing'}); "
+                "leave this target out"
+            )
         found: dict[str, Any] = json.loads(result.read_text())
     if "error" in found:
         raise UserError(found["error"])
@@ -103,7 +106,8 @@ def _compile(path: Path, version: int) -> dict[str, dict[str, int]]:
         return units(session(path, {"htp_arch": str(version)}, config))
     except Exception as error:  # onnxruntime raises a dozen types that share no base
         raise UserError(
-            f"{path.name} does not compile for HTP v{version} ({one_line(error)[-200:]}); choose another version"
+            f"--format qnn: {path.name} does not compile for HTP v{version} ({one_line(error)[-200:]}); "
+            "choose another version, or leave this target out"
         ) from error
 
 

@@ -26,6 +26,12 @@ def kv_states(layer: int, kv_heads: int, head_dim: int) -> list[State]:
     return [State(f"{n}_cache_{layer}", "kv", torch.float32, shape, updated=True) for n in ("k", "v")]
 
 
+def window_states(layer: int, kv_heads: int, head_dim: int, window: int) -> list[State]:
+    """The last `window - 1` keys and values of an attention layer within a window (`layers.window_attention`)."""
+    shape = ("batch", kv_heads, window - 1, head_dim)
+    return [State(f"{n}_window_{layer}", "window", torch.float32, shape, updated=True) for n in ("k", "v")]
+
+
 def conv_state(layer: int, channels: int, taps: int) -> State:
     """The last `taps - 1` inputs of a causal convolution."""
     return State(f"conv_{layer}", "conv", torch.float32, ("batch", channels, taps - 1), updated=True)

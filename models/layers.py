@@ -329,3 +329,35 @@ class CrossAttention(nn.Module):
 def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """`cap * tanh(logits / cap)`; 0 leaves them as they are."""
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_past: torch.Tensor,
+    v_past: torch.Tensor,
+    past_length: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention to the last `window` tokens, whose keys and values are all that is kept: a step costs the same however
+    long the context is, and so does its memory.
+
+    q: [B, S, H, D]; k, v: [B, S, KV, D]; k_past, v_past: [B, KV, window - 1, D], oldest first, zeros where there were no
+    tokens yet; past_length: int64 [1]. Returns [B, S, H * D] and both pasts after these tokens. Plain operations alone.
+    """
+    batch, length, heads, dim = q.shape
+    kept, kv_heads = k_past.shape[2], k_past.shape[1]
+    keys = torch.cat((k_past, k.transpose(1, 2)), 2)
+    values = torch.cat((v_past, v.transpose(1, 2)), 2)
+    slots = torch.arange(kept + length, device=q.device)
+    own = torch.arange(length, device=q.device).unsqueeze(1)
+    seen = torch.logical_and(slots >= own, slots <= own + kept)  # the window, up to the token itself
+    seen = torch.logical_and(seen, slots >= kept - past_length)  # a slot before the first token holds nothing
+    bias = (seen.to(q.dtype) - 1.0) * 30000.0  # finite in float16
+    read = torch.arange(heads, device=q.device) // (heads // kv_heads)
+    wide_keys, wide_values = keys.index_select(1, read), values.index_select(1, read)
+    scores = torch.matmul(q.transpose(1, 2), wide_keys.transpose(2, 3)) * scale + bias
+    out = torch.matmul(torch.softmax(scores, -1), wide_values).transpose(1, 2).reshape(batch, length, heads * dim)
+    last = torch.arange(kept, device=q.device) + length
+    return out, keys.index_select(2, last), values.index_select(2, last)

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..graph import Graph, State
-from .causal import causal_graph, conv_state, kv_states, recurrent_state
+from .causal import causal_graph, conv_state, kv_states, recurrent_state, window_states
 from .config import Section
-from .layers import EW, CausalConv, Embedding, Linear, RMSNorm, activation, silu, softplus
+from .layers import EW, CausalConv, Embedding, Linear, RMSNorm, activation, silu, softplus, window_attention
 
 SUBLAYER_NORM_EPS = 1e-5  # of the norm inside differential attention, whatever the config says
 
@@ -48,7 +48,7 @@ class Sizes:
         if self.hidden % (8 * self.heads):
             raise section._fail("hidden_size", self.hidden, f"a multiple of 8 x {self.heads} heads")
         self.head_dim = self.hidden // self.heads
-        self.window = section.integer("sliding_window") if "sliding_window" in section.values else 2047
+        self.window = section.integer("sliding_window", least=2) if "sliding_window" in section.values else 2047
         self.inner = self.hidden * section.integer("mamba_expand", 2, most=64)
         self.state = section.integer("mamba_d_state", 16, most=4096)
         self.taps = section.integer("mamba_d_conv", 4, least=2, most=64)
@@ -210,7 +210,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Differential attention with a KV cache, within `window` tokens or (0) over all of them."""
+    """Differential attention with a KV cache over all tokens, or (`window` > 0) with the keys and values of the window alone."""
 
     def __init__(self, sizes: Sizes, layer: int, window: int) -> None:
         super().__init__(sizes, layer, sizes.hidden + 2 * sizes.key_width)
@@ -224,9 +224,11 @@ class SelfAttention(Attention):
         k = qkv.narrow(-1, s.hidden, s.key_width).reshape(pair)
         v = qkv.narrow(-1, s.hidden + s.key_width, s.key_width).reshape(pair)
         q = self.spread(qkv.narrow(-1, 0, s.hidden))
-        attended, k_out, v_out = EW.cached_attention(
-            q, k, v, k_cache, v_cache, past_length, s.head_dim**-0.5, 0.0, self.window
-        )
+        scale = s.head_dim**-0.5
+        if self.window:
+            attended, k_out, v_out = window_attention(q, k, v, k_cache, v_cache, past_length, scale)
+        else:
+            attended, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, scale, 0.0, 0)
         return self.finish(attended), k_out, v_out
 
 
@@ -340,8 +342,10 @@ def _states(sizes: Sizes) -> list[list[State]]:
     """The states of each layer of the self-decoder."""
     states: list[list[State]] = []
     for i in range(min(sizes.kept, sizes.full + 1)):
-        if i % 2:
+        if i == sizes.full:
             states.append(kv_states(i, sizes.kv_heads // 2, 2 * sizes.head_dim))
+        elif i % 2:
+            states.append(window_states(i, sizes.kv_heads // 2, 2 * sizes.head_dim, sizes.window))
         else:
             states.append([conv_state(i, sizes.inner, sizes.taps), recurrent_state(i, sizes.inner, sizes.state)])
     return states

@@ -73,14 +73,17 @@ def read_header(path: Path) -> Header:
 
 
 def _ports(plan: mmap.mmap) -> list[str]:
-    """Names of inputs and outputs; those of a second profile end in `[profile 1]`."""
+    """Names of inputs and outputs; those of a second profile end in `[profile 1]`.
+
+    Layers that TensorRT named itself can look like ports; no port of ours is unnamed.
+    """
     found = []
     for match in re.finditer(re.escape(_STRING) + rb"(..)\0{6}", plan, re.DOTALL):
         (length,) = struct.unpack("<H", match[1])
         stop = match.end() + length
         if 0 < length <= _LONGEST and plan[stop : stop + len(_PORT)] == _PORT:
             found.append(plan[match.end() : stop].decode("utf-8", "replace"))
-    return found
+    return [name for name in found if not name.startswith("(Unnamed Layer")]
 
 
 def here() -> str:

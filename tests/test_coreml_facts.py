@@ -207,7 +207,7 @@ class Accumulate(nn.Module):
 
 def test_a_state_that_no_attention_writes_is_read_before_and_written_after(tmp_path: Path) -> None:
     f32 = torch.float32
-    state = State("sum", "recurrent", f32, (4, 16), updated=True)
+    state = State("sum", "conv", f32, (4, 16), updated=True)
     graph = Graph("made", Accumulate(), (Port("x", f32, (4, 16)),), (Port("y", f32, (4, 16)),), (state,))
     coreml.export([graph], tmp_path, Options(max_positions=8))
     program = Evaluator(Package(tmp_path / PACKAGE), "made", rounding=False)
@@ -261,9 +261,21 @@ def test_a_sum_that_is_held_shrunk_is_the_sum_wherever_it_goes(factor: float, tm
 
 
 def test_an_op_without_a_lowering_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="uses aten::gelu, which has no lowering"):
+    with pytest.raises(UserError, match="uses aten::gelu, which has no lowering; leave this target out"):
         by_us(lambda x: F.gelu(x, approximate="tanh"), X, tmp_path)
     assert not (tmp_path / PACKAGE).exists()
+
+
+def test_padding_is_before_and_after_each_dimension(tmp_path: Path) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(F.pad(x, (1, 2, 0, 3)), (2, 0), value=1.5)
+
+    np.testing.assert_allclose(by_us(function, X, tmp_path), function(X).numpy(), rtol=1e-6)
+
+
+def test_padding_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"padding \(reflect, 1\) has no lowering; leave this target out"):
+        by_us(lambda x: F.pad(x, (1, 1), mode="reflect"), X, tmp_path)
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from edgewright.bundle import Generation, GraphSpec
 from edgewright.checkpoint import Checkpoint, open_checkpoint
 from edgewright.errors import UserError
 from edgewright.exporters.artefact import Artefact, Options
+from edgewright.graph import Graph, Port
 from edgewright.models import build
 from edgewright.models.loading import load_dequantized, load_quantized
 from edgewright.ops.packing import pack
@@ -456,6 +457,65 @@ def test_an_exact_gelu_is_one_op_of_xnnpack(tmp_path: Path) -> None:
         assert targets.count(torch.ops.aten.erf.default) == 1 - count
         want = module(x.double()).float()
         assert float((computed(rewritten, x, tmp_path) - want).abs().max()) < 2e-6
+
+
+class Vision(torch.nn.Module):
+    """What a user's module has around its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, 4, 5, 8]
+        x = torch.nn.functional.pad(x * 2.0, (0, 0, 1, 2), value=0.5)  # [1, 4, 8, 8]
+        y = torch.matmul(x.permute(0, 2, 3, 1).reshape(1, 8, 2, 4, 4)[:, :, 1].sum((1, 3)), x[:, 0, :4])  # [1, 4, 8]
+        x = x.mean((1, 2)) + y.mean(1)
+        return torch.relu(torch.matmul(x, self.matrix.t())).unsqueeze(1).expand(1, 3, 6) - x.mean(1, keepdim=True)
+
+
+def test_sums_paddings_selections_and_products_are_xnnpacks(tmp_path: Path) -> None:
+    """Also of results with fewer than three dimensions."""
+    x, module = torch.randn(1, 4, 5, 8, generator=torch.Generator().manual_seed(1)), Vision()
+    traced = torch.export.export(module, (x,)).module(check_guards=False)
+    assert isinstance(traced, torch.fx.GraphModule)
+    found = computed(Rewriter(traced, CONTEXT).run(), x, tmp_path)
+    want = module(x)
+    assert float((found - want).abs().max()) < 1e-5 * float(want.abs().max())
+    (units,) = ProgramFile(tmp_path / "one.pte").placement().values()
+    assert units["CPU"] == {}
+
+
+def test_a_number_may_be_the_first_operand(tmp_path: Path) -> None:
+    """Of integers, which stay with ExecuTorch's kernels: none of them takes a number there."""
+
+    class Positions(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([3 - x, 4 + x, 5 * x, (6 / x).to(torch.int64)])
+
+    x = torch.tensor([1, 2, 3])
+    assert torch.equal(computed(Positions(), x, tmp_path), Positions()(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "op"),
+    [
+        (torch.erfinv, "aten::erfinv.out"),
+        (lambda x: torch.fft.rfft(x).real, "aten::view_as_real"),
+        (torch.linalg.inv, "aten._linalg_check_errors.default"),
+    ],
+)
+def test_an_op_without_a_kernel_is_refused_in_one_line(function: Any, op: str, tmp_path: Path) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (function(x),)
+
+    ports = [(Port(name, torch.float32, (1, 8, 8)),) for name in "xy"]
+    with pytest.raises(UserError) as error:
+        exporter.export([Graph("module", Module(), *ports)], tmp_path, Options(CONTEXT))
+    said = str(error.value)
+    assert said.startswith(f"--format executorch: the graph 'module' uses {op}")
+    assert said.endswith("has no kernel; leave this target out")
+    assert "\n" not in said
 
 
 def test_xnnpacks_sine_and_cosine_hold_at_large_angles(tmp_path: Path) -> None:

@@ -154,6 +154,26 @@ def test_a_broadcast_factor_of_a_product_that_is_multiplied_again_is_computed_wr
     assert right == {"broadcast": False, "whole": True}
 
 
+def test_linears_laid_side_by_side_do_not_compile_as_they_are(tmp_path: Path) -> None:
+    """Why two negations stand between. When the first compiles, that has become needless."""
+    stored: dict[str, np.ndarray] = {}
+    plain, parted = [], []
+    for name, rows in (("a", 32), ("b", 32), ("c", 96)):
+        (node,), weights = _nbits(4, 32, 64, rows)
+        node.input[1], node.input[2], node.output[0] = f"{name}w", f"{name}s", name
+        stored |= {f"{name}{k}": v for k, v in weights.items()}
+        plain.append(node)
+        parted += [helper.make_node("Neg", [name], [f"{name}1"]), helper.make_node("Neg", [f"{name}1"], [f"{name}2"])]
+    for suffix, nodes, compiles in (("", plain, False), ("2", plain + parted, True)):
+        joined = helper.make_node("Concat", [f"{n}{suffix}" for n in "abc"], ["y"], axis=-1)
+        path = _graph(tmp_path / f"m{suffix}.onnx", [*nodes, joined], [1, 1, 64], [1, 1, 160], stored)
+        if compiles:
+            assert set(units(_loaded(path))) == {NAME}
+        else:
+            with pytest.raises(Exception, match="MEM_ALLOC"):
+                _loaded(path)
+
+
 def test_an_unknown_htp_version_is_only_warned_of(tmp_path: Path) -> None:
     """Why `check_htp` refuses it."""
     nodes, stored = _nbits(4, 32, 64, 32)

@@ -148,7 +148,7 @@ def make_ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
         {"num_hidden_layers": 12, "sliding_window": 100},
         {"num_attention_heads": 4, "num_key_value_heads": 4, "gmu_norm": True},
         {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False},
-        {"mamba_d_state": 16, "mamba_d_conv": 2, "mamba_expand": 3, "mamba_dt_rank": 7, "sliding_window": 1},
+        {"mamba_d_state": 16, "mamba_d_conv": 2, "mamba_expand": 3, "mamba_dt_rank": 7, "sliding_window": 2},
     ],
 )
 def test_logits_equal_the_plain_formulas(change):
@@ -217,9 +217,10 @@ def test_weights_stored_in_16_bits_compute_in_float32():
 def test_the_graph_has_one_growing_cache_and_holds_every_key_once():
     (graph,) = build(TINY).graphs()
     kinds = {s.name: s for s in graph.states}
-    assert list(kinds) == ["conv_0", "recurrent_0", "k_cache_1", "v_cache_1", "conv_2", "recurrent_2", "k_cache_3",
-                           "v_cache_3", "conv_4", "recurrent_4", "k_cache_5", "v_cache_5"]  # fmt: skip
+    assert list(kinds) == ["conv_0", "recurrent_0", "k_window_1", "v_window_1", "conv_2", "recurrent_2", "k_window_3",
+                           "v_window_3", "conv_4", "recurrent_4", "k_cache_5", "v_cache_5"]  # fmt: skip
     assert kinds["k_cache_5"].shape == ("batch", 2, "capacity", 16)  # 4 heads of 8, in pairs
+    assert kinds["k_window_3"].shape == ("batch", 2, TINY["sliding_window"] - 1, 16)
     assert kinds["recurrent_4"].shape == ("batch", 128, 4)
     assert kinds["conv_4"].shape == ("batch", 128, 3)
     assert graph.bounds == {"batch": (1, 1024), "sequence": (1, 64), "logits": (1, 64), "capacity": (1, 128)}
