@@ -96,27 +96,23 @@ def _delegated(program: ExportedProgram, constants: Constants) -> ExportedProgra
         if node.target is ATEN._assert_tensor_metadata.default:
             program.graph.erase_node(node)
         elif node.op == "call_function" and should_lower_to_edge(node.target):
-            if node.target in _WITH_NUMBER:
-                _take_number(program.graph, node)
+            _take_numbers(program.graph, node)
             node.target = aten_to_edge(node.target)
     program.graph_module.recompile()
     return _with_graph(program, program.graph_module)
 
 
-def _take_number(graph: fx.Graph, node: fx.Node) -> None:
-    """Point a call of two operands, one of them a number, at the kernel that takes a number, which is its second operand."""
-    first, second = node.args
-    if not isinstance(second, fx.Node):
+def _take_numbers(graph: fx.Graph, node: fx.Node) -> None:
+    """A number where a kernel wants a tensor becomes one: ExecuTorch ends the whole process over it, with no error raised."""
+    if node.target in _WITH_NUMBER and not isinstance(node.args[1], fx.Node):
         node.target = _WITH_NUMBER[node.target]
-    elif not isinstance(first, fx.Node):
-        if node.target is ATEN.div.Tensor:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, (given, wanted) in enumerate(zip(node.args, node.target._schema.arguments, strict=False)):
+        if isinstance(given, int | float) and isinstance(wanted.type, torch.TensorType):
             with graph.inserting_before(node):
-                inverse = graph.call_function(aten_to_edge(ATEN.reciprocal.default), (second,))
-            inverse.meta = dict(node.meta)
-            second = inverse
-        turned: dict[Any, Any] = {ATEN.sub.Tensor: ATEN.rsub.Scalar, ATEN.add.Tensor: ATEN.add.Scalar}
-        node.target = turned.get(node.target, ATEN.mul.Scalar)
-        node.args = (second, first)
+                made = graph.call_function(aten_to_edge(ATEN.full.default), ([], given))
+            made.meta["val"] = node.meta["val"].new_full((), given, dtype=torch.tensor(given).dtype)
+            node.update_arg(index, made)
 
 
 def _cut_splits(graph: fx.Graph) -> None:

@@ -347,7 +347,7 @@ def window_attention(
     tokens yet; past_length: int64 [1]. Returns [B, S, H * D] and both pasts after these tokens. Plain operations alone.
     """
     batch, length, heads, dim = q.shape
-    kept, kv_heads = k_past.shape[2], k_past.shape[1]
+    kept = k_past.shape[2]
     keys = torch.cat((k_past, k.transpose(1, 2)), 2)
     values = torch.cat((v_past, v.transpose(1, 2)), 2)
     slots = torch.arange(kept + length, device=q.device)
@@ -355,9 +355,16 @@ def window_attention(
     seen = torch.logical_and(slots >= own, slots <= own + kept)  # the window, up to the token itself
     seen = torch.logical_and(seen, slots >= kept - past_length)  # a slot before the first token holds nothing
     bias = (seen.to(q.dtype) - 1.0) * 30000.0  # finite in float16
-    read = torch.arange(heads, device=q.device) // (heads // kv_heads)
-    wide_keys, wide_values = keys.index_select(1, read), values.index_select(1, read)
+    wide_keys, wide_values = _spread_heads(keys, heads), _spread_heads(values, heads)
     scores = torch.matmul(q.transpose(1, 2), wide_keys.transpose(2, 3)) * scale + bias
     out = torch.matmul(torch.softmax(scores, -1), wide_values).transpose(1, 2).reshape(batch, length, heads * dim)
     last = torch.arange(kept, device=q.device) + length
     return out, keys.index_select(2, last), values.index_select(2, last)
+
+
+def _spread_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, KV, T, D] as [B, heads, T, D]: head h is key head h // (heads / KV). A view that is reshaped would fix T's range."""
+    groups = heads // x.shape[1]
+    if groups == 1:
+        return x
+    return torch.cat([head for i in range(x.shape[1]) for head in [x.narrow(1, i, 1)] * groups], 1)

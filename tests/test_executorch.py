@@ -485,12 +485,12 @@ def test_sums_paddings_selections_and_products_are_xnnpacks(tmp_path: Path) -> N
     assert units["CPU"] == {}
 
 
-def test_a_number_may_be_the_first_operand(tmp_path: Path) -> None:
-    """Of integers, which stay with ExecuTorch's kernels: none of them takes a number there."""
+def test_a_number_may_stand_where_a_kernel_wants_a_tensor(tmp_path: Path) -> None:
+    """With integers, which stay with ExecuTorch's kernels."""
 
     class Positions(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.stack([3 - x, 4 + x, 5 * x, (6 / x).to(torch.int64)])
+            return torch.stack([3 - x, 4 + x, x - 1, 5 * x, (6 / x).to(torch.int64), x // 2])
 
     x = torch.tensor([1, 2, 3])
     assert torch.equal(computed(Positions(), x, tmp_path), Positions()(x))

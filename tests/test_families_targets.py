@@ -9,7 +9,7 @@ import families
 import pytest
 
 from edgewright.backends import BACKENDS
-from edgewright.errors import UserError
+from edgewright.errors import UserError, VerificationFailure
 
 SOME = [
     ("qwen3_5_text", "coreml"),
@@ -35,7 +35,11 @@ def found(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
     try:
         report = families.verified(family, form, folder, monkeypatch)
     except UserError as error:
-        return f"no: {str(error).removeprefix(f'--format {form}: ')}"
+        return f"no: {str(error).removeprefix(f'--format {form}: ').removesuffix('; leave this target out')}"
+    except VerificationFailure as error:
+        if "top-1 agreement" not in str(error):
+            raise
+        return "no: `verify` refuses it, the runtime's arithmetic costs more than 1 % of the best tokens"
     assert report.passed
     return families.cell(report)
 
