@@ -55,11 +55,11 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _checkpoint(target: str) -> dict[str, Any]:
-    from .checkpoint import open_checkpoint
     from .models import build
+    from .module_checkpoint import open_model
     from .quant.units import quantizable_units
 
-    checkpoint = open_checkpoint(target)
+    checkpoint = open_model(target)
     infos = [checkpoint.info(n) for n in checkpoint.names()]
     model = build(checkpoint.config)
     units = quantizable_units(model)

@@ -120,7 +120,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Graph
     model = build(checkpoint.config)
     load_quantized(model, checkpoint)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "build_engine", lambda path, sms, profiles: path.stem.encode())
+        patch.setattr(exporter, "build_engine", lambda path, *_: path.stem.encode())
         exporter.export(model.graphs(), folder, Options(64))
     return folder, model.graphs()
 
