@@ -25,7 +25,6 @@ from ..errors import UserError
 from ..graph import Graph, Port
 from ..untrusted import one_line
 from . import plain
-from .layers import Embedding, Linear
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 GRAPH = "module"
@@ -188,6 +187,3 @@ class Model(nn.Module):
 def tensors(factory: str) -> dict[str, torch.Tensor]:
     """The module's weights by the names that `Model` has for them."""
     return {f"whole.{n}": p.detach() for n, p in load(factory).module.named_parameters()}
-
-
-__all__ = ["GRAPH", "Embedding", "Linear", "Made", "Model", "allow", "is_factory", "load", "tensors"]
