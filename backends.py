@@ -1,4 +1,4 @@
-"""The targets and the libraries they need, in one table. A leaf: the standard library and `errors`."""
+"""The targets and the libraries they need, in one table. A leaf: the standard library, `errors`, `untrusted`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from .errors import UserError
+from .untrusted import MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,19 @@ class Backend:
 
     libraries: sets of modules of which one must be importable whole. distributions: the packages whose version is told,
     the first that is there. install: the command that brings them. graphs: those it takes, where not all; such a target is
-    exported only when asked for by name, not by `all`.
+    exported only when asked for by name, not by `all`. peak: anonymous memory of lowering, bytes and bytes a byte of the
+    artefact's weights, rounded up from what Gemma 3 270M took (benchmarks/RESULTS.md): the library's own.
     """
 
     libraries: tuple[tuple[str, ...], ...]
     distributions: tuple[str, ...]
     install: str
     graphs: tuple[str, ...] = ()
+    peak: tuple[int, float] = (700 * MEBIBYTE, 0.0)
+
+    def peak_bytes(self, stored: int) -> int:
+        """About the anonymous memory that lowering takes whose artefact's weights are `stored` bytes."""
+        return self.peak[0] + int(self.peak[1] * stored)
 
     @property
     def installed(self) -> bool:
@@ -49,18 +56,22 @@ def _extra(name: str) -> str:
 
 BACKENDS: dict[str, Backend] = {
     "onnx": Backend((("onnxruntime",),), ("onnxruntime",), "pip install edgewright"),
-    "executorch": Backend((("executorch",),), ("executorch",), _extra("executorch")),
-    "coreml": Backend((("coremltools",),), ("coremltools",), _extra("coreml")),
+    "executorch": Backend((("executorch",),), ("executorch",), _extra("executorch"), peak=(700 * MEBIBYTE, 2.5)),
+    "coreml": Backend((("coremltools",),), ("coremltools",), _extra("coreml"), peak=(700 * MEBIBYTE, 2.5)),
     "tensorrt": Backend(
-        (("tensorrt_rtx_bindings",), ("tensorrt",)), ("tensorrt-rtx-cu13-bindings", "tensorrt"), _extra("tensorrt")
+        (("tensorrt_rtx_bindings",), ("tensorrt",)),
+        ("tensorrt-rtx-cu13-bindings", "tensorrt"),
+        _extra("tensorrt"),
+        peak=(1100 * MEBIBYTE, 2.5),
     ),
-    "qnn": Backend((("onnxruntime_qnn",),), ("onnxruntime-qnn",), _extra("qnn")),
+    "qnn": Backend((("onnxruntime_qnn",),), ("onnxruntime-qnn",), _extra("qnn"), peak=(800 * MEBIBYTE, 2.5)),
     # Without their pins, which are below what the other targets are tested with: see docs/ethos-u.md.
     "ethosu": Backend(
         (("executorch", "ethosu", "tosa", "tosa_reference_model"),),
         ("ethos-u-vela",),
         f"{_extra('ethosu')} && pip install --no-deps ethos-u-vela==5.1.0 tosa-tools==2026.5.0",
         ("encoder",),
+        peak=(1500 * MEBIBYTE, 3.0),
     ),
 }
 

@@ -42,7 +42,7 @@ class PortSpec(_Strict):
     """A graph input or output; strings in `shape` are symbolic dimensions."""
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
     shape: tuple[Size | str, ...]
 
 
@@ -141,7 +141,7 @@ class TargetEntry(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. Paths are relative to the bundle and cannot leave it.
 
-    contexts: of a "memory" task, one for each of `prompts`.
+    contexts: of a "memory" task, one for each of `prompts`. kv_cache: how the graphs' KV caches are stored.
     """
 
     schema_version: Literal[1] = 1
@@ -155,6 +155,7 @@ class Manifest(_Strict):
     targets: tuple[TargetEntry, ...] = Field(min_length=1)
     prompts: tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...]
     contexts: tuple[tuple[Token, ...], ...] = ()
+    kv_cache: Literal["float32", "int8"] = "float32"
     files: dict[str, str]
     tools: dict[str, str]
     verification: dict[str, Any] | None = None
@@ -282,11 +283,12 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     temporary.replace(root / MANIFEST)
 
 
-def hash_files(root: Path) -> dict[str, str]:
-    """SHA-256 of every file under `root` but the manifest and the reports, by relative POSIX path."""
+def hash_files(root: Path, besides: str = REPORTS) -> dict[str, str]:
+    """SHA-256 of every file under `root` but the manifest, the reports and the folder `besides`, by relative POSIX path."""
     found = sorted(p for p in root.rglob("*") if p.is_file())
     names = {p.relative_to(root).as_posix(): p for p in found}
-    return {n: sha256(p) for n, p in names.items() if n != MANIFEST and not n.startswith(f"{REPORTS}/")}
+    left_out = (f"{REPORTS}/", f"{besides}/")
+    return {n: sha256(p) for n, p in names.items() if n != MANIFEST and not n.startswith(left_out)}
 
 
 def sha256(path: Path) -> str:

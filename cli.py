@@ -25,7 +25,7 @@ from .errors import UserError, VerificationFailure
 from .untrusted import one_line
 
 if TYPE_CHECKING:
-    from .compiler import Request
+    from .compiler import Planned, Request
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -68,6 +68,20 @@ class SizeType(click.ParamType[int]):
         if found is None or found[2].lower() not in _SIZES:
             self.fail(f"{value!r} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
         return int(float(found[1]) * _SIZES[found[2].lower()])
+
+
+class DurationType(click.ParamType[float]):
+    """`40ms`, `1.5s`, or milliseconds; as milliseconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(ms|s)?", str(value).strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is not a time; write 40ms or 1.5s", param, ctx)
+        return float(found[1]) * (1000.0 if (found[2] or "").lower() == "s" else 1.0)
 
 
 class IntList(click.ParamType[tuple[int, ...]]):
@@ -123,6 +137,8 @@ def _planning(command: Any) -> Any:
         ),
         click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
         click.option("--size", type=SizeType(), help="Budget: bytes of the quantized checkpoint, such as 180m."),
+        click.option("--latency", type=DurationType(), help="Budget: predicted time of a decode step, such as 40ms."),
+        click.option("--device", metavar="NAME", help="For --latency: the device (see 'edgewright devices list')."),
         click.option("--plan", "plan_file", type=_path, help="Use this plan instead of allocating."),
         click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
         click.option(
@@ -131,13 +147,41 @@ def _planning(command: Any) -> Any:
         click.option("--group-size", type=click.Choice(["32", "64", "128", "channel"]), help="Fix the group size."),
         click.option(
             "--importance",
-            default="zd",
+            default="auto",
             show_default=True,
-            type=click.Choice(["zd", "zd-two-sided", "lim", "uniform"]),
-            help="Layer scores (arXiv 2406.17415).",
+            type=click.Choice(["auto", "fisher", "kl", "lim", "zd", "zd-two-sided", "uniform"]),
+            help="What bits are worth where: measured (fisher, kl) or scored by layer (arXiv 2406.17415). auto: the best "
+            "that the data and the memory allow.",
         ),
-        click.option("--calibration", type=_path, help="Text for LIM and for the prompts that verify compares on."),
-        click.option("--task", type=_path, help="Task file (prompt TAB answer | answer): prompts as --calibration."),
+        click.option(
+            "--quantizer",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "rtn", "gptq"]),
+            help="auto: gptq with --calibration or --task, else rtn.",
+        ),
+        click.option(
+            "--calibration", type=_path, help="Text to calibrate on; verify compares on prompts from it, too."
+        ),
+        click.option("--task", type=_path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1, 1024),
+            default=1,
+            show_default=True,
+            help="Processes for GPTQ and scoring.",
+        ),
+        click.option(
+            "--cluster", metavar="ADDRESS", help="Workers on a Ray cluster instead, such as ray://host:10001."
+        ),
+        click.option(
+            "--kv-cache",
+            default="float32",
+            show_default=True,
+            type=click.Choice(["float32", "int8"]),
+            help="Stored as.",
+        ),
+        click.option("--memory-limit", type=SizeType(), help="Most anonymous memory to take, such as 4g."),
         click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
         click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
         click.option("--sm", type=IntList(), help="TensorRT: compute capabilities. Default: 86,89,120."),
@@ -159,30 +203,42 @@ def _request(model: str, options: dict[str, Any]) -> Request:
     from .compiler import Request
     from .quant.allocate import Override
     from .quant.plan import BitPlan
+    from .workers import Workers
 
     formats, left = chosen(options["formats"])
     for line in left:
         note(line)
     group = options["group_size"]
     plan_file: Path | None = options["plan_file"]
-    if plan_file is not None and (options["bits"] is not None or options["size"] is not None or options["overrides"]):
-        raise UserError("--plan already says the bits; leave out --bits, --size and --override")
+    budgets = [name for name in ("bits", "size", "latency") if options[name] is not None]
+    if plan_file is not None and (budgets or options["overrides"]):
+        raise UserError("--plan already says the bits; leave out --bits, --size, --latency and --override")
     if plan_file is not None and (options["widths"] is not None or group is not None):
         raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
     if options["calibration"] is not None and options["task"] is not None:
         raise UserError("--calibration and --task both give the prompts; choose one")
-    if options["bits"] is not None and options["size"] is not None:
-        raise UserError("--bits and --size are one budget in two spellings; give one of them")
+    if len(budgets) > 1:
+        raise UserError(
+            f"{' and '.join(f'--{name}' for name in budgets)} are budgets, and there is one; give one of them"
+        )
+    if (options["latency"] is None) != (options["device"] is None):
+        raise UserError("--latency is a time on a device, --device says which; give both or neither")
     return Request(
         model=model,
         formats=formats,
         bits=options["bits"],
         size=options["size"],
+        latency_ms=options["latency"],
+        device=options["device"],
         plan=BitPlan.read(plan_file) if plan_file is not None else None,
         overrides=tuple(Override.parse(text) for text in options["overrides"]),
         widths=options["widths"],
         groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
         importance=options["importance"],
+        quantizer=options["quantizer"],
+        kv_cache=options["kv_cache"],
+        memory_limit=options["memory_limit"],
+        workers=Workers(options["workers"], options["cluster"]),
         calibration=options["calibration"],
         task=options["task"],
         num_layers=options["num_layers"],
@@ -231,13 +287,26 @@ def export(
 @_model
 @_planning
 @click.option("-o", "--output", type=_path, help="Write the plan as JSON.")
-@click.option("--plot", type=_path, help="Draw scores and bits to this PNG or SVG (needs matplotlib).")
+@click.option(
+    "--plot", type=_path, help="Draw scores and bits, or the frontier, to this PNG or SVG (needs matplotlib)."
+)
+@click.option(
+    "--frontier", "ladder", is_flag=True, help="Many budgets: predicted loss against bytes, uniform beside it."
+)
 @_json
-def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
+def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_json: bool, **options: Any) -> None:
     """Allocate bits to MODEL's weights."""
-    from . import compiler, reporting
+    from . import compiler, plots, reporting
 
+    if ladder:
+        if output is not None:
+            raise UserError("--frontier is many plans and -o writes one; take --bits or --size from its table, then -o")
+        if options["plan_file"] is not None or options["latency"] is not None:
+            raise UserError("--frontier makes its own plans, of bytes; leave out --plan and --latency")
     planned = compiler.plan(_request(model, options), note)
+    if ladder:
+        _frontier(planned, plot, as_json)
+        return
     if output is not None:
         try:
             output.write_text(planned.plan.to_json())
@@ -245,9 +314,23 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
             raise UserError(f"{output} cannot be written ({error.strerror}); choose another -o") from None
         note(f"wrote {output}")
     if plot is not None:
-        reporting.plot_plan(planned, plot)
+        plots.plot_plan(planned, plot)
         note(f"wrote {plot}")
     _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
+
+
+def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
+    from . import plots, reporting
+    from .quant.frontier import frontier
+
+    problem = planned.problem
+    if problem is None:
+        raise UserError("--frontier makes its own plans; leave out --plan")
+    found = frontier(problem, asked=(planned.plan.budget,))
+    if plot is not None:
+        plots.plot_frontier(found, str(planned.config["model_type"]), plot)
+        note(f"wrote {plot}")
+    _print(reporting.frontier_json(found), reporting.frontier_text(found), as_json)
 
 
 @main.command()
@@ -258,7 +341,22 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
     help=r"Feed-forward blocks whose path matches become EUGens (arXiv 2601.22563), such as 'layers\.3\.mlp:m=256,k=2'.",
 )
 @click.option(
-    "--calibration", type=_path, help="For --eugen: a text, or a task file (.tsv), that the blocks are fitted on."
+    "--smooth",
+    is_flag=True,
+    help="Scale the inputs of linears by their activations, folded into what is before them (arXiv 2306.00978).",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="For --smooth: the codes that the scales are chosen for. Default: 4.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128", "channel"]),
+    help="For --smooth: inputs that share a scale. Default: 64.",
+)
+@click.option(
+    "--calibration", type=_path, help="For --eugen and --smooth: a text, or a task file (.tsv), to calibrate on."
 )
 @click.option(
     "--adapt", is_flag=True, help="A decoder-only Gemma becomes an encoder-decoder to be trained (arXiv 2504.06225)."
@@ -270,6 +368,9 @@ def plan(model: str, output: Path | None, plot: Path | None, as_json: bool, **op
 def rewrite(
     model: str,
     eugen: str | None,
+    smooth: bool,
+    bits: str | None,
+    group_size: str | None,
     calibration: Path | None,
     adapt: bool,
     decoder: str | None,
@@ -278,13 +379,15 @@ def rewrite(
     as_json: bool,
 ) -> None:
     """Change MODEL into another checkpoint, which exports as any other."""
-    if adapt == (eugen is not None):
-        raise UserError("say what to change: --eugen REGEX:m=M,k=K or --adapt, one of them")
+    if (eugen is not None) + smooth + adapt != 1:
+        raise UserError("say what to change: --eugen REGEX:m=M,k=K, --smooth or --adapt, one of them")
     if adapt and calibration is not None:
-        raise UserError("--calibration is for --eugen; --adapt reads no text")
+        raise UserError("--calibration is for --eugen and --smooth; --adapt reads no text")
+    if not smooth and (bits is not None or group_size is not None):
+        raise UserError("--bits and --group-size are for --smooth; 'export' says the bits of a model")
     from . import reporting
 
-    if eugen is None:
+    if adapt:
         from .rewrites.adapt import adapt as initialise
 
         made = initialise(model, decoder, output, seed, note)
@@ -293,7 +396,15 @@ def rewrite(
     if decoder is not None:
         raise UserError("--decoder is for --adapt")
     if calibration is None:
-        raise UserError("--eugen fits the blocks on text: give --calibration FILE")
+        why = "--eugen fits the blocks on text" if eugen is not None else "--smooth measures activations on text"
+        raise UserError(f"{why}: give --calibration FILE")
+    if eugen is None:
+        from .rewrites.smooth import rewrite_smooth
+
+        group = 0 if group_size == "channel" else int(group_size or 64)
+        smoothed = rewrite_smooth(model, calibration, output, int(bits or 4), group, note)
+        _print(smoothed.to_json(), reporting.smooth_text(smoothed), as_json)
+        return
     from .rewrites.eugen import rewrite_eugen
 
     report = rewrite_eugen(model, eugen, calibration, output, seed, note)
@@ -305,7 +416,10 @@ def rewrite(
 @click.option("-m", "--model", metavar="MODEL", help="The original checkpoint, for the quantization loss.")
 @click.option("--task", type=_path, help="Task file: exact-match accuracy of the artefact and the original.")
 @click.option("--task-limit", type=click.IntRange(1), help="Only the first N lines of the task file.")
-@click.option("--text", type=_path, help="Text file: perplexity (decoder-only models).")
+@click.option(
+    "--text", type=_path, help="Text file: perplexity, KL and top-1 agreement of the artefact and the original."
+)
+@click.option("--text-windows", type=click.IntRange(1, 4096), help="Windows of --text to score. Default: 16.")
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @_strict
 @_threads
@@ -316,6 +430,7 @@ def verify(
     task: Path | None,
     task_limit: int | None,
     text: Path | None,
+    text_windows: int | None,
     formats: tuple[str, ...],
     strict_placement: bool,
     threads: int,
@@ -325,9 +440,13 @@ def verify(
     from . import reporting
     from .bundle import Bundle
     from .verdict import require, require_placement
+    from .verification import TEXT_WINDOWS
     from .verification import verify as check
 
-    report = check(bundle, model, task, text, task_limit, threads, note, formats)
+    if text_windows is not None and text is None:
+        raise UserError("--text-windows says how much of a text is scored; give --text FILE")
+    windows = text_windows or TEXT_WINDOWS
+    report = check(bundle, model, task, text, task_limit, threads, note, formats, windows)
     Bundle.open(bundle).write_report("verify", report.to_json())
     _print(report.to_json(), reporting.verify_text(report), as_json)
     require(report)

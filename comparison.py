@@ -6,7 +6,7 @@ What may enter: `bundle`, `runtimes`, `prompts`, `verdict`; no model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,15 +15,16 @@ import numpy as np
 from .bundle import CHECKPOINT, Bundle, Generation
 from .checkpoint import open_checkpoint
 from .errors import UserError
-from .prompts import Task
+from .prompts import Passage, Task
 from .runtimes.examples import Call, read_examples
 from .runtimes.generate import Stream, generate_batch, read_context
 from .runtimes.session import Array, Session
-from .verdict import TOLERANCE, Agreement
+from .verdict import TOLERANCE, Agreement, TextScore
 
 NEW_TOKENS = 16
 LONG_PROMPT = 700  # tokens: past two prefill chunks and Gemma 3's window of 512
 _TASK_BATCH = 16  # the rows that a TensorRT engine takes
+_ROWS = 16  # positions whose distributions are held in float64 at once: Gemma's are 2 MiB each
 
 
 class Probe(Protocol):
@@ -226,12 +227,80 @@ def task_accuracy(session: Session, bundle: Bundle, task: Task) -> float:
 
 
 def perplexity(session: Session, spec: Generation, windows: Sequence[Sequence[int]]) -> float:
-    """exp of the mean negative log-likelihood of each window's tokens after its first."""
-    total, count = 0.0, 0
-    for window in windows:
-        ids = np.asarray([window], np.int64)
-        stream = Stream(session, spec, [window], 1)
-        logits = _log_softmax(stream.feed(ids, every=True)[0, :-1])
-        total -= float(logits[np.arange(len(window) - 1), ids[0, 1:]].sum())
-        count += len(window) - 1
-    return float(np.exp(total / count))
+    """exp of the mean negative log-likelihood of each window's tokens after its first, of a decoder-only model."""
+    (found,) = score_text(session, [], spec, [Passage(tuple(w[1:]), (w[0],)) for w in windows])
+    return found.perplexity
+
+
+def score_text(
+    base: Session, candidates: Sequence[Session], spec: Generation, passages: Sequence[Passage]
+) -> list[TextScore]:
+    """The base and each candidate on passages of text, compared with the base; the base's own score comes first.
+
+    All go through a passage side by side, a chunk of it at a time, so no more than a chunk's logits are ever held. Raises
+    UserError for a base whose logits are not finite.
+    """
+    sessions = [base, *candidates]
+    tallies = [_TextTally() for _ in sessions]
+    for passage in passages:
+        for step in zip(*(predictions(s, spec, passage) for s in sessions), strict=True):
+            for at in range(0, len(step[0][1]), _ROWS):
+                want = step[0][0][at : at + _ROWS]
+                if not np.isfinite(want).all():
+                    raise UserError(
+                        "the reference's logits are not finite; the checkpoint is broken or overflows float32"
+                    )
+                p = _log_softmax(want)
+                for tally, (logits, tokens) in zip(tallies, step, strict=True):
+                    tally.add(p, logits[at : at + _ROWS], tokens[at : at + _ROWS])
+    return [tally.score() for tally in tallies]
+
+
+def predictions(session: Session, spec: Generation, passage: Passage) -> Iterator[tuple[Array, Array]]:
+    """For each of a passage's scored tokens what predicts it, in chunks: (logits [n, vocab], tokens [n]).
+
+    Teacher-forced: a decoder-only model is fed prompt and tokens, the decoder of an encoder-decoder its start token and the
+    tokens. Raises UserError for a passage that does not fit the context.
+    """
+    scored = np.asarray(passage.scored, np.int64)
+    if spec.task == "seq2seq":
+        stream = Stream(session, spec, [passage.prompt], len(scored))
+        fed = np.concatenate([stream.pending, scored[None, :-1]], 1)
+    else:
+        memory = read_context(session, spec, passage.context) if passage.context else None
+        stream = Stream(session, spec, [[*passage.prompt, *passage.scored[:-1]]], 1, memory)
+        fed = stream.pending
+    before = fed.shape[1] - len(scored)
+    if before < 0:
+        raise ValueError("a passage's first scored token needs something before it")
+    for at in range(0, fed.shape[1], spec.prefill_chunk):
+        part = fed[:, at : at + spec.prefill_chunk]
+        skip = max(0, before - at)
+        wanted = skip < part.shape[1]
+        logits = stream.feed(part, every=wanted)[0]
+        if wanted:
+            yield logits[skip:], scored[at + skip - before : at + part.shape[1] - before]
+
+
+class _TextTally:
+    """Sums over positions. A candidate that is not finite counts as wrong by the largest float."""
+
+    def __init__(self) -> None:
+        self.loss = self.kl = 0.0
+        self.same = self.positions = 0
+
+    def add(self, p: Array, logits: Array, tokens: Array) -> None:
+        """p: the base's log-probabilities [n, vocab], for tokens [n]."""
+        self.positions += len(tokens)
+        if not np.isfinite(logits).all():
+            self.loss = self.kl = sys.float_info.max
+            return
+        q = _log_softmax(logits)
+        self.loss -= float(q[np.arange(len(tokens)), tokens].sum())
+        self.kl += float((np.exp(p) * (p - q)).sum())
+        self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
+
+    def score(self) -> TextScore:
+        count = max(1, self.positions)
+        loss = min(self.loss / count, np.log(sys.float_info.max))
+        return TextScore(float(np.exp(loss)), self.kl / count, self.same / count)

@@ -7,14 +7,16 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 
 from . import __version__, backends
+from .allocation import Alone
 from .bundle import (
     CHECKPOINT,
     EXAMPLES,
@@ -23,16 +25,26 @@ from .bundle import (
     Manifest,
     TargetEntry,
     hash_files,
+    sha256,
     write_manifest,
 )
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError, VerificationFailure
-from .exporters.artefact import Options
+from .exporters import require_kv_cache
+from .exporters.artefact import Artefact, Options
+from .layerwise import CodeStore, quantize_layerwise
 from .lowering import lower, lower_apart
-from .memory import PeakAnonymous
+from .memory import PeakAnonymous, anonymous_bytes, limited, require_available
+from .models import build
+from .models.kv_cache import stored_as
 from .models.module import is_factory
-from .planning import Alone, Planned, Progress, Request, plan
+from .module_checkpoint import open_model
+from .planning import Planned, plan
+from .quant.plan import BitPlan
 from .quant.stream import quantize_checkpoint
+from .quant.tensor import QuantizedTensor
+from .request import Progress, Request
+from .unfinished import WORK, Unfinished
 from .untrusted import one_line
 from .verdict import Report, require, require_placement
 from .verification import require_memory, verify
@@ -71,34 +83,124 @@ def export(
     _refuse_existing(output)
     for name in request.formats:
         backends.require(name)  # a missing library is refused before any work
-    with PeakAnonymous() as peak:
-        planned = plan(request, progress)
-        if check:
-            require_memory(planned.weights, {f: planned.true_bytes(f) for f in planned.formats}, original=False)
-        partial = _partial(output)
+    require_kv_cache(request.formats, request.kv_cache)
+    limit, now = request.memory_limit, anonymous_bytes()
+    if limit is not None and now >= limit:
+        raise UserError(
+            f"--memory-limit {limit / 2**30:.2f} GiB is too little: {now / 2**30:.2f} GiB are taken before any work"
+        )
+    checkpoint = open_model(request.model)
+    with limited(request.memory_limit), PeakAnonymous(request.memory_limit) as peak:
+        run = Unfinished(output, _job(request, checkpoint))
+        for other in run.others():
+            progress(f"{other} is left from another run; remove it if it is not wanted")
         try:
-            manifest, costs = _write(planned, request, partial, progress)
+            planned = _plan(request, checkpoint, run, progress)
+            stored_as(planned.model.graphs(), request.kv_cache)  # a model without a cache is refused now
+            _refuse_too_large(planned, check)
+            manifest, costs = _write(planned, request, run, progress)
             report = None
             if check:
-                report = verify(partial, progress=progress)
+                report = verify(run.path, progress=progress)
                 _judge(report, output, strict)
                 costed = {"costs": {name: asdict(cost) for name, cost in costs.items()}}
-                Bundle(partial, manifest).write_report("export", report.to_json() | costed)
-            partial.chmod(0o755)
-            partial.rename(output)
+                Bundle(run.path, manifest).write_report("export", report.to_json() | costed)
+            run.publish()
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            run.discard()
             raise UserError(f"{output} cannot be written ({one_line(error)})") from error
+        except (KeyboardInterrupt, SystemExit):
+            if peak.over:
+                run.discard()
+                raise UserError(
+                    f"this takes more than --memory-limit {(request.memory_limit or 0) / 2**30:.2f} GiB "
+                    f"({peak.bytes / 2**30:.2f} GiB were reached); give more, or ask for one --format at a time"
+                ) from None
+            if run.worth_keeping():
+                progress(f"what is done is kept in {run.path}: the same command goes on from there")
+                run.leave()
+            else:
+                run.discard()
+            raise
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            run.discard()
             raise
     return Exported(output, planned, manifest, report, peak.bytes, costs)
 
 
-def _write(planned: Planned, request: Request, folder: Path, progress: Progress) -> tuple[Manifest, dict[str, Cost]]:
-    """Quantized checkpoint, artefacts, tokenizer and manifest into `folder`."""
-    checkpoint_dir = folder / CHECKPOINT
-    checkpoint_dir.mkdir()
+def _refuse_too_large(planned: Planned, check: bool) -> None:
+    """Refuse before hours of work what memory cannot hold: the lowering of each target, and the check. Raises UserError."""
+    stored = {f: planned.true_bytes(f) for f in planned.formats}
+    for name, size in stored.items():
+        require_available(
+            backends.BACKENDS[name].peak_bytes(size) - anonymous_bytes(),
+            f"--format {name}: its library takes memory",
+            "leave this target out, or give more",
+        )
+    if check:
+        require_memory(planned.weights, stored, original=False)
+
+
+def _job(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that decides the bytes of a bundle. A file of the request counts by what is in it."""
+    job = {key: value for key, value in vars(request).items() if key not in ("plan", "workers")}
+    for key in ("calibration", "task"):
+        if job[key] is not None and job[key].is_file():
+            job[key] = sha256(job[key])
+    return {
+        "request": json.loads(json.dumps(job, default=str)),
+        "plan": request.plan.digest() if request.plan is not None else None,
+        "fingerprint": checkpoint.fingerprint(),
+        "tools": _tools(request.formats),
+    }
+
+
+def _plan(request: Request, checkpoint: Checkpoint, run: Unfinished, progress: Progress) -> Planned:
+    """The plan, or the one that an earlier run of this job made. Both calibrate with the threads of the first."""
+    threads = run.found("threads")
+    if threads is None:
+        run.finish("threads", {"count": torch.get_num_threads()})
+    else:
+        progress(f"going on with the unfinished run in {run.path}")
+        torch.set_num_threads(int(threads["count"]))
+    kept = run.found("plan")
+    if kept is not None:
+        planned = plan(replace(request, plan=BitPlan.from_json(kept["plan"])), progress, checkpoint)
+    else:
+        planned = plan(request, progress, checkpoint)
+        run.finish("plan", {"plan": planned.plan.to_json()})
+    return planned
+
+
+def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Progress) -> None:
+    """The quantized checkpoint, unless an earlier run made it."""
+    directory = run.path / CHECKPOINT
+    if run.found("checkpoint") is not None:
+        progress("quantized already")
+        return
+    ready = None
+    if planned.plan.calibration is not None:
+        store = CodeStore(run.work / "codes")
+        entries = planned.plan.entries
+        left = quantize_layerwise(
+            planned.checkpoint,
+            build(planned.config),
+            planned.plan,
+            planned.generation,
+            planned.samples,
+            planned.examples,
+            store,
+            progress,
+            request.workers,
+        )
+        if left:
+            progress(f"gptq: the calibration data do not reach {len(left)} weights ({left[0]}): rounded to nearest")
+            rounded = {n: replace(entries[n], quantizer="rtn") for n in left}
+            planned.plan = replace(planned.plan, entries=entries | rounded)
+        shapes = {w.name: w.shape for u in planned.units for w in u.weights}
+
+        def ready(name: str) -> QuantizedTensor | None:
+            return store.read(name, shapes[name], planned.plan.entries[name])
 
     told = -1
 
@@ -109,32 +211,33 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
             told = tenth
             progress(f"quantizing: {10 * tenth}% ({name})")
 
-    quantize_checkpoint(planned.checkpoint, planned.plan, planned.model.tied, checkpoint_dir, planned.other, count)
+    run.fresh_folder(CHECKPOINT)
+    quantize_checkpoint(planned.checkpoint, planned.plan, planned.model.tied, directory, planned.other, count, ready)
     # The planned config: a rehearsal's has fewer layers than the source.
-    (checkpoint_dir / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
-    if (checkpoint_dir / "tokenizer.json").exists():
-        shutil.copyfile(checkpoint_dir / "tokenizer.json", folder / "tokenizer.json")
-
+    (directory / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
     if planned.examples:
         named = {f"{i}.{g}.{n}": v.contiguous() for i, (g, e) in enumerate(planned.examples) for n, v in e.items()}
-        safetensors.torch.save_file(named, checkpoint_dir / EXAMPLES)
+        safetensors.torch.save_file(named, directory / EXAMPLES)
+    run.finish("checkpoint", {})
+
+
+def _write(planned: Planned, request: Request, run: Unfinished, progress: Progress) -> tuple[Manifest, dict[str, Cost]]:
+    """Quantized checkpoint, artefacts, tokenizer and manifest into the run's folder; what is there whole is kept."""
+    _quantize(planned, request, run, progress)
+    folder, checkpoint_dir = run.path, run.path / CHECKPOINT
+    if (checkpoint_dir / "tokenizer.json").exists():
+        shutil.copyfile(checkpoint_dir / "tokenizer.json", folder / "tokenizer.json")
     fingerprint = planned.checkpoint.fingerprint()
     planned.checkpoint = open_checkpoint(str(checkpoint_dir))  # the source is done with: a GGUF's vocabulary is large
     gc.collect()
     targets: list[TargetEntry] = []
     costs: dict[str, Cost] = {}
     prompts = tuple(tuple(p) for p in planned.prompts)
-    options = Options(planned.generation.max_context, request.sms, request.htp, request.ethos_u, prompts)
+    options = Options(
+        planned.generation.max_context, request.sms, request.htp, request.ethos_u, prompts, request.kv_cache
+    )
     for name in request.formats:
-        (folder / name).mkdir()
-        start = time.perf_counter()
-        with PeakAnonymous() as peak:
-            if len(request.formats) == 1:
-                made = lower(name, checkpoint_dir, folder / name, options, progress)
-            else:
-                code = request.model if is_factory(request.model) else None
-                made = lower_apart(name, checkpoint_dir, folder / name, options, progress, code)
-        costs[name] = Cost(time.perf_counter() - start, peak.bytes)
+        made, costs[name] = _lower(name, request, run, options, progress)
         targets.append(
             TargetEntry(
                 format=name,
@@ -150,18 +253,38 @@ def _write(planned: Planned, request: Request, folder: Path, progress: Progress)
         source=_source_name(request.model),
         source_fingerprint=fingerprint,
         model_type=str(planned.config["model_type"]),
-        graphs=tuple(GraphSpec.of(g) for g in planned.model.graphs()),
+        graphs=tuple(GraphSpec.of(g) for g in stored_as(planned.model.graphs(), request.kv_cache)),
         generation=planned.generation,
         average_bits=planned.plan.average_bits,
         weights=planned.weights,
         targets=tuple(targets),
         prompts=prompts,
         contexts=tuple(tuple(c) for c in planned.contexts),
-        files=hash_files(folder),
+        kv_cache=request.kv_cache,
+        files=hash_files(folder, WORK),
         tools=_tools(request.formats),
     )
     write_manifest(folder, manifest)
     return manifest, costs
+
+
+def _lower(name: str, request: Request, run: Unfinished, options: Options, progress: Progress) -> tuple[Artefact, Cost]:
+    """One target's artefact, unless an earlier run made it."""
+    found = run.found(name)
+    if found is not None:
+        progress(f"{name}: lowered already")
+        return Artefact(tuple(found["files"]), found["ops"], found["facts"]), Cost(**found["cost"])
+    folder = run.fresh_folder(name)
+    start = time.perf_counter()
+    with PeakAnonymous() as peak:
+        if len(request.formats) == 1:
+            made = lower(name, run.path / CHECKPOINT, folder, options, progress)
+        else:
+            code = request.model if is_factory(request.model) else None
+            made = lower_apart(name, run.path / CHECKPOINT, folder, options, progress, code)
+    cost = Cost(time.perf_counter() - start, peak.bytes)
+    run.finish(name, asdict(made) | {"cost": asdict(cost)})
+    return made, cost
 
 
 def _judge(report: Report, output: Path, strict: bool) -> None:
@@ -187,15 +310,6 @@ def _refuse_existing(output: Path) -> None:
         raise UserError(f"{output} exists already; remove it or choose another -o")
     if not usable:
         raise UserError(f"{output} cannot be made ({parent} is no folder to write in); choose another -o")
-
-
-def _partial(output: Path) -> Path:
-    """A new folder beside `output` that is renamed to it once it is whole. Raises UserError if the disk refuses."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error.strerror}); choose another -o") from None
 
 
 def _source_name(model: str) -> str:

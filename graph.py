@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -102,5 +103,8 @@ class Graph:
         shapes: tuple[Any, ...] = tuple(dynamic(self.inputs))
         if self.states:
             args, shapes = (*args, list(examples[n:])), (*shapes, dynamic(self.states))
+        taken = inspect.signature(self.module.forward).parameters.values()
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in taken):
+            shapes = (shapes,)  # torch.export binds all arguments to the one name
         with torch.no_grad():
             return torch.export.export(self.module, args, dynamic_shapes=shapes if dims else None)

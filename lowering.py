@@ -27,12 +27,14 @@ def lower(format: str, checkpoint: Path, directory: Path, options: Options, prog
     from .checkpoint import open_checkpoint
     from .exporters import exporter
     from .models import build
+    from .models.kv_cache import stored_as
     from .models.loading import load_quantized
 
     quantized = open_checkpoint(str(checkpoint))
     model = build(quantized.config)
     load_quantized(model, quantized)
-    made: Artefact = exporter(format).export(model.graphs(), directory, options, progress)
+    graphs = stored_as(model.graphs(), options.kv_cache)
+    made: Artefact = exporter(format).export(graphs, directory, options, progress)
     return made
 
 

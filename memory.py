@@ -5,12 +5,16 @@ Anonymous memory (RssAnon), because pages of mapped weight files are reclaimable
 
 from __future__ import annotations
 
+import _thread
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from .errors import UserError
 
+_limit: int | None = None
 _PROCESS = Path("/proc/self")
 _STATUS = _PROCESS / "status"
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -42,13 +46,24 @@ def peak_resident_bytes() -> int:
     return 0
 
 
+@contextmanager
+def limited(limit: int | None) -> Iterator[None]:
+    """Within this context no more than `limit` bytes of anonymous memory are taken for available."""
+    global _limit
+    before, _limit = _limit, limit
+    try:
+        yield
+    finally:
+        _limit = before
+
+
 def available_bytes() -> int:
-    """Memory that new allocations can take: free memory of the machine or the rest of this process's cgroup limit."""
-    available = 1 << 62
+    """Memory that new allocations can take: what is free, or left of the cgroup's limit or of the user's (`limited`)."""
+    available = 1 << 62 if _limit is None else max(0, _limit - anonymous_bytes())
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
+                available = min(available, int(line.split()[1]) * 1024)
     except OSError:
         pass
     for limit in _cgroup_limits():
@@ -110,17 +125,22 @@ def _with_children() -> int:
 class PeakAnonymous:
     """`with PeakAnonymous() as peak:` samples RssAnon every 10 ms, of the processes it started too.
 
-    `peak.bytes` is the highest sum seen.
+    `peak.bytes` is the highest sum seen. limit: a sum above it interrupts the main thread (KeyboardInterrupt), and `peak.over`
+    is then true.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self.bytes = _with_children()
+        self.over, self._limit = False, limit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def _sample(self) -> None:
         while not self._stop.wait(0.01):
             self.bytes = max(self.bytes, _with_children())
+            if self._limit is not None and self.bytes > self._limit and not self.over:
+                self.over = True
+                _thread.interrupt_main()
 
     def __enter__(self) -> PeakAnonymous:
         self._thread.start()

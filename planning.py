@@ -5,9 +5,6 @@ All rooms but the compiler may enter.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,9 @@ from typing import Any
 import torch
 
 from . import backends
+from .allocation import Alone, Baseline, allocated, by_gptq
 from .bundle import PREFILL_CHUNK, ContextSpec, Generation
+from .calibration import MOST_TOKENS, Sample, digest, digest_calls, read_samples, tokens_within, walk_bytes
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .memory import require_available
@@ -23,57 +22,20 @@ from .models import build, shorten
 from .models.layers import Embedding
 from .module_checkpoint import open_model
 from .prompts import random_contexts, random_prompts, read_task, text_windows
-from .quant.allocate import Override, allocate, expected_loss, reach
-from .quant.plan import UNQUANTIZED, BitPlan, Unit, WeightSpec, weight_bytes
-from .quant.stream import METADATA
-from .quant.targets import TIED_TWICE, common_bits, stored_bytes
-from .quant.units import protected_weights, quantizable_units
-from .safetensors_writer import StreamingWriter
-from .scoring import Probes, score_layers, unit_weights
+from .quant.allocate import Problem
+from .quant.plan import UNQUANTIZED, BitPlan, Quantizer, Unit, WeightSpec, weight_bytes
+from .quant.targets import TIED_TWICE, stored_bytes
+from .quant.units import quantizable_units
+from .request import Progress, Request
+from .scoring import Probes, Scores
 from .untrusted import one_line
 
 VERIFY_PROMPTS = 32
 TASK = "task.tsv"
 DEFAULT_CONTEXT = 4096
-DEFAULT_BITS = 4.5
 CONTEXTS = 8
 LONGEST_CONTEXT = 400  # tokens of a random context: several chunks, or two parts where the window is shorter
 EXAMPLE_ROWS = 8
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks of `export` or `plan`."""
-
-    model: str
-    formats: tuple[str, ...] = ("onnx",)
-    bits: float | None = None
-    size: int | None = None
-    plan: BitPlan | None = None
-    overrides: tuple[Override, ...] = ()
-    widths: tuple[int, ...] | None = None
-    groups: tuple[int, ...] = (32, 64, 128)
-    importance: str = "zd"
-    calibration: Path | None = None
-    task: Path | None = None
-    num_layers: int | None = None
-    max_context: int | None = None
-    sms: tuple[int, ...] = (86, 89, 120)
-    htp: tuple[int, ...] = (75,)
-    ethos_u: tuple[str, ...] = ("ethos-u85-256",)
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What the plan could be for one target alone, at the same budget: the price of carrying one plan to several.
-
-    widths: those it stores whole. loss_ratio: the joint plan's expected loss (importance * weights * expected relative
-    error, predicted) over that of the plan for this target alone; 1 or more.
-    """
-
-    widths: tuple[int, ...]
-    loss_ratio: float
 
 
 @dataclass
@@ -81,7 +43,7 @@ class Planned:
     """The model opened and the plan made; nothing has been written yet. alone: for each target of several.
 
     checkpoint: the source; once it is quantized, the quantized checkpoint. contexts: of a model that reads one, a context for
-    each of `prompts`. examples: (graph, inputs) of a model without a generate loop.
+    each of `prompts`. examples: (graph, inputs) of a model without a generate loop. samples: what GPTQ calibrates on.
     """
 
     checkpoint: Checkpoint
@@ -97,6 +59,10 @@ class Planned:
     alone: dict[str, Alone] = field(default_factory=dict)
     contexts: list[list[int]] = field(default_factory=list)
     examples: list[tuple[str, dict[str, torch.Tensor]]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    problem: Problem | None = None
+    baseline: Baseline | None = None
+    importance: Scores | None = None
 
     @property
     def weights(self) -> int:
@@ -124,12 +90,14 @@ class Planned:
         return sum(weight_bytes(w, entries[w.name].bits, entries[w.name].group_size) for w in self.held_by(target))
 
 
-def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
+def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Checkpoint | None = None) -> Planned:
     """Open the model, check that its tensors are there, score its layers, and allocate bits. Writes nothing.
 
-    Raises UserError for anything wrong with the checkpoint, the budget or the options.
+    checkpoint: the request's model, where it is open already. Raises UserError for anything wrong with the checkpoint, the
+    budget or the options.
     """
-    checkpoint = open_model(request.model)
+    checkpoint = checkpoint or open_model(request.model)
+    data = request.calibration or request.task
     request = _with_own_task(request, checkpoint, progress)
     config = checkpoint.config
     if request.num_layers is not None:
@@ -142,7 +110,7 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
         raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
     planned_names = {w.name for u in units for w in u.weights}
     other = [n for n in _parameters(model) if n not in planned_names]
-    generation = _generation(model, checkpoint, config, request)
+    generation = generation_of(model, checkpoint, config, request)
     if generation.context is not None and generation.context.window < model.context_spec()["window"]:
         progress(
             f"a context is read in parts of {generation.context.window} tokens, not {model.context_spec()['window']}: "
@@ -150,19 +118,60 @@ def plan(request: Request, progress: Progress = lambda _: None) -> Planned:
         )
     prompts, contexts = _prompts(request, checkpoint, generation)
     examples = _examples(model, generation, prompts)
+    samples = _samples(request, data, checkpoint, model, generation)
+    probes = Probes(prompts if request.task or request.calibration else [], contexts, examples)
+    found: dict[str, Any] = {}
     if request.plan is not None:
         made = request.plan.validate(units)
         scores: dict[tuple[str, int], float] = {}
         alone: dict[str, Alone] = {}
     else:
-        probes = Probes(prompts if request.task or request.calibration else [], contexts, examples)
-        made, scores, alone = _allocate(request, checkpoint, model, units, other, generation, probes, progress)
-        model = build(config)  # LIM filled it with float weights
+        quantizer: Quantizer = request.quantizer if request.quantizer != "auto" else "rtn" if data is None else "gptq"
+        made, importance, alone, problem, baseline = allocated(
+            request, checkpoint, config, units, other, generation, probes, samples, quantizer, progress
+        )
+        scores, found = importance.layers, {"problem": problem, "baseline": baseline, "importance": importance}
+        if quantizer == "gptq" and not any(e.quantizer == "gptq" for e in made.entries.values()):
+            made = by_gptq(made, model)
+    made = _calibrated(made, samples, examples)
     return Planned(
         *(checkpoint, config, model, units, made, other, scores, generation, prompts, request.formats, alone),
         contexts=contexts,
         examples=examples,
+        samples=samples,
+        **found,
     )
+
+
+def _samples(request: Request, data: Path | None, checkpoint: Checkpoint, model: Any, spec: Generation) -> list[Sample]:
+    """What GPTQ and the scores calibrate on, within the memory given. Raises UserError where there is too little of either."""
+    measured = request.plan is None and request.importance in ("auto", "fisher", "kl")
+    if data is None or spec.task == "module" or (request.quantizer == "rtn" and not measured):
+        return []
+    decoder = next(g for g in model.graphs() if g.name == "decoder")
+    longest = min(decoder.bounds["sequence"][1], spec.max_context)
+    if request.memory_limit is not None:
+        return read_samples(data, checkpoint, spec, longest, tokens_within(model, request.memory_limit))
+    found = read_samples(data, checkpoint, spec, longest, MOST_TOKENS)
+    fixed, each = walk_bytes(model)
+    require_available(
+        fixed + each * sum(s.size for s in found),
+        "GPTQ on all these calibration data takes memory",
+        "give --memory-limit, which calibrates on fewer, or --quantizer rtn",
+    )
+    return found
+
+
+def _calibrated(plan: BitPlan, samples: list[Sample], examples: list[tuple[str, dict[str, torch.Tensor]]]) -> BitPlan:
+    """The plan with the digest of the data that its GPTQ weights need. Raises UserError if they are not there or others."""
+    if not any(e.quantizer == "gptq" and e.bits != UNQUANTIZED for e in plan.entries.values()):
+        return replace(plan, calibration=None)
+    if not samples and not examples:
+        raise UserError("gptq needs data: give --calibration FILE (a text or a task file), or --quantizer rtn")
+    found = digest(samples) if samples else digest_calls(examples)
+    if plan.calibration not in (None, found):
+        raise UserError("plan: its GPTQ weights were planned on other calibration data; give the same --calibration")
+    return replace(plan, calibration=found)
 
 
 def _with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress) -> Request:
@@ -200,7 +209,7 @@ def _expect_tensors(model: Any, checkpoint: Checkpoint, whole: bool, progress: P
             )
 
 
-def _generation(model: Any, checkpoint: Checkpoint, config: dict[str, Any], request: Request) -> Generation:
+def generation_of(model: Any, checkpoint: Checkpoint, config: dict[str, Any], request: Request) -> Generation:
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):
@@ -325,77 +334,3 @@ def _examples(model: Any, spec: Generation, prompts: list[list[int]]) -> list[tu
             ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), True
         found.append(("encoder", {"input_ids": ids, "encoder_mask": mask}))
     return found
-
-
-def _allocate(
-    request: Request,
-    checkpoint: Checkpoint,
-    model: Any,
-    units: list[Unit],
-    other: list[str],
-    spec: Generation,
-    probes: Probes,
-    progress: Progress,
-) -> tuple[BitPlan, dict[tuple[str, int], float], dict[str, Alone]]:
-    """Refuse an impossible budget first (it costs nothing), then score the layers and allocate for real."""
-    other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
-    # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user says otherwise.
-    planned = {w.name for u in units for w in u.weights}
-    kept = [Override(f"^{re.escape(name)}$", UNQUANTIZED) for name in sorted(protected_weights(model) & planned)]
-    overrides = (*request.overrides, *kept)
-
-    bits = request.bits
-    if bits is None and request.size is None:  # the default, or what comes nearest to it
-        low, high = reach(
-            units,
-            widths=request.widths or common_bits(request.formats),
-            groups=request.groups,
-            overrides=overrides,
-            targets=request.formats,
-        )
-        bits = min(max(DEFAULT_BITS, low), high)
-
-    def run(scores: dict[tuple[str, int], float], targets: tuple[str, ...]) -> BitPlan:
-        return allocate(
-            units,
-            unit_weights(units, scores, request.importance),
-            bits=bits,
-            size=request.size,
-            other_bytes=other_bytes,
-            widths=request.widths or common_bits(targets),
-            groups=request.groups,
-            overrides=overrides,
-            targets=targets,
-            method=request.importance,
-        )
-
-    run({}, request.formats)
-    if request.importance == "lim":
-        require_available(
-            4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
-        )
-    scores = score_layers(request.importance, model, checkpoint, units, probes, spec, progress)
-    made = run(scores, request.formats)
-    loss = expected_loss(made, units)
-    alone = {}
-    for target in request.formats if len(request.formats) > 1 else ():
-        ratio = loss / expected_loss(run(scores, (target,)), units)
-        alone[target] = Alone(request.widths or common_bits((target,)), ratio)
-    return made, scores, alone
-
-
-def _bytes(checkpoint: Checkpoint, name: str) -> int:
-    info = checkpoint.info(name)
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count * info.dtype.itemsize
-
-
-def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -> int:
-    """No fewer bytes than the header of the quantized checkpoint will take: --size means the file."""
-    entries = [(n, "F32", checkpoint.info(n).shape) for n in other]
-    for w in (w for u in units for w in u.weights):
-        entries += [(f"{w.name}.codes", "U8", w.shape), (f"{w.name}.scales", "BF16", w.shape)]
-    data = sum(math.prod(shape) * {"F32": 4, "U8": 1, "BF16": 2}[kind] for _, kind, shape in entries)
-    return StreamingWriter(Path("header"), entries, METADATA).file_bytes - data

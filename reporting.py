@@ -1,11 +1,10 @@
-"""What the commands print: plans, exports and verifications as text, JSON and a plot. Reads results, computes nothing new."""
+"""What the commands print: plans, exports and verifications as text and JSON. Reads results, computes nothing new."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -13,16 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from .compiler import Exported, Planned
-from .errors import UserError
+from .quant.frontier import Frontier, Point
+from .quant.plan import BitPlan, Entry
 from .rewrites.adapt import Adapted
 from .rewrites.eugen import EUGenReport
+from .rewrites.smooth import SmoothReport
 from .verdict import Agreement, Report, TargetReport
 
 
 def text(*parts: Table | str) -> str:
     """Tables and lines as plain text, wide enough not to fold."""
     out = io.StringIO()
-    console = Console(file=out, width=140, no_color=True, highlight=False, markup=False)
+    console = Console(file=out, width=200, no_color=True, highlight=False, markup=False)
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
@@ -46,7 +47,7 @@ def size(count: float) -> str:
     )
 
 
-def _kinds(planned: Planned) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+def kinds(planned: Planned) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
     """(stack and layer, part) -> its (bits, group, weights)."""
     rows: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
     for unit in planned.units:
@@ -63,7 +64,7 @@ def plan_text(planned: Planned) -> str:
     """The plan: a row a layer with the bits of its parts, then the totals for every target."""
     places: dict[str, dict[str, str]] = defaultdict(dict)
     counts: Counter[str] = Counter()
-    for (place, part), entries in _kinds(planned).items():
+    for (place, part), entries in kinds(planned).items():
         bits, group, _ = entries[0]
         label = "16" if bits == 16 else f"{bits}" + (f"g{group}" if group else "c")
         places[place][part] = label
@@ -79,7 +80,31 @@ def plan_text(planned: Planned) -> str:
         others = [f"{label}: {', '.join(p)}" for label, p in by_label.items() if label != usual]
         score = f"{scores[place]:.4f}" if place in scores else ""
         rows.add_row(place, f"{counts[place]:,}", score, usual + (f"; {'; '.join(others)}" if others else ""))
-    return text(rows, *_totals(planned))
+    return text(rows, *_loss_table(planned), *_totals(planned))
+
+
+def losses_by_place(planned: Planned) -> dict[str, dict[str, float]]:
+    """Place -> part (blank outside the layers) -> its predicted loss; empty where none were measured."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for w in (w for unit in planned.units for w in unit.weights):
+        loss = planned.plan.entries[w.name].loss
+        if loss is not None:
+            place = f"{w.stack} {w.layer}" if w.layer is not None else w.name.removesuffix(".weight")
+            found[place][".".join(w.name.split(".")[-3:-1]) if w.layer is not None else ""] = loss
+    return found
+
+
+def _loss_table(planned: Planned) -> list[Table | str]:
+    """A row a layer and a column a linear; those that share a choice share their loss out by their size."""
+    losses = losses_by_place(planned)
+    if not losses:
+        return []
+    parts = list(dict.fromkeys(part for row in losses.values() for part in row if part))
+    rows = table("layer", "all", *(part.replace(".", "\n") for part in parts), title="predicted loss, nats a token")
+    for place, row in losses.items():
+        rows.add_row(place, f"{sum(row.values()):.1e}", *(f"{row[p]:.1e}" if p in row else "" for p in parts))
+    total = sum(sum(row.values()) for row in losses.values())
+    return [rows, f"predicted loss of the plan: {total:.4g} nats a token"]
 
 
 def _totals(planned: Planned) -> list[Table | str]:
@@ -90,6 +115,15 @@ def _totals(planned: Planned) -> list[Table | str]:
         f" (bf16: {size(2 * planned.weights)}; importance: {plan.method})"
     )
     joint = ("alone it could choose from", "expected loss alone") if planned.alone else ()
+    quantizers = Counter(e.quantizer for e in plan.entries.values() if e.bits < 16)
+    if quantizers["gptq"]:
+        line += "; " + ", ".join(f"{name}: {count} weights" for name, count in sorted(quantizers.items()))
+    measured = planned.baseline
+    if measured is not None:
+        line += (
+            f"\nmean KL rounded to nearest, measured on calibration data: {measured.planned:.4f} nats as planned, "
+            f"{measured.uniform:.4f} uniform at {measured.bits:.4f} bits; the better one is taken"
+        )
     rows = table("in", "true bytes", "bits a weight there", *joint)
     for target in planned.formats:
         true = planned.true_bytes(target)
@@ -98,7 +132,12 @@ def _totals(planned: Planned) -> list[Table | str]:
             alone = planned.alone[target]
             cells += [f"{', '.join(map(str, alone.widths))} bits", _saved(alone.loss_ratio)]
         rows.add_row(target, *cells)
-    return [line, rows]
+    problem = planned.problem
+    step = None if problem is None else problem.step
+    if step is None:
+        return [line, rows]
+    time = f"{step.milliseconds(plan, planned.units):.3f} ms, of which {step.rest / 1e9:.3f} ms are not its weights"
+    return [line, f"predicted decode step on {step.rates.device}: {time}", rows]
 
 
 def _saved(ratio: float) -> str:
@@ -115,38 +154,56 @@ def plan_json(planned: Planned) -> dict[str, Any]:
         "stored_bytes": {t: planned.true_bytes(t) for t in planned.formats},
         "alone": {t: asdict(a) for t, a in planned.alone.items()},
         "scores": {f"{stack}.{i}": s for (stack, i), s in planned.scores.items()},
-        "entries": {n: {"bits": e.bits, "group_size": e.group_size} for n, e in planned.plan.entries.items()},
+        "baseline": None if planned.baseline is None else asdict(planned.baseline),
+        "entries": {n: _entry_json(e) for n, e in planned.plan.entries.items()},
     }
 
 
-def plot_plan(planned: Planned, path: Path) -> None:
-    """Scores and average bits by layer, to a PNG, SVG or PDF. Raises UserError if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'edgewright[plot]'") from None
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {path}: the name must end in .png, .svg or .pdf")
-    weights: Counter[str] = Counter()
-    bits: Counter[str] = Counter()
-    for (place, _), entries in _kinds(planned).items():
-        weights[place] += sum(n for _, _, n in entries)
-        bits[place] += sum(b * n for b, _, n in entries)
-    places = list(weights)
-    figure = Figure(figsize=(max(6, 0.35 * len(places)), 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    scores = {f"{stack} {i}": s for (stack, i), s in planned.scores.items()}
-    scored = [i for i, p in enumerate(places) if p in scores]
-    above.bar(scored, [scores[places[i]] for i in scored], color="tab:blue")
-    above.set_ylabel(f"{planned.plan.method} score")
-    below.bar(range(len(places)), [bits[p] / weights[p] for p in places], color="tab:orange")
-    below.set_ylabel("code bits a weight")
-    below.set_xticks(range(len(places)), places, rotation=90, fontsize=7)
-    figure.suptitle(f"{planned.config['model_type']}: {planned.plan.average_bits:.3f} bits a weight, scales counted")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--plot {path} cannot be written ({error.strerror})") from None
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    shown: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size}
+    if entry.quantizer != "rtn":
+        shown["quantizer"] = entry.quantizer
+    return shown if entry.loss is None else shown | {"loss": entry.loss}
+
+
+def frontier_text(found: Frontier) -> str:
+    """A row a budget: the best plan and the best uniform one within it."""
+    rows = table(
+        "codes and scales", "bits a weight", "predicted loss", "uniform", "its bytes", "its loss", "ours of its"
+    )
+    for point in found.points:
+        ours = [size(point.plan.total_bytes), f"{point.plan.average_bits:.4f}", f"{point.loss:.4g}"]
+        even: list[str] = ["none is that small", "", "", ""]
+        if point.uniform is not None and point.uniform_loss is not None:
+            share = f"{point.loss / point.uniform_loss:.1%}" if point.uniform_loss > 0 else ""
+            even = [_common(point.uniform), size(point.uniform.total_bytes), f"{point.uniform_loss:.4g}", share]
+        rows.add_row(*ours, *even)
+    return text(rows, _measure(found))
+
+
+def _measure(found: Frontier) -> str:
+    if found.measured:
+        return "predicted loss: nats a token, from calibration data"
+    return "predicted loss: importance x weights x expected relative squared error, without data"
+
+
+def _common(plan: BitPlan) -> str:
+    """What most weights of a uniform plan have."""
+    bits, group = Counter((e.bits, e.group_size) for e in plan.entries.values()).most_common(1)[0][0]
+    return "16 bits" if bits == 16 else f"{bits} bits, group {group}"
+
+
+def frontier_json(found: Frontier) -> dict[str, Any]:
+    def shown(plan: BitPlan, loss: float) -> dict[str, Any]:
+        return {"total_bytes": plan.total_bytes, "average_bits": plan.average_bits, "predicted_loss": loss}
+
+    def row(point: Point) -> dict[str, Any]:
+        even = None
+        if point.uniform is not None and point.uniform_loss is not None:
+            even = shown(point.uniform, point.uniform_loss) | {"choice": _common(point.uniform)}
+        return shown(point.plan, point.loss) | {"uniform": even}
+
+    return {"measure": _measure(found), "points": [row(point) for point in found.points]}
 
 
 def export_text(made: Exported) -> str:
@@ -248,7 +305,7 @@ def verify_text(report: Report) -> str:
             often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:6])
             unit = t.placement.accelerator.removesuffix("ExecutionProvider")
             placement.add_row(t.format, graph, unit, str(_nodes(ops)), often)
-    return text(*parts, placement, *report.notes)
+    return text(*parts, *_text_table(report), placement, *report.notes)
 
 
 def _by_count(item: tuple[str, int]) -> int:
@@ -265,11 +322,22 @@ def _quality(t: TargetReport, report: Report) -> list[str]:
             else ""
         )
         lines.append(f"{t.format}: task accuracy {t.task_accuracy:.1%} of {report.task_size} prompts{was}")
-    if t.perplexity is not None:
-        before = report.original_perplexity
-        was = f"; original {before:.3f}" if before is not None else ""
-        lines.append(f"{t.format}: perplexity {t.perplexity:.3f}{was}")
     return lines
+
+
+def _text_table(report: Report) -> list[Table | str]:
+    """Perplexity of each, and how far from the one it is measured against."""
+    if report.text_against is None:
+        return []
+    windows = f"{report.text_windows} window{'s' if report.text_windows > 1 else ''}"
+    what = f"text: {windows}, {report.text_positions:,} tokens scored; KL and top-1 against the {report.text_against} weights"
+    rows = table("on the text", "perplexity", "mean KL (nats)", "top-1")
+    scores = [("original weights, float32", report.original_text), ("dequantized, float32", report.dequantized_text)]
+    scores += [(f"{t.format}, as shipped", t.text) for t in report.targets]
+    for name, score in scores:
+        if score is not None:
+            rows.add_row(name, f"{score.perplexity:.4g}", f"{score.mean_kl:.2e}", f"{score.top1:.2%}")
+    return [what, rows]
 
 
 def eugen_text(report: EUGenReport) -> str:
@@ -282,6 +350,27 @@ def eugen_text(report: EUGenReport) -> str:
     before, after = report.bytes
     fitted = f"fitted on {report.tokens:,} tokens of {report.sequences:,} sequences"
     return text(rows, fitted, f"model.safetensors: {size(before)} -> {size(after)}", f"checkpoint: {report.path}")
+
+
+def smooth_text(report: SmoothReport) -> str:
+    """A row a set of channels: what divides them, what they go to, and the error there; then what is as it was, and why."""
+    at = f"{report.bits} bits, " + (f"group {report.group_size}" if report.group_size else "a scale a row")
+    rows = table("channels of", "go to", "exponent", f"error of rounding, {at}")
+    rows.columns[1].justify = "left"
+    for fold in report.folds:
+        readers = ", ".join(path.rpartition(".")[2] for path in fold.readers)
+        rows.add_row(fold.source, readers, f"{fold.alpha:.1f}", f"{fold.ratio:.3f}x")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for source, why in report.left.items():
+        reasons[why].append(source)
+    lines = [f"left as it was: {', '.join(sources)}: {why}" for why, sources in reasons.items()]
+    if report.widened:
+        lines.append(
+            f"{len(report.widened)} tensors are float32 now, as their dtype would round them: {report.widened[0]} …"
+        )
+    before, after = report.bytes
+    measured = f"measured on {report.tokens:,} tokens; every logit is as before"
+    return text(rows, measured, *lines, f"weights: {size(before)} -> {size(after)}", f"checkpoint: {report.path}")
 
 
 def adapted_json(made: Adapted) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .errors import VerificationFailure
 from .runtimes.session import Placement
@@ -52,14 +52,27 @@ def _agrees(found: Agreement) -> bool:
 
 
 @dataclass
+class TextScore:
+    """A session on the scored positions of a text: its perplexity, and how near its next-token distributions are to another's.
+
+    mean_kl: KL(other || this) in nats a position. top1: the share of positions with the same most likely token.
+    """
+
+    perplexity: float
+    mean_kl: float
+    top1: float
+
+
+@dataclass
 class TargetReport:
     """What was found for one artefact. `shipped` is the artefact as it is; `lowering` has `activations`.
 
     Where the runtime can compute with float32 activations, the lowering must be exact (TOLERANCE, same tokens); where it
     cannot, both are the same run and top-1 agreement decides, beside that of `arithmetic`: the reference with the same int8
-    activations. on_device: `shipped` ran on the target's own device and `lowering` in something else's place, so both are
-    judged. how: what computed here. weights: those read back from the artefact's files that are bit for bit the
-    checkpoint's; wrong: what is said of the first that is not.
+    activations. So it does where KV caches are int8: last bits that differ round a code to the other side, and what follows
+    reads it; `arithmetic` is then the reference with float caches. on_device: `shipped` ran on the target's own device and
+    `lowering` in something else's place, so both are judged. how: what computed here. weights: those read back from the
+    artefact's files that are bit for bit the checkpoint's; wrong: what is said of the first that is not.
     """
 
     format: str
@@ -76,7 +89,7 @@ class TargetReport:
     arithmetic: Agreement | None = None
     on_device: bool = False
     task_accuracy: float | None = None
-    perplexity: float | None = None
+    text: TextScore | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,7 +97,7 @@ class TargetReport:
             return False
         if self.on_device and not self._near(self.shipped):
             return False
-        if self.activations == "float32":
+        if self.activations == "float32" and self.arithmetic is None:
             same = self.lowering.prompts_identical == self.lowering.prompts
             return same and self.lowering.max_relative_error <= TOLERANCE
         if self.lowering.rms is not None:
@@ -106,7 +119,7 @@ class TargetReport:
     @property
     def allowed(self) -> str:
         """What `passed` asks of the lowering, in words."""
-        if self.activations == "float32":
+        if self.activations == "float32" and self.arithmetic is None:
             return f"<= {TOLERANCE:g}"
         if self.lowering.rms is not None:
             return f"rms <= {self._module_limit:.2g}"
@@ -118,13 +131,21 @@ class TargetReport:
 
 @dataclass
 class Report:
-    """The result of `verify`."""
+    """The result of `verify`.
+
+    text_against: whose distributions the text scores are compared with: the "original" weights' where they were given, else
+    the "dequantized" ones'. text_positions: scored tokens, of text_windows windows.
+    """
 
     targets: list[TargetReport]
     quantization: Agreement | None = None
     original_task_accuracy: float | None = None
-    original_perplexity: float | None = None
     task_size: int = 0
+    original_text: TextScore | None = None
+    dequantized_text: TextScore | None = None
+    text_against: Literal["original", "dequantized"] | None = None
+    text_windows: int = 0
+    text_positions: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property

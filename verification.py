@@ -16,20 +16,21 @@ import torch
 from .backends import BACKENDS
 from .bundle import CHECKPOINT, Bundle, Generation, TargetEntry
 from .checkpoint import Checkpoint, open_checkpoint
-from .comparison import Probe, perplexity, probe_of, task_accuracy
+from .comparison import Probe, probe_of, score_text, task_accuracy
 from .errors import UserError, VerificationFailure
 from .exporters import exporter
 from .memory import require_available
 from .models import build
+from .models.kv_cache import stored_as
 from .models.loading import CODES, load_dequantized, load_original, quantized_parts
 from .module_checkpoint import open_model
 from .ops.quantized import dequantize
-from .prompts import read_task, text_windows
+from .prompts import Passage, read_task, text_passages
 from .runtimes.eager import EagerSession, Int8Session
 from .runtimes.opening import open_exact, open_session
 from .runtimes.session import Joined, PlacedSession, Session
 from .untrusted import one_line
-from .verdict import Report, TargetReport
+from .verdict import Report, TargetReport, TextScore
 
 FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
 """Prompts compared on a target whose device is emulated here: an emulator is hundreds of times slower than the device."""
@@ -37,7 +38,8 @@ FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
 BESIDES = {"coreml": 8, "tensorrt": 16}
 """Bytes a weight that what stands in for a target's device holds beside its artefact (measured)."""
 
-WINDOW = 512
+TEXT_WINDOWS = 16
+"""Windows of a text that are scored unless another number is asked for."""
 
 
 def verify(
@@ -49,13 +51,15 @@ def verify(
     threads: int = 0,
     progress: Callable[[str], None] = lambda _: None,
     formats: Sequence[str] = (),
+    text_windows: int = TEXT_WINDOWS,
 ) -> Report:
     """Check a bundle: hashes, then each artefact reloaded from disk and compared, then the quantization loss.
 
     model: the original checkpoint, for the quantization loss. task: a task file, text: a text file, measured on the
-    artefact as shipped and, with `model`, on the original. formats: the targets to check; without, all whose library is
-    here, and a note for each that is left out. Raises VerificationFailure for a damaged file, UserError for bad arguments;
-    a failed comparison is in the report.
+    artefact as shipped and, with `model`, on the original; of the text the first `text_windows` windows, on which the
+    artefacts' next-token distributions are compared with the original's, or without one the reference's. formats: the
+    targets to check; without, all whose library is here, and a note for each that is left out. Raises VerificationFailure
+    for a damaged file, UserError for bad arguments; a failed comparison is in the report.
     """
     bundle = Bundle.open(path)
     progress("checking file hashes")
@@ -66,39 +70,42 @@ def verify(
     if spec.task == "module" and (task is not None or text is not None):
         raise UserError("--task and --text need a model that generates; this bundle's graphs are run as they are")
     examples = read_task(task, task_limit, spec.task == "memory") if task is not None else None
-    windows = _windows(text, quantized, spec)
+    passages = _passages(text, quantized, spec, text_windows)
     probe = probe_of(bundle)
 
     require_memory(manifest.weights, {t.format: t.stored_bytes for t in manifest.targets}, original is not None)
     progress("reference: dequantized weights in float32")
     built = build(quantized.config)
     load_dequantized(built, quantized)
-    reference = EagerSession(built.graphs())
+    graphs = stored_as(built.graphs(), manifest.kv_cache)
+    reference = EagerSession(graphs)
     linears = {n.removesuffix(CODES) for n in quantized.names() if n.endswith(CODES)}
     linears |= {alias for alias, name in built.tied.items() if name in linears}
-    rounded = Int8Session(built.graphs(), linears)
+    rounded = Int8Session(graphs, linears)
+    plain = EagerSession(built.graphs()) if manifest.kv_cache != "float32" else None
     report = Report(targets=[])
+    before = None
+    if original is not None:
+        progress("original weights in float32")
+        before = _eager(quantized.config, original, load_original)
     for entry in _asked(bundle, formats, report):
-        target, shipped = _target(bundle, entry, quantized, (reference, rounded), probe, threads, progress)
-        if entry.format in FEWER_PROMPTS and (examples is not None or windows):
-            report.notes.append(f"{entry.format}: task accuracy and perplexity are not measured in an emulator")
+        target, shipped = _target(bundle, entry, quantized, (reference, rounded, plain), probe, threads, progress)
+        if entry.format in FEWER_PROMPTS and (examples is not None or passages):
+            report.notes.append(f"{entry.format}: task accuracy and text are not measured in an emulator")
             report.targets.append(target)
             continue
         if examples is not None:
             progress(f"{entry.format}: {len(examples.prompts)} task prompts")
             target.task_accuracy = task_accuracy(shipped, bundle, examples)
-        if windows:
-            progress(f"{entry.format}: perplexity over {len(windows)} windows")
-            target.perplexity = perplexity(shipped, spec, windows)
+        if passages:
+            progress(f"{entry.format}: {len(passages)} windows of text")
+            target.text = _text_score(report, before, reference, shipped, spec, passages)
         report.targets.append(target)
-    if original is not None:
-        progress("quantization loss: original weights in float32")
-        before = _eager(quantized.config, original, load_original)
+    if before is not None:
+        progress("quantization loss: the dequantized against the original weights")
         (report.quantization,) = probe.compare(before, [reference])
         if examples is not None:
             report.original_task_accuracy = task_accuracy(before, bundle, examples)
-        if windows:
-            report.original_perplexity = perplexity(before, spec, windows)
     report.task_size = len(examples.prompts) if examples is not None else 0
     return report
 
@@ -122,16 +129,17 @@ def _target(
     bundle: Bundle,
     entry: TargetEntry,
     quantized: Checkpoint,
-    references: tuple[EagerSession, Int8Session],
+    references: tuple[EagerSession, Int8Session, EagerSession | None],
     probe: Probe,
     threads: int,
     progress: Callable[[str], None],
 ) -> tuple[TargetReport, PlacedSession]:
     """One artefact: its weights read back, then run against the reference with float32 activations and as it ships.
 
-    references: the reference, and the same with int8 activations, which is compared too where a runtime has no others.
+    references: the reference, the same with int8 activations, which is compared too where a runtime has no others, and, where
+    the KV caches are int8, the same with float caches: what the rounding of the caches costs.
     """
-    reference, rounded = references
+    reference, rounded, plain = references
     progress(f"{entry.format}: reading its weights back")
     weights, wrong = 0, None
     try:
@@ -145,9 +153,9 @@ def _target(
     sessions = [shipped] if exact is None else [exact, shipped]
     part = BACKENDS[entry.format].graphs
     compared: list[Session] = [Joined(s, part, reference) for s in sessions] if part else [*sessions]
-    int8 = exact is None and shipped.activations == "int8"
-    found = probe.compare(reference, [*compared, *([rounded] if int8 else [])])
-    arithmetic = found.pop() if int8 else None
+    beside = rounded if exact is None and shipped.activations == "int8" else plain
+    found = probe.compare(reference, [*compared, *([] if beside is None else [beside])])
+    arithmetic = None if beside is None else found.pop()
     target = TargetReport(
         entry.format,
         sessions[0].activations,
@@ -224,16 +232,34 @@ def _original(bundle: Bundle, model: str | None) -> Checkpoint | None:
     return original
 
 
-def _windows(text: Path | None, quantized: Checkpoint, spec: Generation) -> list[list[int]]:
+def _passages(text: Path | None, quantized: Checkpoint, spec: Generation, count: int) -> list[Passage]:
     if text is None:
         return []
-    if spec.task != "causal":
-        raise UserError(
-            "--text measures perplexity, which a decoder-only model has; give --task for an encoder-decoder"
-        )
     if quantized.tokenizer is None:
         raise UserError("--text needs a tokenizer, and the bundle has none")
-    return text_windows(text, quantized.tokenizer, min(WINDOW, spec.max_context - 1), 16)
+    return text_passages(text, quantized.tokenizer, spec, count)
+
+
+def _text_score(
+    report: Report,
+    before: EagerSession | None,
+    reference: EagerSession,
+    shipped: PlacedSession,
+    spec: Generation,
+    passages: Sequence[Passage],
+) -> TextScore:
+    """The artefact's score beside the original's, or the reference's; what they score themselves goes into the report."""
+    base = before if before is not None else reference
+    besides = [reference] if before is not None and report.dequantized_text is None else []
+    own, *others = score_text(base, [*besides, shipped], spec, passages)
+    if before is not None:
+        report.original_text, report.text_against = own, "original"
+        if besides:
+            report.dequantized_text = others[0]
+    else:
+        report.dequantized_text, report.text_against = own, "dequantized"
+    report.text_windows, report.text_positions = len(passages), sum(len(p.scored) for p in passages)
+    return others[-1]
 
 
 def _eager(config: dict[str, Any], checkpoint: Checkpoint, load: Callable[[Any, Checkpoint], None]) -> EagerSession:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 Progress = Callable[[str], None]
 
@@ -14,7 +15,7 @@ class Options:
 
     max_positions bounds rotary tables and KV caches, in tokens. tensorrt_sms: compute capabilities an engine is built
     for. qnn_htp: HTP versions. ethosu: accelerator configurations. prompts: token ids that calibrate static activation
-    ranges, where a target has them.
+    ranges, where a target has them. kv_cache: "float32" or "int8" (`models.kv_cache`).
     """
 
     max_positions: int
@@ -22,6 +23,7 @@ class Options:
     qnn_htp: tuple[int, ...] = (75,)
     ethosu: tuple[str, ...] = ("ethos-u85-256",)
     prompts: tuple[tuple[int, ...], ...] = ()
+    kv_cache: Literal["float32", "int8"] = "float32"
 
 
 @dataclass(frozen=True)

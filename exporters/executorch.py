@@ -161,7 +161,7 @@ class _Method(nn.Module):
             if state.updated:
                 _, heads, _, width = state.shape if "capacity" in state.shape else (1, 1, 1, 1)
                 shape = (1, *state.shape[1:]) if _is_carried(state) else (1, capacity, heads, width)
-                self.register_buffer(f"state_{state.name}", torch.zeros([int(d) for d in shape]))
+                self.register_buffer(f"state_{state.name}", torch.zeros([int(d) for d in shape], dtype=state.dtype))
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The graph's outputs, then what is to be carried on."""

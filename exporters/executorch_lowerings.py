@@ -87,17 +87,29 @@ def per_group(bias: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+    softcap: float,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """q [1, S, H, D]; k [KV, D, T]; v [KV, T, D]; bias [1, G * S or 1, T], G = H / KV. Returns [1, S, H * D]."""
+    """q [1, S, H, D]; k [KV, D, T]; v [KV, T, D]; bias [1, G * S or 1, T], G = H / KV. Returns [1, S, H * D].
+
+    scales: of k and v, [KV, 1, T] each, where these are codes.
+    """
     heads, width, kv = q.shape[2], q.shape[3], k.shape[0]
     groups = heads // kv
     # The query heads that share a key head follow one another along the rows: no key is copied.
     q = torch.permute_copy(q.view(-1, kv, groups, width), (1, 2, 0, 3)).view(kv, -1, width)
     scores = torch.bmm(q, k) * scale
+    if scales is not None:
+        scores = scores * scales[0]
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    out = torch.bmm(torch.softmax(scores + bias, dim=-1), v)
+    weights = torch.softmax(scores + bias, dim=-1)
+    out = torch.bmm(weights if scales is None else weights * scales[1], v)
     return torch.permute_copy(out.view(kv, groups, -1, width), (2, 0, 1, 3)).view(1, -1, heads * width)
 
 

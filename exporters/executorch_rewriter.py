@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from ..ops import DECOMPOSITIONS
+from . import executorch_int8_cache as int8
 from . import executorch_lowerings as low
 from . import executorch_recurrence as recurrence
 from .executorch_patterns import exact_gelu, joined_rest
@@ -184,7 +185,6 @@ class Rewriter:
     def cached(self, node: fx.Node) -> None:
         q, k, v, k_cache, v_cache, past_length, scale, softcap, window = node.args
         assert isinstance(past_length, fx.Node)
-        assert isinstance(window, int)
         start = self.start(past_length)
         self._hand_on(node, k_cache, v_cache)
         window = self._window(window)
@@ -204,7 +204,6 @@ class Rewriter:
     def merged(self, node: fx.Node) -> None:
         q, k, v, k_cache, v_cache, cross_k, cross_v, mask, past_length, scale, softcap, window = node.args
         assert isinstance(past_length, fx.Node)
-        assert isinstance(window, int)
         start = self.start(past_length)
         self._hand_on(node, k_cache, v_cache)
         bias = self.once(low.merged_bias, self._causal_bias(past_length, self._window(window)), mask)
@@ -219,6 +218,37 @@ class Rewriter:
         node.target = low.shared_attention
         node.args = (q, k_cache, v_cache, start, bias, scale)
 
+    # -- caches in int8
+
+    def appended(self, node: fx.Node) -> None:
+        cache, new, past_length = node.args
+        assert isinstance(past_length, fx.Node)
+        node.target = int8.append_kv
+        node.args = (cache, new, self.start(past_length))
+
+    def quantized(self, node: fx.Node) -> None:
+        node.target = int8.quantize_kv
+
+    def quantized_causal(self, node: fx.Node) -> None:
+        q, keys, key_scales, values, value_scales, positions, scale, softcap, window = node.args
+        bias = self.once(low.causal_bias, positions, self._input(-1), self._window(window))
+        bias = self.once(low.per_group, bias, _groups(q, keys))
+        node.target = int8.causal_attention
+        node.args = (q, keys, key_scales, values, value_scales, bias, self._input(-1), scale, softcap)
+
+    def quantized_cross(self, node: fx.Node) -> None:
+        q, keys, key_scales, values, value_scales, mask, scale, softcap = node.args
+        node.target = int8.cross_attention
+        node.args = (q, keys, key_scales, values, value_scales, self.once(low.mask_bias, mask), scale, softcap)
+
+    def quantized_merged(self, node: fx.Node) -> None:
+        q, *caches = node.args[:9]
+        mask, positions, scale, softcap, window = node.args[9:]
+        bias = self.once(low.causal_bias, positions, self._input(-1), self._window(window))
+        bias = self.once(low.per_group, self.once(low.merged_bias, bias, mask), _groups(q, caches[0]))
+        node.target = int8.merged_attention
+        node.args = (q, *caches, bias, self._input(-1), scale, softcap)
+
     def _hand_on(self, node: fx.Node, k_cache: Any, v_cache: Any) -> None:
         """Who reads the caches that an attention returns reads the buffers that it has written."""
         self._past_length = node.args[8] if node.target is EW.merged_attention.default else node.args[5]
@@ -227,9 +257,9 @@ class Rewriter:
                 user.replace_all_uses_with(k_cache if user.args[1] == 1 else v_cache)
                 self.graph.erase_node(user)
 
-    def _window(self, window: int) -> int:
+    def _window(self, window: Any) -> int:
         """0 where nothing in the cache is ever out of sight."""
-        return 0 if window >= self.capacity else window
+        return 0 if window >= self.capacity else int(window)
 
     def _causal_bias(self, past_length: fx.Node, window: int) -> fx.Node:
         # torch.export knows the length of the last input, and so XNNPACK takes it; one computed from past_length it refuses.
@@ -349,6 +379,11 @@ _REWRITES: dict[Any, Callable[[Rewriter, fx.Node], None]] = {
     EW.cached_attention.default: Rewriter.cached,
     EW.merged_attention.default: Rewriter.merged,
     EW.shared_attention.default: Rewriter.shared,
+    EW.quantize_kv.default: Rewriter.quantized,
+    EW.append_kv.default: Rewriter.appended,
+    EW.quantized_attention.default: Rewriter.quantized_cross,
+    EW.quantized_causal_attention.default: Rewriter.quantized_causal,
+    EW.quantized_merged_attention.default: Rewriter.quantized_merged,
     EW.causal_conv.default: Rewriter.conv,
     EW.gated_delta_rule.default: Rewriter.delta,
     EW.linear_attention.default: Rewriter.linear_attention,

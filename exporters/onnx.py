@@ -20,6 +20,13 @@ from ..graph import Graph
 from .artefact import Artefact, Options, Progress
 from .onnx_attention import lower_bidirectional_attention, lower_cached_attention, lower_rope
 from .onnx_cache_attention import lower_cross_attention, lower_merged_attention, lower_shared_attention
+from .onnx_int8_cache import (
+    lower_append_kv,
+    lower_quantize_kv,
+    lower_quantized_attention,
+    lower_quantized_causal_attention,
+    lower_quantized_merged_attention,
+)
 from .onnx_lowerings import (
     MS,
     Lowering,
@@ -49,6 +56,11 @@ LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
     "MergedAttention": lower_merged_attention,
     "SharedAttention": lower_shared_attention,
     "CrossAttention": lower_cross_attention,
+    "QuantizedCausalAttention": lower_quantized_causal_attention,
+    "QuantizedMergedAttention": lower_quantized_merged_attention,
+    "QuantizedAttention": lower_quantized_attention,
+    "QuantizeKv": lower_quantize_kv,
+    "AppendKv": lower_append_kv,
     "Rope": lower_rope,
     "CausalConv": lower_causal_conv,
     "GatedDeltaRule": lower_gated_delta_rule,

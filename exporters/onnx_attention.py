@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from .onnx_cache_attention import attend, dims, first_node, flat, float_mask, over_its_cache
+from .onnx_cache_attention import Part, attend, dims, first_node, flat, float_mask, over_its_cache
 from .onnx_lowerings import MS, Lowering, attr, has_bias, matmul, torch_tensor
 from .onnx_translate import DOMAIN
 
@@ -179,7 +179,7 @@ def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
     assert mask is not None
     if dims(q_in)[1] % HEAD:
         keys, values = (low.one(node, "Transpose", [x], perm=[0, 2, 1, 3]) for x in (k_in, v))
-        return low.replace(node, [attend(low, node, q_in, dims(k_in)[0], [(keys, values, mask)])])
+        return low.replace(node, [attend(low, node, q_in, dims(k_in)[0], [Part(keys, values, mask)])])
     q, k, tables = _rotary_inside(low, q_in, k_in, _counts_from_zero)
     parts = [_heads(low, q, node), _heads(low, k, node), _heads(low, v, node)]
     operands = _operands(low, node, parts)

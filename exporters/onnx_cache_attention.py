@@ -7,7 +7,7 @@ What may enter: onnx_ir, `onnx_lowerings`. TensorScatter writes a cache in place
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -66,37 +66,56 @@ def float_mask(low: Lowering, mask: ir.Value) -> ir.Value:
 def lower_merged_attention(low: Lowering, node: ir.Node) -> None:
     """One softmax over the own cache and the encoder's keys: scores of each apart, so that no keys are copied."""
     cross_k, cross_v, mask = node.inputs[5:8]
-    over_its_cache(low, node, [(cross_k, cross_v, mask)])
+    over_its_cache(low, node, [Part(cross_k, cross_v, mask)])
 
 
 def lower_shared_attention(low: Lowering, node: ir.Node) -> None:
     """Over the slots in use of a cache that another layer wrote; they are cut out once for all layers that share it."""
     q, k_cache, v_cache, positions = node.inputs[:4]
+    keys, values = (in_use(low, node, cache, positions) for cache in (k_cache, v_cache))
+    seen = causal(low, node, keys, positions, 0, ("seen", positions, 0))
+    low.replace(node, [attend(low, node, q, heads_of(k_cache), [Part(keys, values, seen)])])
+
+
+def in_use(low: Lowering, node: ir.Node, cache: ir.Value | None, positions: ir.Value | None) -> ir.Value:
+    """The slots of a cache [B, KV, C, N] up to the last of the positions; cut out once for all layers that share it."""
 
     def used() -> ir.Value:
         last = low.one(node, "ReduceMax", [positions, low.ints(0)], keepdims=1)
         return low.one(node, "Add", [last, low.ints(1)])
 
-    def cut(cache: ir.Value | None) -> ir.Value:
-        end = low.built(("used", positions), used)
-        inputs = [cache, low.ints(0), end, low.ints(2)]
-        return low.built(("cut", cache, positions), lambda: low.one(node, "Slice", inputs))
-
-    keys, values = cut(k_cache), cut(v_cache)
-    assert positions is not None
-    seen = _causal(low, node, keys, positions, 0, ("seen", positions))
-    low.replace(node, [attend(low, node, q, _heads_of(k_cache), [(keys, values, seen)])])
+    inputs = [cache, low.ints(0), low.built(("used", positions), used), low.ints(2)]
+    return low.built(("cut", cache, positions), lambda: low.one(node, "Slice", inputs))
 
 
-Part = tuple[ir.Value | None, ir.Value | None, ir.Value | None]
-"""Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T]."""
+class Part(NamedTuple):
+    """Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T].
+
+    With scales [B, KV, T, 1] they are int8 codes.
+    """
+
+    keys: ir.Value | None
+    values: ir.Value | None
+    allowed: ir.Value | None
+    key_scales: ir.Value | None = None
+    value_scales: ir.Value | None = None
 
 
-def _heads_of(cache: ir.Value | None) -> int:
+def heads_of(cache: ir.Value | None) -> int:
     """The heads of a cache [B, KV, C, D]."""
     assert cache is not None
     assert cache.shape is not None
     return int(cache.shape[1])  # type: ignore[arg-type]
+
+
+def starts(low: Lowering, node: ir.Node, past: ir.Value | None) -> ir.Value:
+    """past [1] for every row of the batch, int64 [B]: where TensorScatter writes."""
+
+    def build() -> ir.Value:
+        batch = low.one(node, "Shape", [low.graph.inputs[0]], start=0, end=1)
+        return low.one(node, "Expand", [past, batch])
+
+    return low.built(("starts", past), build)
 
 
 def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None:
@@ -105,10 +124,6 @@ def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None
     past = node.inputs[8 if others else 5]
     assert past is not None
 
-    def starts() -> ir.Value:
-        batch = low.one(node, "Shape", [low.graph.inputs[0]], start=0, end=1)
-        return low.one(node, "Expand", [past, batch])
-
     def counted() -> ir.Value:
         length = low.one(node, "Squeeze", [low.one(node, "Shape", [low.graph.inputs[0]], start=1, end=2)])
         zero, one = (low.constant(np.array(n, np.int64)) for n in (0, 1))
@@ -116,17 +131,19 @@ def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None
 
     def written(cache: ir.Value | None, new: ir.Value | None) -> ir.Value:
         turned = low.one(node, "Transpose", [new], perm=[0, 2, 1, 3])
-        return low.one(node, "TensorScatter", [cache, turned, low.built(("starts", past), starts)], axis=-2)
+        return low.one(node, "TensorScatter", [cache, turned, starts(low, node, past)], axis=-2)
 
     caches = [written(k_cache, k), written(v_cache, v)]
     window = int(attr(node, "window"))
     positions = low.built(("positions", past), counted)
-    seen = _causal(low, node, caches[0], positions, window, ("causal", past, window))
-    parts: list[Part] = [(caches[0], caches[1], seen), *others]
-    low.replace(node, [attend(low, node, q, _heads_of(k_cache), parts), *caches])
+    seen = causal(low, node, caches[0], positions, window, ("causal", past, window))
+    parts = [Part(caches[0], caches[1], seen), *others]
+    low.replace(node, [attend(low, node, q, heads_of(k_cache), parts), *caches])
 
 
-def _causal(low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int, key: Any) -> ir.Value:
+def causal(
+    low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Value | None, window: int, key: Any
+) -> ir.Value:
     """Which slots of a cache each position sees, bool [S, T]: those up to its own, the last `window` of them."""
 
     def build() -> ir.Value:
@@ -146,7 +163,8 @@ def _causal(low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Value, 
 def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
     """Attention of q [B, S, H, D] to all `parts` under one softmax, [B, S, H * D].
 
-    The heads of a group are folded into the query axis, so that no key is repeated; softcap comes before the mask.
+    The heads of a group are folded into the query axis, so that no key is repeated; softcap comes before the mask. A scale
+    a key, or a value, is a factor of a column of the scores: codes are not multiplied one by one.
     """
     heads, dim = dims(q)
     cap = float(attr(node, "softcap")) if "softcap" in node.attributes else 0.0
@@ -154,9 +172,11 @@ def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, part
     folded = low.one(node, "Transpose", [q], perm=[0, 2, 1, 3])
     folded = low.one(node, "Reshape", [folded, low.ints(0, kv_heads, -1, dim)])
     scores = []
-    for keys, _, allowed in parts:
+    for keys, _, allowed, key_scales, _ in parts:
         assert allowed is not None
-        part = low.one(node, "FusedMatMul", [folded, keys], domain=MS, transB=1, alpha=scale)
+        floats = keys if key_scales is None else low.one(node, "Cast", [keys], to=ir.DataType.FLOAT)
+        part = low.one(node, "FusedMatMul", [folded, floats], domain=MS, transB=1, alpha=scale)
+        part = part if key_scales is None else _scaled(low, node, part, key_scales)
         part = low.one(node, "Reshape", [part, low.ints(0, heads, -1, 0)])
         if cap:
             cap_value = low.constant(np.array(cap, np.float32))
@@ -167,16 +187,26 @@ def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, part
     weights = low.one(node, "Reshape", [weights, low.ints(0, kv_heads, -1, 0)])
     apart: tuple[ir.Value, ...] = (weights,)
     if len(parts) > 1:
-        lengths = [low.one(node, "Shape", [keys], start=2, end=3) for keys, _, _ in parts]
+        lengths = [low.one(node, "Shape", [p.keys], start=2, end=3) for p in parts]
         sizes = low.one(node, "Concat", [*lengths], axis=0)
         apart = low.emit(node, "Split", [weights, sizes], outputs=len(parts), axis=3)
-    sums = [low.one(node, "MatMul", [w, values]) for w, (_, values, _) in zip(apart, parts, strict=True)]
+    sums = []
+    for share, (_, values, _, _, value_scales) in zip(apart, parts, strict=True):
+        if value_scales is not None:
+            share = _scaled(low, node, share, value_scales)
+            values = low.one(node, "Cast", [values], to=ir.DataType.FLOAT)
+        sums.append(low.one(node, "MatMul", [share, values]))
     attended = sums[0]
     for other in sums[1:]:
         attended = low.one(node, "Add", [attended, other])
     attended = low.one(node, "Reshape", [attended, low.ints(0, heads, -1, dim)])
     back = low.one(node, "Transpose", [attended], perm=[0, 2, 1, 3])
     return low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)])
+
+
+def _scaled(low: Lowering, node: ir.Node, scores: ir.Value, scales: ir.Value) -> ir.Value:
+    """scores [B, KV, rows, T] times scales [B, KV, T, 1]."""
+    return low.one(node, "Mul", [scores, low.one(node, "Transpose", [scales], perm=[0, 1, 3, 2])])
 
 
 def lower_cross_attention(low: Lowering, node: ir.Node) -> None:

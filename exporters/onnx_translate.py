@@ -24,7 +24,7 @@ OPSET = 24
 LEAST_DECAY = -80.0
 """Log decays are cut here before a decomposition: exp of it is nothing, and minus infinity times a mask's 0 is no number."""
 _FLOATS = ["tensor(float)", "tensor(bfloat16)", "tensor(float16)"]
-_ANY = [*_FLOATS, "tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(bool)"]
+_ANY = [*_FLOATS, "tensor(int64)", "tensor(int32)", "tensor(int8)", "tensor(uint8)", "tensor(bool)"]
 
 
 def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
@@ -105,8 +105,9 @@ def _translation(op: Any) -> Callable[..., Any]:
         DOMAIN,
         1,
         inputs=[formal(t, f"T{i}", param_option=_option(op, t, optional, single)) for i, t in enumerate(tensors)],
-        outputs=[formal(f"o{i}", "T") for i in range(returns)],
-        type_constraints=[(f"T{i}", _ANY, "") for i in range(len(tensors))] + [("T", _FLOATS, "")],
+        outputs=[formal(f"o{i}", f"O{i}") for i in range(returns)],
+        type_constraints=[(f"T{i}", _ANY, "") for i in range(len(tensors))]
+        + [(f"O{i}", _ANY, "") for i in range(returns)],
         attributes=[onnx.defs.OpSchema.Attribute(a, kinds[k], "") for a, k in attributes.items()],
     )
     node = values.Op(values.Opset(DOMAIN, 1), name, schema)

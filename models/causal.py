@@ -16,6 +16,7 @@ from torch import nn
 
 from ..graph import Graph, Port, State
 from ..ops.recurrence import CHUNK
+from .kv_cache import Cache
 
 Layers = Sequence[Sequence[State]]
 
@@ -69,11 +70,11 @@ class CausalStep(nn.Module):
         input_ids: torch.Tensor,
         past_length: torch.Tensor,
         logit_positions: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         embed, layers, norm, head = self.parts
         h = embed(input_ids)
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for layer, count in zip(layers, self.counts, strict=True):
             h, *new = layer(h, past_length, *states[len(updated) : len(updated) + count])
             updated += new
@@ -121,13 +122,13 @@ class MemoryStep(nn.Module):
         logit_positions: torch.Tensor,
         memory: torch.Tensor,
         slots: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         """memory: [B, M, hidden]; slots: int64 [S], the row of memory that stands at a position, -1 for the token's own."""
         inner: Any = self.model
         rows = memory.index_select(1, slots.clamp(min=0))
         h = torch.where((slots >= 0).unsqueeze(-1), rows, inner.embed_tokens(input_ids))
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for i, layer in enumerate(inner.layers):
             h, k, v = layer(h, past_length, *states[2 * i : 2 * i + 2])
             updated += [k, v]

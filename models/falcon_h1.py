@@ -15,6 +15,7 @@ from torch import nn
 from ..graph import Graph, State
 from .causal import CausalStep, causal_graph, conv_state, kv_states, recurrent_state
 from .config import Section
+from .kv_cache import Cache
 from .layers import (
     EW,
     AttentionSpec,
@@ -177,11 +178,11 @@ class Layer(nn.Module):
         self,
         h: torch.Tensor,
         past_length: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
         conv: torch.Tensor,
         state: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Cache, ...]:
         x = self.input_layernorm(h)
         scanned, conv, state = self.mamba(x, conv, state)
         attended, k, v = self.self_attn(scaled(x, self.by.attention_in), past_length, k_cache, v_cache)

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..graph import Graph
 from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
+from .kv_cache import Cache
 from .layers import AttentionSpec, CachedAttention, Embedding, GatedMLP, Linear, RMSNorm, softcap
 
 
@@ -28,8 +29,8 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(spec.hidden, eps, offset=1.0)
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         attended, k, v = self.self_attn(self.input_layernorm(h), past_length, k_cache, v_cache)
         h = h + self.post_attention_layernorm(attended)
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))), k, v

@@ -14,6 +14,7 @@ from torch import nn
 from ..graph import Graph, State
 from .causal import causal_graph, kv_states, recurrent_state
 from .config import Section
+from .kv_cache import Cache
 from .layers import (
     EW,
     AttentionSpec,
@@ -84,8 +85,8 @@ class Layer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, bound: torch.Tensor | None, *states: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+        self, h: torch.Tensor, past_length: torch.Tensor, bound: torch.Tensor | None, *states: Cache
+    ) -> tuple[Cache, ...]:
         x = self.attn_norm(h)
         mixed, *new = self.attn(x, bound, *states) if self.linear else self.attn(x, past_length, *states)
         h = h + mixed
@@ -189,11 +190,11 @@ class Step(nn.Module):
         input_ids: torch.Tensor,
         past_length: torch.Tensor,
         logit_positions: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         inner = self.whole.model
         h = inner.embeddings(input_ids)
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for layer, bound in zip(inner.layers, inner.bounds(), strict=True):
             count = 1 if layer.linear else 2
             h, *new = layer(h, past_length, bound, *states[len(updated) : len(updated) + count])

@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import ops  # noqa: F401  registers the edgewright:: ops
 from ..errors import UserError
+from .kv_cache import Cache, cached_attention, cross_attention
 
 EW = torch.ops.edgewright
 
@@ -266,14 +267,12 @@ class CachedAttention(_SelfAttention):
     """Causal self-attention that appends to its KV cache."""
 
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.project(x, positions)
         s = self.spec
-        attended, k_out, v_out = EW.cached_attention(
-            q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window
-        )
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
         return self.o_proj(attended), k_out, v_out
 
 
@@ -285,17 +284,15 @@ class GatedCachedAttention(_SelfAttention):
         self.q_proj = Linear(spec.hidden, 2 * spec.heads * spec.head_dim, spec.bias)
 
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         s, lead = self.spec, x.shape[:2]
         both = self.q_proj(x).reshape(*lead, s.heads, 2 * s.head_dim)
         query = both.narrow(3, 0, s.head_dim).reshape(*lead, s.heads * s.head_dim)
         gate = both.narrow(3, s.head_dim, s.head_dim).reshape(*lead, s.heads * s.head_dim)
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.normed_and_rotated(query, self.k_proj(x), self.v_proj(x), positions)
-        attended, k_out, v_out = EW.cached_attention(
-            q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window
-        )
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
         return self.o_proj(attended * torch.sigmoid(gate)), k_out, v_out
 
 
@@ -319,10 +316,10 @@ class CrossAttention(nn.Module):
         v = self.v_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, k: Cache, v: Cache, mask: torch.Tensor) -> torch.Tensor:
         s = self.spec
         q = self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim)
-        out: torch.Tensor = self.o_proj(EW.cross_attention(q, k, v, mask, s.scale, s.softcap))
+        out: torch.Tensor = self.o_proj(cross_attention(q, k, v, mask, s.scale, s.softcap))
         return out
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..graph import Graph, State
 from .causal import CausalStep, causal_graph, conv_state, kv_states
 from .config import Section
+from .kv_cache import Cache, cached_attention
 from .layers import EW, AttentionSpec, CausalConv, Embedding, Linear, RMSNorm, rotary_frequencies, silu
 
 
@@ -51,15 +52,15 @@ class Attention(nn.Module):
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         s, lead = self.spec, x.shape[:2]
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q = self.q_layernorm(self.q_proj(x).reshape(*lead, s.heads, s.head_dim))
         k = self.k_layernorm(self.k_proj(x).reshape(*lead, s.kv_heads, s.head_dim))
         v = self.v_proj(x).reshape(*lead, s.kv_heads, s.head_dim)
         q, k = EW.rope(q, positions, self.inv_freq), EW.rope(k, positions, self.inv_freq)
-        attended, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, 0.0, 0)
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, 0.0, 0)
         return self.out_proj(attended), k_out, v_out
 
 
@@ -93,7 +94,7 @@ class Layer(nn.Module):
         self.operator_norm = RMSNorm(hidden, eps, offset=0.0)
         self.ffn_norm = RMSNorm(hidden, eps, offset=0.0)
 
-    def forward(self, h: torch.Tensor, past_length: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, h: torch.Tensor, past_length: torch.Tensor, *states: Cache) -> tuple[Cache, ...]:
         x = self.operator_norm(h)
         mixed, *new = self.self_attn(x, past_length, *states) if self.attends else self.conv(x, *states)
         h = h + mixed

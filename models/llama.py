@@ -10,6 +10,7 @@ from torch import nn
 from ..graph import Graph
 from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
+from .kv_cache import Cache
 from .layers import AttentionSpec, CachedAttention, Embedding, GatedMLP, Linear, RMSNorm
 
 
@@ -22,8 +23,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden, eps, offset=0.0)
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         attended, k, v = self.self_attn(self.input_layernorm(h), past_length, k_cache, v_cache)
         h = h + attended
         return h + self.mlp(self.post_attention_layernorm(h)), k, v

@@ -13,6 +13,7 @@ from torch import nn
 from ..graph import Graph
 from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
+from .kv_cache import Cache, cached_attention
 from .layers import EW, Linear
 from .modernbert import Config, GatedFeedForward, PredictionHead, Stack
 
@@ -34,13 +35,13 @@ class Attention(nn.Module):
         self.register_buffer("inv_freq", config.frequencies(kind), persistent=False)
 
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         shape = (*x.shape[:2], self.heads, self.head_dim)
         q, k, v = (linear(x).reshape(shape) for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k = EW.rope(q, positions, self.inv_freq), EW.rope(k, positions, self.inv_freq)
-        attended, k_out, v_out = EW.cached_attention(
+        attended, k_out, v_out = cached_attention(
             q, k, v, k_cache, v_cache, past_length, self.head_dim**-0.5, 0.0, self.window
         )
         return self.Wo(attended), k_out, v_out
@@ -56,8 +57,8 @@ class Layer(nn.Module):
         self.mlp = GatedFeedForward(config)
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         attended, k, v = self.attn(self.attn_norm(h), past_length, k_cache, v_cache)
         h = h + attended
         return h + self.mlp(self.mlp_norm(h)), k, v

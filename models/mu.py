@@ -18,6 +18,7 @@ from torch import nn
 
 from ..graph import Graph, Port, State
 from .config import Section
+from .kv_cache import Cache, cached_attention, cross_attention
 from .layers import EW, Embedding, Linear, RMSNorm, gelu_tanh, rotary_frequencies
 
 
@@ -106,10 +107,10 @@ class EncoderAttention(RotaryAttention):
 
 class CausalAttention(RotaryAttention):
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         q, k, v = self.project(x, past_length + torch.arange(x.shape[1], device=x.device))
-        attended, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, self.scale, 0.0, 0)
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, self.scale, 0.0, 0)
         return self.output(attended), k_out, v_out
 
 
@@ -123,8 +124,8 @@ class CrossAttention(Attention):
         k, v = self.keys_values(encoder_hidden)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.output(EW.cross_attention(self.queries(x), k, v, mask, self.scale, 0.0))
+    def forward(self, x: torch.Tensor, k: Cache, v: Cache, mask: torch.Tensor) -> torch.Tensor:
+        return self.output(cross_attention(self.queries(x), k, v, mask, self.scale, 0.0))
 
 
 class FeedForward(nn.Module):
@@ -162,8 +163,8 @@ class DecoderLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         k_cache, v_cache, cross_k, cross_v = states
         attended, k_out, v_out = self.causal_attn(self.ln1(h), past_length, k_cache, v_cache)
         h = h + attended
@@ -228,12 +229,12 @@ class DecoderStep(nn.Module):
         past_length: torch.Tensor,
         encoder_mask: torch.Tensor,
         logit_positions: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         parts = self.transformer
         h = parts.wte(input_ids)
         mask = encoder_mask.unsqueeze(1).unsqueeze(1)
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for i, layer in enumerate(parts.h):
             h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4])
             updated += [k, v]

@@ -15,6 +15,7 @@ from ..graph import Graph, State
 from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
 from .gated_delta import DeltaSpec, GatedDelta, read_delta
+from .kv_cache import Cache
 from .layers import AttentionSpec, CachedAttention, Embedding, GatedMLP, Linear, RMSNorm, silu
 
 _GATE_EPS = 1e-5  # of the norm before the gate, whatever rms_norm_eps says
@@ -72,8 +73,8 @@ class AttentionLayer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(spec.hidden, eps, offset=0.0)
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         attended, k, v = self.self_attn(h, past_length, k_cache, v_cache)
         h = h + self.post_attention_layernorm(attended)
         return h + self.post_feedforward_layernorm(self.mlp(h)), k, v

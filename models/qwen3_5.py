@@ -15,6 +15,7 @@ from ..graph import Graph, State
 from .causal import CausalStep, causal_graph, kv_states
 from .config import Section
 from .gated_delta import DeltaSpec, GatedDelta, read_delta
+from .kv_cache import Cache
 from .layers import AttentionSpec, Embedding, GatedCachedAttention, GatedMLP, Linear, RMSNorm, silu
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -98,7 +99,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps, offset=1.0)
         self.post_attention_layernorm = RMSNorm(hidden, eps, offset=1.0)
 
-    def forward(self, h: torch.Tensor, past_length: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, h: torch.Tensor, past_length: torch.Tensor, *states: Cache) -> tuple[Cache, ...]:
         x = self.input_layernorm(h)
         mixed, *new = self.linear_attn(x, *states) if self.linear else self.self_attn(x, past_length, *states)
         h = h + mixed

@@ -21,6 +21,7 @@ from torch import nn
 from ..graph import Graph, State
 from .causal import causal_graph, conv_state, kv_states, recurrent_state, window_states
 from .config import Section
+from .kv_cache import Cache, cached_attention, shared_attention
 from .layers import EW, CausalConv, Embedding, Linear, RMSNorm, activation, silu, softplus, window_attention
 
 SUBLAYER_NORM_EPS = 1e-5  # of the norm inside differential attention, whatever the config says
@@ -217,18 +218,20 @@ class SelfAttention(Attention):
         self.window = window
 
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         s, qkv = self.sizes, self.Wqkv(x)
         pair = (*x.shape[:2], s.kv_heads // 2, 2 * s.head_dim)
         k = qkv.narrow(-1, s.hidden, s.key_width).reshape(pair)
         v = qkv.narrow(-1, s.hidden + s.key_width, s.key_width).reshape(pair)
         q = self.spread(qkv.narrow(-1, 0, s.hidden))
         scale = s.head_dim**-0.5
-        if self.window:
-            attended, k_out, v_out = window_attention(q, k, v, k_cache, v_cache, past_length, scale)
-        else:
-            attended, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, scale, 0.0, 0)
+        if self.window:  # float: of a fixed size, and shifted at each call
+            assert isinstance(k_cache, torch.Tensor)
+            assert isinstance(v_cache, torch.Tensor)
+            attended, k_last, v_last = window_attention(q, k, v, k_cache, v_cache, past_length, scale)
+            return self.finish(attended), k_last, v_last
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, scale, 0.0, 0)
         return self.finish(attended), k_out, v_out
 
 
@@ -238,11 +241,9 @@ class CrossAttention(Attention):
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__(sizes, layer, sizes.hidden)
 
-    def forward(
-        self, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, k_cache: Cache, v_cache: Cache, positions: torch.Tensor) -> torch.Tensor:
         q = self.spread(self.Wqkv(x))
-        return self.finish(EW.shared_attention(q, k_cache, v_cache, positions, self.sizes.head_dim**-0.5))
+        return self.finish(shared_attention(q, k_cache, v_cache, positions, self.sizes.head_dim**-0.5))
 
 
 class Layer(nn.Module):
@@ -255,7 +256,7 @@ class Layer(nn.Module):
         self.input_layernorm = LayerNorm(sizes.hidden, sizes.eps)
         self.post_attention_layernorm = LayerNorm(sizes.hidden, sizes.eps)
 
-    def forward(self, h: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, h: torch.Tensor, *rest: Cache) -> tuple[Cache, ...]:
         mixed = self.attn(self.input_layernorm(h), *rest)
         out, *given = mixed if isinstance(mixed, tuple) else (mixed,)
         h = h + out
@@ -291,12 +292,12 @@ class Step(nn.Module):
         input_ids: torch.Tensor,
         past_length: torch.Tensor,
         logit_positions: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         layers = list(self.model.layers)
         h = self.model.embed_tokens(input_ids)
         memory = h  # of the last Mamba layer, once there was one
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for i, layer in enumerate(layers[: self.full + 1]):
             own = states[len(updated) : len(updated) + 2]
             if i % 2:

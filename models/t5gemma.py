@@ -13,6 +13,7 @@ from torch import nn
 
 from ..graph import Graph, Port, State
 from .config import Section
+from .kv_cache import Cache
 from .layers import (
     AttentionSpec,
     BidirectionalAttention,
@@ -104,8 +105,8 @@ class DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = config.norm()
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, encoder_mask: torch.Tensor, states: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, encoder_mask: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         k_cache, v_cache, cross_k, cross_v = states
         attended, k_out, v_out = self.self_attn(self.pre_self_attn_layernorm(h), past_length, k_cache, v_cache)
         h = h + self.post_self_attn_layernorm(attended)
@@ -185,12 +186,12 @@ class DecoderStep(nn.Module):
         past_length: torch.Tensor,
         encoder_mask: torch.Tensor,
         logit_positions: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         decoder = self.model.decoder
         h = decoder.embed_tokens(input_ids) * decoder.config.hidden**0.5
         mask = encoder_mask.unsqueeze(1).unsqueeze(1)
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for i, layer in enumerate(decoder.layers):
             h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4])
             updated += [k, v]

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UserError
 from ..graph import Graph, Port, State
 from .config import Section
+from .kv_cache import Cache, merged_attention
 from .layers import (
     EW,
     AttentionSpec,
@@ -129,14 +130,17 @@ class MergedAttention(nn.Module):
         return k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         s = self.spec
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q = EW.rope(self.q_norm(self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim)), positions, self.inv_freq)
         k, v = self.keys_values(x)
         k = EW.rope(k, positions, self.inv_freq)
-        attended, k_out, v_out = EW.merged_attention(q, k, v, *states, mask, past_length, s.scale, s.softcap, s.window)
+        own_k, own_v, cross_k, cross_v = states
+        attended, k_out, v_out = merged_attention(
+            q, k, v, own_k, own_v, cross_k, cross_v, mask, past_length, s.scale, s.softcap, s.window
+        )
         return self.o_proj(attended), k_out, v_out
 
 
@@ -167,8 +171,8 @@ class DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = config.norm()
 
     def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, h: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, Cache, Cache]:
         attended, k_out, v_out = self.self_attn(self.pre_self_attn_layernorm(h), past_length, mask, states)
         h = h + self.post_self_attn_layernorm(attended)
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))), k_out, v_out
@@ -253,12 +257,12 @@ class DecoderStep(nn.Module):
         past_length: torch.Tensor,
         encoder_mask: torch.Tensor,
         logit_positions: torch.Tensor,
-        states: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
         decoder = self.model.decoder
         h = embed(decoder.config, decoder.embed_tokens, input_ids)
         mask = encoder_mask.unsqueeze(1).unsqueeze(1)
-        updated: list[torch.Tensor] = []
+        updated: list[Cache] = []
         for i, layer in enumerate(decoder.layers):
             h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4])
             updated += [k, v]

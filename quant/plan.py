@@ -1,4 +1,4 @@
-"""The bit plan: for each weight its bits and group size, and why. What may enter: packing, targets, errors.
+"""The bit plan: for each weight its bits, group size and quantizer, and why. What may enter: packing, targets, errors.
 
 A plan is JSON, written by `plan`, edited by hand, and accepted back: reading is strict and every mistake is one line.
 """
@@ -9,9 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -23,6 +23,11 @@ from .targets import GROUP_SIZES
 
 UNQUANTIZED = 16
 """The width that means: kept, as bfloat16."""
+
+Quantizer = Literal["rtn", "gptq"]
+"""How codes are chosen: each weight rounded to the nearest, or with its errors fed back into the weights after it."""
+
+BudgetKind = Literal["bits", "size", "latency"]
 
 _LARGEST_PLAN = 64 * MEBIBYTE
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -63,38 +68,47 @@ class Unit:
 
 @dataclass(frozen=True, config=_STRICT)
 class Choice:
-    """What a unit gets: bits (2, 3, 4, 5, 6, 8, or 16 = bf16) and the group size wanted (0: one scale per channel)."""
+    """What a unit gets: bits (2, 3, 4, 5, 6, 8, or 16 = bf16), the group size wanted (0: one scale per channel), and how."""
 
     bits: int
     group_size: int
+    quantizer: Quantizer = "rtn"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Entry:
     """One weight's line of the plan. group_size is the effective one: K means one scale per channel (or 16 bits).
 
-    score is the importance weight the allocator used, why says in words where the choice came from.
+    score is the importance weight the allocator used, why says in words where the choice came from. At 16 bits the
+    quantizer means nothing. loss: where losses were measured, the predicted one of the weight's unit at this choice, in nats
+    a token, shared out over the unit's weights by their size; of an entry edited by hand it is stale.
     """
 
     bits: int
     group_size: Positive
     score: Finite
     why: Annotated[str, Field(max_length=4096)]
+    quantizer: Quantizer = "rtn"
+    loss: Finite | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Budget:
-    """What was asked for: average bits a weight, scales counted, or bytes of the whole quantized checkpoint."""
+    """What was asked for: average bits a weight, scales counted; bytes of the whole quantized checkpoint; or predicted
+    milliseconds of a decode step on `device`.
+    """
 
-    kind: Literal["bits", "size"]
+    kind: BudgetKind
     value: Finite
+    device: Name | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
 class BitPlan:
     """Bits and group of every weight. average_bits and total_bytes count codes and scales of the planned weights only.
 
-    The same plan and checkpoint give the same bytes. After an edit the totals are stale: use what `validate` returns.
+    The same plan and checkpoint give the same bytes; where an entry says gptq, with the same calibration tokens, whose
+    SHA-256 is `calibration`. After an edit the totals are stale: use what `validate` returns.
     """
 
     version: Literal[1]
@@ -103,19 +117,22 @@ class BitPlan:
     entries: dict[Name, Entry]
     average_bits: Finite
     total_bytes: Annotated[int, Field(ge=0)]
+    calibration: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     def to_json(self) -> str:
         """The plan as text, one weight a line in natural order; equal plans give equal bytes, whatever made them."""
         head = {
             "version": self.version,
             "method": self.method,
-            "budget": asdict(self.budget),
+            "budget": _written(self.budget),
             "average_bits": self.average_bits,
             "total_bytes": self.total_bytes,
         }
+        if self.calibration is not None:
+            head["calibration"] = self.calibration
         lines = [f"  {_dumps(key)}: {_dumps(value)}," for key, value in head.items()]
         names = sorted(self.entries, key=lambda name: (natural_order(name), name))
-        entries = [f"    {_dumps(name)}: {_dumps(asdict(self.entries[name]))}" for name in names]
+        entries = [f"    {_dumps(name)}: {_dumps(_written(self.entries[name]))}" for name in names]
         return "\n".join(["{", *lines, '  "entries": {', ",\n".join(entries), "  }", "}", ""])
 
     @staticmethod
@@ -206,6 +223,12 @@ def weight_bytes(weight: WeightSpec, bits: int, group_size: int) -> int:
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]{1,18})", name) if part]
+
+
+def _written(part: Budget | Entry) -> dict[str, Any]:
+    """Its fields but those that are as they are when left out, so that a plan without them reads as it always did."""
+    left_out = {f.name for f in fields(part) if f.default is not MISSING and getattr(part, f.name) == f.default}
+    return {key: value for key, value in asdict(part).items() if key not in left_out}
 
 
 def _dumps(value: object) -> str:

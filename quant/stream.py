@@ -37,6 +37,9 @@ _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with its name, the weights done so far, and all there are."""
 
+Ready = Callable[[str], QuantizedTensor | None]
+"""Codes of a weight that are there already, as its line of the plan asks; None: there are none."""
+
 
 @dataclass(frozen=True)
 class QuantizedStats:
@@ -59,11 +62,13 @@ def quantize_checkpoint(
     out_dir: Path,
     copy: Iterable[str],
     progress: Progress | None = None,
+    ready: Ready | None = None,
 ) -> QuantizedStats:
     """Write the quantized checkpoint directory `out_dir`; the same checkpoint and plan give the same bytes.
 
     tied: alias name -> stored name; aliases are not written. copy: tensors to keep unquantized, in their dtype (fp64
-    becomes fp32). model.safetensors appears last, under a temporary name until it is whole: where it is, all is.
+    becomes fp32). ready: codes that calibration found; the other weights are rounded to nearest. model.safetensors
+    appears last, under a temporary name until it is whole: where it is, all is.
     Raises UserError for NaN or infinite weights (naming the tensor), a plan that does not fit the checkpoint's shapes,
     a tensor that is missing, or a disk that refuses.
     """
@@ -87,11 +92,14 @@ def quantize_checkpoint(
     model = out_dir / "model.safetensors"
     total = sum(_numel(checkpoint, name) for name in order)
     done = 0
-    with _threads() as pool, StreamingWriter(model, layout, METADATA) as writer:
+    with one_threaded() as pool, StreamingWriter(model, layout, METADATA) as writer:
         for name in order:
             entry = plan.entries.get(name)
             if entry is None or entry.bits == UNQUANTIZED:
                 _copy(checkpoint, name, entry, writer)
+            elif ready is not None and (found := ready(name)) is not None:
+                writer.write(f"{name}.codes", found.codes)
+                writer.write(f"{name}.scales", found.scales)
             else:
                 _quantize(checkpoint, specs[name], entry, writer, pool)
             done += _numel(checkpoint, name)
@@ -185,7 +193,7 @@ def _row_chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
+def one_threaded() -> Iterator[ThreadPoolExecutor]:
     """As many workers as torch has threads (at most 8), each running torch on one: small operations split badly."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)

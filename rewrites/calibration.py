@@ -1,4 +1,4 @@
-"""The calibration text through a model once, all of it from layer to layer. What may enter: checkpoint, models, eager runtime.
+"""The calibration text through a model once, from layer to layer. What may enter: calibration, checkpoint, models, runtimes.
 
 Weights are read from the mapped checkpoint when their module runs and dropped after it, so one matrix, or those of one
 feed-forward block, is in memory at a time, in float32; the activations of the whole text are carried along, and the keys
@@ -7,8 +7,7 @@ and values of every layer stay until the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import torch
 from torch import nn
 
 from ..bundle import Generation
+from ..calibration import WeightsOnDemand, padded
 from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.eugen import gated_mlps
-from ..models.layers import Embedding, GatedMLP
+from ..models.layers import GatedMLP
 from ..prompts import read_task, text_windows
 from ..runtimes.eager import EagerSession
 from ..runtimes.generate import generate_batch
@@ -33,53 +33,6 @@ _BATCH = 64  # prompts an encoder-decoder answers at a time
 
 Visit = Callable[[str, GatedMLP, torch.Tensor, torch.Tensor], torch.Tensor]
 """(path, block, its inputs [rows, hidden], the sequence each row is of [rows]) -> what flows on [rows, hidden]."""
-
-
-class WeightsOnDemand:
-    """Hooks on a model built on the meta device: a module's parameters are there, in float32, while it runs."""
-
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._held: set[nn.Module] = set()
-        self._names: dict[nn.Module, dict[str, str]] = {}
-        for path, module in model.named_modules():
-            own = {leaf: f"{path}.{leaf}" for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
-            if own:
-                self._names[module] = {leaf: model.tied.get(name, name) for leaf, name in own.items()}
-                module.register_forward_pre_hook(lambda m, _: self._read(m))
-                module.register_forward_hook(lambda m, _, __: self._drop(m))
-
-    def _read(self, module: nn.Module) -> None:
-        for leaf, name in self._names[module].items():
-            parameter = getattr(module, leaf)
-            if not parameter.is_meta:
-                continue
-            self._checkpoint.expect(name, tuple(parameter.shape))
-            value = self._checkpoint.tensor(name)
-            # Only the rows looked up are converted: an embedding may be the largest tensor there is.
-            value = value if isinstance(module, Embedding) else value.to(torch.float32)
-            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-
-    def _drop(self, module: nn.Module) -> None:
-        if module in self._held:
-            return
-        for leaf in self._names[module]:
-            value = getattr(module, leaf)
-            module.register_parameter(leaf, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
-
-    @contextmanager
-    def holding(self, block: nn.Module) -> Iterator[None]:
-        """Keep the parameters of `block` and what is in it until the end of the context."""
-        inside = [module for module in block.modules() if module in self._names]
-        self._held |= set(inside)
-        try:
-            for module in inside:
-                self._read(module)
-            yield
-        finally:
-            self._held -= set(inside)
-            for module in inside:
-                self._drop(module)
 
 
 class _Visited(nn.Module):
@@ -133,11 +86,11 @@ class Walk:
             decoded = [start + answer for answer in self._answers]
         state = self.session.new_state(len(decoded), max(len(s) for s in decoded))
         if self.spec.task == "seq2seq":
-            ids, self.real = _padded(self.prompts, self.spec.pad_id)
+            ids, self.real = padded(self.prompts, self.spec.pad_id)
             seen, extra = int(self.real.sum()), {"encoder_mask": self.real.numpy()}
             encoded = self.session.run("encoder", {"input_ids": ids.numpy()} | extra, state)
             self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
-        ids, self.real = _padded(decoded, self.spec.pad_id)
+        ids, self.real = padded(decoded, self.spec.pad_id)
         first = np.zeros(1, np.int64)
         inputs = {"input_ids": ids.numpy(), "past_length": first, "logit_positions": first}
         self.session.run("decoder", inputs | extra, state)
@@ -149,17 +102,6 @@ class Walk:
             batch = self.prompts[start : start + _BATCH]
             answers += generate_batch(self.session, self.spec, batch, self.spec.max_new_tokens)
         return answers
-
-
-def _padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int64 [B, S] padded on the right, and where they are real, bool [B, S]."""
-    longest = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), longest), pad)
-    real = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        real[row, : len(sequence)] = True
-    return ids, real
 
 
 def read_prompts(source: Path | Sequence[Sequence[int]], checkpoint: Checkpoint, spec: Generation) -> list[list[int]]:

@@ -37,6 +37,10 @@ HOST_OPS = {
     "aten::copy_": "writes a state back",
     "aten::where.self_out": "picks one of two values; XNNPACK neither compares nor picks",
     "aten::lt.Tensor_out": "compares for it",
+    "aten::amax.out": "finds the largest of a new token's keys and values, whose scale it is, where the cache is int8",
+    "aten::clamp.out": "keeps that scale from zero",
+    "aten::round.out": "makes codes of them",
+    "aten::_to_copy.out": "between codes and floats",
     "aten::constant_pad_nd.out": "puts zeros behind a state, of which a new stream's first call takes those",
 }
 """What the lowering itself leaves to ExecuTorch's optimised kernels, and why."""

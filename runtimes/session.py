@@ -95,6 +95,7 @@ DTYPES: dict[str, type[np.generic]] = {
     "float16": np.float16,
     "int64": np.int64,
     "int32": np.int32,
+    "int8": np.int8,
     "bool": np.bool_,
 }
 

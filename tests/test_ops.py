@@ -225,6 +225,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     """Arguments for one call of every op."""
     q, k, v = qkv(2, 3, 3, 2)
     cache = normal(2, 2, 8, DIM)
+    codes, factors = EW.quantize_kv(cache)
     w = quantized(3, 32)
     return {
         "cached_attention": (q, k, v, cache, cache + 1, torch.tensor([4]), SCALE, 3.0, 2),
@@ -240,6 +241,21 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *(torch.ones(2, 1, 1, 5, dtype=torch.bool), torch.tensor([4]), SCALE, 3.0, 2),
         ),
         "shared_attention": (q, cache, cache + 1, torch.tensor([0, 5, 6]), SCALE),
+        "quantize_kv": (k.transpose(1, 2),),
+        "append_kv": (codes, EW.quantize_kv(k.transpose(1, 2))[0], torch.tensor([4])),
+        "quantized_attention": (
+            *(q, codes, factors, codes.flip(2), factors.flip(2)),
+            *(torch.ones(2, 1, 1, 8, dtype=torch.bool), SCALE, 3.0),
+        ),
+        "quantized_merged_attention": (
+            *(q, codes, factors, codes.flip(2), factors.flip(2)),
+            *(codes[:, :, :5], factors[:, :, :5], codes[:, :, 3:], factors[:, :, 3:]),
+            *(torch.ones(2, 1, 1, 5, dtype=torch.bool), torch.tensor([0, 5, 6]), SCALE, 3.0, 2),
+        ),
+        "quantized_causal_attention": (
+            *(q, codes, factors, codes.flip(2), factors.flip(2)),
+            *(torch.tensor([0, 5, 6]), SCALE, 3.0, 2),
+        ),
         "causal_conv": (normal(2, 3, 5), normal(5, 4), normal(5), normal(2, 5, 3)),
         "gated_delta_rule": (
             q,
@@ -272,7 +288,12 @@ def test_schema_fake_and_decomposition_agree_with_the_op(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rope", "rms_norm", "gelu_tanh", "cross_attention", "cached_attention", "causal_conv", "gated_delta_rule"]
+    "name",
+    [
+        *("rope", "rms_norm", "gelu_tanh", "cross_attention", "cached_attention", "causal_conv", "gated_delta_rule"),
+        *("quantize_kv", "append_kv", "quantized_attention", "quantized_causal_attention"),
+        "quantized_merged_attention",
+    ],
 )
 def test_the_fake_of_strided_arguments_has_the_strides_of_the_result(name: str) -> None:
     """As cross_kv leaves its keys: the same numbers, but not contiguous."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ import torch
 from tiny import GEMMA3, LLAMA, T5GEMMA, merged, write_tiny_gemma3, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright.bundle import Generation
+from edgewright.calibration import Sample
 from edgewright.checkpoint import Checkpoint, open_checkpoint
 from edgewright.errors import UserError
 from edgewright.models import build
 from edgewright.models.loading import load_original
 from edgewright.quant.importance import importance_weights, lim, zd
-from edgewright.quant.plan import Unit
+from edgewright.quant.plan import Choice, Unit
 from edgewright.quant.units import quantizable_units
-from edgewright.scoring import Probes, score_layers, unit_weights
+from edgewright.scoring import REFERENCE, Probes, Scores, lim_streamed, score_layers, unit_weights
+from edgewright.scoring import score as score_by
 
 PROMPTS = [[5, 9, 40, 3, 17, 33], [60], [8, 8, 21, 30, 4, 55, 12, 6, 7]]
 WRITERS = [write_tiny_t5gemma, write_tiny_llama, write_tiny_gemma3]
@@ -170,7 +172,7 @@ def test_zd_is_over_the_matrices_of_each_layer(writer: Callable[[Path], Path], t
 def test_refusals(tmp_path: Path) -> None:
     parts = opened(write_tiny_llama, tmp_path)
     assert score("uniform", parts, []) == {}
-    with pytest.raises(UserError, match=r"--importance magic .*zd, zd-two-sided, lim, uniform"):
+    with pytest.raises(UserError, match=r"--importance magic .*lim, zd, zd-two-sided, uniform"):
         score("magic", parts, [])
     with pytest.raises(UserError, match="--calibration"):
         score("lim", parts, [])
@@ -270,3 +272,87 @@ def test_a_weight_whose_inputs_are_no_multiple_of_16_is_left_out() -> None:
     ]
     odd = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}  # 24 inputs of o_proj
     assert names(merged(LLAMA, {"hidden_size": 40, "intermediate_size": 40} | odd)) == []
+
+
+# ---- every method through one door ----
+
+
+SAMPLES = [Sample(tuple(3 + (7 * i + j * j) % 70 for j in range(12))) for i in range(6)]
+CHOICES = [Choice(3, 32), Choice(4, 32), Choice(3, 32, "gptq"), Choice(8, 0), Choice(16, 0)]
+
+
+def scored(method: str, folder: Path, samples: Sequence[Sample] = SAMPLES, **changes: Any) -> tuple[Scores, list[str]]:
+    checkpoint, _, units, spec = opened(write_tiny_llama, folder)
+    said: list[str] = []
+    probes = Probes(PROMPTS if samples else [])
+    found = score_by(
+        method, checkpoint, checkpoint.config, units, CHOICES, spec, probes, samples, progress=said.append, **changes
+    )
+    assert set(found.weights) == {u.name for u in units}
+    assert all(w > 0 for w in found.weights.values())
+    return found, said
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl"])
+def test_measured_methods_give_every_unit_and_layer_a_loss(method: str, tmp_path: Path) -> None:
+    found, _ = scored(method, tmp_path)
+    assert found.method == method
+    assert found.losses is not None
+    assert set(found.losses) == set(found.units) == set(found.weights)
+    assert list(found.layers) == [("decoder", 0), ("decoder", 1), ("decoder", 2)]
+    for name, of in found.losses.items():
+        assert of[Choice(3, 32)] > of[Choice(4, 32)] > of[Choice(8, 0)] > 0.0
+        assert found.units[name] == of[REFERENCE] > 0.0
+    assert (len(found.linears) > len(found.units)) == (method == "fisher")
+
+
+def test_the_costliest_units_are_scaled_to_what_they_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgewright.scoring.CHECKED_SHARE", 2.0)
+    plain, _ = scored("fisher", tmp_path)
+    monkeypatch.setattr("edgewright.scoring.CHECKED_SHARE", 0.1)
+    checked, said = scored("fisher", tmp_path)
+    changed = [n for n in plain.units if checked.units[n] != plain.units[n]]
+    total = sum(plain.units.values())
+    assert set(changed) == {n for n, v in plain.units.items() if v > 0.1 * total}
+    assert changed
+    assert any(f"{len(changed)} of the costliest" in line for line in said)
+    by_kl = scored("kl", tmp_path)[0]
+    assert plain.losses is not None
+    assert checked.losses is not None
+    for name in changed:
+        assert 0.4 < checked.units[name] / by_kl.units[name] < 2.5
+        by_gptq = Choice(3, 32, "gptq")
+        assert checked.losses[name].get(by_gptq) == plain.losses[name].get(by_gptq)
+
+
+def test_both_measures_agree_on_what_a_layer_costs(tmp_path: Path) -> None:
+    by_fisher, by_kl = (scored(m, tmp_path / m)[0] for m in ("fisher", "kl"))
+    for layer, loss in by_kl.layers.items():
+        assert 0.3 < by_fisher.layers[layer] / loss < 3.0
+    ratios = [by_fisher.units[n] / by_kl.units[n] for n in by_kl.units]
+    assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2.0
+
+
+def test_auto_takes_what_data_and_memory_allow_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    found, said = scored("auto", tmp_path / "a")
+    assert found.method == "fisher"
+    assert "fisher" in said[0]
+    found, said = scored("auto", tmp_path / "b", memory=100_000)
+    assert (found.method, found.losses) == ("lim", None)
+    assert "GiB" in said[0]
+    found, said = scored("auto", tmp_path / "c", [])
+    assert found.method == "zd"
+    assert "no calibration data" in said[0]
+    with pytest.raises(UserError, match="--calibration"):
+        scored("fisher", tmp_path / "d", [])
+    with pytest.raises(UserError, match="choose from auto, fisher"):
+        scored("magic", tmp_path / "e")
+
+
+def test_lim_with_weights_on_demand_is_lim(tmp_path: Path) -> None:
+    checkpoint, model, units, spec = opened(write_tiny_llama, tmp_path)
+    prompts = [list(s.tokens) for s in SAMPLES[:3]] + [[5, 9, 40]]  # a short one: padding
+    whole = score_layers("lim", model, checkpoint, units, Probes(prompts), spec, lambda _: None)
+    samples = [Sample(tuple(p)) for p in prompts]
+    assert lim_streamed(checkpoint, checkpoint.config, spec, samples) == pytest.approx(whole, abs=1e-6)

@@ -1,0 +1,191 @@
+"""Bits for a model under the request's budget: scored, allocated, compared with uniform. Top-level: `scoring`, `quant` enter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .bundle import Generation
+from .calibration import Sample
+from .checkpoint import Checkpoint
+from .device_profiles.profile import load
+from .divergence import measured_kl
+from .memory import require_available
+from .models import build
+from .models.layers import Linear
+from .quant.allocate import Override, Problem, expected_loss, offers, plan_within, reach
+from .quant.frontier import better, uniform
+from .quant.latency import decode_step
+from .quant.plan import UNQUANTIZED, BitPlan, Budget, Choice, Quantizer, Unit
+from .quant.stream import METADATA
+from .quant.targets import common_bits, legal_choices
+from .quant.units import protected_weights
+from .request import DEFAULT_BITS, Progress, Request
+from .safetensors_writer import StreamingWriter
+from .scoring import Probes, Scores, score, unit_weights
+from .sensitivity import evenly
+
+COMPARED = 8
+"""Samples on which plan and uniform are compared."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The uniform plan at the same budget: its average bits, and the mean KL (nats, measured) of the plan and of it."""
+
+    bits: float
+    planned: float
+    uniform: float
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What the plan could be for one target alone, at the same budget: the price of carrying one plan to several.
+
+    widths: those it stores whole. loss_ratio: the joint plan's expected loss (importance * weights * expected relative
+    error, predicted) over that of the plan for this target alone; 1 or more.
+    """
+
+    widths: tuple[int, ...]
+    loss_ratio: float
+
+
+def allocated(
+    request: Request,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    units: list[Unit],
+    other: list[str],
+    spec: Generation,
+    probes: Probes,
+    samples: list[Sample],
+    quantizer: Quantizer,
+    progress: Progress,
+) -> tuple[BitPlan, Scores, dict[str, Alone], Problem, Baseline | None]:
+    """Refuse an impossible budget first (it costs nothing), then score and allocate, and compare with uniform."""
+    model = build(config)
+    other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
+    # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user says otherwise.
+    planned = {w.name for u in units for w in u.weights}
+    kept = [Override(f"^{re.escape(name)}$", UNQUANTIZED) for name in sorted(protected_weights(model) & planned)]
+    overrides = (*request.overrides, *kept)
+    step = None
+    if request.latency_ms is not None:
+        step = decode_step(model, units, load(request.device or "host"), request.formats)
+
+    def stated(scores: Scores, targets: tuple[str, ...]) -> Problem:
+        widths = request.widths or common_bits(targets)
+        head = (units, scores.weights, other_bytes, widths, request.groups, overrides, targets, scores.method)
+        return Problem(*head, losses=scores.losses, step=step)
+
+    even = Scores("uniform", {}, unit_weights(units, {}, "uniform"))
+    budget = _budget(request, stated(even, request.formats))
+    plan_within(stated(even, request.formats), budget)
+    if request.importance == "lim" and not samples:
+        require_available(
+            4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
+        )
+    choices = _choices(request, overrides, quantizer)
+    memory, workers = request.memory_limit, request.workers.count
+    method = request.importance
+    if method == "auto" and all(len(offer.options) == 1 for offer in offers(stated(even, request.formats))):
+        method = "uniform"  # one choice for each unit: there is nothing to weigh
+    with request.workers.running():
+        scores = score(method, checkpoint, config, units, choices, spec, probes, samples, memory, workers, progress)
+    if scores.losses is not None:  # what GPTQ can have, it gets: it is never the worse
+        by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
+        scores = replace(scores, losses={u: by_gptq[u] or of for u, of in scores.losses.items()})
+    problem = stated(scores, request.formats)
+    made = plan_within(problem, budget)
+    loss = expected_loss(made, units)
+    alone = {}
+    for target in request.formats if len(request.formats) > 1 else ():
+        ratio = loss / expected_loss(plan_within(stated(scores, (target,)), budget), units)
+        alone[target] = Alone(request.widths or common_bits((target,)), ratio)
+    baseline = uniform(problem, budget)
+    measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
+    made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))
+    return made, scores, alone, problem, measured
+
+
+def _budget(request: Request, problem: Problem) -> Budget:
+    """What was asked for; without, the default average, or what comes nearest to it."""
+    if request.latency_ms is not None:
+        return Budget("latency", float(request.latency_ms), request.device)
+    if request.size is not None:
+        return Budget("size", float(request.size))
+    if request.bits is not None:
+        return Budget("bits", float(request.bits))
+    low, high = reach(
+        problem.units,
+        widths=problem.widths,
+        groups=problem.groups,
+        overrides=problem.overrides,
+        targets=problem.targets,
+    )
+    return Budget("bits", min(max(DEFAULT_BITS, low), high))
+
+
+def _choices(request: Request, overrides: Sequence[Override], quantizer: Quantizer) -> list[Choice]:
+    """Every choice that a unit could be given: for all targets together, for each alone, and by an override."""
+    pairs: dict[tuple[int, int], None] = {}
+    for targets in (request.formats, *((t,) for t in request.formats)):
+        pairs |= dict.fromkeys(legal_choices(targets, request.widths or common_bits(targets), request.groups))
+        for override in (o for o in overrides if o.bits != UNQUANTIZED):
+            groups = request.groups if override.group is None else (override.group,)
+            pairs |= dict.fromkeys(legal_choices(targets, (override.bits,), groups))
+    by: list[Quantizer] = ["rtn", "gptq"] if quantizer == "gptq" else ["rtn"]
+    return [Choice(bits, group, q) for bits, group in pairs for q in by]
+
+
+def _against(
+    plan: BitPlan,
+    even: BitPlan | None,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    spec: Generation,
+    samples: list[Sample],
+    progress: Progress,
+) -> Baseline | None:
+    """The plan and the uniform one measured on some of the data, both rounded to nearest; None where there are no data.
+
+    Data that the scores come from: a plan that loses on these is no plan.
+    """
+    if even is None or not samples or _widths(plan) == _widths(even):
+        return None
+    ours, theirs = measured_kl(checkpoint, config, [plan, even], spec, evenly(samples, COMPARED))
+    taken = "; uniform is taken" if theirs < ours else ""
+    progress(f"mean KL on {COMPARED} samples, rounded to nearest: {ours:.4f} planned, {theirs:.4f} uniform{taken}")
+    return Baseline(even.average_bits, ours, theirs)
+
+
+def _widths(plan: BitPlan) -> dict[str, tuple[int, int]]:
+    return {n: (e.bits, e.group_size) for n, e in plan.entries.items()}
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.info(name)
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count * info.dtype.itemsize
+
+
+def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -> int:
+    """No fewer bytes than the header of the quantized checkpoint will take: --size means the file."""
+    entries = [(n, "F32", checkpoint.info(n).shape) for n in other]
+    for w in (w for u in units for w in u.weights):
+        entries += [(f"{w.name}.codes", "U8", w.shape), (f"{w.name}.scales", "BF16", w.shape)]
+    data = sum(math.prod(shape) * {"F32": 4, "U8": 1, "BF16": 2}[kind] for _, kind, shape in entries)
+    return StreamingWriter(Path("header"), entries, METADATA).file_bytes - data
+
+
+def by_gptq(plan: BitPlan, model: Any) -> BitPlan:
+    """The plan with GPTQ for every weight that is a linear's; rows of an embedding alone have no Hessian."""
+    linears = {model.tied.get(f"{p}.weight", f"{p}.weight") for p, m in model.named_modules() if isinstance(m, Linear)}
+    chosen = {n: replace(e, quantizer="gptq") if n in linears else e for n, e in plan.entries.items()}
+    return replace(plan, entries=chosen)

@@ -1,0 +1,176 @@
+"""Predicted time of a decode step, weight by weight, on a device. What may enter: device_profiles, graph, targets, plan.
+
+A step multiplies one row with every weight of the decoder's graph: it takes the time of reading them, at the rate that the
+device's profile gives for its kernels, or the time of the arithmetic where that is longer. A prediction, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ..device_profiles.profile import DeviceProfile
+from ..errors import UserError
+from ..graph import Graph, State
+from ..models.layers import Embedding
+from .plan import UNQUANTIZED, BitPlan, Unit, WeightSpec
+from .targets import form, stored_bytes
+
+PICOSECONDS = 10**9
+"""Of a millisecond. Times are whole picoseconds, so that sums of them are exact."""
+
+DEPTH = 512
+"""Tokens that the caches hold in the step predicted."""
+
+_UNIT: dict[str, Literal["cpu", "gpu", "npu"]] = {
+    "onnx": "cpu",
+    "executorch": "cpu",
+    "coreml": "npu",
+    "tensorrt": "gpu",
+    "qnn": "npu",
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What of a device bounds a decode step of `target`'s artefact.
+
+    codes, floats: bytes/s at which quantized and 16-bit weights are read. code_products, float_products: operations/s, a
+    multiply-add counting as 2; None where the profile gives none, so that reading alone is counted.
+    """
+
+    device: str
+    target: str
+    codes: float
+    floats: float
+    code_products: float | None = None
+    float_products: float | None = None
+
+    @staticmethod
+    def of(device: DeviceProfile, target: str) -> Rates:
+        """The rates of the unit that runs the target. Raises UserError where the profile has none, or not that target."""
+        if target not in _UNIT:
+            raise UserError(f"no decode step is predicted for {target}; give --latency with one of {', '.join(_UNIT)}")
+        if device.target(target) is None:
+            known = ", ".join(t.name for t in device.targets) or "no target"
+            raise UserError(f"device {device.name} is not known to run {target}, but {known}; choose another --device")
+        unit = device.unit(_UNIT[target])
+        read = unit.weight_stream or device.memory.bandwidth
+        if read is None:
+            raise UserError(
+                f"device {device.name} gives neither the weight_stream of its {unit.kind} nor a memory bandwidth; "
+                "run `edgewright devices measure` on it"
+            )
+        bandwidth = device.memory.bandwidth or read
+        peak = unit.peak
+        floats = None if peak is None else peak.fp32 if unit.kind == "cpu" else peak.fp16 or peak.fp32
+        codes = None if peak is None else peak.int8
+        return Rates(
+            device.name,
+            target,
+            read.value,
+            bandwidth.value,
+            None if codes is None else codes.value * 1e9,
+            None if floats is None else floats.value * 1e9,
+        )
+
+    def seconds(self, weight: WeightSpec, bits: int, group_size: int) -> float:
+        """Of one row times `weight`, [N, K], at these bits and this effective group size, in the target's container."""
+        whole = bits == UNQUANTIZED
+        read = stored_bytes(self.target, bits, group_size, *weight.shape) / (self.floats if whole else self.codes)
+        products = self.float_products if whole else self.code_products
+        return read if products is None else max(read, 2 * weight.numel / products)
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One step of a model's decoder: how often it reads each planned weight, and the picoseconds of all that is not planned.
+
+    reads: weight name -> times read, a fraction where only some rows are (one row of an embedding); a name that is not
+    there is not read at all (an encoder's).
+    """
+
+    rates: Rates
+    reads: Mapping[str, float]
+    rest: int
+
+    def picoseconds(self, weight: WeightSpec, bits: int, group_size: int) -> int:
+        """What `weight` adds to the step, rounded up."""
+        return math.ceil(self.reads.get(weight.name, 0.0) * self.rates.seconds(weight, bits, group_size) * 1e12)
+
+    def milliseconds(self, plan: BitPlan, units: Sequence[Unit]) -> float:
+        """The whole step with the weights as the plan has them."""
+        weights = [w for unit in units for w in unit.weights]
+        chosen = [(w, plan.entries[w.name]) for w in weights]
+        return (self.rest + sum(self.picoseconds(w, e.bits, e.group_size) for w, e in chosen)) / PICOSECONDS
+
+
+def decode_step(
+    model: Any, units: Sequence[Unit], device: DeviceProfile, targets: Sequence[str], depth: int = DEPTH
+) -> DecodeStep:
+    """The step of `model`, built on the meta device, on `device`, with caches that hold `depth` tokens.
+
+    Raises UserError for a model without a decoder, for several targets (a step takes another time in each), and for a
+    profile that gives no rates for the target.
+    """
+    if len(targets) != 1:
+        raise UserError(f"--latency is of one target, not of {', '.join(targets)}; give one --format")
+    form(targets[0], 4)  # a target that exists
+    rates = Rates.of(device, targets[0])
+    decoder = next((graph for graph in model.graphs() if graph.name == "decoder"), None)
+    if decoder is None:
+        raise UserError("--latency is the time of a decode step, and this model has no decoder; give --bits or --size")
+    calls, rows, other = _run(model, decoder, {w.name: w for u in units for w in u.weights})
+    reads = {name: calls[name] + rows[name] for name in {*calls, *rows}}
+    caches = sum(_traffic(state, depth) for state in decoder.states)
+    return DecodeStep(rates, reads, math.ceil((other + caches) / rates.floats * 1e12))
+
+
+def _run(model: Any, decoder: Graph, planned: Mapping[str, WeightSpec]) -> tuple[Counter[str], dict[str, float], int]:
+    """Run the decoder on shapes alone: calls of each planned weight, the part of it that a token looks up, and the bytes
+    of the other parameters it read.
+    """
+    calls: Counter[str] = Counter()
+    rows: dict[str, float] = dict.fromkeys(planned, 0.0)
+    others: dict[str, int] = {}
+
+    def watch(path: str, module: nn.Module) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = model.tied.get(f"{path}.{leaf}", f"{path}.{leaf}")
+                looked_up = isinstance(module, Embedding)
+                if name not in planned:
+                    # float32 in every artefact
+                    others[name] = 4 * (parameter.shape[-1] if looked_up else parameter.numel())
+                elif looked_up:
+                    rows[name] += 1 / parameter.shape[0]
+                else:
+                    calls[name] += 1
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(path, m)) for path, m in model.named_modules()]
+    try:
+        values = [value.to("meta") for value in decoder.example_inputs()]
+        args = (*values[: len(decoder.inputs)], values[len(decoder.inputs) :]) if decoder.states else tuple(values)
+        constants = {name: value.to("meta") for name, value in decoder.module.named_buffers()}
+        with torch.no_grad():
+            functional_call(decoder.module, constants, args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls, rows, sum(others.values())
+
+
+def _traffic(state: State, depth: int) -> int:
+    """Bytes a step reads of a state whose symbolic sizes are `depth` (one batch); one of a fixed size is written whole too."""
+    sizes = [1 if size == "batch" else depth if isinstance(size, str) else size for size in state.shape]
+    fixed = all(isinstance(size, int) or size == "batch" for size in state.shape)
+    return math.prod(sizes) * state.dtype.itemsize * (2 if fixed and state.updated else 1)

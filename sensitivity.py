@@ -1,0 +1,272 @@
+"""The Fisher information of a model's weights by one backward pass over data. Top-level: calibration, models, quant enter.
+
+For each window of the data the model's log-likelihood of tokens drawn from its own distribution is differentiated: the mean
+square of that gradient is the Fisher information, whatever the true next tokens are. One window is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .bundle import Generation
+from .calibration import Call, Sample, Walk
+from .checkpoint import Checkpoint
+from .errors import UserError
+from .models import build
+from .models.layers import Embedding, Linear
+from .models.loading import load_original
+from .ops import DECOMPOSITIONS
+from .quant.hessian import Factor, damping_for, factor
+from .quant.plan import Choice, Unit
+from .quant.sensitivity import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
+from .runtimes.eager import EagerSession
+
+POSITIONS = 256
+"""Of a window, the most positions whose tokens are drawn: the logits of a large vocabulary are what takes memory."""
+
+WINDOWS = 32
+"""Windows of the backward pass at most; each gives one gradient of every weight."""
+
+# What the backward pass keeps, measured: of a linear's ends, of attention's scores, of logits; in times their size.
+_KEPT, _SCORES, _LOGITS = 2, 2, 4
+_WIDE = 16  # outputs an input, above which a linear is a head
+
+HESSIAN_WINDOWS = 16
+"""Windows that the Hessians for GPTQ's predicted losses are of; GPTQ itself sees all."""
+
+_SEED = 5
+_BY_OP = {op.overloadpacket: reference for op, reference in DECOMPOSITIONS.items()}
+Progress = Callable[[str], None]
+
+
+class References(TorchFunctionMode):
+    """`edgewright::` ops run as their references, plain operations that PyTorch can differentiate."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _BY_OP.get(func, func)(*args, **(kwargs or {}))
+
+
+class GradientSession(EagerSession):
+    """The eager runtime that keeps what a backward pass needs; inputs and outputs are tensors, or arrays as elsewhere."""
+
+    def run(self, graph: str, inputs: Any, state: Any) -> dict[str, Any]:
+        g = self._graphs[graph]
+        given = [torch.as_tensor(inputs[p.name]) for p in g.inputs] + [state[s.name] for s in g.states]
+        with torch.enable_grad(), References():
+            outputs = dict(zip(g.output_names, g.call(given), strict=True))
+        for name in [n for n in outputs if n.removesuffix("_out") in self._states]:
+            state[name.removesuffix("_out")] = outputs.pop(name)
+        return outputs
+
+
+@dataclass
+class Fisher:
+    """What the backward pass gives. weights: stored name -> the curvature of each of its uses. tokens: drawn.
+
+    linears: stored name -> its loss at four bits in groups of 64, filled in when losses are predicted.
+    """
+
+    weights: dict[str, list[Curvature]]
+    tokens: int
+    linears: dict[str, float] = field(default_factory=dict)
+
+
+def fisher(
+    model: Any,
+    checkpoint: Checkpoint,
+    spec: Generation,
+    samples: Sequence[Sample],
+    progress: Progress = lambda _: None,
+) -> Fisher:
+    """The curvature of every linear and embedding. `model` is filled with the original weights, and of no use afterwards.
+
+    Raises UserError for a model without logits, or one whose logits are not finite on the data.
+    """
+    load_original(model, checkpoint)
+    watch = _Watch(model)
+    chosen = evenly(samples, WINDOWS)
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = 0
+    for i, sample in enumerate(chosen):
+        if i % 8 == 0:
+            progress(f"fisher: window {i + 1} of {len(chosen)}")
+        tokens += _differentiate(Walk(model, checkpoint, spec, [sample]), model, generator)
+        watch.finish_window()
+    return watch.result(tokens)
+
+
+def _differentiate(walk: Walk, model: Any, generator: torch.Generator) -> int:
+    """The gradient of one window's log-likelihood of drawn tokens, to the hooks of `_Watch`; the number of those tokens."""
+    walk._session = GradientSession(model.graphs())
+    found, real = walk.logits(POSITIONS)
+    logits = torch.as_tensor(found)[torch.as_tensor(real)]
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model's logits are not finite on the calibration data; use --importance zd")
+    likelihood = torch.log_softmax(logits, -1)
+    drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
+    likelihood.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
+    return len(logits)
+
+
+def fisher_bytes(model: Any, samples: Sequence[Sample]) -> int:
+    """About the memory that `fisher` takes: weights, a matrix over the inputs of each, and one window's activations."""
+    weights, curvatures, largest, widths, heads = 0, 0, 0, 0, 0
+    for module in model.modules():
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        weights, largest = weights + own, max(largest, own)
+        if isinstance(module, Linear | Embedding):
+            rows, columns = module.weight.shape
+            curvatures += rows + columns * columns
+            widths += columns + (0 if rows > _WIDE * columns else rows)  # a head's outputs are the logits
+        heads += int(getattr(getattr(module, "spec", None), "heads", 0))
+    window = max((s.size for s in samples), default=0)
+    vocab = max((int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"), default=0)
+    activations = window * (_KEPT * widths + _SCORES * heads * window) + _LOGITS * POSITIONS * vocab
+    return int(4 * (weights + curvatures + largest + activations))
+
+
+def evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most `most` of the samples, evenly spread."""
+    count = min(most, len(samples))
+    return [samples[i * len(samples) // count] for i in range(count)]
+
+
+class _Watch:
+    """Takes the gradient of every use of a weight as soon as the backward pass has it, and frees it."""
+
+    def __init__(self, model: Any) -> None:
+        self._uses: list[tuple[str, Gradients]] = []
+        self._looked_up: list[tuple[Gradients, torch.Tensor, torch.Tensor]] = []
+        for path, module in model.named_modules():
+            if not isinstance(module, Linear | Embedding):
+                continue
+            name = f"{path}.weight"
+            rows, columns = module.weight.shape
+            sums = Gradients(int(rows), int(columns))
+            self._uses.append((model.tied.get(name, name), sums))
+            if isinstance(module, Linear):
+                # a parameter of its own: the gradient of a tied one would mix its uses
+                own = nn.Parameter(module.weight.detach(), requires_grad=True)
+                module.register_parameter("weight", own)
+                own.register_post_accumulate_grad_hook(_taken(sums))  # type: ignore[no-untyped-call]
+            else:
+                module.register_forward_hook(self._lookup(sums))
+
+    def _lookup(self, sums: Gradients) -> Callable[..., torch.Tensor]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            leaf = output.detach().requires_grad_()
+            self._looked_up.append((sums, args[0], leaf))
+            return leaf
+
+        return hook
+
+    def finish_window(self) -> None:
+        """Add up the gradients of the rows that were looked up; a row's all together, however often it was."""
+        by_use: dict[int, tuple[Gradients, list[torch.Tensor], list[torch.Tensor]]] = {}
+        for sums, ids, leaf in self._looked_up:
+            if leaf.grad is not None:
+                entry = by_use.setdefault(id(sums), (sums, [], []))
+                entry[1].append(ids.reshape(-1))
+                entry[2].append(leaf.grad.reshape(-1, leaf.shape[-1]))
+        for sums, ids_of, gradients in by_use.values():
+            rows, places = torch.unique(torch.cat(ids_of), return_inverse=True)
+            gathered = torch.cat(gradients)
+            sums.add(torch.zeros(len(rows), gathered.shape[1]).index_add_(0, places, gathered), rows)
+        self._looked_up.clear()
+
+    def result(self, tokens: int) -> Fisher:
+        found = Fisher({}, tokens)
+        for name, sums in self._uses:
+            made = sums.curvature(tokens)
+            if made is not None:
+                found.weights.setdefault(name, []).append(made)
+        return found
+
+
+def _taken(sums: Gradients) -> Callable[[torch.Tensor], None]:
+    def hook(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            sums.add(parameter.grad)
+            parameter.grad = None
+
+    return hook
+
+
+def predicted_losses(
+    found: Fisher,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    spec: Generation,
+    samples: Sequence[Sample],
+    calls: Sequence[Call],
+    units: Sequence[Unit],
+    choices: Sequence[Choice],
+    progress: Progress = lambda _: None,
+) -> dict[str, dict[Choice, float]]:
+    """For each unit the loss, in nats a token, that each of `choices` is predicted to cost alone; losses of units add up.
+
+    Some rows of each weight are really quantized. Where a choice says gptq, the data go through the model again, a weight in
+    memory at a time, for the Hessians of its inputs. Units that no data reached are said aloud and get RTN's choices.
+    """
+    planned = {w.name for unit in units for w in unit.weights}
+    known: dict[str, dict[Choice, float]] = {}
+
+    def work(name: str, made: Factor | None) -> None:
+        losses = WeightLosses(checkpoint.tensor(name), found.weights[name], made)
+        known[name] = {c: loss for c in choices if (loss := losses.at(c)) is not None}
+        found.linears[name] = losses.at(Choice(4, 64)) or 0.0
+
+    if any(c.quantizer == "gptq" for c in choices):
+        _walk_hessians(checkpoint, config, spec, samples, calls, planned & set(found.weights), work, progress)
+    for name in [n for n in found.weights if n in planned and n not in known]:
+        work(name, None)
+    losses = {unit.name: unit_losses(unit, choices, lambda name, c: known.get(name, {}).get(c)) for unit in units}
+    without = [unit.name for unit in units if not losses[unit.name]]
+    if without:
+        progress(
+            f"fisher: no data reached {len(without)} units ({without[0]} …); they count as the middle of the others"
+        )
+    return fill_unreached(units, choices, losses)
+
+
+def _walk_hessians(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    spec: Generation,
+    samples: Sequence[Sample],
+    calls: Sequence[Call],
+    names: set[str],
+    work: Callable[[str, Factor], None],
+    progress: Progress,
+) -> None:
+    """`work` for each of `names` that the data reach, with the factor of its inputs' Hessian."""
+    last: tuple[torch.Tensor, Factor] | None = None
+    done = 0
+
+    def visit(name: str, _: Linear, x: torch.Tensor) -> None:
+        nonlocal done, last
+        if name not in names:
+            return
+        if last is None or last[0] is not x:
+            last = None  # before the next: each is several K x K matrices
+            rows = walk.rows(x)
+            hessian = (rows.T @ rows).div_(max(1, len(rows)))
+            last = (x, factor(hessian, damping_for(len(hessian), len(rows))))
+        if 10 * done // len(names) != 10 * (done + 1) // len(names):
+            progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
+        done += 1
+        work(name, last[1])
+
+    # Data that the curvature is not of: on its own data GPTQ's error looks up to twice as small as it is.
+    differentiated = set(evenly(samples, WINDOWS))
+    apart = [s for s in samples if s not in differentiated] or samples
+    walk = Walk(build(config), checkpoint, spec, evenly(apart, HESSIAN_WINDOWS), calls, visit=visit)
+    walk.to_head()

@@ -1,0 +1,134 @@
+"""What the quality benchmarks compute: scores against plain fp64 formulas, and the search for the last layer that fits."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_gguf import write_gguf
+from tiny import EXAMPLE, write_tiny_llama
+
+from edgewright.checkpoint import open_checkpoint
+from edgewright.gguf_file import read_gguf
+from edgewright.models import build
+from edgewright.models.loading import load_original
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Any]:
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    sys.path.insert(0, str(BENCHMARKS))
+    yield load
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = write_tiny_llama(tmp_path / "model", tie_word_embeddings=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, directory / name)
+    (tmp_path / "text.txt").write_text("a word and another one with letters only " * 20)
+    return directory
+
+
+def loaded(directory: Path) -> Any:
+    checkpoint = open_checkpoint(str(directory))
+    built = build(checkpoint.config)
+    load_original(built, checkpoint)
+    return built
+
+
+def test_scores_are_those_of_plain_formulas(benchmark: Any, model: Path, tmp_path: Path) -> None:
+    quality = benchmark("quality_text")
+    reference = quality.Reference(model, tmp_path / "text.txt", 3, 16, cache=tmp_path / "cache")
+    same = reference.score(loaded(model))
+    assert same.kl == pytest.approx(0, abs=1e-5)
+    assert (same.top1, same.positions) == (1.0, 45)
+    assert same.perplexity == pytest.approx(reference.perplexity, rel=1e-6)
+
+    changed = loaded(model)
+    for parameter in changed.model.layers.parameters():
+        parameter.data = parameter.data + 0.05 * torch.randn(parameter.shape, generator=torch.manual_seed(0))
+    original, kl, loss, agreed = quality.session_of(open_checkpoint(str(model))), 0.0, 0.0, 0
+    for window in reference.windows:
+        p = quality.predictions(original, window).double().log_softmax(-1)
+        q = quality.predictions(quality.EagerSession(changed.graphs()), window).double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        loss -= float(q[torch.arange(15), torch.tensor(window[1:])].sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+    score = reference.score(changed)
+    assert score.kl == pytest.approx(kl / 45, rel=1e-3)
+    assert score.perplexity == pytest.approx(np.exp(loss / 45), rel=1e-6)
+    assert score.top1 == agreed / 45
+    assert score.kl > 0.01
+
+
+def test_the_reference_is_computed_once(
+    benchmark: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = benchmark("quality_text")
+    first = quality.Reference(model, tmp_path / "text.txt", 3, 16, cache=tmp_path / "cache")
+    monkeypatch.setattr(quality.Reference, "_compute", lambda *_: pytest.fail("computed again"))
+    second = quality.Reference(model, tmp_path / "text.txt", 3, 16, cache=tmp_path / "cache")
+    assert second.score(loaded(model)) == first.score(loaded(model))
+    with pytest.raises(pytest.fail.Exception):  # another text is another reference
+        quality.Reference(model, tmp_path / "text.txt", 2, 16, cache=tmp_path / "cache")
+
+
+def test_a_gguf_copied_to_safetensors(benchmark: Any, tmp_path: Path) -> None:
+    quality = benchmark("quality_text")
+    write_gguf(tmp_path / "m.gguf", "gemma3")
+    quality.write_checkpoint(tmp_path / "m.gguf", tmp_path / "copy")
+    source, copy = open_checkpoint(str(tmp_path / "m.gguf")), open_checkpoint(str(tmp_path / "copy"))
+    assert sorted(copy.names()) == sorted(source.names())
+    assert copy.config == source.config
+    for name in source.names():
+        assert torch.equal(copy.tensor(name), source.tensor(name))
+
+
+def test_true_sizes_of_a_gguf(benchmark: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama")
+    found = benchmark("peers_quality").sizes(tmp_path / "m.gguf")
+    matrices = [t for t in read_gguf(tmp_path / "m.gguf").tensors.values() if len(t.shape) == 2]
+    assert found["weights"] == sum(t.shape[0] * t.shape[1] for t in matrices)
+    assert found["bytes"] == sum(t.data.nbytes for t in matrices) < found["file_bytes"]
+    assert sum(sum(kinds.values()) for kinds in found["tensors"].values()) == len(matrices)
+
+
+class Curve:
+    """Perplexity by the number of lowered layers alone."""
+
+    def __init__(self, rise: list[float]) -> None:
+        self.rise, self.asked = rise, set[int]()
+
+    def at(self, lowered: frozenset[int]) -> dict[str, float]:
+        self.asked.add(len(lowered))
+        return {"perplexity": 10 * self.rise[len(lowered)]}
+
+
+@pytest.mark.parametrize("last", range(31))
+def test_the_crossing_is_found_with_few_measurements(benchmark: Any, last: int) -> None:
+    curve = Curve([1.0 + 0.05 * n / (last + 0.5) for n in range(31)])
+    assert benchmark("bench_layerwise").crossing(curve, list(range(30)), 6) == last
+    assert len(curve.asked) <= 9
+
+
+def test_orders_lower_the_least_important_first(benchmark: Any) -> None:
+    scores = {"lim": {0: -0.1, 1: -0.9, 2: -0.5}, "zd": {0: 0.1, 1: 0.3, 2: 0.2}}
+    found = benchmark("bench_layerwise").orders(scores, 3, 2)
+    assert found["lim"] == [1, 2, 0]  # higher LIM: more important
+    assert found["zd"] == [1, 2, 0]  # lower ZD: more important
+    assert found["lim reversed"] == [0, 2, 1]
+    assert sorted(found["random 1"]) == [0, 1, 2]

@@ -1,0 +1,72 @@
+"""The same codes whatever the number of workers: one process, two, or a Ray cluster."""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgewright.checkpoint import open_checkpoint
+from edgewright.errors import UserError
+from edgewright.layerwise import quantize_rows
+from edgewright.quant.gptq import factor
+from edgewright.quant.plan import Entry
+from edgewright.workers import Workers
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "t5gemma-g2p"
+
+
+def test_results_come_in_order() -> None:
+    for workers in (Workers(), Workers(2)):
+        with workers.running():
+            assert workers.over(operator.mul, [(2, i) for i in range(5)]) == [0, 2, 4, 6, 8]
+
+
+def codes(workers: Workers) -> list[torch.Tensor]:
+    checkpoint = open_checkpoint(str(EXAMPLE))
+    name = max(
+        (n for n in checkpoint.names() if len(checkpoint.info(n).shape) == 2), key=lambda n: checkpoint.info(n).shape
+    )
+    rows, columns = checkpoint.info(name).shape
+    assert rows > 512
+    x = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
+    made = factor(x.T @ x / 300)
+    with workers.running():
+        found = quantize_rows(checkpoint, name, made, Entry(3, 32, 1.0, "", "gptq"), workers)
+    return [found.codes, found.scales]
+
+
+def test_two_processes_give_the_codes_of_one() -> None:
+    for one, two in zip(codes(Workers()), codes(Workers(2)), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_workers_gives_the_codes_of_one() -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        found = codes(Workers(2, cluster.address))
+        assert not ray.is_initialized()  # given back
+        for one, two in zip(codes(Workers()), found, strict=True):
+            assert torch.equal(one, two)
+    finally:
+        cluster.shutdown()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgewright.workers as room
+
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(
+            UserError, match=r"--cluster needs ray, which is not installed: pip install 'edgewright\[cluster\]'"
+        ),
+        Workers(2, "ray://nowhere:10001").running(),
+    ):
+        pass
