@@ -17,7 +17,7 @@ class Backend:
     libraries: sets of modules of which one must be importable whole. distributions: the packages whose version is told,
     the first that is there. install: the command that brings them. graphs: those it takes, where not all; such a target is
     exported only when asked for by name, not by `all`. peak: anonymous memory of lowering, bytes and bytes a byte of the
-    artefact's weights, rounded up from what Gemma 3 270M took (benchmarks/RESULTS.md): the library's own.
+    artefact's weights, rounded up from what Gemma 3 270M took (benchmarks/RESULTS.md); Ethos-U's is a guess.
     """
 
     libraries: tuple[tuple[str, ...], ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,10 +163,6 @@ def quantize_rows(
         check_finite(name, weight)
         return weight
 
-    def place(found: Iterable[QuantizedTensor]) -> None:
-        for (start, stop), part in zip(ranges, found, strict=True):
-            codes[start:stop], scales[start:stop] = part.codes, part.scales
-
     if not workers.alone:
         parts = tuple(value.numpy() for value in (made.hessian, made.order, made.feedback, made.weights))
         for at in range(0, len(ranges), workers.count):  # no more rows in memory than there are workers for
@@ -179,7 +175,9 @@ def quantize_rows(
                 )
     else:
         with one_threaded() as pool:
-            place(pool.map(lambda r: quantize_gptq(chunk(*r), made, entry.bits, entry.group_size), ranges))
+            parts_of = pool.map(lambda r: quantize_gptq(chunk(*r), made, entry.bits, entry.group_size), ranges)
+            for (start, stop), part in zip(ranges, parts_of, strict=True):
+                codes[start:stop], scales[start:stop] = part.codes, part.scales
     return QuantizedTensor(codes, scales, entry.bits, entry.group_size, (rows, columns))
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from ..models.config import Section
 from ..models.t5gemma2 import EMBEDDING, END_OF_IMAGE
 from ..safetensors_writer import NAMES, StreamingWriter
 from ..untrusted import one_line
+from .output import new_checkpoint
 
 KINDS = {"gemma2": "t5gemma", "gemma3_text": "t5gemma2"}
 ALONE_STEPS = 1000  # how long the paper trains random cross-attention with all else frozen
@@ -238,12 +237,7 @@ def _write(
     progress: Callable[[str], None],
 ) -> int:
     """The new checkpoint directory, which appears when whole; returns the bytes of its model.safetensors."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error.strerror}); choose another -o") from None
-    try:
+    with new_checkpoint(output) as folder:
         size = _write_weights(origins, folder / "model.safetensors", seed, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -251,14 +245,6 @@ def _write(
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         if tokens.tokenizer is not None:
             tokens.tokenizer.save(folder)
-        folder.chmod(0o755)
-        folder.rename(output)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{output} cannot be written ({one_line(error)})") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return size
 
 

@@ -7,10 +7,7 @@ writer. Any architecture will do: blocks are found by their class.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +29,13 @@ from ..untrusted import one_line
 from .calibration import Walk, read_prompts
 from .directions import KINDS
 from .least_squares import CHUNK
+from .output import new_checkpoint, write_side_files
 from .transfer import HELD, TRAIN, TUNE, Fit, transfer
 
 FEWEST_PROMPTS = 8
 ANSWER = 64  # tokens of an encoder-decoder's answer that calibrate its decoder
 _PART_OF = 8  # of eight sequences six are fitted on, one chooses the ridge, one is held out
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BESIDES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "generation_config.json", "task.tsv", "LICENSE*")
 
 
 @dataclass(frozen=True)
@@ -221,22 +218,11 @@ def _require_memory(model: Any, size: EUGenSize, tokens: int) -> None:
 
 def _write(checkpoint: Checkpoint, size: EUGenSize, made: dict[str, EUGen], output: Path) -> int:
     """The new checkpoint directory, which appears when whole; returns the bytes of its model.safetensors."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error.strerror}); choose another -o") from None
-    try:
+    asked = checkpoint.config.get(CONFIG, {})
+    entries = asked.get(KEY, {}) | {path: asdict(size) for path in made}
+    with new_checkpoint(output) as folder:
         written = _write_weights(checkpoint, made, folder / "model.safetensors")
-        _write_side_files(checkpoint, size, list(made), folder)
-        folder.chmod(0o755)
-        folder.rename(output)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{output} cannot be written ({one_line(error)})") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        write_side_files(checkpoint, checkpoint.config | {CONFIG: asked | {KEY: entries}}, folder)
     return written
 
 
@@ -257,21 +243,3 @@ def _write_weights(checkpoint: Checkpoint, made: dict[str, EUGen], file: Path) -
         for name, value in new.items():
             writer.write(name, value)
     return writer.file_bytes
-
-
-def _write_side_files(checkpoint: Checkpoint, size: EUGenSize, paths: Sequence[str], folder: Path) -> None:
-    asked = checkpoint.config.get(CONFIG, {})
-    entries = asked.get(KEY, {}) | {path: asdict(size) for path in paths}
-    config = checkpoint.config | {CONFIG: asked | {KEY: entries}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    source = checkpoint.files[0].parent
-    if checkpoint.files[0].suffix == ".gguf":
-        if checkpoint.generation:
-            (folder / "generation_config.json").write_text(json.dumps(checkpoint.generation) + "\n", encoding="utf-8")
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save(folder)
-        return
-    for pattern in _BESIDES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)

@@ -8,9 +8,6 @@ the round-to-nearest quantizer, the readers, the writer.
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +30,7 @@ from ..quant.rtn import effective_group, quantize_rtn
 from ..request import Request
 from ..safetensors_writer import NAMES, StreamingWriter
 from ..untrusted import one_line
+from .output import new_checkpoint, write_side_files
 
 ALPHAS = tuple(i / 10 for i in range(11))
 """Exponents tried; 0 leaves the weights as they are."""
@@ -45,7 +43,6 @@ TOLERANCE = 1e-4
 
 _CHECKED = 2, 48  # samples that the logits are compared on, and tokens of each
 _FURTHEST = 10.0  # no channel is scaled by more than 2 to this
-_BESIDES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "generation_config.json", "task.tsv", "LICENSE*")
 
 
 @dataclass
@@ -331,22 +328,9 @@ def _logits(
 
 def _write(checkpoint: Checkpoint, made: Mapping[str, Change], output: Path) -> tuple[int, tuple[str, ...]]:
     """The new checkpoint directory, which appears when whole: the bytes of its weights, and what is float32 now."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error.strerror}); choose another -o") from None
-    try:
+    with new_checkpoint(output) as folder:
         written = _write_weights(checkpoint, made, folder / "model.safetensors")
-        _write_side_files(checkpoint, folder)
-        folder.chmod(0o755)
-        folder.rename(output)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{output} cannot be written ({one_line(error)})") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        write_side_files(checkpoint, checkpoint.config, folder)
     return written
 
 
@@ -363,18 +347,3 @@ def _write_weights(checkpoint: Checkpoint, made: Mapping[str, Change], file: Pat
                 check_finite(name, value)
             writer.write(name, value)
     return writer.file_bytes, tuple(n for n in names if dtypes[n] != checkpoint.info(n).dtype)
-
-
-def _write_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
-    source = checkpoint.files[0].parent
-    if checkpoint.files[0].suffix == ".gguf":
-        if checkpoint.generation:
-            (folder / "generation_config.json").write_text(json.dumps(checkpoint.generation) + "\n", encoding="utf-8")
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save(folder)
-        return
-    for pattern in _BESIDES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
