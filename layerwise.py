@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, check_finite
 from .errors import UserError
 from .models.layers import Linear
 from .ops.packing import packed_bytes
-from .quant.gptq import ROW_BLOCK, Factor, damping_for, factor, quantize_gptq
+from .quant.gptq import Factor, damping_for, factor, quantize_gptq, row_block
 from .quant.plan import UNQUANTIZED, BitPlan, Entry
 from .quant.stream import one_threaded
 from .quant.tensor import QuantizedTensor
@@ -154,8 +154,9 @@ def quantize_rows(
     codes = torch.empty((rows, packed_bytes(columns, entry.bits)), dtype=torch.uint8)
     scales = torch.empty((rows, columns // entry.group_size), dtype=torch.bfloat16)
     threads = torch.get_num_threads()
-    step = max(ROW_BLOCK, -(-rows // ROW_BLOCK // max(threads, workers.count)) * ROW_BLOCK)
-    step = min(step, max(ROW_BLOCK, CHUNK_WEIGHTS // columns // max(threads, workers.count) // ROW_BLOCK * ROW_BLOCK))
+    block, many = row_block(rows, columns), max(threads, workers.count)
+    most = max(1, CHUNK_WEIGHTS // columns // many // block)
+    step = block * min(most, -(-rows // block // many))
     ranges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
     def chunk(start: int, stop: int) -> torch.Tensor:
@@ -167,7 +168,7 @@ def quantize_rows(
         parts = tuple(value.numpy() for value in (made.hessian, made.order, made.feedback, made.weights))
         for at in range(0, len(ranges), workers.count):  # no more rows in memory than there are workers for
             some = ranges[at : at + workers.count]
-            pieces = [(chunk(*r).numpy(), *parts, made.damping, entry.bits, entry.group_size) for r in some]
+            pieces = [(chunk(*r).numpy(), *parts, made.damping, entry.bits, entry.group_size, block) for r in some]
             for (start, stop), (c, s) in zip(some, workers.over(_rows, pieces), strict=True):
                 codes[start:stop], scales[start:stop] = (
                     torch.from_numpy(c.copy()),
@@ -175,17 +176,25 @@ def quantize_rows(
                 )
     else:
         with one_threaded() as pool:
-            parts_of = pool.map(lambda r: quantize_gptq(chunk(*r), made, entry.bits, entry.group_size), ranges)
+            parts_of = pool.map(lambda r: quantize_gptq(chunk(*r), made, entry.bits, entry.group_size, block), ranges)
             for (start, stop), part in zip(ranges, parts_of, strict=True):
                 codes[start:stop], scales[start:stop] = part.codes, part.scales
     return QuantizedTensor(codes, scales, entry.bits, entry.group_size, (rows, columns))
 
 
 def _rows(
-    weight: Array, hessian: Array, order: Array, feedback: Array, weights: Array, damping: float, bits: int, group: int
+    weight: Array,
+    hessian: Array,
+    order: Array,
+    feedback: Array,
+    weights: Array,
+    damping: float,
+    bits: int,
+    group: int,
+    block: int,
 ) -> tuple[Array, Array]:
     """In a worker: codes, and scales as int16 (numpy has no bfloat16), of some rows."""
     found = [torch.from_numpy(np.ascontiguousarray(a)) for a in (hessian, order, feedback, weights)]
     made = Factor(found[0], damping, *found[1:])
-    part = quantize_gptq(torch.from_numpy(weight), made, bits, group)
+    part = quantize_gptq(torch.from_numpy(weight), made, bits, group, block)
     return part.codes.numpy(), part.scales.view(torch.int16).numpy()

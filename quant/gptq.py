@@ -14,11 +14,13 @@ from ..ops.packing import pack, packed_bytes
 from .hessian import Factor, damping_for, factor
 from .tensor import LARGEST_SCALE, QuantizedTensor, canonical
 
-__all__ = ["Factor", "damping_for", "factor", "hessian_error", "quantize_gptq"]
+__all__ = ["Factor", "damping_for", "factor", "hessian_error", "quantize_gptq", "row_block"]
 
-ROW_BLOCK = 256
-"""Rows worked on at once, always as many (padded with zeros): a matrix product may differ in its last bits with the
-number of rows, and a row's codes must not depend on the rows beside it."""
+FEWEST_ROWS, MOST_ROWS = 256, 1024
+"""Rows worked on at once. With 256 the calls take more time than their work: 1024 take half as long a row (K 576)."""
+
+BLOCK_WEIGHTS = 3 << 20
+"""Weights worked on at once, unless that is fewer than FEWEST_ROWS: about 100 MB of scratch memory."""
 
 COLUMN_BLOCK = 128
 """Inputs rounded between two matrix products that carry their errors on."""
@@ -37,30 +39,41 @@ _LARGEST_FRACTION = 1.25
 _REFINEMENTS = 2
 
 
-def quantize_gptq(weight: torch.Tensor, factor: Factor, bits: int, group_size: int) -> QuantizedTensor:
+def row_block(rows: int, columns: int) -> int:
+    """How many rows of a weight [rows, columns] are worked on at once: an even number of blocks, for two threads or more."""
+    most = max(FEWEST_ROWS, min(MOST_ROWS, BLOCK_WEIGHTS // columns))
+    blocks = 1 if rows <= FEWEST_ROWS else 2 * -(-rows // (2 * most))
+    return -(-rows // (32 * blocks)) * 32
+
+
+def quantize_gptq(
+    weight: torch.Tensor, factor: Factor, bits: int, group_size: int, block: int | None = None
+) -> QuantizedTensor:
     """Quantize `weight`, [N, K] of any float dtype, to codes of `bits` bits with one scale per `group_size` inputs.
 
-    factor: of the Hessian of the weight's inputs. `group_size` divides K (K itself: one scale per output channel). A
-    row's result depends on that row and the factor alone, so a matrix may be given in row chunks; multiples of
-    ROW_BLOCK rows waste nothing. Scratch memory is about 8 * ROW_BLOCK * K floats. The caller has refused NaN and
-    infinities. Raises ValueError when the group does not divide K, a row of codes does not fill whole bytes, or the
-    factor is of another number of inputs.
+    factor: of the Hessian of the weight's inputs. `group_size` divides K (K itself: one scale per output channel).
+    block: rows worked on at once, always as many (padded with zeros): a matrix product may differ in its last bits with
+    the number of rows. With the same block a row's result depends on that row and the factor alone, so a matrix may be
+    given in row chunks; multiples of `block` waste nothing. Scratch memory is about 8 * block * K floats. The caller has
+    refused NaN and infinities. Raises ValueError when the group does not divide K, a row of codes does not fill whole
+    bytes, or the factor is of another number of inputs.
     """
     rows, columns = weight.shape
     if group_size < 1 or columns % group_size:
         raise ValueError(f"group size {group_size} does not divide the {columns} inputs")
     if len(factor.order) != columns:
         raise ValueError(f"the factor is of {len(factor.order)} inputs, the weight has {columns}")
+    block = block or row_block(rows, columns)
     packed = torch.empty((rows, packed_bytes(columns, bits)), dtype=torch.uint8)
     scales = torch.empty((rows, columns // group_size), dtype=torch.bfloat16)
     # what no scale reaches is clipped either way, and this keeps every product below finite
     reach = LARGEST_SCALE * (1 << (bits - 1))
-    block = torch.empty((columns, ROW_BLOCK))
+    held = torch.empty((columns, block))
     with torch.no_grad():
-        for start in range(0, rows, ROW_BLOCK):
-            stop = min(start + ROW_BLOCK, rows)
-            block.zero_()[:, : stop - start] = weight[start:stop].T
-            codes, steps = _quantize_block(block.clamp_(-reach, reach), factor, bits, group_size)
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            held.zero_()[:, : stop - start] = weight[start:stop].T
+            codes, steps = _quantize_block(held.clamp_(-reach, reach), factor, bits, group_size)
             unsigned = codes[:, : stop - start].add(1 << (bits - 1)).to(torch.uint8)
             packed[start:stop] = pack(unsigned.T.contiguous(), bits)
             scales[start:stop] = steps[:, : stop - start].T

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.ops.packing import WIDTHS
-from edgewright.quant.gptq import ROW_BLOCK, hessian_error, quantize_gptq
+from edgewright.quant.gptq import hessian_error, quantize_gptq, row_block
 from edgewright.quant.hessian import DAMPING, MOST_DAMPING, damping_for, factor
 from edgewright.quant.rtn import quantize_rtn
 from edgewright.quant.tensor import QuantizedTensor, is_canonical
@@ -65,23 +65,37 @@ def test_any_weight_and_inputs_give_a_valid_tensor_twice(
 
 
 @given(
-    rows=st.integers(2, 2 * ROW_BLOCK + 70),
+    rows=st.integers(2, 600),
+    block=st.sampled_from([32, 96, 256]),
     columns=st.sampled_from([64, 320]),
     bits=st.sampled_from([2, 3, 4, 8]),
     seed=st.integers(0, 2**16),
     cut=st.floats(0.0, 1.0),
 )
 @settings(deadline=None, max_examples=15)
-def test_a_row_does_not_depend_on_the_rows_beside_it(rows: int, columns: int, bits: int, seed: int, cut: float) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(
+    rows: int, block: int, columns: int, bits: int, seed: int, cut: float
+) -> None:
     weight = normal(rows, columns, seed)
     made = factor(hessian_of(correlated(columns, 500, seed)))
-    whole = quantize_gptq(weight, made, bits, 32)
+    whole = quantize_gptq(weight, made, bits, 32, block)
     at = min(rows - 1, max(1, int(cut * rows)))
     for part, start in ((weight[:at], 0), (weight[at:], at), (weight[at : at + 1], at)):
-        alone = quantize_gptq(part, made, bits, 32)
+        alone = quantize_gptq(part, made, bits, 32, block)
         stop = start + len(part)
         assert torch.equal(alone.codes, whole.codes[start:stop])
         assert torch.equal(alone.scales, whole.scales[start:stop])
+
+
+@given(rows=st.integers(1, 1 << 19), columns=st.integers(32, 1 << 15))
+@settings(deadline=None)
+def test_blocks_of_rows_are_even_in_number_and_waste_little(rows: int, columns: int) -> None:
+    block = row_block(rows, columns)
+    blocks = -(-rows // block)
+    assert block % 32 == 0
+    assert blocks * block - rows < 32 * blocks + block  # less than one block too many
+    assert block <= 1024
+    assert block * columns <= max(3 << 20, 256 * columns) + 32 * columns
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
