@@ -61,10 +61,7 @@ def cached_attention_reference(
     positions = past_length + torch.arange(q.shape[1], device=q.device)  # [seq]
     k_new = k_cache.index_copy(2, positions, k.transpose(1, 2))
     v_new = v_cache.index_copy(2, positions, v.transpose(1, 2))
-    slots = torch.arange(k_cache.shape[2], device=q.device)
-    allowed = slots.unsqueeze(0) <= positions.unsqueeze(1)
-    if window:
-        allowed = torch.logical_and(allowed, slots.unsqueeze(0) > positions.unsqueeze(1) - window)
+    allowed = causal_mask(positions, k_cache.shape[2], window)
     out = _attend(q.transpose(1, 2), k_new, v_new, allowed, scale, softcap)
     return out, k_new, v_new
 
@@ -86,10 +83,7 @@ def merged_attention_reference(
     positions = past_length + torch.arange(q.shape[1], device=q.device)  # [seq]
     k_new = k_cache.index_copy(2, positions, k.transpose(1, 2))
     v_new = v_cache.index_copy(2, positions, v.transpose(1, 2))
-    slots = torch.arange(k_cache.shape[2], device=q.device)
-    own = slots.unsqueeze(0) <= positions.unsqueeze(1)
-    if window:
-        own = torch.logical_and(own, slots.unsqueeze(0) > positions.unsqueeze(1) - window)
+    own = causal_mask(positions, k_cache.shape[2], window)
     batch, seq = q.shape[0], q.shape[1]
     allowed = torch.cat((own.expand(batch, 1, -1, -1), mask.expand(-1, -1, seq, -1)), -1)
     keys, values = torch.cat((k_new, cross_k), 2), torch.cat((v_new, cross_v), 2)
@@ -99,9 +93,17 @@ def merged_attention_reference(
 def shared_attention_reference(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    slots = torch.arange(k_cache.shape[2], device=q.device)
-    allowed = slots.unsqueeze(0) <= positions.unsqueeze(1)
+    allowed = causal_mask(positions, k_cache.shape[2], 0)
     return _attend(q.transpose(1, 2), k_cache, v_cache, allowed, scale, 0.0)
+
+
+def causal_mask(positions: torch.Tensor, slots: int, window: int) -> torch.Tensor:
+    """bool [S, slots]: true where the token at `positions` [S] sees the slot: up to its own, the last `window` of them."""
+    numbers = torch.arange(slots, device=positions.device)
+    seen = numbers.unsqueeze(0) <= positions.unsqueeze(1)
+    if window:
+        seen = torch.logical_and(seen, numbers.unsqueeze(0) > positions.unsqueeze(1) - window)
+    return seen
 
 
 @torch.library.custom_op("edgewright::rope", mutates_args=())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention import _attend
+from .attention import _attend, causal_mask
 
 LEVELS = 127
 """Codes go from -127 to 127: symmetric."""
@@ -77,15 +77,6 @@ def quantized_merged_attention_reference(
     keys = torch.cat((k_codes, cross_k_codes), 2), torch.cat((k_scales, cross_k_scales), 2)
     values = torch.cat((v_codes, cross_v_codes), 2), torch.cat((v_scales, cross_v_scales), 2)
     return quantized_attention_reference(q, *keys, *values, seen, scale, softcap)
-
-
-def causal_mask(positions: torch.Tensor, slots: int, window: int) -> torch.Tensor:
-    """bool [S, slots]: true where the token at `positions` [S] sees the slot: up to its own, the last `window` of them."""
-    numbers = torch.arange(slots, device=positions.device)
-    seen = numbers.unsqueeze(0) <= positions.unsqueeze(1)
-    if window:
-        seen = torch.logical_and(seen, numbers.unsqueeze(0) > positions.unsqueeze(1) - window)
-    return seen
 
 
 @torch.library.custom_op("edgewright::quantize_kv", mutates_args=())
