@@ -32,6 +32,9 @@ from .sensitivity import evenly
 COMPARED = 8
 """Samples on which plan and uniform are compared."""
 
+GATE_LOSS = 1e-6
+"""The most that 8 bits may cost a gate or decay of a recurrence, in nats a token and measured, for it to have them."""
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -69,10 +72,9 @@ def allocated(
     """Refuse an impossible budget first (it costs nothing), then score and allocate, and compare with uniform."""
     model = build(config)
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
-    # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user says otherwise.
-    planned = {w.name for u in units for w in u.weights}
-    kept = [Override(f"^{re.escape(name)}$", UNQUANTIZED) for name in sorted(protected_weights(model) & planned)]
-    overrides = (*request.overrides, *kept)
+    # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user or the data say otherwise.
+    gates = [u for u in units if protected_weights(model) & {w.name for w in u.weights}]
+    overrides = (*request.overrides, *_kept(gates, UNQUANTIZED))
     step = None
     if request.latency_ms is not None:
         step = decode_step(model, units, load(request.device or "host"), request.formats)
@@ -89,7 +91,7 @@ def allocated(
         require_available(
             4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
         )
-    choices = _choices(request, overrides, quantizer)
+    choices = _choices(request, (*overrides, *_kept(gates, 8)), quantizer)
     memory, workers = request.memory_limit, request.workers.count
     method = request.importance
     if method == "auto" and all(len(offer.options) == 1 for offer in offers(stated(even, request.formats))):
@@ -98,7 +100,14 @@ def allocated(
         scores = score(method, checkpoint, config, units, choices, spec, probes, samples, memory, workers, progress)
     if scores.losses is not None:  # what GPTQ can have, it gets: it is never the worse
         by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
-        scores = replace(scores, losses={u: by_gptq[u] or of for u, of in scores.losses.items()})
+        losses = {u: by_gptq[u] or of for u, of in scores.losses.items()}
+        scores = replace(scores, losses=losses)
+        eased = [u for u in gates if any(c.bits == 8 and v <= GATE_LOSS for c, v in losses[u.name].items())]
+        if eased and 8 in (request.widths or common_bits(request.formats)):
+            progress(
+                f"{len(eased)} of {len(gates)} gates and decays get 8 bits: it costs each {GATE_LOSS:g} nats at most"
+            )
+            overrides = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
     problem = stated(scores, request.formats)
     made = plan_within(problem, budget)
     loss = expected_loss(made, units)
@@ -110,6 +119,10 @@ def allocated(
     measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
     made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))
     return made, scores, alone, problem, measured
+
+
+def _kept(units: Sequence[Unit], bits: int) -> list[Override]:
+    return [Override(f"^{re.escape(w.name)}$", bits) for u in units for w in u.weights]
 
 
 def _budget(request: Request, problem: Problem) -> Budget:

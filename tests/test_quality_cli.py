@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from edgewright import allocation
 from edgewright.cli import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -33,6 +34,24 @@ def test_auto_with_data_is_fisher_and_is_compared_with_uniform(model: Path) -> N
     measured = found["baseline"]
     taken = min(measured["planned"], measured["uniform"])
     assert 0.0 < taken < 10.0
+
+
+def test_gates_keep_16_bits_unless_8_are_measured_to_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gates(*options: Any) -> tuple[set[int], str]:
+        done = edgewright("plan", "-m", HYBRID, "--bits", "4", "--group-size", "64", "--json", *options)
+        assert done.exit_code == 0, done.stderr
+        entries = json.loads(done.stdout)["entries"]
+        return {e["bits"] for n, e in entries.items() if "in_proj_a" in n or "in_proj_b" in n}, done.stderr
+
+    measured = ("--task", HYBRID / "task.tsv", "--importance", "fisher")
+    assert gates("--importance", "zd")[0] == {16}
+    found, said = gates(*measured)
+    assert found == {8}
+    assert "8 of 8 gates and decays get 8 bits: it costs each 1e-06 nats at most" in said
+    assert gates(*measured, "--override", "in_proj_[ab]=4:64")[0] == {4}
+    assert gates(*measured, "--widths", "2,4")[0] == {16}
+    monkeypatch.setattr(allocation, "GATE_LOSS", 1e-9)  # above what some of this model's cost
+    assert gates(*measured)[0] == {8, 16}
 
 
 def test_measured_divergence_is_the_same_for_any_number_of_workers() -> None:
