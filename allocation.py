@@ -22,7 +22,7 @@ from .quant.frontier import better, uniform
 from .quant.latency import decode_step
 from .quant.plan import UNQUANTIZED, BitPlan, Budget, Choice, Quantizer, Unit
 from .quant.stream import METADATA
-from .quant.targets import common_bits, legal_choices
+from .quant.targets import common_bits, legal_choices, signed_scales
 from .quant.units import protected_weights
 from .request import DEFAULT_BITS, Progress, Request
 from .safetensors_writer import StreamingWriter
@@ -97,7 +97,9 @@ def allocated(
     if method == "auto" and all(len(offer.options) == 1 for offer in offers(stated(even, request.formats))):
         method = "uniform"  # one choice for each unit: there is nothing to weigh
     with request.workers.running():
-        scores = score(method, checkpoint, config, units, choices, spec, probes, samples, memory, workers, progress)
+        signed = signed_scales(request.formats)
+        data = (choices, spec, probes, samples)
+        scores = score(method, checkpoint, config, units, *data, memory, workers, signed, progress)
     if scores.losses is not None:  # what GPTQ can have, it gets: it is never the worse
         by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
         losses = {u: by_gptq[u] or of for u, of in scores.losses.items()}

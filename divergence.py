@@ -31,8 +31,8 @@ POSITIONS = 1024
 _LOGIT_BYTES = 256 << 20
 _ROWS = 64
 Progress = Callable[[str], None]
-Width = tuple[int, int]
-"""Bits and effective group size."""
+Width = tuple[int, int, bool]
+"""Bits, effective group size, and whether scales may be negative."""
 
 
 def measured_kl(
@@ -52,7 +52,7 @@ def measured_kl(
     found = []
     for plan in plans:
         if isinstance(plan, BitPlan):
-            plan = rounding({n: (e.bits, e.group_size) for n, e in plan.entries.items()}, used)
+            plan = rounding({n: (e.bits, e.group_size, e.signed) for n, e in plan.entries.items()}, used)
         found.append(_divergence(reference, _logits(checkpoint, config, spec, samples, plan)))
     return found
 
@@ -111,22 +111,22 @@ def rounding(widths: Mapping[str, Width], used: torch.Tensor) -> Provide:
     """Weights rounded to nearest where `widths` has them; of a table, only the rows of `used` ids, int64 [n], are filled in."""
 
     def provide(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
-        bits, group = widths.get(name, (0, 0))
+        bits, group, signed = widths.get(name, (0, 0, False))
         if not bits or name.rpartition(".")[2] != "weight":
             return value
         if isinstance(module, Embedding):
             made = torch.empty(value.shape)  # untouched pages take no memory
-            made[used] = _rounded(value[used], bits, group)
+            made[used] = _rounded(value[used], bits, group, signed)
             return made
-        return _rounded(value, bits, group)
+        return _rounded(value, bits, group, signed)
 
     return provide
 
 
-def _rounded(value: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+def _rounded(value: torch.Tensor, bits: int, group: int, signed: bool) -> torch.Tensor:
     if bits == UNQUANTIZED:
         return value.to(torch.bfloat16).to(torch.float32)
-    return quantize_rtn(value, bits, effective_group(int(value.shape[1]), group)).dequantize()
+    return quantize_rtn(value, bits, effective_group(int(value.shape[1]), group), signed).dequantize()
 
 
 def _tokens(spec: Generation, samples: Sequence[Sample]) -> torch.Tensor:

@@ -168,7 +168,10 @@ def quantize_rows(
         parts = tuple(value.numpy() for value in (made.hessian, made.order, made.feedback, made.weights))
         for at in range(0, len(ranges), workers.count):  # no more rows in memory than there are workers for
             some = ranges[at : at + workers.count]
-            pieces = [(chunk(*r).numpy(), *parts, made.damping, entry.bits, entry.group_size, block) for r in some]
+            pieces = [
+                (chunk(*r).numpy(), *parts, made.damping, entry.bits, entry.group_size, entry.signed, block)
+                for r in some
+            ]
             for (start, stop), (c, s) in zip(some, workers.over(_rows, pieces), strict=True):
                 codes[start:stop], scales[start:stop] = (
                     torch.from_numpy(c.copy()),
@@ -176,7 +179,9 @@ def quantize_rows(
                 )
     else:
         with one_threaded() as pool:
-            parts_of = pool.map(lambda r: quantize_gptq(chunk(*r), made, entry.bits, entry.group_size, block), ranges)
+            parts_of = pool.map(
+                lambda r: quantize_gptq(chunk(*r), made, entry.bits, entry.group_size, entry.signed, block), ranges
+            )
             for (start, stop), part in zip(ranges, parts_of, strict=True):
                 codes[start:stop], scales[start:stop] = part.codes, part.scales
     return QuantizedTensor(codes, scales, entry.bits, entry.group_size, (rows, columns))
@@ -191,10 +196,11 @@ def _rows(
     damping: float,
     bits: int,
     group: int,
+    signed: bool,
     block: int,
 ) -> tuple[Array, Array]:
     """In a worker: codes, and scales as int16 (numpy has no bfloat16), of some rows."""
     found = [torch.from_numpy(np.ascontiguousarray(a)) for a in (hessian, order, feedback, weights)]
     made = Factor(found[0], damping, *found[1:])
-    part = quantize_gptq(torch.from_numpy(weight), made, bits, group, block)
+    part = quantize_gptq(torch.from_numpy(weight), made, bits, group, signed, block)
     return part.codes.numpy(), part.scales.view(torch.int16).numpy()

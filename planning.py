@@ -24,7 +24,7 @@ from .module_checkpoint import open_model
 from .prompts import random_contexts, random_prompts, read_task, text_windows
 from .quant.allocate import Problem
 from .quant.plan import UNQUANTIZED, BitPlan, Quantizer, Unit, WeightSpec, weight_bytes
-from .quant.targets import TIED_TWICE, stored_bytes
+from .quant.targets import TIED_TWICE, signed_scales, stored_bytes
 from .quant.units import quantizable_units
 from .request import Progress, Request
 from .scoring import Probes, Scores
@@ -123,6 +123,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     found: dict[str, Any] = {}
     if request.plan is not None:
         made = request.plan.validate(units)
+        _refuse_signed(made, request.formats)
         scores: dict[tuple[str, int], float] = {}
         alone: dict[str, Alone] = {}
     else:
@@ -141,6 +142,16 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
         samples=samples,
         **found,
     )
+
+
+def _refuse_signed(plan: BitPlan, formats: tuple[str, ...]) -> None:
+    """Raise UserError for a plan whose scales may be negative where a target does not hold such."""
+    name = next((n for n, e in plan.entries.items() if e.signed), None)
+    if name is not None and not signed_scales(formats):
+        held = next(f for f in formats if not signed_scales((f,)))
+        raise UserError(
+            f'plan: the scales of {name} may be negative ("signed"), which {held} does not hold; plan for the same --format'
+        )
 
 
 def _samples(request: Request, data: Path | None, checkpoint: Checkpoint, model: Any, spec: Generation) -> list[Sample]:

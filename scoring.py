@@ -114,12 +114,14 @@ def score(
     samples: Sequence[Sample] = (),
     memory: int | None = None,
     workers: int = 1,
+    signed: bool = False,
     progress: Progress = lambda _: None,
 ) -> Scores:
     """Importance of all units by `method`; models are built as needed.
 
     config: what `build` takes. choices: those that losses are wanted for. probes: what LIM runs on as long as the model fits
-    `memory` (bytes; None: what the system has); samples: what everything else runs on. workers: processes of `kl`.
+    `memory` (bytes; None: what the system has); samples: what everything else runs on. workers: processes of `kl`. signed:
+    whether scales may be negative.
     Raises UserError for an unknown method, or one whose data are not there.
     """
     built = dict(config)
@@ -136,12 +138,12 @@ def score(
     wanted = list(dict.fromkeys([REFERENCE, *choices]))
     if method == "fisher":
         found = fisher(build(built), checkpoint, spec, samples, progress)
-        losses = predicted_losses(found, checkpoint, built, spec, samples, (), units, wanted, progress)
+        losses = predicted_losses(found, checkpoint, built, spec, samples, (), units, wanted, signed, progress)
         found.weights.clear()
-        losses = _checked(checkpoint, built, spec, samples, units, losses, workers, progress)
+        losses = _checked(checkpoint, built, spec, samples, units, losses, workers, signed, progress)
         layers, linears = _by_layer(units, losses), dict(found.linears)
     else:
-        losses, layers = _by_divergence(checkpoint, built, spec, samples, units, wanted, workers, progress)
+        losses, layers = _by_divergence(checkpoint, built, spec, samples, units, wanted, workers, signed, progress)
         linears = {}
     reference = {name: of[REFERENCE] for name, of in losses.items()}
     weights = {u.name: max(reference[u.name] / _expected(u, REFERENCE), 1e-300) for u in units}
@@ -170,6 +172,7 @@ def _checked(
     units: Sequence[Unit],
     losses: dict[str, dict[Choice, float]],
     workers: int,
+    signed: bool,
     progress: Progress,
 ) -> dict[str, dict[Choice, float]]:
     """`losses` with RTN's of the costliest units scaled to what they measure at the reference choice.
@@ -182,7 +185,7 @@ def _checked(
     if not costly:
         return losses
     progress(f"importance (fisher): {len(costly)} of the costliest units are measured alone")
-    parts = [{w.name: (REFERENCE.bits, REFERENCE.group_size) for w in u.weights} for u in costly]
+    parts = [{w.name: (REFERENCE.bits, REFERENCE.group_size, signed) for w in u.weights} for u in costly]
     measured = kl_of_each(checkpoint, config, parts, spec, evenly(samples, _KL_WINDOWS), workers)
     checked = dict(losses)
     for unit, kl in zip(costly, measured, strict=True):
@@ -199,6 +202,7 @@ def _by_divergence(
     units: Sequence[Unit],
     choices: Sequence[Choice],
     workers: int,
+    signed: bool,
     progress: Progress,
 ) -> tuple[dict[str, dict[Choice, float]], dict[Layer, float]]:
     """Measured losses of units and layers, each lowered alone; other choices in the ratio of expected errors."""
@@ -207,7 +211,7 @@ def _by_divergence(
         first = unit.weights[0]
         if first.layer is not None:
             by_layer.setdefault((first.stack, first.layer), []).append(unit)
-    low = (KL_CHOICE.bits, KL_CHOICE.group_size)
+    low = (KL_CHOICE.bits, KL_CHOICE.group_size, signed)
     parts = [{w.name: low for w in unit.weights} for unit in units]
     parts += [{w.name: low for unit in of for w in unit.weights} for of in by_layer.values()]
     few = evenly(samples, _KL_WINDOWS)

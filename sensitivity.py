@@ -209,6 +209,7 @@ def predicted_losses(
     calls: Sequence[Call],
     units: Sequence[Unit],
     choices: Sequence[Choice],
+    signed: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, dict[Choice, float]]:
     """For each unit the loss, in nats a token, that each of `choices` is predicted to cost alone; losses of units add up.
@@ -220,7 +221,7 @@ def predicted_losses(
     known: dict[str, dict[Choice, float]] = {}
 
     def work(name: str, made: Factor | None) -> None:
-        losses = WeightLosses(checkpoint.tensor(name), found.weights[name], made)
+        losses = WeightLosses(checkpoint.tensor(name), found.weights[name], made, signed=signed)
         known[name] = {c: loss for c in choices if (loss := losses.at(c)) is not None}
         found.linears[name] = losses.at(Choice(4, 64)) or 0.0
 

@@ -54,7 +54,7 @@ def values_of(
                 found[name] = weight.to(torch.bfloat16).float()
                 continue
             codes = store.read(name, (int(weight.shape[0]), int(weight.shape[1])), entry)
-            found[name] = (codes or quantize_rtn(weight, entry.bits, entry.group_size)).dequantize()
+            found[name] = (codes or quantize_rtn(weight, entry.bits, entry.group_size, entry.signed)).dequantize()
         return found
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     windows = [s.tokens for s in samples]
     probes = Probes([list(w) for w in windows[:8]])
     scores = {
-        m: score(m, checkpoint, config, units, choices, spec, probes, samples, progress=said)
+        m: score(m, checkpoint, config, units, choices, spec, probes, samples, signed=True, progress=said)
         for m in ("uniform", "zd", "lim", "fisher")
     }
     session_model = build(config)
@@ -96,7 +96,7 @@ def main() -> None:
     def run(method: str, budget: float, made: BitPlan | None) -> None:
         if made is None or any((row["method"], row["budget"]) == (method, budget) for row in rows):
             return
-        lines = [(n, e.bits, e.group_size, e.quantizer) for n, e in sorted(made.entries.items())]
+        lines = [(n, e.bits, e.group_size, e.quantizer, e.signed) for n, e in sorted(made.entries.items())]
         key = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
         if key not in scored:
             values = values_of(checkpoint, planned, made, samples)
@@ -118,7 +118,7 @@ def main() -> None:
         if losses is not None:
             by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in losses.items()}
             losses = {u: by_gptq[u] or of for u, of in losses.items()}
-        return Problem(units, found.weights, 0, WIDTHS, GROUPS, (), (), found.method, losses=losses)
+        return Problem(units, found.weights, 0, WIDTHS, GROUPS, (), ("onnx",), found.method, losses=losses)
 
     budgets = [Budget("bits", value) for value in sorted(options.budgets, reverse=True)]
     for budget in budgets:

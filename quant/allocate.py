@@ -19,7 +19,7 @@ from .knapsack import Option, solve, undominated
 from .latency import PICOSECONDS, DecodeStep
 from .plan import UNQUANTIZED, BitPlan, Budget, BudgetKind, Choice, Entry, Quantizer, Unit, weight_bytes
 from .rtn import effective_group
-from .targets import GROUP_SIZES, PER_CHANNEL, legal_choices, legal_group
+from .targets import GROUP_SIZES, PER_CHANNEL, legal_choices, legal_group, signed_scales
 
 EXPECTED_ERROR: dict[tuple[int, int], float] = {
     (2, 16): 0.125, (2, 32): 0.137, (2, 64): 0.143, (2, 128): 0.146, (2, 256): 0.148, (2, 0): 0.149,
@@ -79,7 +79,7 @@ class Problem:
     widths: allowed bits (16 = bf16). groups: allowed sizes (0: per channel; 8 bits always are). overrides: the first that
     matches a weight decides its unit. targets: choices are limited to what all of them hold. losses: where given, they
     take the place of importance * weights * expected error, and a choice that a unit's do not name is not offered to it. step:
-    the decode step that a budget of milliseconds is for.
+    the decode step that a budget of milliseconds is for. Scales may be negative where all targets hold that.
     """
 
     units: Sequence[Unit]
@@ -157,7 +157,9 @@ def plan_of(problem: Problem, offered: Sequence[Offer], chosen: Sequence[Option]
             group = _effective(option.choice, weight.shape[1])
             loss = None if problem.losses is None else option.loss * weight.numel / unit.numel
             score = float(problem.scores[unit.name])
-            entries[weight.name] = Entry(option.choice.bits, group, score, offer.why, option.choice.quantizer, loss)
+            bits, quantizer = option.choice.bits, option.choice.quantizer
+            signed = bits != UNQUANTIZED and signed_scales(problem.targets)
+            entries[weight.name] = Entry(bits, group, score, offer.why, quantizer, loss, signed)
     total = sum(option.bytes for option in chosen)
     if problem.step is not None and budget.kind == "latency":
         budget = replace(budget, device=problem.step.rates.device)

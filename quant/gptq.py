@@ -12,7 +12,7 @@ import torch
 
 from ..ops.packing import pack, packed_bytes
 from .hessian import Factor, damping_for, factor
-from .tensor import LARGEST_SCALE, QuantizedTensor, canonical
+from .tensor import LARGEST_SCALE, QuantizedTensor, canonical, sides
 
 __all__ = ["Factor", "damping_for", "factor", "hessian_error", "quantize_gptq", "row_block"]
 
@@ -47,16 +47,16 @@ def row_block(rows: int, columns: int) -> int:
 
 
 def quantize_gptq(
-    weight: torch.Tensor, factor: Factor, bits: int, group_size: int, block: int | None = None
+    weight: torch.Tensor, factor: Factor, bits: int, group_size: int, signed: bool = False, block: int | None = None
 ) -> QuantizedTensor:
     """Quantize `weight`, [N, K] of any float dtype, to codes of `bits` bits with one scale per `group_size` inputs.
 
-    factor: of the Hessian of the weight's inputs. `group_size` divides K (K itself: one scale per output channel).
-    block: rows worked on at once, always as many (padded with zeros): a matrix product may differ in its last bits with
-    the number of rows. With the same block a row's result depends on that row and the factor alone, so a matrix may be
-    given in row chunks; multiples of `block` waste nothing. Scratch memory is about 8 * block * K floats. The caller has
-    refused NaN and infinities. Raises ValueError when the group does not divide K, a row of codes does not fill whole
-    bytes, or the factor is of another number of inputs.
+    factor: of the Hessian of the weight's inputs. `group_size` divides K (K itself: one scale per output channel). signed:
+    scales may be negative. block: rows worked on at once, always as many (padded with zeros): a matrix product may differ in
+    its last bits with the number of rows. With the same block a row's result depends on that row and the factor alone, so a
+    matrix may be given in row chunks; multiples of `block` waste nothing. Scratch memory is about 8 * block * K floats. The
+    caller has refused NaN and infinities. Raises ValueError when the group does not divide K, a row of codes does not fill
+    whole bytes, or the factor is of another number of inputs.
     """
     rows, columns = weight.shape
     if group_size < 1 or columns % group_size:
@@ -73,7 +73,7 @@ def quantize_gptq(
         for start in range(0, rows, block):
             stop = min(start + block, rows)
             held.zero_()[:, : stop - start] = weight[start:stop].T
-            codes, steps = _quantize_block(held.clamp_(-reach, reach), factor, bits, group_size)
+            codes, steps = _quantize_block(held.clamp_(-reach, reach), factor, bits, group_size, signed)
             unsigned = codes[:, : stop - start].add(1 << (bits - 1)).to(torch.uint8)
             packed[start:stop] = pack(unsigned.T.contiguous(), bits)
             scales[start:stop] = steps[:, : stop - start].T
@@ -92,13 +92,18 @@ def hessian_error(weight: torch.Tensor, quantized: QuantizedTensor, hessian: tor
 
 
 def _quantize_block(
-    weight: torch.Tensor, factor: Factor, bits: int, group_size: int
+    weight: torch.Tensor, factor: Factor, bits: int, group_size: int, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes, fp32 [K, R], and scales, fp32 [G, R], of `weight`, fp32 [K, R]: a row's values lie in a column here."""
     columns, rows = weight.shape
     importance = torch.empty(columns)
     importance[factor.order] = factor.weights
-    scales = _search_scales(weight.view(-1, group_size, rows), importance.view(-1, group_size, 1), bits)
+    groups, shares = weight.view(-1, group_size, rows), importance.view(-1, group_size, 1)
+    if signed:
+        side = sides(groups, bits, 1)
+        scales = _search_scales(groups * side, shares, bits).mul_(side.squeeze(1))
+    else:
+        scales = _search_scales(groups, shares, bits)
     codes = _round_in_order(weight, scales, factor, bits)
     errors = weight - (codes.view(-1, group_size, rows) * scales[:, None]).view(columns, rows)
     for _ in range(SWEEPS):
@@ -184,11 +189,12 @@ def _move_scale(
     hessian: torch.Tensor,
     damping: float,
 ) -> torch.Tensor:
-    """The best canonical scale [R] of one group for its codes [group, R]; `error` and `slope` follow in place."""
+    """The best canonical scale [R], of the same sign, of a group for its codes [group, R]; `error` and `slope` follow in place."""
     turn = torch.mm(hessian, code).add_(code, alpha=damping)
     curvature = (code * turn).sum(dim=0)
     descent = (code * slope).sum(dim=0)
-    moved = canonical(torch.where(curvature > 0.0, scale + descent / curvature, scale))
+    sign = scale.sign()
+    moved = canonical(torch.where(curvature > 0.0, scale + descent / curvature, scale).mul_(sign)).mul_(sign)
     change = moved - scale
     moved = torch.where(change * (2.0 * descent - change * curvature) > 0.0, moved, scale)
     change = moved - scale

@@ -81,7 +81,8 @@ class Entry:
 
     score is the importance weight the allocator used, why says in words where the choice came from. At 16 bits the
     quantizer means nothing. loss: where losses were measured, the predicted one of the weight's unit at this choice, in nats
-    a token, shared out over the unit's weights by their size; of an entry edited by hand it is stale.
+    a token, shared out over the unit's weights by their size; of an entry edited by hand it is stale. signed: scales may be
+    negative, which not every target holds.
     """
 
     bits: int
@@ -90,6 +91,7 @@ class Entry:
     why: Annotated[str, Field(max_length=4096)]
     quantizer: Quantizer = "rtn"
     loss: Finite | None = None
+    signed: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -12,7 +12,7 @@ from math import gcd
 import torch
 
 from ..ops.packing import pack, packed_bytes
-from .tensor import QuantizedTensor, canonical
+from .tensor import QuantizedTensor, canonical, sides
 
 CHUNK_WEIGHTS = 1 << 16
 """Weights worked on at once (or one row, if longer): large enough that calls cost nothing, small enough for L2."""
@@ -36,13 +36,13 @@ _BFLOAT16_STEP = 2.0**-7
 _TORCH_GRAIN = 32768
 
 
-def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedTensor:
+def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int, signed: bool = False) -> QuantizedTensor:
     """Quantize `weight`, [N, K] of any float dtype, to codes of `bits` bits with one scale per `group_size` inputs.
 
-    `group_size` divides K (K itself: one scale per output channel). A row's result depends on that row alone, so
-    a matrix may be given in row chunks. Scratch memory is a few MB; the caller has refused NaN and infinities. With
-    torch threads above 1 the small operations mostly wait for each other: give row chunks to threads, as `stream` does.
-    Raises ValueError when the group does not divide K or a row of codes does not fill whole bytes.
+    `group_size` divides K (K itself: one scale per output channel). signed: scales may be negative. A row's result depends
+    on that row alone, so a matrix may be given in row chunks. Scratch memory is a few MB; the caller has refused NaN and
+    infinities. With torch threads above 1 the small operations mostly wait for each other: give row chunks to threads, as
+    `stream` does. Raises ValueError when the group does not divide K or a row of codes does not fill whole bytes.
     """
     rows, columns = weight.shape
     if group_size < 1 or columns % group_size:
@@ -54,10 +54,13 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedT
         for start in range(0, rows, step):
             chunk = weight[start : start + step].to(torch.float32).contiguous()
             groups = chunk.view(-1, group_size)
+            if signed:
+                side = sides(groups, bits, 1)
+                groups = groups * side
             scale = best_scales(groups, bits)
             unsigned = round_to_codes(groups, scale, bits).add_(1 << (bits - 1)).to(torch.uint8)
             codes[start : start + step] = pack(unsigned.view(len(chunk), columns), bits)
-            scales[start : start + step] = scale.view(len(chunk), -1).to(torch.bfloat16)
+            scales[start : start + step] = (scale * side if signed else scale).view(len(chunk), -1).to(torch.bfloat16)
     return QuantizedTensor(codes, scales, bits, group_size, (rows, columns))
 
 

@@ -69,13 +69,19 @@ class WeightLosses:
     """Predicted losses, in nats a token, of one weight at any choice; what was worked out once is kept.
 
     weight: [N, K] in any float dtype, best a mapped view: some rows are read. uses: the curvature of each use of it, such as
-    lookup and head. made: the factor that GPTQ would work with; None where no data reached it.
+    lookup and head. made: the factor that GPTQ would work with; None where no data reached it. signed: whether scales may be
+    negative.
     """
 
     def __init__(
-        self, weight: torch.Tensor, uses: Sequence[Curvature], made: Factor | None = None, count: int = SAMPLED_ROWS
+        self,
+        weight: torch.Tensor,
+        uses: Sequence[Curvature],
+        made: Factor | None = None,
+        count: int = SAMPLED_ROWS,
+        signed: bool = False,
     ) -> None:
-        self._factor, self._columns = made, int(weight.shape[1])
+        self._factor, self._columns, self._signed = made, int(weight.shape[1]), signed
         self._samples = [_sample(weight, use, count) for use in uses]
         self._known: dict[tuple[int, int, str], float] = {}
 
@@ -100,8 +106,8 @@ class WeightLosses:
             return rows.to(torch.bfloat16).to(torch.float32)
         if quantizer == "gptq":
             assert self._factor is not None
-            return quantize_gptq(rows, self._factor, bits, group).dequantize()
-        return quantize_rtn(rows, bits, group).dequantize()
+            return quantize_gptq(rows, self._factor, bits, group, self._signed).dequantize()
+        return quantize_rtn(rows, bits, group, self._signed).dequantize()
 
 
 def _sample(weight: torch.Tensor, use: Curvature, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

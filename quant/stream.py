@@ -171,7 +171,7 @@ def _quantize(
         rows = checkpoint.rows(spec.name, start, stop)
         check_finite(spec.name, rows)
         low, high = torch.aminmax(rows)
-        return quantize_rtn(rows, entry.bits, entry.group_size), max(-float(low), float(high))
+        return quantize_rtn(rows, entry.bits, entry.group_size, entry.signed), max(-float(low), float(high))
 
     largest = 0.0
     for result, reach in _in_order(pool, work, _row_chunks(spec.shape)):

@@ -28,8 +28,8 @@ class Form:
 
     container: bits of a code in the artefact. groups: the group sizes it takes; one scale per channel always works.
     scale_bytes, channel_scale_bytes: of one group scale, and of one scale per channel. zero_points: what the target
-    could hold (our codes are symmetric and need none). scales_in_blocks: the format knows no per-channel scale, so it
-    is repeated for each block of inputs. table_bytes: the lookup table of one weight, where codes are indices into one.
+    could hold (we use none: signed scales do as much for fewer bytes). scales_in_blocks: the format knows no per-channel
+    scale, so it is repeated for each block of inputs. table_bytes: the lookup table of one weight, where codes are indices.
     """
 
     target: str
@@ -99,6 +99,16 @@ TARGETS = tuple(dict.fromkeys(target for target, _ in FORMS))
 
 TIED_TWICE = frozenset({"executorch"})
 """Targets that store an embedding's rows and the matrix of the head tied to it apart: their kernels want other layouts."""
+
+
+SIGNED = frozenset({"onnx"})
+"""Targets that hold negative scales. XNNPACK and TensorRT refuse them; Core ML's and Qualcomm's runtimes were not tried."""
+
+
+def signed_scales(targets: Iterable[str]) -> bool:
+    """Whether every one of `targets` holds negative scales; of no targets at all nothing is known."""
+    names = set(targets)
+    return bool(names) and names <= SIGNED
 
 
 def form(target: str, bits: int) -> Form:

@@ -1,6 +1,8 @@
 """The quantized weight that every exporter stores: packed codes, canonical scales. What may enter: torch, packing.
 
-Symmetric uniform quantization with one scale per group along the input dimension: value = code * scale in fp32.
+Uniform quantization with one scale per group along the input dimension: value = code * scale in fp32. There is one code
+more below zero than above, so a scale may be negative where every target holds such: the code without a partner is then the
+group's largest value. That takes 10 (4 bits) to 14 % (2 and 3) off the squared error for no byte at all.
 """
 
 from __future__ import annotations
@@ -27,10 +29,24 @@ def canonical(scale: torch.Tensor) -> torch.Tensor:
 
 
 def is_canonical(scales: torch.Tensor) -> bool:
-    """Whether every value of `scales` (any float dtype, any shape) is a canonical scale. NaN is not."""
-    exact = scales.to(torch.float32)
+    """Whether every value of `scales` (any float dtype, any shape) is a canonical scale or the negative of one. NaN is not."""
+    exact = scales.to(torch.float32).abs()
     inside = (exact >= SMALLEST_SCALE) & (exact <= LARGEST_SCALE)
     return bool((inside & (exact.to(torch.bfloat16).to(torch.float32) == exact)).all())
+
+
+def sides(groups: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The signs, 1 or -1, that scales get where they may be negative: fp32 `groups` along `dim` -> its size there 1.
+
+    The code without a partner goes to the side of the group's largest weight, with two bits (where it is a quarter of the
+    codes) to the heavier side. Trying both instead is worth 0.1 to 0.6 % of the error.
+    """
+    if bits == 2:
+        heavy = groups.pow(3).sum(dim, keepdim=True) > 0
+    else:
+        low, high = torch.aminmax(groups, dim=dim, keepdim=True)
+        heavy = high > -low
+    return torch.where(heavy, -1.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +54,8 @@ class QuantizedTensor:
     """A weight of shape (N, K): N output channels, K inputs.
 
     codes: uint8 [N, K*bits/8], see `packing`; c in [-2**(bits-1), 2**(bits-1)-1] is stored as c + 2**(bits-1).
-    scales: bfloat16 [N, K/group_size], canonical. bits: 2, 3, 4, 5, 6 or 8. group_size: K means one scale per channel.
-    Raises ValueError when the parts do not fit together.
+    scales: bfloat16 [N, K/group_size], canonical but for their signs. bits: 2, 3, 4, 5, 6 or 8. group_size: K means one
+    scale per channel. Raises ValueError when the parts do not fit together.
     """
 
     codes: torch.Tensor
@@ -65,7 +81,7 @@ class QuantizedTensor:
         if tuple(self.scales.shape) != wanted:
             raise ValueError(f"scales have shape {tuple(self.scales.shape)}, expected {wanted}")
         if not is_canonical(self.scales):
-            raise ValueError("scales are not all bfloat16 values in [2**-14, 65280]")
+            raise ValueError("scales are not all bfloat16 values in [2**-14, 65280], or the negatives of such")
 
     @property
     def nbytes(self) -> int:

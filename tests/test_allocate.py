@@ -373,3 +373,15 @@ def test_hostile_plans_end_in_one_line(damage: object) -> None:
 def test_garbage_is_no_plan(text: str) -> None:
     with pytest.raises(UserError, match="plan"):
         BitPlan.from_json(text)
+
+
+def test_scales_may_be_negative_where_all_targets_hold_that() -> None:
+    units = [
+        Unit("a", [WeightSpec("a", (64, 128), 0, "decoder")]),
+        Unit("b", [WeightSpec("b", (64, 128), 0, "decoder")]),
+    ]
+    for targets, signed in (((), False), (("onnx",), True), (("onnx", "executorch"), False), (("tensorrt",), False)):
+        made = allocate(units, {"a": 1.0, "b": 1.0}, bits=10.0, widths=(4, 16), targets=targets)
+        assert {e.signed for e in made.entries.values() if e.bits < 16} == {signed}
+        assert not any(e.signed for e in made.entries.values() if e.bits == 16)
+        assert BitPlan.from_json(made.to_json()) == made

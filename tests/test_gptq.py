@@ -43,10 +43,11 @@ def assert_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
     seed=st.integers(0, 2**16),
     inputs=st.sampled_from(["correlated", "outlier", "rank one", "zeros", "dead", "huge", "tiny"]),
     size=st.sampled_from([0.0, 1e-7, 0.02, 1e4, 1e30]),
+    signed=st.booleans(),
 )
 @settings(deadline=None, max_examples=40)
 def test_any_weight_and_inputs_give_a_valid_tensor_twice(
-    bits: int, group: int, rows: int, seed: int, inputs: str, size: float
+    bits: int, group: int, rows: int, seed: int, inputs: str, size: float, signed: bool
 ) -> None:
     x = correlated(192, 96, seed, outlier=1e3 if inputs == "outlier" else 1.0)
     if inputs == "rank one":
@@ -57,11 +58,12 @@ def test_any_weight_and_inputs_give_a_valid_tensor_twice(
     hessian = hessian_of(x)
     weight = normal(rows, 192, seed, size)
     made = factor(hessian)
-    result = quantize_gptq(weight, made, bits, group)
+    result = quantize_gptq(weight, made, bits, group, signed)
     assert is_canonical(result.scales)
+    assert signed or bool((result.scales > 0).all())
     assert result.shape == (rows, 192)
     assert bool(torch.isfinite(result.dequantize()).all())
-    assert_same(result, quantize_gptq(weight, factor(hessian.clone()), bits, group))
+    assert_same(result, quantize_gptq(weight, factor(hessian.clone()), bits, group, signed))
 
 
 @given(
@@ -78,10 +80,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(
 ) -> None:
     weight = normal(rows, columns, seed)
     made = factor(hessian_of(correlated(columns, 500, seed)))
-    whole = quantize_gptq(weight, made, bits, 32, block)
+    whole = quantize_gptq(weight, made, bits, 32, bits < 4, block)
     at = min(rows - 1, max(1, int(cut * rows)))
     for part, start in ((weight[:at], 0), (weight[at:], at), (weight[at : at + 1], at)):
-        alone = quantize_gptq(part, made, bits, 32, block)
+        alone = quantize_gptq(part, made, bits, 32, bits < 4, block)
         stop = start + len(part)
         assert torch.equal(alone.codes, whole.codes[start:stop])
         assert torch.equal(alone.scales, whole.scales[start:stop])
@@ -119,6 +121,14 @@ def test_the_output_error_is_far_below_that_of_rounding_to_nearest(bits: int, gr
     ours = hessian_error(weight, quantize_gptq(weight, factor(hessian), bits, group), hessian)
     nearest = hessian_error(weight, quantize_rtn(weight, bits, group), hessian)
     assert float(ours.mean()) < 0.7 * float(nearest.mean())
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.92), (3, 0.92), (4, 0.95)])
+def test_signed_scales_lower_the_output_error(bits: int, most: float) -> None:
+    hessian = hessian_of(correlated(256, 4096, bits))
+    weight, made = normal(96, 256, 7), factor(hessian)
+    plain, signed = (quantize_gptq(weight, made, bits, 64, s) for s in (False, True))
+    assert float(hessian_error(weight, signed, hessian).sum() / hessian_error(weight, plain, hessian).sum()) < most
 
 
 def test_the_gain_holds_on_inputs_it_has_not_seen() -> None:

@@ -124,3 +124,14 @@ def test_what_cannot_be_had_is_one_line(options: tuple[Any, ...], line: str, tmp
     assert done.exit_code == 2
     assert line in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_with_negative_scales_is_refused_where_they_are_not_held(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert edgewright("plan", "-m", HYBRID, "--bits", "4", "--importance", "zd", "-o", file).exit_code == 0
+    assert '"signed": true' in file.read_text()
+    done = edgewright("export", "-m", HYBRID, "--plan", file, "--format", "executorch", "-o", tmp_path / "bundle")
+    assert done.exit_code == 2
+    line = 'may be negative ("signed"), which executorch does not hold; plan for the same --format'
+    assert line in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "bundle").exists()

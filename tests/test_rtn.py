@@ -100,6 +100,28 @@ def test_dequantize_is_code_times_scale() -> None:
     assert tensor.nbytes == 4 + 8
 
 
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.89), (3, 0.89), (4, 0.92), (5, 0.96), (6, 0.98), (8, 1.0)])
+def test_signed_scales_lower_the_error_for_no_byte(bits: int, most: float) -> None:
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(bits))
+    plain, signed = quantize_rtn(weight, bits, 64), quantize_rtn(weight, bits, 64, signed=True)
+    assert bool((plain.scales > 0).all())
+    assert is_canonical(signed.scales)
+    assert 0.3 < float((signed.scales < 0).float().mean()) < 0.7
+    assert signed.nbytes == plain.nbytes
+    assert float(error_of(weight, signed.dequantize()).sum() / error_of(weight, plain.dequantize()).sum()) < most
+    parts = [quantize_rtn(weight[a : a + 7], bits, 64, signed=True) for a in range(0, 128, 7)]
+    assert torch.equal(signed.codes, torch.cat([p.codes for p in parts]))
+    assert torch.equal(signed.scales, torch.cat([p.scales for p in parts]))
+
+
+def test_the_code_without_a_partner_is_the_largest_weight() -> None:
+    """-8 * -0.5 is 4: with a positive scale of 0.5 the best for 4 is 3.5."""
+    weight = torch.tensor([[4.0, -3.5, 1.0, 0.5, -0.5, 2.0, 1.5, -1.0]])
+    made = quantize_rtn(weight, 4, 8, signed=True)
+    assert made.scales.tolist() == [[-0.5]]
+    assert torch.equal(made.dequantize(), weight)
+
+
 def test_input_dtypes_give_the_same_codes() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     assert torch.equal(quantize_rtn(weight, 4, 32).codes, quantize_rtn(weight.float(), 4, 32).codes)
@@ -110,7 +132,8 @@ def test_canonical_scales() -> None:
     rounded = canonical(given_scales)
     assert is_canonical(rounded)
     assert rounded.tolist() == [2**-14, 2**-14, 2**-14, 0.10009765625, 1.0, 65280.0, 65280.0, 65280.0]
-    for bad in (0.0, -1.0, 2.0**-15, 65536.0, float("nan"), 0.1):
+    assert is_canonical(-rounded)
+    for bad in (0.0, 2.0**-15, -(2.0**-15), 65536.0, float("nan"), 0.1):
         assert not is_canonical(torch.tensor([1.0, bad]))
 
 

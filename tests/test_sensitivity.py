@@ -226,7 +226,7 @@ def test_a_weight_no_data_reached_is_said_aloud(tmp_path: Path) -> None:
     said: list[str] = []
     choices = [Choice(3, 32), Choice(4, 64)]
     losses = predicted_losses(
-        Fisher(kept, found.tokens), checkpoint, checkpoint.config, spec, samples, (), units, choices, said.append
+        Fisher(kept, found.tokens), checkpoint, checkpoint.config, spec, samples, (), units, choices, False, said.append
     )
     assert set(losses[lost.name]) == set(choices)
     assert any(lost.name in line for line in said)
@@ -265,7 +265,7 @@ def test_the_divergence_of_a_plan_is_that_of_the_model_with_its_weights(tmp_path
 def test_any_number_of_workers_measures_the_same(tmp_path: Path) -> None:
     checkpoint, spec = opened("t5gemma", tmp_path)
     units = quantizable_units(build(checkpoint.config))[:4]
-    parts = [{w.name: (3, 64) for w in u.weights} for u in units]
+    parts = [{w.name: (3, 64, False) for w in u.weights} for u in units]
     one, two = (kl_of_each(checkpoint, checkpoint.config, parts, spec, samples_of(spec), n) for n in (1, 2))
     assert one == two
     assert all(value > 0.0 for value in one)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from edgewright.bundle import GraphSpec
 from edgewright.checkpoint import open_checkpoint
-from edgewright.compiler import Request, export
+from edgewright.compiler import Request, export, plan
 from edgewright.errors import UserError
 from edgewright.exporters.artefact import Artefact, Options
 from edgewright.models import build
@@ -51,10 +51,10 @@ class Made:
 
 
 def quantize(folder: Path, write: Any, overrides: tuple[Override, ...]) -> Path:
-    request = Request(
-        str(write(folder / "model")), ("onnx",), bits=5.0, groups=(32,), widths=(2, 3, 4, 5, 6, 8), overrides=overrides
-    )
-    export(request, folder / "bundle", check=False)
+    """The checkpoint of a plan for TensorRT, whose scales are positive; no engine is built."""
+    model = str(write(folder / "model"))
+    wanted = Request(model, ("tensorrt",), bits=5.0, groups=(32,), widths=(2, 3, 4, 5, 6, 8), overrides=overrides)
+    export(Request(model, plan=plan(wanted).plan), folder / "bundle", check=False)
     return folder / "bundle" / "checkpoint"
 
 

@@ -17,7 +17,7 @@ import tiny
 
 from edgewright.bundle import GraphSpec
 from edgewright.checkpoint import open_checkpoint
-from edgewright.compiler import Request, export
+from edgewright.compiler import Request, export, plan
 from edgewright.errors import UserError
 from edgewright.exporters.artefact import Options
 from edgewright.graph import Graph
@@ -114,8 +114,9 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Graph
     from edgewright.exporters import tensorrt as exporter
 
     folder = tmp_path_factory.mktemp("engines")
-    request = Request(str(tiny.write_tiny_t5gemma(folder / "model")), ("onnx",), bits=5.0, groups=(32,))
-    export(request, folder / "bundle", check=False)
+    source = str(tiny.write_tiny_t5gemma(folder / "model"))
+    made = plan(Request(source, ("tensorrt",), bits=5.0, groups=(32,)))
+    export(Request(source, plan=made.plan), folder / "bundle", check=False)
     checkpoint = open_checkpoint(str(folder / "bundle" / "checkpoint"))
     model = build(checkpoint.config)
     load_quantized(model, checkpoint)
