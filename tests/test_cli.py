@@ -12,9 +12,6 @@ import itertools
 import json
 import re
 import shutil
-import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,48 +19,15 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
-from click.testing import CliRunner, Result
+from commands import edgewright, passed, process, refused
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright import compiler
-from edgewright.cli import main
 
 BITS = 4.5
-
-
-def edgewright(*arguments: object, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
-
-
-def process(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], input=stdin, capture_output=True, text=True, check=False)
-
-
-def passed(result: Result) -> str:
-    """Standard output of a command that must succeed."""
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(result: Result) -> str:
-    """The one line a user's mistake gives: exit code 2, nothing on standard output, no traceback."""
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    assert isinstance(result.exception, SystemExit)
-    return only_error(result.stdout, result.stderr)
-
-
-def only_error(stdout: str, stderr: str) -> str:
-    assert stdout == ""
-    assert "Traceback" not in stderr
-    assert stderr.endswith("\n")
-    *notes, last = stderr.splitlines()
-    assert last.startswith("error: ")
-    assert len(last) < 600
-    assert not any(line.startswith("error:") for line in notes)
-    return last
+EMBED = "model.decoder.embed_tokens.weight"
 
 
 @pytest.fixture(scope="session")
@@ -231,144 +195,6 @@ def test_the_same_plan_and_checkpoint_give_the_same_bytes(bundle: Path, tmp_path
     assert "manifest.json" in first
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
-
-
-# Hostile checkpoints
-
-
-def _header(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    file = directory / "model.safetensors"
-    data = file.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def _tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def _config(directory: Path, *keys: str, value: object) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    inner = config
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-Q = "model.encoder.layers.0.self_attn.q_proj.weight"
-EMBED = "model.decoder.embed_tokens.weight"
-NORM = "model.decoder.norm.weight"
-
-
-def truncated(directory: Path) -> None:
-    file = directory / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def long_header(directory: Path) -> None:
-    file = directory / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
-
-
-def overlapping(directory: Path) -> None:
-    def change(header: dict[str, Any]) -> None:
-        names = [n for n in header if n != "__metadata__"]
-        first = next(n for n in names if header[n]["data_offsets"][0] == 0)
-        size = header[first]["data_offsets"][1]
-        other = next(n for n in names if header[n]["data_offsets"][0] == size)
-        header[other]["data_offsets"] = [0, header[other]["data_offsets"][1] - size]
-
-    _header(directory, change)
-
-
-def integers(directory: Path) -> None:
-    _tensors(directory, lambda t: t.update({Q: t[Q].to(torch.int32)}))
-
-
-def missing_tensor(directory: Path) -> None:
-    _tensors(directory, lambda t: t.pop(Q))
-
-
-def wrong_shape(directory: Path) -> None:
-    _tensors(directory, lambda t: t.update({Q: t[Q].T.contiguous()}))
-
-
-def _put(directory: Path, name: str, value: float) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(-1)[-1] = value
-
-    _tensors(directory, change)
-
-
-def pickle_only(directory: Path) -> None:
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-
-
-def not_json(directory: Path) -> None:
-    (directory / "config.json").write_text("{model_type: t5gemma")
-
-
-def deep_json(directory: Path) -> None:
-    (directory / "config.json").write_text('{"a":' * 200_000)
-
-
-def no_model(directory: Path) -> None:
-    shutil.rmtree(directory)
-
-
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (truncated, "model.safetensors"),
-    "header longer than the file": (long_header, "model.safetensors"),
-    "overlapping offsets": (overlapping, "model.safetensors"),
-    "integer weights": (integers, Q),
-    "missing tensor": (missing_tensor, Q),
-    "wrong shape": (wrong_shape, Q),
-    "NaN in a layer": (lambda d: _put(d, Q, float("nan")), Q),
-    "infinity in a layer": (lambda d: _put(d, Q, float("inf")), Q),
-    "NaN in the embedding": (lambda d: _put(d, EMBED, float("nan")), EMBED),
-    "infinity in a norm": (lambda d: _put(d, NORM, float("-inf")), NORM),
-    "pickle only": (pickle_only, "pickle"),
-    "config that is not JSON": (not_json, "config.json"),
-    "config nested too deep": (deep_json, "config.json"),
-    "unknown model_type": (lambda d: _config(d, "model_type", value="mamba9"), "mamba9"),
-    "model_type that is a list": (lambda d: _config(d, "model_type", value=["t5gemma"]), "model_type"),
-    "huge hidden size": (lambda d: _config(d, "encoder", "hidden_size", value=1 << 60), "hidden_size"),
-    "negative layers": (lambda d: _config(d, "decoder", "num_hidden_layers", value=-1), "num_hidden_layers"),
-    "a million layers": (lambda d: _config(d, "decoder", "num_hidden_layers", value=1_000_000), "num_hidden_layers"),
-    "heads that do not divide": (lambda d: _config(d, "encoder", "num_key_value_heads", value=3), "key_value"),
-    "zero heads": (lambda d: _config(d, "encoder", "num_attention_heads", value=0), "num_attention_heads"),
-    "text for a number": (lambda d: _config(d, "encoder", "head_dim", value="16"), "head_dim"),
-    "NaN for a number": (lambda d: _config(d, "decoder", "rms_norm_eps", value=float("nan")), "rms_norm_eps"),
-    "list for a stack": (lambda d: _config(d, "encoder", value=[]), "encoder"),
-    "unknown activation": (lambda d: _config(d, "decoder", "hidden_activation", value="swish9"), "swish9"),
-    "no such directory": (no_model, "no model at"),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
-    damage, word = HOSTILE[kind]
-    model = write_tiny_t5gemma(tmp_path / "model")
-    damage(model)
-    out = tmp_path / "out"
-    out.mkdir()
-    assert word in refused(edgewright("export", "-m", model, "-o", out / "bundle"))
-    assert list(out.iterdir()) == []
-
-
-def test_a_bad_checkpoint_in_a_real_process(tmp_path: Path) -> None:
-    model = write_tiny_t5gemma(tmp_path / "model")
-    _put(model, EMBED, float("nan"))
-    done = process("-m", "edgewright.cli", "export", "-m", str(model), "-o", str(tmp_path / "bundle"))
-    assert done.returncode == 2
-    assert EMBED in only_error(done.stdout, done.stderr)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 # Exports that break off

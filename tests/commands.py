@@ -1,0 +1,42 @@
+"""The command line as tests call it: in this process or in one of its own, and what it prints when it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from click.testing import CliRunner, Result
+
+from edgewright.cli import main
+
+
+def edgewright(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def process(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], input=stdin, capture_output=True, text=True, check=False)
+
+
+def passed(result: Result) -> str:
+    """Standard output of a command that must succeed."""
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(result: Result) -> str:
+    """The one line a user's mistake gives: exit code 2, nothing on standard output, no traceback."""
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    return only_error(result.stdout, result.stderr)
+
+
+def only_error(stdout: str, stderr: str) -> str:
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert stderr.endswith("\n")
+    *notes, last = stderr.splitlines()
+    assert last.startswith("error: ")
+    assert len(last) < 600
+    assert not any(line.startswith("error:") for line in notes)
+    return last
