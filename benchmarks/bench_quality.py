@@ -38,6 +38,7 @@ from edgewright.scoring import Probes, Scores, score
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 GROUPS = (64, 128)
 WIDTHS = (2, 3, 4, 5, 6, 8)
+METHODS = ("fisher", "uniform", "zd", "lim")
 
 
 def values_of(
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1 << 14, help="of the calibration text")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="average bits, scales counted")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
@@ -84,7 +86,7 @@ def main() -> None:
     probes = Probes([list(w) for w in windows[:8]])
     scores = {
         m: score(m, checkpoint, config, units, choices, spec, probes, samples, signed=True, progress=said)
-        for m in ("uniform", "zd", "lim", "fisher")
+        for m in options.methods
     }
     session_model = build(config)
     load_original(session_model, checkpoint)
@@ -121,14 +123,12 @@ def main() -> None:
         return Problem(units, found.weights, 0, WIDTHS, GROUPS, (), ("onnx",), found.method, losses=losses)
 
     budgets = [Budget("bits", value) for value in sorted(options.budgets, reverse=True)]
-    for budget in budgets:
-        run("fisher gptq", budget.value, plan_within(problem(scores["fisher"]), budget))
-    for quantizer in ("gptq", "rtn"):
+    for method in (m for m in options.methods if m != "uniform"):
+        for budget in (b for b in budgets if method == "fisher" or b.value in BUDGETS):
+            run(f"{method} gptq", budget.value, by(plan_within(problem(scores[method]), budget), "gptq"))
+    for quantizer in ("gptq", "rtn") if "uniform" in options.methods else ():
         for budget in budgets:
             run(f"uniform {quantizer}", budget.value, by(uniform(problem(scores["uniform"]), budget), quantizer))
-    for method in ("zd", "lim"):
-        for budget in (b for b in budgets if b.value in BUDGETS):
-            run(f"{method} gptq", budget.value, by(plan_within(problem(scores[method]), budget), "gptq"))
 
 
 if __name__ == "__main__":
