@@ -14,6 +14,7 @@ from .calibration import Sample
 from .checkpoint import Checkpoint
 from .device_profiles.profile import load
 from .divergence import measured_kl
+from .errors import UserError
 from .memory import require_available
 from .models import build
 from .models.layers import Linear
@@ -33,7 +34,7 @@ COMPARED = 8
 """Samples on which plan and uniform are compared."""
 
 GATE_LOSS = 1e-6
-"""The most that 8 bits may cost a gate or decay of a recurrence, in nats a token and measured, for it to have them."""
+"""The most that 8 bits may cost a gate or decay of a recurrence for it to have them: in nats a token, as Fisher predicts it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def allocated(
     model = build(config)
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
     # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user or the data say otherwise.
-    gates = [u for u in units if protected_weights(model) & {w.name for w in u.weights}]
+    gates = _free_gates(units, protected_weights(model), request.overrides)
     overrides = (*request.overrides, *_kept(gates, UNQUANTIZED))
     step = None
     if request.latency_ms is not None:
@@ -104,12 +105,14 @@ def allocated(
         by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
         losses = {u: by_gptq[u] or of for u, of in scores.losses.items()}
         scores = replace(scores, losses=losses)
-        eased = [u for u in gates if any(c.bits == 8 and v <= GATE_LOSS for c, v in losses[u.name].items())]
-        if eased and 8 in (request.widths or common_bits(request.formats)):
+        eased = _eased(gates, scores) if 8 in (request.widths or common_bits(request.formats)) else []
+        overrides = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
+        if eased and _holds(stated(scores, request.formats), budget):
             progress(
-                f"{len(eased)} of {len(gates)} gates and decays get 8 bits: it costs each {GATE_LOSS:g} nats at most"
+                f"{len(eased)} of {len(gates)} gates and decays get 8 bits: that costs each {GATE_LOSS:g} nats at most"
             )
-            overrides = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
+        else:
+            overrides = (*request.overrides, *_kept(gates, UNQUANTIZED))
     problem = stated(scores, request.formats)
     made = plan_within(problem, budget)
     loss = expected_loss(made, units)
@@ -121,6 +124,28 @@ def allocated(
     measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
     made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))
     return made, scores, alone, problem, measured
+
+
+def _free_gates(units: Sequence[Unit], protected: set[str], overrides: Sequence[Override]) -> list[Unit]:
+    """The units of gates and decays that no override of the user's decides."""
+    gates = [u for u in units if protected & {w.name for w in u.weights}]
+    return [u for u in gates if not any(re.search(o.regex, w.name) for o in overrides for w in u.weights)]
+
+
+def _eased(gates: Sequence[Unit], scores: Scores) -> list[Unit]:
+    """Those that the data reached and to which 8 bits do nothing; other importance than Fisher's has not tried 8 bits."""
+    losses = scores.losses or {}
+    reached = [u for u in gates if all(w.name in scores.linears for w in u.weights)]
+    return [u for u in reached if any(c.bits == 8 and v <= GATE_LOSS for c, v in losses[u.name].items())]
+
+
+def _holds(problem: Problem, budget: Budget) -> bool:
+    """Whether there is a plan: fewer bits for the gates lower what a model can take at most."""
+    try:
+        plan_within(problem, budget)
+    except UserError:
+        return False
+    return True
 
 
 def _kept(units: Sequence[Unit], bits: int) -> list[Override]:

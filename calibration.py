@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint
 from .errors import UserError
 from .models.layers import Embedding, Linear
 from .prompts import read_task, text_windows
+from .quant.gptq import BLOCK_WEIGHTS
 from .runtimes.eager import EagerSession
 from .runtimes.session import Array, StateBuffers
 
@@ -103,7 +104,8 @@ def walk_bytes(model: Any) -> tuple[int, int]:
         for s in {s.name: s for s in g.states}.values()
         if any(isinstance(d, str) and d != "batch" for d in s.shape)
     )
-    fixed = PROCESS_BYTES + 12 * widest**2 + 16 * CHUNK_WEIGHTS
+    # a chunk of weights in fp32; what GPTQ keeps for each block of rows
+    fixed = PROCESS_BYTES + 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
     return fixed, states + 4 * (6 * broadest + 8 * widest) + ATTENTION_BYTES
 
 

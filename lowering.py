@@ -14,8 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import UserError
 from .exporters.artefact import Artefact, Options, Progress
+from .quant.targets import SIGNED
 from .untrusted import one_line
 
 _SAID = "edgewright: "
@@ -33,9 +36,26 @@ def lower(format: str, checkpoint: Path, directory: Path, options: Options, prog
     quantized = open_checkpoint(str(checkpoint))
     model = build(quantized.config)
     load_quantized(model, quantized)
+    _refuse_signed(format, model)
     graphs = stored_as(model.graphs(), options.kv_cache)
     made: Artefact = exporter(format).export(graphs, directory, options, progress)
     return made
+
+
+def _refuse_signed(format: str, model: Any) -> None:
+    """Raise UserError for a checkpoint of another plan: its scales may be negative where the target does not hold such."""
+    from .models.layers import QuantizedEmbedding, QuantizedLinear
+
+    if format in SIGNED:
+        return
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, QuantizedLinear | QuantizedEmbedding)
+            and float(torch.as_tensor(module.scales).min()) < 0.0
+        ):
+            raise UserError(
+                f"--format {format}: {path} has negative scales, which it does not hold; export the model again"
+            )
 
 
 def lower_apart(

@@ -92,7 +92,11 @@ def main() -> None:
     load_original(session_model, checkpoint)
     session = EagerSession(session_model.graphs())
     modules = [(session_model.tied.get(f"{p}.weight", f"{p}.weight"), m) for p, m in session_model.named_modules()]
-    rows: list[dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else []
+    about = [checkpoint.fingerprint(), str(options.calibration), str(options.text), options.windows, options.tokens]
+    held = json.loads(options.output.read_text()) if options.output.exists() else {"about": about, "rows": []}
+    if held["about"] != about:
+        raise SystemExit(f"{options.output} holds points of {held['about']}: give another --output")
+    rows: list[dict[str, Any]] = held["rows"]
     scored = {row["key"]: {k: row[k] for k in ("perplexity", "kl", "top1", "positions")} for row in rows}
 
     def run(method: str, budget: float, made: BitPlan | None) -> None:
@@ -110,7 +114,7 @@ def main() -> None:
         rows.append(row | scored[key])
         line = f"{method:12} {budget:.1f}: {made.average_bits:.3f} bits, KL {rows[-1]['kl']:.4f}, "
         said(line + f"perplexity {rows[-1]['perplexity']:.3f}, top-1 {rows[-1]['top1']:.4f}")
-        options.output.write_text(json.dumps(rows, indent=1))
+        options.output.write_text(json.dumps(held, indent=1))
 
     def by(made: BitPlan | None, quantizer: Any) -> BitPlan | None:
         return made and replace(made, entries={n: replace(e, quantizer=quantizer) for n, e in made.entries.items()})

@@ -17,7 +17,7 @@ from .tensor import LARGEST_SCALE, QuantizedTensor, canonical, sides
 __all__ = ["Factor", "damping_for", "factor", "hessian_error", "quantize_gptq", "row_block"]
 
 FEWEST_ROWS, MOST_ROWS = 256, 1024
-"""Rows worked on at once. With 256 the calls take more time than their work: 1024 take half as long a row (K 576)."""
+"""Rows worked on at once, about. With 256 the calls take more time than their work: 1024 take half as long a row (K 576)."""
 
 BLOCK_WEIGHTS = 3 << 20
 """Weights worked on at once, unless that is fewer than FEWEST_ROWS: about 100 MB of scratch memory."""
@@ -40,7 +40,8 @@ _REFINEMENTS = 2
 
 
 def row_block(rows: int, columns: int) -> int:
-    """How many rows of a weight [rows, columns] are worked on at once: an even number of blocks, for two threads or more."""
+    """How many rows of a weight [rows, columns] are worked on at once: in two blocks at least, to be shared by threads, where
+    there are more than FEWEST_ROWS; each a multiple of 32."""
     most = max(FEWEST_ROWS, min(MOST_ROWS, BLOCK_WEIGHTS // columns))
     blocks = 1 if rows <= FEWEST_ROWS else 2 * -(-rows // (2 * most))
     return -(-rows // (32 * blocks)) * 32

@@ -91,13 +91,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(
 
 @given(rows=st.integers(1, 1 << 19), columns=st.integers(32, 1 << 15))
 @settings(deadline=None)
-def test_blocks_of_rows_are_even_in_number_and_waste_little(rows: int, columns: int) -> None:
+def test_blocks_of_rows_fill_two_threads_and_waste_little(rows: int, columns: int) -> None:
     block = row_block(rows, columns)
     blocks = -(-rows // block)
     assert block % 32 == 0
-    assert blocks * block - rows < 32 * blocks + block  # less than one block too many
+    assert blocks > 1 or rows <= 256
+    assert blocks * block - rows <= max(block, rows // 2)
     assert block <= 1024
     assert block * columns <= max(3 << 20, 256 * columns) + 32 * columns
+    assert block >= 128 or rows <= 256
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

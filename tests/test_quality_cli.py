@@ -47,9 +47,10 @@ def test_gates_keep_16_bits_unless_8_are_measured_to_cost_nothing(monkeypatch: p
     assert gates("--importance", "zd")[0] == {16}
     found, said = gates(*measured)
     assert found == {8}
-    assert "8 of 8 gates and decays get 8 bits: it costs each 1e-06 nats at most" in said
+    assert "8 of 8 gates and decays get 8 bits: that costs each 1e-06 nats at most" in said
     assert gates(*measured, "--override", "in_proj_[ab]=4:64")[0] == {4}
     assert gates(*measured, "--widths", "2,4")[0] == {16}
+    assert gates(*measured, "--widths", "4,8", "--bits", "8.09")[0] == {16}  # above what 8 bits for all can take
     monkeypatch.setattr(allocation, "GATE_LOSS", 1e-9)  # above what some of this model's cost
     assert gates(*measured)[0] == {8, 16}
 
@@ -135,3 +136,16 @@ def test_a_plan_with_negative_scales_is_refused_where_they_are_not_held(tmp_path
     line = 'may be negative ("signed"), which executorch does not hold; plan for the same --format'
     assert line in done.stderr.splitlines()[-1]
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_checkpoint_with_negative_scales_is_not_lowered_where_they_are_not_held(tmp_path: Path) -> None:
+    from edgewright.compiler import Request, export
+    from edgewright.errors import UserError
+    from edgewright.exporters.artefact import Options
+    from edgewright.lowering import lower
+
+    export(Request(str(HYBRID), bits=4.0, importance="zd", max_context=64), tmp_path / "bundle", check=False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"--format executorch: .* has negative scales, which it does not hold"):
+        lower("executorch", tmp_path / "bundle" / "checkpoint", tmp_path / "out", Options(64), lambda _: None)
+    assert list((tmp_path / "out").iterdir()) == []

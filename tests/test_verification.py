@@ -208,11 +208,12 @@ def test_int8_activations_may_cost_what_they_cost_the_reference(top1: float, kl:
 
 
 def test_of_few_positions_two_standard_errors_may_be_missing() -> None:
-    found = target(agreement(top1=0.7, mean_kl=0.1, prompts_identical=1, positions=50), "int8")
+    found = target(agreement(top1=0.71, mean_kl=0.1, prompts_identical=1, positions=50), "int8")
     found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=50)
-    assert found.passed  # 0.8 - 2 * sqrt(2 * 0.8 * 0.2 / 50)
-    assert "64.00%" in found.allowed
-    found.lowering.top1 = 0.63
+    assert found.passed
+    assert "70.00%" in found.allowed  # two standard errors would be 0.16
+    found.arithmetic.positions = 200
+    assert "72.00%" in found.allowed  # 0.8 - 2 * sqrt(2 * 0.8 * 0.2 / 200)
     assert not found.passed
 
 
