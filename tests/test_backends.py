@@ -152,7 +152,8 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
 def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
-    made = compiler.export(compiler.Request(str(model), bits=6.0), tmp_path / "bundle", check=False)
+    both = compiler.plan(compiler.Request(str(model), ("onnx", "tensorrt"), bits=6.0)).plan  # scales are positive
+    made = compiler.export(compiler.Request(str(model), plan=both), tmp_path / "bundle", check=False)
     checkpoint, options, said = made.path / "checkpoint", Options(16, tensorrt_sms=(75,)), []
     for lowering in (lower, lower_apart):
         with pytest.raises(UserError, match=r"SM 75 is not supported"):
