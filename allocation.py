@@ -75,12 +75,12 @@ def allocated(
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
     # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user or the data say otherwise.
     gates = _free_gates(units, protected_weights(model), request.overrides)
-    overrides = (*request.overrides, *_kept(gates, UNQUANTIZED))
+    overrides = whole = (*request.overrides, *_kept(gates, UNQUANTIZED))
     step = None
     if request.latency_ms is not None:
         step = decode_step(model, units, load(request.device or "host"), request.formats)
 
-    def stated(scores: Scores, targets: tuple[str, ...]) -> Problem:
+    def stated(scores: Scores, targets: tuple[str, ...], overrides: tuple[Override, ...] = whole) -> Problem:
         widths = request.widths or common_bits(targets)
         head = (units, scores.weights, other_bytes, widths, request.groups, overrides, targets, scores.method)
         return Problem(*head, losses=scores.losses, step=step)
@@ -106,19 +106,18 @@ def allocated(
         losses = {u: by_gptq[u] or of for u, of in scores.losses.items()}
         scores = replace(scores, losses=losses)
         eased = _eased(gates, scores) if 8 in (request.widths or common_bits(request.formats)) else []
-        overrides = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
-        if eased and _holds(stated(scores, request.formats), budget):
+        lower = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
+        if eased and _holds(stated(scores, request.formats, lower), budget):
+            overrides = lower
             progress(
                 f"{len(eased)} of {len(gates)} gates and decays get 8 bits: that costs each {GATE_LOSS:g} nats at most"
             )
-        else:
-            overrides = (*request.overrides, *_kept(gates, UNQUANTIZED))
-    problem = stated(scores, request.formats)
+    problem = stated(scores, request.formats, overrides)
     made = plan_within(problem, budget)
     loss = expected_loss(made, units)
     alone = {}
     for target in request.formats if len(request.formats) > 1 else ():
-        ratio = loss / expected_loss(plan_within(stated(scores, (target,)), budget), units)
+        ratio = loss / expected_loss(plan_within(stated(scores, (target,), overrides), budget), units)
         alone[target] = Alone(request.widths or common_bits((target,)), ratio)
     baseline = uniform(problem, budget)
     measured = _against(made, baseline, checkpoint, config, spec, samples, progress)

@@ -28,7 +28,7 @@ class Form:
 
     container: bits of a code in the artefact. groups: the group sizes it takes; one scale per channel always works.
     scale_bytes, channel_scale_bytes: of one group scale, and of one scale per channel. zero_points: what the target
-    could hold (we use none: signed scales do as much for fewer bytes). scales_in_blocks: the format knows no per-channel
+    could hold (we use none: signed scales do nearly as much for no byte). scales_in_blocks: the format knows no per-channel
     scale, so it is repeated for each block of inputs. table_bytes: the lookup table of one weight, where codes are indices.
     """
 
@@ -102,7 +102,7 @@ TIED_TWICE = frozenset({"executorch"})
 
 
 SIGNED = frozenset({"onnx"})
-"""Targets that hold negative scales. XNNPACK and TensorRT refuse them; Core ML's and Qualcomm's runtimes were not tried."""
+"""Targets that hold negative scales. TensorRT refuses them; the others were not tried."""
 
 
 def signed_scales(targets: Iterable[str]) -> bool:
