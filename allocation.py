@@ -22,6 +22,7 @@ from .quant.allocate import Override, Problem, expected_loss, offers, plan_withi
 from .quant.frontier import better, uniform
 from .quant.latency import decode_step
 from .quant.plan import UNQUANTIZED, BitPlan, Budget, Choice, Quantizer, Unit
+from .quant.sensitivity import expected_of
 from .quant.stream import METADATA
 from .quant.targets import common_bits, legal_choices, signed_scales
 from .quant.units import protected_weights
@@ -117,12 +118,24 @@ def allocated(
     loss = expected_loss(made, units)
     alone = {}
     for target in request.formats if len(request.formats) > 1 else ():
-        ratio = loss / expected_loss(plan_within(stated(scores, (target,), overrides), budget), units)
+        own = scores if signed_scales((target,)) == signed else _with_signed_scales(scores, units)
+        ratio = loss / expected_loss(plan_within(stated(own, (target,), overrides), budget), units)
         alone[target] = Alone(request.widths or common_bits((target,)), ratio)
     baseline = uniform(problem, budget)
     measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
     made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))
     return made, scores, alone, problem, measured
+
+
+def _with_signed_scales(scores: Scores, units: Sequence[Unit]) -> Scores:
+    """Scores of positive scales as they would be if scales could be negative: losses in the ratio of expected errors."""
+    if scores.losses is None:
+        return scores
+    losses = {
+        u.name: {c: v * expected_of(u, c, True) / expected_of(u, c, False) for c, v in scores.losses[u.name].items()}
+        for u in units
+    }
+    return replace(scores, losses=losses)
 
 
 def _free_gates(units: Sequence[Unit], protected: set[str], overrides: Sequence[Override]) -> list[Unit]:

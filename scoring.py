@@ -23,7 +23,7 @@ from .models import build
 from .models.loading import load_original
 from .quant.importance import WEIGHT_RANGE, LimAccumulator, importance_weights, zd
 from .quant.plan import Choice, Unit
-from .quant.sensitivity import extrapolated, relative_error
+from .quant.sensitivity import expected_of, extrapolated, relative_error
 from .runtimes.eager import EagerSession
 from .runtimes.generate import Stream, generate, read_context
 from .sensitivity import evenly, fisher, fisher_bytes, predicted_losses
@@ -146,12 +146,8 @@ def score(
         losses, layers = _by_divergence(checkpoint, built, spec, samples, units, wanted, workers, signed, progress)
         linears = {}
     reference = {name: of[REFERENCE] for name, of in losses.items()}
-    weights = {u.name: max(reference[u.name] / _expected(u, REFERENCE), 1e-300) for u in units}
+    weights = {u.name: max(reference[u.name] / expected_of(u, REFERENCE, signed), 1e-300) for u in units}
     return Scores(method, layers, weights, losses, reference, linears)
-
-
-def _expected(unit: Unit, choice: Choice) -> float:
-    return sum(w.numel * relative_error(choice, w.shape[1]) for w in unit.weights)
 
 
 def _by_layer(units: Sequence[Unit], losses: Mapping[str, Mapping[Choice, float]]) -> dict[Layer, float]:
@@ -219,9 +215,10 @@ def _by_divergence(
     found = kl_of_each(checkpoint, config, parts, spec, few, workers, progress)
     by_rtn = [c for c in choices if c.quantizer == "rtn"]
     losses = {
-        u.name: extrapolated(u, by_rtn, KL_CHOICE, loss) for u, loss in zip(units, found[: len(units)], strict=True)
+        u.name: extrapolated(u, by_rtn, KL_CHOICE, loss, signed)
+        for u, loss in zip(units, found[: len(units)], strict=True)
     }
-    ratio = relative_error(REFERENCE, 1024) / relative_error(KL_CHOICE, 1024)
+    ratio = relative_error(REFERENCE, 1024, signed) / relative_error(KL_CHOICE, 1024, signed)
     layers = {key: loss * ratio for key, loss in zip(by_layer, found[len(units) :], strict=True)}
     return losses, layers
 

@@ -235,7 +235,7 @@ def predicted_losses(
         progress(
             f"fisher: no data reached {len(without)} units ({without[0]} …); they count as the middle of the others"
         )
-    return fill_unreached(units, choices, losses)
+    return fill_unreached(units, choices, losses, signed)
 
 
 def _walk_hessians(

@@ -33,6 +33,17 @@ EXPECTED_ERROR: dict[tuple[int, int], float] = {
 """(bits, group) -> |w - w'|**2 / |w|**2, measured: `quantize_rtn` on a 4096 x 1024 standard normal matrix (group 0: one
 scale for the 1024 inputs); 16 bits: rounding fp32 to bf16. tests/test_allocate.py measures it again."""
 
+SIGNED_ERROR: dict[tuple[int, int], float] = {
+    (2, 16): 0.0923, (2, 32): 0.112, (2, 64): 0.124, (2, 128): 0.133, (2, 256): 0.138, (2, 0): 0.145,
+    (3, 16): 0.0207, (3, 32): 0.0266, (3, 64): 0.0314, (3, 128): 0.0350, (3, 256): 0.0374, (3, 0): 0.0397,
+    (4, 16): 0.00498, (4, 32): 0.00664, (4, 64): 0.00816, (4, 128): 0.00942, (4, 256): 0.0104, (4, 0): 0.0114,
+    (5, 16): 0.00122, (5, 32): 0.00165, (5, 64): 0.00207, (5, 128): 0.00247, (5, 256): 0.00281, (5, 0): 0.00328,
+    (6, 16): 2.80e-4, (6, 32): 3.94e-4, (6, 64): 5.09e-4, (6, 128): 6.23e-4, (6, 256): 7.27e-4, (6, 0): 9.06e-4,
+    (8, 0): 6.02e-5,
+    (16, 0): 2.76e-6,
+}  # fmt: skip
+"""The same where scales may be negative."""
+
 
 @dataclass(frozen=True)
 class Override:
@@ -187,10 +198,10 @@ def ends(tables: Sequence[Sequence[Option]]) -> tuple[int, int]:
     return sum(rows[0].cost for rows in tables), sum(rows[-1].cost for rows in tables)
 
 
-def expected_error(bits: int, group_size: int, columns: int) -> float:
-    """Expected relative squared error of a weight with `columns` inputs at this effective group size."""
-    known = EXPECTED_ERROR.get((bits, group_size))
-    return EXPECTED_ERROR[bits, PER_CHANNEL] if known is None else known
+def expected_error(bits: int, group_size: int, signed: bool) -> float:
+    """Expected relative squared error of a weight at this effective group size; signed: scales may be negative."""
+    table = SIGNED_ERROR if signed else EXPECTED_ERROR
+    return table.get((bits, group_size), table[bits, PER_CHANNEL])
 
 
 def expected_loss(plan: BitPlan, units: Sequence[Unit]) -> float:
@@ -201,7 +212,7 @@ def expected_loss(plan: BitPlan, units: Sequence[Unit]) -> float:
         if entry.loss is not None:
             total += entry.loss
         else:
-            total += entry.score * weight.numel * expected_error(entry.bits, entry.group_size, weight.shape[1])
+            total += entry.score * weight.numel * expected_error(entry.bits, entry.group_size, entry.signed)
     return total
 
 
@@ -236,7 +247,7 @@ def offers(problem: Problem, timed: bool = False) -> list[Offer]:
             tried = ", ".join(dict.fromkeys(str(choice.bits) for choice in choices))
             raise UserError(f"{shapes}: none of {tried} bits fits the number of inputs; allow 8 or 16 bits for it")
         options = [
-            _option(unit, problem.scores[unit.name], choice, loss, step)
+            _option(unit, problem.scores[unit.name], choice, loss, signed_scales(targets), step)
             for choice, loss in _with_losses(problem, unit, fitting)
         ]
         result.append(Offer(options, why, index is not None))
@@ -346,12 +357,14 @@ def _with_losses(problem: Problem, unit: Unit, choices: Sequence[Choice]) -> lis
     return found
 
 
-def _option(unit: Unit, score: float, choice: Choice, loss: float | None, step: DecodeStep | None) -> Option:
+def _option(
+    unit: Unit, score: float, choice: Choice, loss: float | None, signed: bool, step: DecodeStep | None
+) -> Option:
     sized = [(w, _effective(choice, w.shape[1])) for w in unit.weights]
     total = sum(weight_bytes(w, choice.bits, group) for w, group in sized)
     cost = total if step is None else sum(step.picoseconds(w, choice.bits, group) for w, group in sized)
     if loss is None:
-        loss = score * sum(w.numel * expected_error(choice.bits, group, w.shape[1]) for w, group in sized)
+        loss = score * sum(w.numel * expected_error(choice.bits, group, signed) for w, group in sized)
     return Option(choice, total, cost, loss)
 
 

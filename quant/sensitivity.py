@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops.packing import period
-from .allocate import EXPECTED_ERROR
+from .allocate import expected_error
 from .gptq import quantize_gptq
 from .hessian import Factor
 from .plan import UNQUANTIZED, Choice, Unit
@@ -135,23 +135,25 @@ def unit_losses(
     return found
 
 
-def relative_error(choice: Choice, columns: int) -> float:
+def relative_error(choice: Choice, columns: int, signed: bool) -> float:
     """The expected relative squared error of `choice` on a weight of `columns` inputs, from the table."""
     group = PER_CHANNEL if choice.bits == UNQUANTIZED else effective_group(columns, choice.group_size)
-    return EXPECTED_ERROR.get((choice.bits, group), EXPECTED_ERROR[choice.bits, PER_CHANNEL])
+    return expected_error(choice.bits, group, signed)
 
 
-def extrapolated(unit: Unit, choices: Iterable[Choice], at: Choice, loss: float) -> dict[Choice, float]:
+def extrapolated(unit: Unit, choices: Iterable[Choice], at: Choice, loss: float, signed: bool) -> dict[Choice, float]:
     """The losses of a unit from its `loss` at one choice, in the ratio of expected errors."""
+    base = expected_of(unit, at, signed)
+    return {choice: loss * expected_of(unit, choice, signed) / base for choice in choices}
 
-    def expected(choice: Choice) -> float:
-        return sum(w.numel * relative_error(choice, w.shape[1]) for w in unit.weights)
 
-    return {choice: loss * expected(choice) / expected(at) for choice in choices}
+def expected_of(unit: Unit, choice: Choice, signed: bool) -> float:
+    """The expected relative squared error of `choice` times weights, summed over the unit."""
+    return sum(w.numel * relative_error(choice, w.shape[1], signed) for w in unit.weights)
 
 
 def fill_unreached(
-    units: Sequence[Unit], choices: Sequence[Choice], losses: Mapping[str, Mapping[Choice, float]]
+    units: Sequence[Unit], choices: Sequence[Choice], losses: Mapping[str, Mapping[Choice, float]], signed: bool
 ) -> dict[str, dict[Choice, float]]:
     """`losses` with those of units that no data reached: a weight's worth of the middle of all others, RTN alone."""
     rates = []
@@ -159,13 +161,13 @@ def fill_unreached(
         known = losses.get(unit.name)
         reference = next((c for c in choices if known and c in known and c.bits != UNQUANTIZED), None)
         if known and reference is not None:
-            rates.append(known[reference] / sum(w.numel * relative_error(reference, w.shape[1]) for w in unit.weights))
+            rates.append(known[reference] / expected_of(unit, reference, signed))
     middle = sorted(rates)[len(rates) // 2] if rates else 1.0
     filled = {name: dict(of) for name, of in losses.items()}
     for unit in units:
         if not filled.get(unit.name):
             filled[unit.name] = {
-                c: middle * sum(w.numel * relative_error(c, w.shape[1]) for w in unit.weights)
+                c: middle * expected_of(unit, c, signed)
                 for c in choices
                 if c.quantizer == "rtn" or c.bits == UNQUANTIZED
             }

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.errors import UserError
-from edgewright.quant.allocate import EXPECTED_ERROR, Override, allocate, expected_error
+from edgewright.quant.allocate import EXPECTED_ERROR, SIGNED_ERROR, Override, allocate, expected_error
 from edgewright.quant.importance import importance_weights, order_by_importance, paper_split
 from edgewright.quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from edgewright.quant.rtn import effective_group, quantize_rtn
@@ -46,7 +46,7 @@ def loss(plan: BitPlan, units: list[Unit], scores: dict[str, float]) -> float:
     return sum(
         scores[unit.name]
         * w.numel
-        * expected_error(e.bits, 0 if e.group_size == w.shape[1] else e.group_size, w.shape[1])
+        * expected_error(e.bits, 0 if e.group_size == w.shape[1] else e.group_size, e.signed)
         for unit in units
         for w in unit.weights
         for e in [plan.entries[w.name]]
@@ -100,7 +100,7 @@ def test_the_optimum_is_exact(seed: int) -> None:
         w = unit.weights[0]
         rows.append(
             [
-                (weight_bytes(w, b, group), scores[unit.name] * w.numel * expected_error(b, g, w.shape[1]))
+                (weight_bytes(w, b, group), scores[unit.name] * w.numel * expected_error(b, g, False))
                 for b, wanted in choices
                 for group in [effective_group(w.shape[1], wanted)]
                 for g in [0 if group == w.shape[1] and (b, group) not in EXPECTED_ERROR else group]
@@ -111,7 +111,7 @@ def test_the_optimum_is_exact(seed: int) -> None:
             best = min(best, sum(x for _, x in combination))
     plan = allocate(units, scores, bits=bits, widths=(2, 3, 4, 8), groups=(32, 64))
     found = sum(
-        scores[unit.name] * w.numel * expected_error(e.bits, e.group_size, w.shape[1])
+        scores[unit.name] * w.numel * expected_error(e.bits, e.group_size, False)
         for unit in units
         for w in unit.weights
         for e in [plan.entries[w.name]]
@@ -276,15 +276,16 @@ def test_stored_bytes() -> None:
     assert stored_bytes("qnn", 16, 0, 10, 640) == 10 * 640 * 2
 
 
-def test_expected_errors_are_what_rtn_does() -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_expected_errors_are_what_rtn_does(signed: bool) -> None:
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(5))
     energy = float(weight.square().sum())
-    for (bits, group), expected in EXPECTED_ERROR.items():
+    for (bits, group), expected in (SIGNED_ERROR if signed else EXPECTED_ERROR).items():
         if bits == 16:
             value = weight.to(torch.bfloat16).float()
         else:
-            value = quantize_rtn(weight, bits, group or 1024).dequantize()
-        assert float((value - weight).square().sum()) / energy == pytest.approx(expected, rel=0.1), (bits, group)
+            value = quantize_rtn(weight, bits, group or 1024, signed).dequantize()
+        assert float((value - weight).square().sum()) / energy == pytest.approx(expected, rel=0.05), (bits, group)
 
 
 def example_plan() -> tuple[BitPlan, list[Unit]]:

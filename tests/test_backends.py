@@ -101,6 +101,17 @@ def test_a_plan_for_several_targets_uses_what_all_of_them_store_whole(tmp_path: 
         assert planned.true_bytes(target) == true >= 0.99 * planned.plan.total_bytes
 
 
+@pytest.mark.parametrize("data", [None, "task.tsv"])
+def test_the_negative_scales_that_one_of_several_targets_forgoes_are_in_its_price(data: str | None) -> None:
+    model = Path(__file__).parent.parent / "examples" / "deltanet-g2p"
+    request = compiler.Request(
+        str(model), ("onnx", "executorch"), bits=4.5, widths=(4, 8), groups=(64,), task=data and model / data
+    )
+    price = {target: alone.loss_ratio for target, alone in compiler.plan(request).alone.items()}
+    assert price["executorch"] == pytest.approx(1.0)  # the same choices, the same scales
+    assert 1.04 < price["onnx"] < 1.25
+
+
 # Placement
 
 

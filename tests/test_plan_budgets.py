@@ -16,7 +16,7 @@ from edgewright.ops.packing import period
 from edgewright.quant.allocate import Override, Problem, allocate, expected_error, expected_loss
 from edgewright.quant.plan import Unit, WeightSpec, weight_bytes
 from edgewright.quant.rtn import effective_group
-from edgewright.quant.targets import legal_choices, legal_group
+from edgewright.quant.targets import legal_choices, legal_group, signed_scales
 
 WIDTHS = ((2, 3, 4, 5, 6, 8), (2, 4, 8), (3, 4, 6, 8), (4, 8), (4, 5, 6, 8, 16), (2, 3, 4))
 GROUPS = ((32, 64, 128), (16, 32), (64,), (0,), (32, 128, 0))
@@ -73,7 +73,7 @@ def possible(problem: Problem, unit: Unit) -> list[tuple[int, float]]:
             for w, group in sized
         ):
             continue
-        loss = sum(w.numel * expected_error(bits, group, w.shape[1]) for w, group in sized)
+        loss = sum(w.numel * expected_error(bits, group, signed_scales(problem.targets)) for w, group in sized)
         found.append((sum(weight_bytes(w, bits, group) for w, group in sized), problem.scores[unit.name] * loss))
     assert found
     return found

@@ -184,8 +184,8 @@ def test_gptq_is_predicted_to_cost_less_where_inputs_go_together() -> None:
 def test_units_without_data_count_as_the_middle_of_the_others() -> None:
     units = [Unit(f"u{i}", [WeightSpec(f"u{i}.weight", (32, 64), 0, "decoder")]) for i in range(4)]
     choices = [Choice(4, 64), Choice(3, 64), Choice(4, 64, "gptq"), Choice(16, 0)]
-    losses = {f"u{i}": extrapolated(units[i], choices[:2], choices[0], float(10**i)) for i in range(3)}
-    filled = fill_unreached(units, choices, losses)
+    losses = {f"u{i}": extrapolated(units[i], choices[:2], choices[0], float(10**i), False) for i in range(3)}
+    filled = fill_unreached(units, choices, losses, False)
     assert filled["u0"] == losses["u0"]
     assert filled["u3"][Choice(4, 64)] == pytest.approx(10.0)
     assert filled["u3"][Choice(3, 64)] == pytest.approx(losses["u1"][Choice(3, 64)])
