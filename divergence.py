@@ -15,7 +15,7 @@ from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from torch import nn
 
 from .bundle import Generation
-from .calibration import Provide, Sample, Walk
+from .calibration import Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .models import build
@@ -24,6 +24,7 @@ from .module_checkpoint import open_model
 from .quant.plan import UNQUANTIZED, BitPlan
 from .quant.rtn import effective_group, quantize_rtn
 from .runtimes.session import Array
+from .walk import Provide, Walk
 
 POSITIONS = 1024
 """The most positions compared, unless the vocabulary asks for fewer."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .bundle import Generation
-from .calibration import CHUNK_WEIGHTS, Call, Sample, Walk
+from .calibration import Call, Sample
 from .checkpoint import Checkpoint, check_finite
 from .errors import UserError
 from .models.layers import Linear
@@ -31,6 +31,7 @@ from .quant.plan import UNQUANTIZED, BitPlan, Entry
 from .quant.stream import one_threaded
 from .quant.tensor import QuantizedTensor
 from .runtimes.session import Array
+from .walk import CHUNK_WEIGHTS, Walk, same
 from .workers import ONE, Workers
 
 Progress = Callable[[str], None]
@@ -40,11 +41,11 @@ class CodeStore:
     """Finished codes in a folder, a file a weight; a file is there when it is whole."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def has(self, name: str) -> bool:
         return self._path(name).exists()
@@ -71,16 +72,14 @@ class CodeStore:
                 raise ValueError("of another plan")
             return QuantizedTensor(codes, scales, entry.bits, entry.group_size, shape)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path}: not the codes of {name} ({error}); remove {self._folder} and start anew"
-            ) from None
+            raise UserError(f"{path}: not the codes of {name} ({error}); remove {self.folder} and start anew") from None
 
 
 @dataclass
 class _Shared:
     """The factor of the last input: linears that share one (q, k, v; gate, up) share its Hessian."""
 
-    x: torch.Tensor | None = None
+    inputs: list[torch.Tensor] = field(default_factory=list)
     factor: Factor | None = None
 
 
@@ -108,7 +107,7 @@ def quantize_layerwise(
         progress(f"gptq: {len(wanted) - left} of {len(wanted)} weights are done already")
     shared, done, told = _Shared(), len(wanted) - left, -1
 
-    def visit(name: str, module: Linear, x: torch.Tensor) -> None:
+    def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done, told
         entry = wanted.get(name)
         if entry is None or store.has(name):
@@ -117,10 +116,10 @@ def quantize_layerwise(
         if tenth > told:
             told = tenth
             progress(f"gptq: {10 * tenth}% ({name})")
-        if shared.x is not x:
+        if not same(shared.inputs, inputs):
             shared.factor = None  # before the next one is made: each takes several K x K matrices
-            shared.factor = _factor(name, walk.rows(x))
-            shared.x = x
+            shared.factor = _factor(name, *walk.hessian(inputs))
+            shared.inputs = inputs
         assert shared.factor is not None
         store.write(name, quantize_rows(checkpoint, name, shared.factor, entry, workers))
         done += 1
@@ -132,18 +131,16 @@ def quantize_layerwise(
         found = store.read(name, (int(value.shape[0]), int(value.shape[1])), entry)
         return value if found is None else found.dequantize()
 
-    walk = Walk(model, checkpoint, spec, samples, calls, provide, visit)
+    walk = Walk(model, checkpoint, spec, samples, calls, provide, visit, folder=store.folder)
     with workers.running():
         walk.to_head()
     return [name for name in wanted if not store.has(name)]
 
 
-def _factor(name: str, rows: torch.Tensor) -> Factor:
-    hessian = rows.T @ rows
-    hessian /= max(1, len(rows))
+def _factor(name: str, hessian: torch.Tensor, tokens: int) -> Factor:
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise UserError(f"{name}: its inputs are not finite on the calibration data; use --quantizer rtn")
-    return factor(hessian, damping_for(hessian.shape[0], len(rows)))
+    return factor(hessian, damping_for(len(hessian), tokens))
 
 
 def quantize_rows(

@@ -14,7 +14,7 @@ import torch
 from . import backends
 from .allocation import Alone, Baseline, allocated, by_gptq
 from .bundle import PREFILL_CHUNK, ContextSpec, Generation
-from .calibration import MOST_TOKENS, Sample, digest, digest_calls, read_samples, tokens_within, walk_bytes
+from .calibration import MOST_TOKENS, Sample, digest, digest_calls, read_samples
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .memory import require_available
@@ -29,6 +29,7 @@ from .quant.units import quantizable_units
 from .request import Progress, Request
 from .scoring import Probes, Scores
 from .untrusted import one_line
+from .walk import tokens_within, walk_bytes
 
 VERIFY_PROMPTS = 32
 TASK = "task.tsv"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .bundle import Generation
-from .calibration import Call, Sample, Walk
+from .calibration import Call, Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .models import build
@@ -26,6 +26,7 @@ from .quant.hessian import Factor, damping_for, factor
 from .quant.plan import Choice, Unit
 from .quant.sensitivity import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
 from .runtimes.eager import EagerSession
+from .walk import Walk, same
 
 POSITIONS = 256
 """Of a window, the most positions whose tokens are drawn: the logits of a large vocabulary are what takes memory."""
@@ -249,18 +250,17 @@ def _walk_hessians(
     progress: Progress,
 ) -> None:
     """`work` for each of `names` that the data reach, with the factor of its inputs' Hessian."""
-    last: tuple[torch.Tensor, Factor] | None = None
+    last: tuple[list[torch.Tensor], Factor] | None = None
     done = 0
 
-    def visit(name: str, _: Linear, x: torch.Tensor) -> None:
+    def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done, last
         if name not in names:
             return
-        if last is None or last[0] is not x:
+        if last is None or not same(last[0], inputs):
             last = None  # before the next: each is several K x K matrices
-            rows = walk.rows(x)
-            hessian = (rows.T @ rows).div_(max(1, len(rows)))
-            last = (x, factor(hessian, damping_for(len(hessian), len(rows))))
+            hessian, tokens = walk.hessian(inputs)
+            last = (inputs, factor(hessian, damping_for(len(hessian), tokens)))
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
         done += 1

@@ -17,13 +17,14 @@ from statistics import mean
 import torch
 
 from edgewright.bundle import Generation
-from edgewright.calibration import Walk, read_samples
+from edgewright.calibration import read_samples
 from edgewright.checkpoint import Checkpoint, open_checkpoint
 from edgewright.compiler import Request, plan
 from edgewright.models import build
 from edgewright.models.layers import Linear
 from edgewright.quant.gptq import damping_for, factor, quantize_gptq
 from edgewright.quant.rtn import quantize_rtn
+from edgewright.walk import Walk
 
 GROUP = 64
 RIDGE = 0.02
@@ -38,10 +39,10 @@ def inputs(
     """Name of a weight -> the inputs [T, K] that the original model gives it."""
     found: dict[str, torch.Tensor] = {}
 
-    def visit(name: str, module: Linear, x: torch.Tensor) -> None:
+    def visit(name: str, module: Linear, parts: list[torch.Tensor]) -> None:
         *_, layer, _, kind, _ = [""] * 4 + name.split(".")
         if kind in SHARE and layer in map(str, layers):
-            found[name] = walk.rows(x).clone()
+            found[name] = torch.cat(list(walk.all_rows(parts)))
 
     samples = read_samples(text, checkpoint, spec, 512, tokens)
     walk = Walk(build(checkpoint.config), checkpoint, spec, samples, (), None, visit)

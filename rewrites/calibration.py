@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..bundle import Generation
-from ..calibration import WeightsOnDemand, padded
 from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.eugen import gated_mlps
@@ -24,6 +23,7 @@ from ..models.layers import GatedMLP
 from ..prompts import read_task, text_windows
 from ..runtimes.eager import EagerSession
 from ..runtimes.generate import generate_batch
+from ..walk import WeightsOnDemand, padded
 
 MOST_TOKENS = 1 << 14
 """Tokens of one calibration: enough for a few thousand features, and their activations stay in memory."""

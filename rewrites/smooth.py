@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bundle import Generation
-from ..calibration import Sample, Walk, read_samples
+from ..calibration import Sample, read_samples
 from ..checkpoint import Checkpoint, check_finite, open_checkpoint
 from ..errors import UserError
 from ..models import build
@@ -30,6 +30,7 @@ from ..quant.rtn import effective_group, quantize_rtn
 from ..request import Request
 from ..safetensors_writer import NAMES, StreamingWriter
 from ..untrusted import one_line
+from ..walk import Walk
 from .output import new_checkpoint, write_side_files
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -204,7 +205,7 @@ class _Watch:
         return self._norms[norm] if norm is not None else self._products.get(linear)
 
     def measure(self, name: str, linear: Linear, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """name: of the stored weight. x: the linear's input; rows: those of it that are no padding, [T, K]."""
+        """name: of the stored weight. x: a part's input of the linear; rows: those of all parts that are no padding, [T, K]."""
         source = self._source(linear, x)
         if source is None:
             return
@@ -232,7 +233,11 @@ def _search(
 ) -> tuple[list[Fold], dict[str, str]]:
     """The folds whose readers take nothing else, and why others are none. `model` is of no use afterwards."""
     watch = _Watch(model, checkpoint, bits, group_size)
-    walk = Walk(*(model, checkpoint, spec, samples), visit=lambda name, m, x: watch.measure(name, m, x, walk.rows(x)))
+
+    def visit(name: str, linear: Linear, inputs: list[torch.Tensor]) -> None:
+        watch.measure(name, linear, inputs[0], torch.cat(list(walk.all_rows(inputs))))
+
+    walk = Walk(model, checkpoint, spec, samples, visit=visit)
     with torch.no_grad():
         walk.to_head()
     uses = Counter(_stored(model, path) for path, m in model.named_modules() if hasattr(m, "weight"))

@@ -12,18 +12,9 @@ import tiny
 import torch
 from families import CONFIGS
 
+from edgewright import walk as walks
 from edgewright.bundle import Generation
-from edgewright.calibration import (
-    MOST_TOKENS,
-    PROCESS_BYTES,
-    Sample,
-    Walk,
-    digest,
-    merged,
-    padded,
-    read_samples,
-    tokens_within,
-)
+from edgewright.calibration import MOST_TOKENS, Sample, digest, read_samples
 from edgewright.checkpoint import Checkpoint
 from edgewright.compiler import Request, plan
 from edgewright.errors import UserError
@@ -32,6 +23,7 @@ from edgewright.models.layers import Linear
 from edgewright.models.loading import load_original
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
+from edgewright.walk import PROCESS_BYTES, Walk, merged, padded, tokens_within
 
 
 def opened(family: str, folder: Path) -> tuple[Checkpoint, Generation]:
@@ -52,16 +44,20 @@ def samples_of(spec: Generation, count: int = 3) -> list[Sample]:
     return made
 
 
+@pytest.mark.parametrize("part", [2048, 1], ids=["together", "in parts"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_walk_reaches_every_linear_and_gives_the_models_logits(family: str, tmp_path: Path) -> None:
+def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
+    family: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walks, "PART_TOKENS", part)
     checkpoint, spec = opened(family, tmp_path)
     if spec.task == "module":
         pytest.skip("no generate loop: the walk runs its example inputs, tested below")
     samples = samples_of(spec)
     seen: dict[str, int] = {}
 
-    def visit(name: str, module: Linear, x: torch.Tensor) -> None:
-        seen[name] = int(walk.rows(x).shape[0])
+    def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
+        seen[name] = sum(len(rows) for rows in walk.all_rows(inputs))
 
     walk = Walk(model := build(checkpoint.config), checkpoint, spec, samples, visit=visit)
     walk.to_head()
@@ -87,6 +83,38 @@ def test_the_walk_reaches_every_linear_and_gives_the_models_logits(family: str, 
         want = stream.feed(tokens, every=True)[0]
         assert real[row].sum() == len(fed[0])
         np.testing.assert_allclose(logits[row][real[row]], want[-len(fed[0]) :], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, spec = opened(family, tmp_path)
+    if spec.task == "module":
+        pytest.skip("no samples to part")
+    reads: dict[str, int] = {}
+
+    def seen() -> dict[str, tuple[torch.Tensor, int]]:
+        found: dict[str, tuple[torch.Tensor, int]] = {}
+
+        def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
+            found[name] = walk.hessian(inputs)
+
+        def provide(name: str, module: torch.nn.Module, value: torch.Tensor) -> torch.Tensor:
+            reads[name] = reads.get(name, 0) + isinstance(module, Linear)
+            return value
+
+        walk = Walk(build(checkpoint.config), checkpoint, spec, samples_of(spec, 5), (), provide, visit)
+        walk.to_head()
+        return found
+
+    together = seen()
+    once = dict(reads)
+    reads.clear()
+    monkeypatch.setattr(walks, "PART_TOKENS", 1)
+    apart = seen()
+    assert reads == once  # a weight is read for all parts together
+    for name, (hessian, tokens) in together.items():
+        assert apart[name][1] == tokens
+        torch.testing.assert_close(apart[name][0], hessian, rtol=1e-3, atol=1e-4)
 
 
 def test_logits_at_few_positions_are_some_of_them(tmp_path: Path) -> None:

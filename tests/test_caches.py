@@ -1,0 +1,63 @@
+"""Caches in files: the values are those of the plain runtime, and what is large is no anonymous memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import CONFIGS
+from test_calibration import opened, samples_of
+
+from edgewright import caches
+from edgewright import walk as walks
+from edgewright.caches import FiledSession, Files
+from edgewright.errors import UserError
+from edgewright.models import build
+from edgewright.models.layers import Linear
+from edgewright.walk import Walk
+
+
+def test_large_tensors_are_kept_once_and_small_ones_left(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    large, small = torch.randn(64, 1024), torch.randn(4)
+    kept = files.keep(large.T)
+    assert torch.equal(kept, large.T)
+    assert files.keep(kept) is kept
+    assert files.keep(view := kept.transpose(0, 1)) is view
+    assert files.keep(small) is small
+    assert torch.equal(files.keep(large > 0), large > 0)
+    assert not list(tmp_path.iterdir())  # nameless: nothing to clean up
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone cannot hold the caches of the calibration data \(No such file"):
+        Files(tmp_path / "gone").keep(torch.zeros(1 << 20))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, spec = opened(family, tmp_path)
+    if spec.task == "module":
+        pytest.skip("no caches")
+    monkeypatch.setattr(caches, "SMALLEST", 1)
+    monkeypatch.setattr(walks, "PART_TOKENS", 1)
+    kept: list[tuple[int, ...]] = []
+    keep = Files.keep
+
+    def counted(self: Files, value: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(value.shape))
+        return keep(self, value)
+
+    monkeypatch.setattr(Files, "keep", counted)
+    found = []
+    for folder in (None, tmp_path):
+        model = build(checkpoint.config)
+        walk = Walk(model, checkpoint, spec, samples_of(spec), folder=folder)
+        assert isinstance(walk._session, FiledSession) == (folder is not None)
+        found.append(walk.logits(10**6)[0])
+    assert np.array_equal(*found)
+    layers = sum(isinstance(m, Linear) for m in model.modules())
+    if family in ("llama", "gemma3", "t5gemma", "t5gemma2", "mu"):
+        assert len(kept) >= layers / 4  # the keys and values of every layer, at least

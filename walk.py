@@ -1,0 +1,430 @@
+"""Calibration data through a model once, all of it from layer to layer, weights read when their module runs.
+
+Top-level room: checkpoint, models, prompts and the eager runtime enter. At any moment the weights of one module are in memory, in
+float32, with what all the data have there; so a model larger than memory can be calibrated, whatever its architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .bundle import Generation
+from .caches import FiledSession, give_back_freed_memory
+from .calibration import MOST_TOKENS, Call, Sample
+from .checkpoint import Checkpoint
+from .errors import UserError
+from .lockstep import Lockstep
+from .models.layers import Embedding, Linear
+from .quant.gptq import BLOCK_WEIGHTS
+from .runtimes.eager import EagerSession
+from .runtimes.session import Array, StateBuffers
+
+FEWEST_TOKENS = 512
+PART_TOKENS = 1024
+"""Tokens that go through the model together: enough for matrix products to be fast."""
+
+PART_TOKENS = 1024
+"""Tokens that go through the model together: enough for matrix products to be fast."""
+
+CHUNK_WEIGHTS = 16 << 20
+"""Weights that GPTQ works on at a time."""
+
+SMALL = 1 << 16
+"""Weights of a parameter that may stay in memory."""
+
+ATTENTION_BYTES = 48 << 10
+"""Of a token: scores of a dozen heads over a window, a few times."""
+
+PROCESS_BYTES = 700 << 20
+"""Anonymous memory of the process before any of the work (measured, rounded up)."""
+
+Provide = Callable[[str, nn.Module, torch.Tensor], torch.Tensor]
+"""(stored name, the module that asks, the checkpoint's tensor) -> the value to compute with."""
+
+
+def walk_bytes(model: Any) -> tuple[int, int]:
+    """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated.
+
+    Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights, all that
+    a layer gives and attention over a window for one part; of a token, what lives on while its part waits. Caches are in files.
+    """
+    vocab = {int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"}
+    linears = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, Linear)]
+    widest = max((k for _, k in linears), default=0)
+    broadest = max((max(n, k) for n, k in linears if n not in vocab), default=0)
+    # a chunk of weights in fp32; what GPTQ keeps for each block of rows
+    fixed = PROCESS_BYTES + 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
+    part = PART_TOKENS * (4 * (6 * broadest + 8 * widest) + ATTENTION_BYTES)
+    return fixed + part, 8 * (broadest + widest)
+
+
+def tokens_within(model: Any, limit: int) -> int:
+    """How many tokens GPTQ can calibrate on within `limit` bytes, at most MOST_TOKENS. Raises UserError for too few."""
+    fixed, each = walk_bytes(model)
+    tokens = (limit - fixed) // each
+    if tokens < FEWEST_TOKENS:
+        need = (fixed + FEWEST_TOKENS * each) / 2**30
+        raise UserError(
+            f"--memory-limit {limit / 2**30:.2f} GiB is too little for GPTQ of this model, which takes {need:.2f} GiB; "
+            "give more, or --quantizer rtn"
+        )
+    return min(MOST_TOKENS, tokens)
+
+
+class WeightsOnDemand:
+    """Hooks on a model built on the meta device: a module's parameters are there, in float32, while it runs.
+
+    provide: what to compute with in place of the checkpoint's values, such as those of a weight's codes and scales.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, provide: Provide | None = None) -> None:
+        self._checkpoint, self._provide = checkpoint, provide
+        self._held: set[nn.Module] = set()
+        self._once: set[nn.Module] = set()
+        self._names: dict[nn.Module, dict[str, str]] = {}
+        for path, module in model.named_modules():
+            own = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
+            names = {leaf: model.tied.get(f"{path}.{leaf}", f"{path}.{leaf}") for leaf in own}
+            # A small one that is no linear's is there all the time: whatever module holds it, others may read it.
+            small = [n for n, p in own.items() if p.numel() <= SMALL and not isinstance(module, Linear)]
+            for leaf in small:
+                self._set(module, leaf, names.pop(leaf))
+            if names:
+                self._names[module] = names
+                module.register_forward_pre_hook(lambda m, _: self._read(m))
+                module.register_forward_hook(lambda m, _, __: self._drop(m))
+
+    def stored(self, module: nn.Module) -> str:
+        """The checkpoint's name of a module's weight."""
+        return self._names[module]["weight"]
+
+    def _read(self, module: nn.Module) -> None:
+        for leaf, name in self._names[module].items():
+            if getattr(module, leaf).is_meta:
+                self._set(module, leaf, name)
+
+    def _set(self, module: nn.Module, leaf: str, name: str) -> None:
+        self._checkpoint.expect(name, tuple(getattr(module, leaf).shape))
+        value = self._checkpoint.tensor(name)
+        if self._provide is not None:
+            value = self._provide(name, module, value)
+        # Only the rows looked up are converted: an embedding may be the largest tensor there is.
+        value = value if isinstance(module, Embedding) and leaf == "weight" else value.to(torch.float32)
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+    def _drop(self, module: nn.Module) -> None:
+        if module in self._held:
+            return
+        for leaf in self._names[module]:
+            value = getattr(module, leaf)
+            module.register_parameter(leaf, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+
+    def hold(self, module: nn.Module) -> None:
+        """Keep the parameters of `module` until `release`."""
+        if module not in self._held:
+            self._read(module)
+            self._held.add(module)
+            self._once.add(module)
+
+    def release(self, module: nn.Module) -> None:
+        """Give back what `hold` kept; what `holding` keeps stays."""
+        if module in self._once:
+            self._once.remove(module)
+            self._held.remove(module)
+            self._drop(module)
+
+    @contextmanager
+    def holding(self, block: nn.Module) -> Iterator[None]:
+        """Keep the parameters of `block` and what is in it until the end of the context."""
+        inside = [module for module in block.modules() if module in self._names]
+        self._held |= set(inside)
+        try:
+            for module in inside:
+                self._read(module)
+            yield
+        finally:
+            self._held -= set(inside)
+            for module in inside:
+                self._drop(module)
+
+
+class _Reached(Exception):
+    """The head has its input: nothing after it is wanted."""
+
+
+Visit = Callable[[str, Linear, list[torch.Tensor]], None]
+"""(stored name of the weight, module, its inputs, a tensor a part) -> nothing; called before the module runs and its weight is
+read, when all parts have come to it."""
+
+
+@dataclass
+class _Part:
+    """Some of the samples, which go through the model together. real: what is no padding of what goes through now, [B, S]."""
+
+    samples: list[Sample]
+    real: torch.Tensor
+
+
+class Walk:
+    """One pass of calibration data through every graph of a model.
+
+    The data go in parts of PART_TOKENS, side by side: at each linear they wait for each other, so that it is visited with
+    all the data, and its weight is read once, while what an operation takes besides is there for one part alone.
+
+    model: built on the meta device. samples: as `read_samples` gives; or, of a model without a generate loop, calls: graphs
+    and inputs. provide: see `WeightsOnDemand`. visit: called at every linear the first time that it is reached.
+    session: what runs `model`, where not the plain eager runtime. folder: where caches are kept in files, if anywhere.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        spec: Generation,
+        samples: Sequence[Sample],
+        calls: Sequence[Call] = (),
+        provide: Provide | None = None,
+        visit: Visit | None = None,
+        session: EagerSession | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.spec, self._samples, self._calls = spec, list(samples), merged(model, calls)
+        self._graphs = {g.name: g for g in model.graphs()}
+        graphs = list(self._graphs.values())
+        self._session = session or (EagerSession(graphs) if folder is None else FiledSession(graphs, folder))
+        none = torch.zeros(0, 0, dtype=torch.bool)
+        self._parts = [_Part(some, none) for some in parted(self._samples)] or [_Part([], none)]
+        self._step: Lockstep[tuple[Array, Array]] = Lockstep([])
+        self._visit, self._seen = visit, set[str]()
+        self._arrived: list[torch.Tensor] = []
+        self._stop: nn.Module | None = None
+        self._linears = [m for m in model.modules() if isinstance(m, Linear)]
+        meeting = self._linears if visit is not None or len(self._parts) > 1 else []
+        for module in meeting:
+            module.register_forward_pre_hook(self._reach)  # before the hook that reads the weight
+        self.weights = WeightsOnDemand(model, checkpoint, provide)
+        for module in meeting:
+            module.register_forward_hook(self._leave)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows [T, K] that are no padding, of an input [..., K] of the part that goes on now."""
+        return _real_rows(x, self._parts[self._step.current])
+
+    def all_rows(self, inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """`rows` of every part's input, as a visit gets them."""
+        for x, part in zip(inputs, self._parts, strict=True):
+            yield _real_rows(x, part)
+
+    def hessian(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """X^T X / T, fp32 [K, K], of a linear's inputs X over all parts, and T."""
+        width, count = inputs[0].shape[-1], 0
+        total = torch.zeros(width, width)
+        for rows in self.all_rows(inputs):
+            total.addmm_(rows.T, rows)
+            count += len(rows)
+        return total.div_(max(1, count)), count
+
+    def to_head(self) -> None:
+        """Visit all linears, the head with every token; what follows the head is not computed."""
+        widths = {int(p.shape[-1]) for g in self._graphs.values() for p in g.outputs if p.name == "logits"}
+        heads = [m for m in self._linears if int(m.weight.shape[0]) in widths]
+        self._stop = heads[-1] if heads and self._visit is not None else None
+        try:
+            self._run(None)
+        except _Reached:
+            pass
+        finally:
+            self._stop = None
+
+    def logits(self, most: int) -> tuple[Array, Array]:
+        """Float32 logits [B, P, V] at P evenly spread positions, and where they follow a sample's tokens, bool [B, P].
+
+        B * P is about `most`; padding and the rows of a memory are no sample's tokens.
+        """
+        return self._run(most)
+
+    def _reach(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Wait for the other parts; the last one visits. The weight stays until the last has gone through."""
+        assert isinstance(module, Linear)
+        name = self.weights.stored(module)
+        visited = self._visit is None or name in self._seen
+        if not visited:
+            self._arrived.append(args[0])
+        if self._step.last:
+            if not visited:
+                assert self._visit is not None
+                self._seen.add(name)
+                inputs, self._arrived = self._arrived, []
+                self._visit(name, module, inputs)
+            if module is not self._stop:
+                self.weights.hold(module)
+        self._step.meet()
+        if module is self._stop:
+            raise _Reached
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._step.last:
+            self.weights.release(module)
+        self._step.meet()
+
+    def _run(self, most: int | None) -> tuple[Array, Array]:
+        works = [self._calls_alone] if self._calls else [self._part_of(part, most) for part in self._parts]
+        if len(works) > 1:
+            give_back_freed_memory()
+        self._step = Lockstep(works)
+        found = self._step.run()
+        if len(found) == 1:
+            return found[0]  # as the session gave them: perhaps with what a backward pass needs
+        return np.concatenate([logits for logits, _ in found]), np.concatenate([real for _, real in found])
+
+    def _calls_alone(self) -> tuple[Array, Array]:
+        for graph, inputs in self._calls:
+            mask = inputs.get("encoder_mask")
+            self._parts[0].real = mask if mask is not None else torch.zeros(0, 0, dtype=torch.bool)
+            self._session.run(graph, {name: value.numpy() for name, value in inputs.items()}, {})
+        return np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), bool)
+
+    def _part_of(self, part: _Part, most: int | None) -> Callable[[], tuple[Array, Array]]:
+        """What takes one part through the model, up to the head if there it is to stop."""
+
+        def work() -> tuple[Array, Array]:
+            try:
+                return self._seq2seq(part, most) if self.spec.task == "seq2seq" else self._causal(part, most)
+            except _Reached:
+                return np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), bool)
+
+        return work
+
+    def _padded(self, part: _Part, of: Callable[[Sample], Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`padded` to the longest of all samples: logits of all parts are of the same positions."""
+        return padded([of(s) for s in part.samples], self.spec.pad_id, max(len(of(s)) for s in self._samples))
+
+    def _causal(self, part: _Part, most: int | None) -> tuple[Array, Array]:
+        ids, real = self._padded(part, lambda s: s.tokens)
+        extra: dict[str, Array] = {}
+        counted = real
+        if self.spec.context is not None:
+            memory = self._memory(part)
+            rows, prefix = memory.shape[1], len(self.spec.context.prefix)
+            early = self.spec.context.splice == "released"
+            lead = prefix - early
+            front = [*self.spec.context.prefix[:lead], *[0] * (rows + early)]
+            slots = [*[-1] * lead, *range(rows), *[-1] * early, *[-1] * ids.shape[1]]
+            whole = torch.tensor(front).expand(len(ids), -1)
+            ids = torch.cat([whole, ids], 1)
+            counted = torch.cat([torch.zeros_like(whole, dtype=torch.bool), real], 1)  # what predicts a sample's tokens
+            real = torch.cat([torch.ones_like(whole, dtype=torch.bool), real], 1)
+            extra = {"memory": memory, "slots": np.array(slots, np.int64)}
+        part.real = real
+        return self._decode(ids, self._new_state(*ids.shape), most, extra, counted)
+
+    def _seq2seq(self, part: _Part, most: int | None) -> tuple[Array, Array]:
+        ids, part.real = self._padded(part, lambda s: s.tokens)
+        encoder = part.real.numpy()
+        decoded, real = self._padded(part, lambda s: s.decoded)
+        state = self._new_state(*decoded.shape)
+        encoded = self._session.run("encoder", {"input_ids": ids.numpy(), "encoder_mask": encoder}, state)
+        self._session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
+        part.real = real
+        return self._decode(decoded, state, most, {"encoder_mask": encoder}, real)
+
+    def _new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """The session's, in which the empty slots of a cache take no memory: what is written to a cache is a new one."""
+        made = self._session.new_state(0, capacity, graph)
+        return {n: torch.zeros((), dtype=v.dtype).expand(batch, *v.shape[1:]) for n, v in made.items()}
+
+    def _decode(
+        self,
+        ids: torch.Tensor,
+        state: StateBuffers,
+        most: int | None,
+        extra: Mapping[str, Array],
+        counted: torch.Tensor,
+    ) -> tuple[Array, Array]:
+        length = ids.shape[1]
+        if most is None:
+            positions = np.arange(length) if self._stop is not None else np.zeros(1, np.int64)
+        else:
+            wanted = max(1, min(length, most // len(self._samples)))
+            positions = np.unique(np.linspace(0, length - 1, wanted).astype(np.int64))
+        inputs = {"input_ids": ids.numpy(), "past_length": np.zeros(1, np.int64), "logit_positions": positions}
+        real = counted[:, torch.from_numpy(positions)].numpy()
+        logits = self._session.run("decoder", {**inputs, **extra}, state)["logits"]
+        return logits, real
+
+    def _memory(self, part: _Part) -> Array:
+        """The memories [B, rows, hidden] of the samples' contexts, all cut to one length: rows side by side need one."""
+        context = self.spec.context
+        assert context is not None
+        lengths = sorted(len(s.context) for s in self._samples)
+        length = min(lengths[len(lengths) // 4], context.window)
+        # the few that are shorter are read over again from their start
+        ids = torch.tensor([(s.context * -(-length // len(s.context)))[:length] for s in part.samples])
+        part.real = torch.ones_like(ids, dtype=torch.bool)
+        if not context.tokens:
+            return self._session.run("context", {"input_ids": ids.numpy()}, {})["memory"]
+        whole = torch.cat([ids, torch.tensor(context.tokens).expand(len(ids), -1)], 1)
+        part.real = torch.ones_like(whole, dtype=torch.bool)
+        inputs = {
+            "input_ids": whole.numpy(),
+            "past_length": np.zeros(1, np.int64),
+            "logit_positions": np.arange(length, whole.shape[1]),
+        }
+        return self._session.run("context", inputs, self._new_state(whole.shape[0], whole.shape[1], "context"))[
+            "memory"
+        ]
+
+
+def merged(model: Any, calls: Sequence[Call]) -> list[Call]:
+    """One call a graph: those of the most common shapes side by side in a batch, or the first where there is no batch."""
+    ports = {g.name: {p.name: p for p in g.inputs} for g in model.graphs()}
+    groups: dict[str, dict[tuple[Any, ...], list[dict[str, torch.Tensor]]]] = {}
+    for graph, inputs in calls:
+        key = tuple((name, tuple(v.shape), v.dtype) for name, v in sorted(inputs.items()))
+        groups.setdefault(graph, {}).setdefault(key, []).append(inputs)
+    found: list[Call] = []
+    for graph, by_shape in groups.items():
+        largest = max(by_shape.values(), key=len)
+        batched = all(p.shape and p.shape[0] == "batch" for p in ports[graph].values())
+        rows = largest if batched else largest[:1]
+        found.append((graph, {name: torch.cat([r[name] for r in rows]) for name in rows[0]} if batched else rows[0]))
+    return found
+
+
+def parted(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples in their order, in parts of about PART_TOKENS, padding counted."""
+    if not samples:
+        return []
+    size = max(len(s.tokens) for s in samples) + max(len(s.decoded) for s in samples)
+    count = max(1, PART_TOKENS // max(1, size + max(len(s.context) for s in samples)))
+    return [list(samples[i : i + count]) for i in range(0, len(samples), count)]
+
+
+def same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether two linears were visited with the very same inputs."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _real_rows(x: torch.Tensor, part: _Part) -> torch.Tensor:
+    return x[part.real] if x.shape[:-1] == part.real.shape else x.reshape(-1, x.shape[-1])
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], pad: int, length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int64 [B, S] padded on the right to `length` or the longest, and where they are real, bool [B, S]."""
+    longest = max(len(s) for s in sequences) if length is None else length
+    ids = torch.full((len(sequences), longest), pad)
+    real = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        real[row, : len(sequence)] = True
+    return ids, real
