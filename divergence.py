@@ -24,7 +24,8 @@ from .module_checkpoint import open_model
 from .quant.plan import UNQUANTIZED, BitPlan
 from .quant.rtn import effective_group, quantize_rtn
 from .runtimes.session import Array
-from .walk import Provide, Walk
+from .walk import Walk
+from .weights_on_demand import Provide
 
 POSITIONS = 1024
 """The most positions compared, unless the vocabulary asks for fewer."""

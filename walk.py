@@ -7,7 +7,6 @@ float32, with what all the data have there; so a model larger than memory can be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,32 +21,27 @@ from .calibration import MOST_TOKENS, Call, Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .lockstep import Lockstep
-from .models.layers import Embedding, Linear
+from .models.layers import Linear
 from .quant.gptq import BLOCK_WEIGHTS
 from .runtimes.eager import EagerSession
 from .runtimes.session import Array, StateBuffers
+from .weights_on_demand import Provide, WeightsOnDemand
 
 FEWEST_TOKENS = 512
 PART_TOKENS = 1024
 """Tokens that go through the model together: enough for matrix products to be fast."""
 
-PART_TOKENS = 1024
-"""Tokens that go through the model together: enough for matrix products to be fast."""
+MOST_THREADS = 8
+"""Threads that a part computes with; each part has its own, of which all but one part's sleep."""
 
 CHUNK_WEIGHTS = 16 << 20
 """Weights that GPTQ works on at a time."""
-
-SMALL = 1 << 16
-"""Weights of a parameter that may stay in memory."""
 
 ATTENTION_BYTES = 48 << 10
 """Of a token: scores of a dozen heads over a window, a few times."""
 
 PROCESS_BYTES = 700 << 20
 """Anonymous memory of the process before any of the work (measured, rounded up)."""
-
-Provide = Callable[[str, nn.Module, torch.Tensor], torch.Tensor]
-"""(stored name, the module that asks, the checkpoint's tensor) -> the value to compute with."""
 
 
 def walk_bytes(model: Any) -> tuple[int, int]:
@@ -77,83 +71,6 @@ def tokens_within(model: Any, limit: int) -> int:
             "give more, or --quantizer rtn"
         )
     return min(MOST_TOKENS, tokens)
-
-
-class WeightsOnDemand:
-    """Hooks on a model built on the meta device: a module's parameters are there, in float32, while it runs.
-
-    provide: what to compute with in place of the checkpoint's values, such as those of a weight's codes and scales.
-    """
-
-    def __init__(self, model: Any, checkpoint: Checkpoint, provide: Provide | None = None) -> None:
-        self._checkpoint, self._provide = checkpoint, provide
-        self._held: set[nn.Module] = set()
-        self._once: set[nn.Module] = set()
-        self._names: dict[nn.Module, dict[str, str]] = {}
-        for path, module in model.named_modules():
-            own = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
-            names = {leaf: model.tied.get(f"{path}.{leaf}", f"{path}.{leaf}") for leaf in own}
-            # A small one that is no linear's is there all the time: whatever module holds it, others may read it.
-            small = [n for n, p in own.items() if p.numel() <= SMALL and not isinstance(module, Linear)]
-            for leaf in small:
-                self._set(module, leaf, names.pop(leaf))
-            if names:
-                self._names[module] = names
-                module.register_forward_pre_hook(lambda m, _: self._read(m))
-                module.register_forward_hook(lambda m, _, __: self._drop(m))
-
-    def stored(self, module: nn.Module) -> str:
-        """The checkpoint's name of a module's weight."""
-        return self._names[module]["weight"]
-
-    def _read(self, module: nn.Module) -> None:
-        for leaf, name in self._names[module].items():
-            if getattr(module, leaf).is_meta:
-                self._set(module, leaf, name)
-
-    def _set(self, module: nn.Module, leaf: str, name: str) -> None:
-        self._checkpoint.expect(name, tuple(getattr(module, leaf).shape))
-        value = self._checkpoint.tensor(name)
-        if self._provide is not None:
-            value = self._provide(name, module, value)
-        # Only the rows looked up are converted: an embedding may be the largest tensor there is.
-        value = value if isinstance(module, Embedding) and leaf == "weight" else value.to(torch.float32)
-        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-
-    def _drop(self, module: nn.Module) -> None:
-        if module in self._held:
-            return
-        for leaf in self._names[module]:
-            value = getattr(module, leaf)
-            module.register_parameter(leaf, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
-
-    def hold(self, module: nn.Module) -> None:
-        """Keep the parameters of `module` until `release`."""
-        if module not in self._held:
-            self._read(module)
-            self._held.add(module)
-            self._once.add(module)
-
-    def release(self, module: nn.Module) -> None:
-        """Give back what `hold` kept; what `holding` keeps stays."""
-        if module in self._once:
-            self._once.remove(module)
-            self._held.remove(module)
-            self._drop(module)
-
-    @contextmanager
-    def holding(self, block: nn.Module) -> Iterator[None]:
-        """Keep the parameters of `block` and what is in it until the end of the context."""
-        inside = [module for module in block.modules() if module in self._names]
-        self._held |= set(inside)
-        try:
-            for module in inside:
-                self._read(module)
-            yield
-        finally:
-            self._held -= set(inside)
-            for module in inside:
-                self._drop(module)
 
 
 class _Reached(Exception):
@@ -296,6 +213,8 @@ class Walk:
         """What takes one part through the model, up to the head if there it is to stop."""
 
         def work() -> tuple[Array, Array]:
+            if len(self._parts) > 1:
+                torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
             try:
                 return self._seq2seq(part, most) if self.spec.task == "seq2seq" else self._causal(part, most)
             except _Reached:

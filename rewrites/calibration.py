@@ -23,7 +23,8 @@ from ..models.layers import GatedMLP
 from ..prompts import read_task, text_windows
 from ..runtimes.eager import EagerSession
 from ..runtimes.generate import generate_batch
-from ..walk import WeightsOnDemand, padded
+from ..walk import padded
+from ..weights_on_demand import WeightsOnDemand
 
 MOST_TOKENS = 1 << 14
 """Tokens of one calibration: enough for a few thousand features, and their activations stay in memory."""
