@@ -3,12 +3,12 @@
     python benchmarks/bench_layerwise.py --model DIRECTORY --text HELD.txt --calibration CALIBRATION.txt \
         [--high 8 --low 4 --group 64] [--windows 8] [--random 10] [--step 6] [--output layerwise.json] [--plot layerwise.svg]
 
-All layers begin at the high width and go to the low one after another: the least important first by LIM and by ZD, the most
-important first (the reverses), and in random orders. Codes are rounded to nearest, scales searched; embedding, head and norms
-stay as they are, so that what is seen is the layers' alone. Every `--step` layers, perplexity and KL from the original are
-measured on text that calibration has not seen. The share of layers an order can lower before perplexity is 5 % above that of
-all layers at the high width is then found by bisection between those points: perplexity rises nearly, not strictly, with the
-number of lowered layers, so the share is that of the first crossing the grid shows.
+All layers begin at the high width and go to the low one after another: the least important first by LIM, by ZD and by the loss
+that Fisher predicts, the most important first (the reverses), and in random orders. Codes are rounded to nearest, scales
+searched; embedding, head and norms stay as they are, so that what is seen is the layers' alone. Every `--step` layers,
+perplexity and KL from the original are measured on text that calibration has not seen. The share of layers an order can lower
+before perplexity is 5 % above that of all layers at the high width is then found by bisection between those points:
+perplexity rises nearly, not strictly, with the number of lowered layers, so the share is that of the first crossing the grid shows.
 
 What was measured is kept in the JSON file; the same command continues where it was stopped.
 """
@@ -28,15 +28,17 @@ import torch
 from quality_text import CACHE, WINDOW, Reference
 
 from edgewright.bundle import Generation
+from edgewright.calibration import Sample
 from edgewright.checkpoint import open_checkpoint
 from edgewright.models import build
 from edgewright.models.loading import load_original
 from edgewright.prompts import text_windows
 from edgewright.quant.importance import order_by_importance
+from edgewright.quant.plan import Choice
 from edgewright.quant.rtn import effective_group, quantize_rtn
 from edgewright.quant.units import quantizable_units
 from edgewright.runtimes.eager import EagerSession
-from edgewright.scoring import Probes, score_layers
+from edgewright.scoring import Probes, score, score_layers
 
 CALIBRATION_WINDOWS = 16
 ALLOWED_RISE = 1.05
@@ -93,7 +95,11 @@ def orders(scores: dict[str, dict[int, float]], layers: int, randoms: int) -> di
     """Name -> the layers in the order in which they are lowered. scores: method -> layer -> score."""
     found: dict[str, list[int]] = {}
     for method, by_layer in scores.items():
-        best_first = order_by_importance(by_layer, method)
+        best_first = (
+            sorted(by_layer, key=lambda layer: -by_layer[layer])
+            if method == "fisher"
+            else order_by_importance(by_layer, method)
+        )
         found[method] = best_first[::-1]
         found[f"{method} reversed"] = best_first
     for seed in range(randoms):
@@ -208,6 +214,10 @@ def main() -> None:
     for method in ("lim", "zd"):
         found = score_layers(method, model, checkpoint, units, probes, spec, progress)
         scores[method] = {layer: score for (_, layer), score in found.items()}
+    samples = [Sample(tuple(prompt)) for prompt in probes.prompts]
+    low = [Choice(options.low, options.group)]
+    losses = score("fisher", checkpoint, checkpoint.config, units, low, spec, probes, samples, progress=progress).layers
+    scores["fisher"] = {layer: loss for (_, layer), loss in losses.items()}
 
     load_original(model, checkpoint)  # LIM has, unless it is computed otherwise one day
     about = {
