@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -28,6 +27,7 @@ SMALLEST = 1 << 16
 """Bytes of a cache that is worth a file."""
 
 _OPS = {op.overloadpacket for op in DECOMPOSITIONS}
+_ENDS = (torch.index_select, torch.Tensor.index_select)
 LARGE = 1 << 18
 """Bytes of a block of memory that goes back to the system when it is freed."""
 
@@ -66,12 +66,13 @@ class Files:
         """The same values in a file, if they are many and are in none. Raises UserError when the disk refuses."""
         if value.nbytes < SMALLEST or value.untyped_storage().data_ptr() in self._held:
             return value
-        octets = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        octets = value.detach().contiguous().view(-1).view(torch.uint8)
         try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                file.write(octets.data)  # a full disk says so here; of a mapped page it would kill the process
+            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+                file.write(octets.numpy().data)  # a full disk says so here; of a mapped page it would kill the process
                 file.flush()
-                mapped = torch.from_numpy(np.memmap(file, np.uint8, "r+"))
+                # unlike Python's mmap this keeps no descriptor: there are as many files as layers times parts
+                mapped = torch.from_file(file.name, shared=True, size=octets.numel(), dtype=torch.uint8)
         except OSError as error:
             raise UserError(
                 f"{self._folder} cannot hold the caches of the calibration data ({error.strerror}); make room, or give less text"
@@ -81,7 +82,10 @@ class Files:
 
 
 class _Filing(TorchFunctionMode):
-    """What an `edgewright::` op gives in the shape of a state goes to a file; projects: so does what a linear gives."""
+    """What an op gives in the shape of a state goes to a file; projects: so does what a linear gives.
+
+    Ops: `edgewright::` ones, and what a window of plain operations ends with.
+    """
 
     def __init__(self, shapes: Collection[tuple[int, ...]], projects: bool, files: Files) -> None:
         super().__init__()
@@ -93,17 +97,19 @@ class _Filing(TorchFunctionMode):
         made = func(*args, **(kwargs or {}))
         if self._projects and func is F.linear:
             return self._files.keep(made)
+        if func in _ENDS and tuple(made.shape) in self._shapes:
+            return self._files.keep(made)
         if func not in _OPS or not isinstance(made, tuple):
             return made
         return tuple(self._files.keep(v) if tuple(v.shape) in self._shapes else v for v in made)
 
 
-def give_back_freed_memory() -> None:
+def give_back_freed_memory(at_once: bool) -> None:
     """Have the C library return every block of LARGE bytes to the system when it is freed, where it can be told so (glibc).
 
-    By itself it keeps blocks of up to 32 MiB, and each thread keeps its own.
+    By itself, and with `at_once` false, it keeps blocks of up to 32 MiB, and each thread keeps its own: that is faster.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, LARGE)
+            mallopt(_M_MMAP_THRESHOLD, LARGE if at_once else 32 << 20)

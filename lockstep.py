@@ -11,6 +11,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_POLL = 0.1
+"""Seconds between two looks for an interrupt."""
+
 
 class _Abandoned(BaseException):
     """Another computation failed: this one has nothing left to do."""
@@ -29,6 +32,8 @@ class Lockstep(Generic[T]):
         self._turns = [threading.Semaphore(0) for _ in self._works]
         self._results: dict[int, T] = {}
         self._failure: BaseException | None = None
+        # not Thread.join, which an interrupt makes believe that the thread is at its end (Python 3.11)
+        self._end, self._ended = threading.Semaphore(0), 0
 
     @property
     def last(self) -> bool:
@@ -39,18 +44,25 @@ class Lockstep(Generic[T]):
         """Their results, in order. Raises what the first to fail raised; the others are given up then."""
         if len(self._works) == 1:
             return [self._works[0]()]
-        threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(len(self._works))]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
+            for i in range(len(self._works)):
+                thread = threading.Thread(target=self._run, args=(i,), daemon=True)
+                thread.start()
+                threads.append(thread)
             self._pass_to(0)
-            for thread in threads:
-                thread.join()
+            while self._ended < len(
+                threads
+            ):  # with a time, or an interrupt that another thread raises waits for the end
+                self._ended += self._end.acquire(timeout=_POLL)
         except BaseException as error:  # an interrupt, that the main thread alone gets
             self._fail(error)
+            while self._ended < len(threads):
+                self._ended += self._end.acquire()
+            raise
+        finally:
             for thread in threads:
                 thread.join()
-            raise
         if self._failure is not None:
             raise self._failure
         return [self._results[i] for i in range(len(self._works))]
@@ -73,6 +85,8 @@ class Lockstep(Generic[T]):
             pass
         except BaseException as error:
             self._fail(error)
+        finally:
+            self._end.release()
 
     def _wait(self, index: int) -> None:
         self._turns[index].acquire()

@@ -162,10 +162,11 @@ def _samples(request: Request, data: Path | None, checkpoint: Checkpoint, model:
         return []
     decoder = next(g for g in model.graphs() if g.name == "decoder")
     longest = min(decoder.bounds["sequence"][1], spec.max_context)
-    if request.memory_limit is not None:
-        return read_samples(data, checkpoint, spec, longest, tokens_within(model, request.memory_limit))
     found = read_samples(data, checkpoint, spec, longest, MOST_TOKENS)
-    fixed, each = walk_bytes(model)
+    widest = max(s.size for s in found)
+    if request.memory_limit is not None:
+        return read_samples(data, checkpoint, spec, longest, tokens_within(model, request.memory_limit, widest))
+    fixed, each = walk_bytes(model, widest)
     require_available(
         fixed + each * sum(s.size for s in found),
         "GPTQ on all these calibration data takes memory",

@@ -17,7 +17,7 @@ from torch import nn
 
 from .bundle import Generation
 from .caches import FiledSession, give_back_freed_memory
-from .calibration import MOST_TOKENS, Call, Sample
+from .calibration import MOST_TOKENS, WINDOW, Call, Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .lockstep import Lockstep
@@ -44,8 +44,8 @@ PROCESS_BYTES = 700 << 20
 """Anonymous memory of the process before any of the work (measured, rounded up)."""
 
 
-def walk_bytes(model: Any) -> tuple[int, int]:
-    """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated.
+def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
+    """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated. longest: tokens of a sample.
 
     Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights, all that
     a layer gives and attention over a window for one part; of a token, what lives on while its part waits. Caches are in files.
@@ -56,13 +56,15 @@ def walk_bytes(model: Any) -> tuple[int, int]:
     broadest = max((max(n, k) for n, k in linears if n not in vocab), default=0)
     # a chunk of weights in fp32; what GPTQ keeps for each block of rows
     fixed = PROCESS_BYTES + 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
-    part = PART_TOKENS * (4 * (6 * broadest + 8 * widest) + ATTENTION_BYTES)
-    return fixed + part, 8 * (broadest + widest)
+    heads = max((int(getattr(getattr(m, "spec", None), "heads", 0)) for m in model.modules()), default=0)
+    scores = max(ATTENTION_BYTES, 12 * heads * longest)
+    part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
+    return fixed + part, 10 * (broadest + widest)
 
 
-def tokens_within(model: Any, limit: int) -> int:
+def tokens_within(model: Any, limit: int, longest: int = WINDOW) -> int:
     """How many tokens GPTQ can calibrate on within `limit` bytes, at most MOST_TOKENS. Raises UserError for too few."""
-    fixed, each = walk_bytes(model)
+    fixed, each = walk_bytes(model, longest)
     tokens = (limit - fixed) // each
     if tokens < FEWEST_TOKENS:
         need = (fixed + FEWEST_TOKENS * each) / 2**30
@@ -71,6 +73,13 @@ def tokens_within(model: Any, limit: int) -> int:
             "give more, or --quantizer rtn"
         )
     return min(MOST_TOKENS, tokens)
+
+
+_LENGTHS: tuple[Callable[[Sample], Sequence[int]], ...] = (
+    lambda s: s.tokens,
+    lambda s: s.decoded,
+    lambda s: s.context,
+)
 
 
 class _Reached(Exception):
@@ -84,9 +93,10 @@ read, when all parts have come to it."""
 
 @dataclass
 class _Part:
-    """Some of the samples, which go through the model together. real: what is no padding of what goes through now, [B, S]."""
+    """Some of the samples, by their places, which go through the model together. real: what is no padding now, [B, S]."""
 
     samples: list[Sample]
+    places: list[int]
     real: torch.Tensor
 
 
@@ -118,7 +128,8 @@ class Walk:
         graphs = list(self._graphs.values())
         self._session = session or (EagerSession(graphs) if folder is None else FiledSession(graphs, folder))
         none = torch.zeros(0, 0, dtype=torch.bool)
-        self._parts = [_Part(some, none) for some in parted(self._samples)] or [_Part([], none)]
+        self._parts = [_Part([self._samples[i] for i in some], some, none) for some in parted(self._samples)]
+        self._parts = self._parts or [_Part([], [], none)]
         self._step: Lockstep[tuple[Array, Array]] = Lockstep([])
         self._visit, self._seen = visit, set[str]()
         self._arrived: list[torch.Tensor] = []
@@ -180,12 +191,20 @@ class Walk:
                 assert self._visit is not None
                 self._seen.add(name)
                 inputs, self._arrived = self._arrived, []
-                self._visit(name, module, inputs)
+                self._alone_with(self._visit, name, module, inputs)
             if module is not self._stop:
                 self.weights.hold(module)
         self._step.meet()
         if module is self._stop:
             raise _Reached
+
+    def _alone_with(self, visit: Visit, name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
+        """Visit, with memory handled as it is outside of a walk in parts."""
+        if len(self._parts) > 1:
+            give_back_freed_memory(at_once=False)
+        visit(name, module, inputs)
+        if len(self._parts) > 1:
+            give_back_freed_memory(at_once=True)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._step.last:
@@ -194,13 +213,24 @@ class Walk:
 
     def _run(self, most: int | None) -> tuple[Array, Array]:
         works = [self._calls_alone] if self._calls else [self._part_of(part, most) for part in self._parts]
-        if len(works) > 1:
-            give_back_freed_memory()
+        if not self._calls and not self._samples:
+            return np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), bool)
         self._step = Lockstep(works)
-        found = self._step.run()
-        if len(found) == 1:
-            return found[0]  # as the session gave them: perhaps with what a backward pass needs
-        return np.concatenate([logits for logits, _ in found]), np.concatenate([real for _, real in found])
+        if len(works) == 1:
+            return self._step.run()[0]  # as the session gave them: perhaps with what a backward pass needs
+        threads = torch.get_num_threads()
+        give_back_freed_memory(at_once=True)
+        try:
+            found = self._step.run()
+        finally:
+            give_back_freed_memory(at_once=False)
+            torch.set_num_threads(threads)  # what the parts set is also what a new thread begins with
+        order = np.argsort([i for part in self._parts for i in part.places])
+        if most is None:  # of a walk to the head: parts differ in length, and nobody asks
+            return found[0]
+        return np.concatenate([logits for logits, _ in found])[order], np.concatenate([real for _, real in found])[
+            order
+        ]
 
     def _calls_alone(self) -> tuple[Array, Array]:
         for graph, inputs in self._calls:
@@ -222,12 +252,15 @@ class Walk:
 
         return work
 
-    def _padded(self, part: _Part, of: Callable[[Sample], Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`padded` to the longest of all samples: logits of all parts are of the same positions."""
-        return padded([of(s) for s in part.samples], self.spec.pad_id, max(len(of(s)) for s in self._samples))
+    def _padded(
+        self, part: _Part, of: Callable[[Sample], Sequence[int]], most: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`padded`; where logits are asked for, to the longest of all samples: those of all parts are of the same positions."""
+        length = None if most is None else max(len(of(s)) for s in self._samples)
+        return padded([of(s) for s in part.samples], self.spec.pad_id, length)
 
     def _causal(self, part: _Part, most: int | None) -> tuple[Array, Array]:
-        ids, real = self._padded(part, lambda s: s.tokens)
+        ids, real = self._padded(part, lambda s: s.tokens, most)
         extra: dict[str, Array] = {}
         counted = real
         if self.spec.context is not None:
@@ -246,9 +279,9 @@ class Walk:
         return self._decode(ids, self._new_state(*ids.shape), most, extra, counted)
 
     def _seq2seq(self, part: _Part, most: int | None) -> tuple[Array, Array]:
-        ids, part.real = self._padded(part, lambda s: s.tokens)
+        ids, part.real = self._padded(part, lambda s: s.tokens, most)
         encoder = part.real.numpy()
-        decoded, real = self._padded(part, lambda s: s.decoded)
+        decoded, real = self._padded(part, lambda s: s.decoded, most)
         state = self._new_state(*decoded.shape)
         encoded = self._session.run("encoder", {"input_ids": ids.numpy(), "encoder_mask": encoder}, state)
         self._session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
@@ -318,13 +351,16 @@ def merged(model: Any, calls: Sequence[Call]) -> list[Call]:
     return found
 
 
-def parted(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples in their order, in parts of about PART_TOKENS, padding counted."""
-    if not samples:
-        return []
-    size = max(len(s.tokens) for s in samples) + max(len(s.decoded) for s in samples)
-    count = max(1, PART_TOKENS // max(1, size + max(len(s.context) for s in samples)))
-    return [list(samples[i : i + count]) for i in range(0, len(samples), count)]
+def parted(samples: Sequence[Sample]) -> list[list[int]]:
+    """The places of the samples in parts of about PART_TOKENS, padding counted, those of like length together."""
+    found: list[list[int]] = []
+    for place in sorted(range(len(samples)), key=lambda i: samples[i].size, reverse=True):
+        together = [samples[i] for i in (*found[-1], place)] if found else []
+        size = sum(max(len(of(s)) for s in together) for of in _LENGTHS) if together else 0
+        if not found or size * len(together) > PART_TOKENS:
+            found.append([])
+        found[-1].append(place)
+    return found
 
 
 def same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:

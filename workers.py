@@ -36,7 +36,7 @@ class Workers:
             yield
             return
         if self.cluster is None:
-            with joblib.parallel_config(backend="loky", n_jobs=self.count, inner_max_num_threads=1):
+            with self._backend():
                 yield
             return
         if importlib.util.find_spec("ray") is None:
@@ -50,7 +50,7 @@ class Workers:
             raise UserError(f"--cluster {one_line(self.cluster)} cannot be reached ({one_line(error, 120)})") from None
         try:
             register_ray()  # type: ignore[no-untyped-call]
-            with joblib.parallel_config(backend="ray", n_jobs=self.count):
+            with self._backend():
                 yield
         finally:
             ray.shutdown()
@@ -59,7 +59,13 @@ class Workers:
         """`work(*piece)` of every piece, in order. Called within `running`, unless there is one worker."""
         if self.alone or len(pieces) == 1:
             return [work(*piece) for piece in pieces]
-        return list(joblib.Parallel()(joblib.delayed(_alone)(work, piece) for piece in pieces))
+        with self._backend():  # of `running` another thread knows nothing
+            return list(joblib.Parallel()(joblib.delayed(_alone)(work, piece) for piece in pieces))
+
+    def _backend(self) -> Any:
+        if self.cluster is None:
+            return joblib.parallel_config(backend="loky", n_jobs=self.count, inner_max_num_threads=1)
+        return joblib.parallel_config(backend="ray", n_jobs=self.count)
 
 
 def _alone(work: Callable[..., Any], piece: tuple[Any, ...]) -> Any:

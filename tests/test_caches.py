@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,15 @@ def test_large_tensors_are_kept_once_and_small_ones_left(tmp_path: Path) -> None
     assert files.keep(small) is small
     assert torch.equal(files.keep(large > 0), large > 0)
     assert not list(tmp_path.iterdir())  # nameless: nothing to clean up
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux tells")
+def test_no_descriptor_is_held(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [files.keep(torch.full((1 << 15,), float(i))) for i in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before  # 1,024 may be all there are
+    assert [float(k[-1]) for k in kept] == list(range(20))
 
 
 def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:

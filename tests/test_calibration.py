@@ -23,7 +23,7 @@ from edgewright.models.layers import Linear
 from edgewright.models.loading import load_original
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
-from edgewright.walk import PROCESS_BYTES, Walk, merged, padded, tokens_within
+from edgewright.walk import PART_TOKENS, PROCESS_BYTES, Walk, merged, padded, parted, tokens_within
 
 
 def opened(family: str, folder: Path) -> tuple[Checkpoint, Generation]:
@@ -83,6 +83,16 @@ def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
         want = stream.feed(tokens, every=True)[0]
         assert real[row].sum() == len(fed[0])
         np.testing.assert_allclose(logits[row][real[row]], want[-len(fed[0]) :], rtol=1e-4, atol=2e-5)
+
+
+def test_parts_are_of_samples_of_like_length() -> None:
+    lengths = [900, 50, 40, 900, 60, 30, 2000, 50]
+    samples = [Sample(tuple(range(n))) for n in lengths]
+    found = parted(samples)
+    assert sorted(i for part in found for i in part) == list(range(8))
+    assert [[lengths[i] for i in part] for part in found] == [[2000], [900], [900], [60, 50, 50, 40, 30]]
+    assert len(parted([Sample((1,) * 50)] * 650)) == -(-650 // (PART_TOKENS // 50))
+    assert parted([]) == []
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -64,6 +65,25 @@ def test_a_failure_is_raised_and_the_others_are_given_up(where: int) -> None:
         step.run()
     assert not after
     assert threading.active_count() == before  # nothing is left waiting
+
+
+def test_an_interrupt_by_another_thread_is_not_kept_for_the_end() -> None:
+    import _thread
+
+    done: list[int] = []
+
+    def work() -> None:
+        for at in range(600):
+            if at == 2:
+                _thread.interrupt_main()
+            time.sleep(0.01)
+            done.append(at)
+            step.meet()
+
+    step = Lockstep([work] * 2)
+    with pytest.raises(KeyboardInterrupt):
+        step.run()
+    assert len(done) < 600  # of 1,200
 
 
 def test_an_interrupt_ends_all() -> None:

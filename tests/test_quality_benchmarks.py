@@ -126,9 +126,14 @@ def test_the_crossing_is_found_with_few_measurements(benchmark: Any, last: int) 
 
 
 def test_orders_lower_the_least_important_first(benchmark: Any) -> None:
-    scores = {"lim": {0: -0.1, 1: -0.9, 2: -0.5}, "zd": {0: 0.1, 1: 0.3, 2: 0.2}}
+    scores = {
+        "lim": {0: -0.1, 1: -0.9, 2: -0.5},
+        "zd": {0: 0.1, 1: 0.3, 2: 0.2},
+        "fisher": {0: 3e-3, 1: 1e-3, 2: 2e-3},
+    }
     found = benchmark("bench_layerwise").orders(scores, 3, 2)
     assert found["lim"] == [1, 2, 0]  # higher LIM: more important
     assert found["zd"] == [1, 2, 0]  # lower ZD: more important
+    assert found["fisher"] == [1, 2, 0]
     assert found["lim reversed"] == [0, 2, 1]
     assert sorted(found["random 1"]) == [0, 1, 2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ def test_results_come_in_order() -> None:
     for workers in (Workers(), Workers(2)):
         with workers.running():
             assert workers.over(operator.mul, [(2, i) for i in range(5)]) == [0, 2, 4, 6, 8]
+
+
+def process_of(_: int) -> int:
+    return os.getpid()
+
+
+def test_any_thread_may_ask_for_the_workers() -> None:
+    workers = Workers(2)
+    with workers.running(), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(workers.over, process_of, [(i,) for i in range(4)]).result()
+    assert os.getpid() not in found
 
 
 def codes(workers: Workers) -> list[torch.Tensor]:
