@@ -6,11 +6,13 @@ Anonymous memory (RssAnon), because pages of mapped weight files are reclaimable
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from .errors import UserError
 
@@ -132,6 +134,7 @@ class PeakAnonymous:
     def __init__(self, limit: int | None = None) -> None:
         self.bytes = _with_children()
         self.over, self._limit = False, limit
+        self._handler: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -143,10 +146,17 @@ class PeakAnonymous:
                 _thread.interrupt_main()
 
     def __enter__(self) -> PeakAnonymous:
+        # A job in a shell's background ignores SIGINT, and what is ignored interrupts nothing.
+        if self._limit is not None and threading.current_thread() is threading.main_thread():
+            self._handler = signal.getsignal(signal.SIGINT)
+            if self._handler in (signal.SIG_IGN, signal.SIG_DFL):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        if self._handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGINT, self._handler)
         self.bytes = max(self.bytes, _with_children())

@@ -191,20 +191,12 @@ class Walk:
                 assert self._visit is not None
                 self._seen.add(name)
                 inputs, self._arrived = self._arrived, []
-                self._alone_with(self._visit, name, module, inputs)
+                self._visit(name, module, inputs)
             if module is not self._stop:
                 self.weights.hold(module)
         self._step.meet()
         if module is self._stop:
             raise _Reached
-
-    def _alone_with(self, visit: Visit, name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
-        """Visit, with memory handled as it is outside of a walk in parts."""
-        if len(self._parts) > 1:
-            give_back_freed_memory(at_once=False)
-        visit(name, module, inputs)
-        if len(self._parts) > 1:
-            give_back_freed_memory(at_once=True)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._step.last:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -67,7 +68,15 @@ def test_a_failure_is_raised_and_the_others_are_given_up(where: int) -> None:
     assert threading.active_count() == before  # nothing is left waiting
 
 
-def test_an_interrupt_by_another_thread_is_not_kept_for_the_end() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_by_another_thread_is_not_kept_for_the_end(interruptible: None) -> None:
     import _thread
 
     done: list[int] = []
@@ -86,7 +95,7 @@ def test_an_interrupt_by_another_thread_is_not_kept_for_the_end() -> None:
     assert len(done) < 600  # of 1,200
 
 
-def test_an_interrupt_ends_all() -> None:
+def test_an_interrupt_ends_all(interruptible: None) -> None:
     import _thread
 
     before = threading.active_count()

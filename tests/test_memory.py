@@ -189,3 +189,18 @@ def test_an_export_holds_neither_the_checkpoint_nor_what_it_writes(tmp_path: Pat
     for name in ("large", "out"):
         shutil.rmtree(tmp_path / name)  # pytest keeps the folders of three runs
     assert found["peak"] - found["before"] < 100e6 < written < size
+
+
+def test_a_limit_interrupts_a_job_that_ignores_sigint() -> None:
+    code = """
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+from edgewright.memory import PeakAnonymous
+try:
+    with PeakAnonymous(1) as peak:
+        time.sleep(20)
+except KeyboardInterrupt:
+    print(peak.over, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True True\n"

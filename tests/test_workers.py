@@ -26,14 +26,10 @@ def test_results_come_in_order() -> None:
             assert workers.over(operator.mul, [(2, i) for i in range(5)]) == [0, 2, 4, 6, 8]
 
 
-def process_of(_: int) -> int:
-    return os.getpid()
-
-
 def test_any_thread_may_ask_for_the_workers() -> None:
     workers = Workers(2)
     with workers.running(), ThreadPoolExecutor(1) as pool:
-        found = pool.submit(workers.over, process_of, [(i,) for i in range(4)]).result()
+        found = pool.submit(workers.over, os.getpid, [()] * 4).result()
     assert os.getpid() not in found
 
 
