@@ -6,8 +6,6 @@ most of what a token takes. In a mapped file they are the system's to write out 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +26,6 @@ SMALLEST = 1 << 16
 
 _OPS = {op.overloadpacket for op in DECOMPOSITIONS}
 _ENDS = (torch.index_select, torch.Tensor.index_select)
-LARGE = 1 << 18
-"""Bytes of a block of memory that goes back to the system when it is freed."""
-
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 class FiledSession(EagerSession):
@@ -44,9 +38,8 @@ class FiledSession(EagerSession):
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         before = dict(state)
         names = set(self._graphs[graph].output_names)
-        projects = (
-            bool(names) and names <= self._states.keys()
-        )  # states are all it gives, such as keys of the encoder's
+        # Where states are all it gives, such as keys and values of the encoder's output, its linears make them.
+        projects = bool(names) and names <= self._states.keys()
         with _Filing({tuple(v.shape) for v in state.values()}, projects, self._files):
             outputs = super().run(graph, inputs, state)
         for name, value in state.items():
@@ -102,14 +95,3 @@ class _Filing(TorchFunctionMode):
         if func not in _OPS or not isinstance(made, tuple):
             return made
         return tuple(self._files.keep(v) if tuple(v.shape) in self._shapes else v for v in made)
-
-
-def give_back_freed_memory(at_once: bool) -> None:
-    """Have the C library return every block of LARGE bytes to the system when it is freed, where it can be told so (glibc).
-
-    By itself, and with `at_once` false, it keeps blocks of up to 32 MiB, and each thread keeps its own: that is faster.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, LARGE if at_once else 32 << 20)

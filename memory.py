@@ -6,7 +6,9 @@ Anonymous memory (RssAnon), because pages of mapped weight files are reclaimable
 from __future__ import annotations
 
 import _thread
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from typing import Any
 
 from .errors import UserError
 
+_LARGE = 1 << 18
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 _limit: int | None = None
 _PROCESS = Path("/proc/self")
 _STATUS = _PROCESS / "status"
@@ -122,6 +126,23 @@ def _with_children() -> int:
             pending += started
             total += sum(_anonymous(child / "status") for child in started)
     return total
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within this context the C library gives every block of _LARGE bytes back to the system when it is freed, if it is glibc.
+
+    By itself it keeps blocks of up to 32 MiB, and each thread keeps its own; that is faster, and is so again afterwards.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 class PeakAnonymous:

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from .bundle import Generation
-from .caches import FiledSession, give_back_freed_memory
+from .caches import FiledSession
 from .calibration import MOST_TOKENS, WINDOW, Call, Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .lockstep import Lockstep
+from .memory import freed_at_once
 from .models.layers import Linear
 from .quant.gptq import BLOCK_WEIGHTS
 from .runtimes.eager import EagerSession
@@ -211,18 +212,16 @@ class Walk:
         if len(works) == 1:
             return self._step.run()[0]  # as the session gave them: perhaps with what a backward pass needs
         threads = torch.get_num_threads()
-        give_back_freed_memory(at_once=True)
         try:
-            found = self._step.run()
+            with freed_at_once():
+                found = self._step.run()
         finally:
-            give_back_freed_memory(at_once=False)
             torch.set_num_threads(threads)  # what the parts set is also what a new thread begins with
-        order = np.argsort([i for part in self._parts for i in part.places])
         if most is None:  # of a walk to the head: parts differ in length, and nobody asks
             return found[0]
-        return np.concatenate([logits for logits, _ in found])[order], np.concatenate([real for _, real in found])[
-            order
-        ]
+        order = np.argsort([i for part in self._parts for i in part.places])
+        logits, real = (np.concatenate(values)[order] for values in zip(*found, strict=True))
+        return logits, real
 
     def _calls_alone(self) -> tuple[Array, Array]:
         for graph, inputs in self._calls:
