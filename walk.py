@@ -1,7 +1,8 @@
 """Calibration data through a model once, all of it from layer to layer, weights read when their module runs.
 
-Top-level room: checkpoint, models, prompts and the eager runtime enter. At any moment the weights of one module are in memory, in
-float32, with what all the data have there; so a model larger than memory can be calibrated, whatever its architecture.
+Top-level room: checkpoint, models, ops, prompts and the eager runtime enter. At any moment the weights of one module are in
+memory, in float32, with what all the data have there; so a model larger than memory can be calibrated, whatever its
+architecture.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .errors import UserError
 from .lockstep import Lockstep
 from .memory import freed_at_once
 from .models.layers import Linear
+from .ops import recurrence
 from .quant.gptq import BLOCK_WEIGHTS
 from .runtimes.eager import EagerSession
 from .runtimes.session import Array, StateBuffers
@@ -48,8 +50,9 @@ PROCESS_BYTES = 700 << 20
 def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated. longest: tokens of a sample.
 
-    Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights, all that
-    a layer gives and attention over a window for one part; of a token, what lives on while its part waits. Caches are in files.
+    Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights; for one
+    part all that a layer gives, attention over a window and a recurrence; of a token, what lives on while its part waits. Caches
+    are in files.
     """
     vocab = {int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"}
     linears = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, Linear)]
@@ -60,6 +63,8 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     heads = max((int(getattr(getattr(m, "spec", None), "heads", 0)) for m in model.modules()), default=0)
     scores = max(ATTENTION_BYTES, 12 * heads * longest)
     part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
+    if any(s.kind == "recurrent" for g in model.graphs() for s in g.states):
+        part += recurrence.WORK_BYTES
     return fixed + part, 10 * (broadest + widest)
 
 

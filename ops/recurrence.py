@@ -17,6 +17,9 @@ import torch
 CHUNK = 64
 """The most tokens of a decomposed recurrence: its masks and its triangular inverse are built for that many."""
 
+WORK_BYTES = 256 << 20
+"""What an op may take besides its inputs and outputs: as many rows of the batch at once as that holds, one at least."""
+
 
 def _levels(length: Any, dynamic: int = CHUNK) -> list[int]:
     """1, 2, 4 … below the length, or below `dynamic` where the length is dynamic."""
@@ -147,7 +150,9 @@ def gated_delta_rule(
     q, k: [B, T, groups, Dk], normalised by the caller; v: [B, T, H, Dv]; g (log decay, at most 0), beta: [B, T, H];
     state: [B, H, Dk, Dv]. Head h reads group h // (H / groups). Returns [B, T, H, Dv] and the state after the tokens.
     """
-    return _in_chunks(gated_delta_rule_reference, (q, k, v, g, beta), state, (scale,))
+    heads, length = v.shape[2], min(CHUNK, v.shape[1])
+    row = 4 * heads * (6 * length * length + 4 * length * (k.shape[3] + v.shape[3]) + 2 * state[0, 0].numel())
+    return _in_chunks(gated_delta_rule_reference, (q, k, v, g, beta), state, row, (scale,))
 
 
 @gated_delta_rule.register_fake
@@ -197,7 +202,10 @@ def linear_attention(
     q, k: [B, T, groups, Dk]; v: [B, T, H, Dv]; g (log decay, at most 0): [B, T, H, 1] (Mamba-2) or [B, T, H, Dk] (HGRN-2);
     state: [B, H, Dk, Dv]. Head h reads group h // (H / groups). Returns [B, T, H, Dv] and the state after the tokens.
     """
-    return _in_chunks(linear_attention_reference, (q, k, v, g), state, (scale,))
+    heads, length = v.shape[2], min(CHUNK, v.shape[1])
+    pairs = g.shape[3] * length * length  # between tokens, for each decay
+    row = 4 * heads * (4 * pairs + 4 * length * (k.shape[3] + v.shape[3]) + 2 * state[0, 0].numel())
+    return _in_chunks(linear_attention_reference, (q, k, v, g), state, row, (scale,))
 
 
 @linear_attention.register_fake
@@ -238,7 +246,14 @@ def selective_scan(
 
     x, dt: [B, T, C]; a: [C, N], negative; b, c: [B, T, N]; state: [B, C, N]. Returns [B, T, C] and the state after.
     """
-    return _in_chunks(lambda x, dt, b, c, state: selective_scan_reference(x, dt, a, b, c, state), (x, dt, b, c), state)
+    row = 4 * 7 * (1 + min(CHUNK, x.shape[1])) * a.numel()
+
+    def reference(
+        x: torch.Tensor, dt: torch.Tensor, b: torch.Tensor, c: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return selective_scan_reference(x, dt, a, b, c, state)
+
+    return _in_chunks(reference, (x, dt, b, c), state, row)
 
 
 @selective_scan.register_fake
@@ -252,11 +267,22 @@ def _in_chunks(
     reference: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     tokens: Sequence[torch.Tensor],
     state: torch.Tensor,
+    row_bytes: int,
     constants: Sequence[float] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference over all tokens (dimension 1 of each tensor), `CHUNK` at a time. Outputs own their storage."""
-    made = []
-    for at in range(0, int(tokens[0].shape[1]), CHUNK):
-        out, state = reference(*(t[:, at : at + CHUNK] for t in tokens), state, *constants)
-        made.append(out)
-    return torch.cat(made, 1), state.clone(memory_format=torch.contiguous_format)
+    """The reference over all tokens (dimension 1 of each tensor), `CHUNK` at a time. Outputs own their storage.
+
+    row_bytes: what it takes for a chunk of one row of the batch; `WORK_BYTES` says how many rows it gets together.
+    """
+    most = max(1, WORK_BYTES // max(1, row_bytes))
+    rows = []
+    for first in range(0, max(1, int(state.shape[0])), most):
+        given, reached, made = [t[first : first + most] for t in tokens], state[first : first + most], []
+        for at in range(0, int(tokens[0].shape[1]), CHUNK):
+            out, reached = reference(*(t[:, at : at + CHUNK] for t in given), reached, *constants)
+            made.append(out)
+        # a state may be a view of the states at all tokens
+        rows.append((torch.cat(made, 1), reached.clone(memory_format=torch.contiguous_format)))
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat([out for out, _ in rows]), torch.cat([reached for _, reached in rows])

@@ -21,9 +21,10 @@ from edgewright.errors import UserError
 from edgewright.models import build
 from edgewright.models.layers import Linear
 from edgewright.models.loading import load_original
+from edgewright.ops import recurrence
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
-from edgewright.walk import PART_TOKENS, PROCESS_BYTES, Walk, merged, padded, parted, tokens_within
+from edgewright.walk import PART_TOKENS, PROCESS_BYTES, Walk, merged, padded, parted, tokens_within, walk_bytes
 
 
 def opened(family: str, folder: Path) -> tuple[Checkpoint, Generation]:
@@ -184,6 +185,15 @@ def test_tokens_that_fit_a_memory_limit() -> None:
     assert 512 <= tokens_within(model, least) < MOST_TOKENS
     with pytest.raises(UserError, match=r"--memory-limit 0\.10 GiB is too little for GPTQ.*--quantizer rtn"):
         tokens_within(model, 100 << 20)
+
+
+def test_the_memory_of_a_recurrence_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, counted in (("phi4flash", True), ("hgrn2", True), ("lfm2", False), ("t5gemma", False)):
+        model = build(CONFIGS[name])
+        before = walk_bytes(model)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(recurrence, "WORK_BYTES", recurrence.WORK_BYTES + 1000)
+            assert walk_bytes(model)[0] - before == 1000 * counted
 
 
 def _fits(model: Any, limit: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewright.ops import DECOMPOSITIONS
+from edgewright.ops import DECOMPOSITIONS, recurrence
 from edgewright.ops.recurrence import CHUNK
 
 EW = torch.ops.edgewright
@@ -97,6 +97,25 @@ def test_any_length_is_the_recurrence_token_by_token(name, length):
     op, plain, args, _, _ = case(name, length, length)
     for got, want in zip(op(*tensors(args)), plain(*args), strict=True):
         close(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_rows_that_take_too_much_memory_together_are_taken_one_by_one(name, monkeypatch):
+    op, _, args, _, _ = case(name, CHUNK + 3, 5)
+    together = op(*tensors(args))
+    called = "linear_attention" if name == "linear_attention_per_key" else name
+    reference, rows = getattr(recurrence, f"{called}_reference"), []
+
+    def seen(x, *rest):
+        rows.append(len(x))
+        return reference(x, *rest)
+
+    monkeypatch.setattr(recurrence, f"{called}_reference", seen)
+    monkeypatch.setattr(recurrence, "WORK_BYTES", 1)
+    for got, want in zip(op(*tensors(args)), together, strict=True):
+        torch.testing.assert_close(got, want)
+        assert got.is_contiguous()
+    assert rows == [1] * (2 * B)  # two chunks of each row
 
 
 @pytest.mark.parametrize("name", NAMES)
