@@ -6,6 +6,7 @@ most of what a token takes. In a mapped file they are the system's to write out 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,12 @@ SMALLEST = 1 << 16
 
 _OPS = {op.overloadpacket for op in DECOMPOSITIONS}
 _ENDS = (torch.index_select, torch.Tensor.index_select)
+
+
+def scratch() -> Path:
+    """The folder for large temporary files: TMPDIR, or /var/tmp, which is on a disk where /tmp may be memory."""
+    kept = Path("/var/tmp")
+    return kept if "TMPDIR" not in os.environ and os.access(kept, os.W_OK) else Path(tempfile.gettempdir())
 
 
 class FiledSession(EagerSession):

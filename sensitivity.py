@@ -99,14 +99,14 @@ def fisher(
     for i, sample in enumerate(chosen):
         if i % 8 == 0:
             progress(f"fisher: window {i + 1} of {len(chosen)}")
-        tokens += _differentiate(Walk(model, checkpoint, spec, [sample]), model, generator)
+        session = GradientSession(model.graphs())
+        tokens += _differentiate(Walk(model, checkpoint, spec, [sample], session=session), generator)
         watch.finish_window()
     return watch.result(tokens)
 
 
-def _differentiate(walk: Walk, model: Any, generator: torch.Generator) -> int:
+def _differentiate(walk: Walk, generator: torch.Generator) -> int:
     """The gradient of one window's log-likelihood of drawn tokens, to the hooks of `_Watch`; the number of those tokens."""
-    walk._session = GradientSession(model.graphs())
     found, real = walk.logits(POSITIONS)
     logits = torch.as_tensor(found)[torch.as_tensor(real)]
     if not bool(torch.isfinite(logits).all()):

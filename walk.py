@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .bundle import Generation
-from .caches import FiledSession
+from .caches import FiledSession, scratch
 from .calibration import MOST_TOKENS, WINDOW, Call, Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
@@ -114,7 +114,8 @@ class Walk:
 
     model: built on the meta device. samples: as `read_samples` gives; or, of a model without a generate loop, calls: graphs
     and inputs. provide: see `WeightsOnDemand`. visit: called at every linear the first time that it is reached.
-    session: what runs `model`, where not the plain eager runtime. folder: where caches are kept in files, if anywhere.
+    session: what runs `model`; without one the eager runtime, which keeps caches in files of `folder`, or of the system's
+    folder for them.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Walk:
         self.spec, self._samples, self._calls = spec, list(samples), merged(model, calls)
         self._graphs = {g.name: g for g in model.graphs()}
         graphs = list(self._graphs.values())
-        self._session = session or (EagerSession(graphs) if folder is None else FiledSession(graphs, folder))
+        self._session = session or FiledSession(graphs, folder or scratch())
         none = torch.zeros(0, 0, dtype=torch.bool)
         self._parts = [_Part([self._samples[i] for i in some], some, none) for some in parted(self._samples)]
         self._parts = self._parts or [_Part([], [], none)]

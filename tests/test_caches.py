@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from test_calibration import opened, samples_of
 
 from edgewright import caches
 from edgewright import walk as walks
-from edgewright.caches import FiledSession, Files
+from edgewright.caches import FiledSession, Files, scratch
 from edgewright.errors import UserError
 from edgewright.models import build
 from edgewright.models.layers import Linear
+from edgewright.runtimes.eager import EagerSession
 from edgewright.walk import Walk
 
 
@@ -46,6 +48,16 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
         Files(tmp_path / "gone").keep(torch.zeros(1 << 20))
 
 
+def test_the_folder_for_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert scratch() == tmp_path
+    monkeypatch.delenv("TMPDIR")
+    assert os.access(scratch(), os.W_OK)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert scratch() == Path(tempfile.gettempdir())
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, spec = opened(family, tmp_path)
@@ -62,10 +74,11 @@ def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Files, "keep", counted)
     found = []
-    for folder in (None, tmp_path):
+    for filed in (False, True):
         model = build(checkpoint.config)
-        walk = Walk(model, checkpoint, spec, samples_of(spec), folder=folder)
-        assert isinstance(walk._session, FiledSession) == (folder is not None)
+        session = None if filed else EagerSession(model.graphs())
+        walk = Walk(model, checkpoint, spec, samples_of(spec), session=session)
+        assert isinstance(walk._session, FiledSession) == filed
         found.append(walk.logits(10**6)[0])
     assert np.array_equal(*found)
     layers = sum(isinstance(m, Linear) for m in model.modules())
