@@ -106,24 +106,20 @@ def export(
                 costed = {"costs": {name: asdict(cost) for name, cost in costs.items()}}
                 Bundle(run.path, manifest).write_report("export", report.to_json() | costed)
             run.publish()
-        except OSError as error:
-            run.discard()
-            raise UserError(f"{output} cannot be written ({one_line(error)})") from error
-        except (KeyboardInterrupt, SystemExit):
-            if peak.over:
-                run.discard()
-                raise UserError(
-                    f"this takes more than --memory-limit {(request.memory_limit or 0) / 2**30:.2f} GiB "
-                    f"({peak.bytes / 2**30:.2f} GiB were reached); give more, or ask for one --format at a time"
-                ) from None
-            if run.worth_keeping():
+        except BaseException as error:
+            over = peak.over and isinstance(error, KeyboardInterrupt | SystemExit)
+            if run.worth_keeping() and not over:
                 progress(f"what is done is kept in {run.path}: the same command goes on from there")
                 run.leave()
             else:
                 run.discard()
-            raise
-        except BaseException:
-            run.discard()
+            if over:
+                raise UserError(
+                    f"this takes more than --memory-limit {(request.memory_limit or 0) / 2**30:.2f} GiB "
+                    f"({peak.bytes / 2**30:.2f} GiB were reached); give more, or ask for one --format at a time"
+                ) from None
+            if isinstance(error, OSError):
+                raise UserError(f"{output} cannot be written ({one_line(error)})") from error
             raise
     return Exported(output, planned, manifest, report, peak.bytes, costs)
 

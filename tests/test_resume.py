@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,7 +131,21 @@ def test_two_runs_of_one_command_do_not_mix(tmp_path: Path) -> None:
     first.discard()
 
 
-def test_an_interrupted_run_keeps_codes_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "seen", "line"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(28, "No space left on device"), UserError, r"bundle cannot be written \(.*No space left on device\)"),
+        (UserError("the caches do not fit"), UserError, "the caches do not fit"),
+    ],
+)
+def test_a_run_that_ends_early_keeps_codes_and_says_so(
+    error: BaseException,
+    seen: type[BaseException],
+    line: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     write = layerwise.CodeStore.write
     count = 0
 
@@ -138,12 +153,12 @@ def test_an_interrupted_run_keeps_codes_and_says_so(tmp_path: Path, monkeypatch:
         nonlocal count
         count += 1
         if count == 4:
-            raise KeyboardInterrupt
+            raise error
         write(self, name, made)
 
     monkeypatch.setattr(layerwise.CodeStore, "write", interrupt)
     told: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(seen, match=line):
         export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
     (partial,) = tmp_path.glob(".bundle.*.partial")
     assert told[-1] == f"what is done is kept in {partial}: the same command goes on from there"
@@ -160,7 +175,10 @@ def test_codes_of_another_plan_are_refused(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"not the codes of .*; remove .* and start anew"):
         export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
-    assert list(tmp_path.iterdir()) == []
+    (left,) = tmp_path.glob(".bundle.*.partial")
+    shutil.rmtree(left / ".work" / "codes")  # as it says
+    export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
 
 
 def test_gptq_is_better_than_rounding_and_verified(tmp_path: Path) -> None:
