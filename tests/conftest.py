@@ -1,7 +1,11 @@
 """Shared by all tests: one torch thread (the suite runs two workers on two cores), and calibration on little data."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from commands import edgewright, passed
+from tiny import write_tiny_t5gemma
 
 from edgewright import planning, sensitivity
 
@@ -13,3 +17,12 @@ def _little_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few hundred tokens where a user's run takes 32,768: the same path in seconds."""
     monkeypatch.setattr(planning, "MOST_TOKENS", 600)
     monkeypatch.setattr(sensitivity, "WINDOWS", 6)
+
+
+@pytest.fixture(scope="session")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny checkpoint and the plan that `plan -o` wrote for it."""
+    folder = tmp_path_factory.mktemp("planned")
+    model = write_tiny_t5gemma(folder / "model")
+    passed(edgewright("plan", "-m", model, "--bits", 5, "-o", folder / "plan.json"))
+    return model, folder / "plan.json"
