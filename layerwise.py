@@ -30,6 +30,7 @@ from .quant.gptq import Factor, damping_for, factor, quantize_gptq, row_block
 from .quant.plan import UNQUANTIZED, BitPlan, Entry
 from .quant.stream import one_threaded
 from .quant.tensor import QuantizedTensor
+from .quant.units import attended_weights
 from .runtimes.session import Array
 from .walk import CHUNK_WEIGHTS, Walk, same
 from .workers import ONE, Workers
@@ -77,9 +78,10 @@ class CodeStore:
 
 @dataclass
 class _Shared:
-    """The factor of the last input: linears that share one (q, k, v; gate, up) share its Hessian."""
+    """The factor of the last input: linears that share one (k, v; gate, up) share its Hessian. attended: see `Walk.attended`."""
 
     inputs: list[torch.Tensor] = field(default_factory=list)
+    attended: bool = False
     factor: Factor | None = None
 
 
@@ -105,7 +107,7 @@ def quantize_layerwise(
         return []
     if left < len(wanted):
         progress(f"gptq: {len(wanted) - left} of {len(wanted)} weights are done already")
-    shared, done, told = _Shared(), len(wanted) - left, -1
+    shared, attended, done, told = _Shared(), attended_weights(model), len(wanted) - left, -1
 
     def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done, told
@@ -116,10 +118,11 @@ def quantize_layerwise(
         if tenth > told:
             told = tenth
             progress(f"gptq: {10 * tenth}% ({name})")
-        if not same(shared.inputs, inputs):
+        kind = name in attended
+        if shared.factor is None or shared.attended != kind or not same(shared.inputs, inputs):
             shared.factor = None  # before the next one is made: each takes several K x K matrices
-            shared.factor = _factor(name, *walk.hessian(inputs))
-            shared.inputs = inputs
+            shared.factor = _factor(name, *(walk.attended(inputs) if kind else walk.hessian(inputs)))
+            shared.inputs, shared.attended = inputs, kind
         assert shared.factor is not None
         store.write(name, quantize_rows(checkpoint, name, shared.factor, entry, workers))
         done += 1

@@ -25,6 +25,7 @@ from .ops import DECOMPOSITIONS
 from .quant.hessian import Factor, damping_for, factor
 from .quant.plan import Choice, Unit
 from .quant.sensitivity import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
+from .quant.units import attended_weights
 from .runtimes.eager import EagerSession
 from .walk import Walk, same
 
@@ -250,24 +251,27 @@ def _walk_hessians(
     progress: Progress,
 ) -> None:
     """`work` for each of `names` that the data reach, with the factor of its inputs' Hessian."""
-    last: tuple[list[torch.Tensor], Factor] | None = None
+    model = build(config)
+    attended = attended_weights(model)
+    last: tuple[list[torch.Tensor], bool, Factor] | None = None
     done = 0
 
     def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done, last
         if name not in names:
             return
-        if last is None or not same(last[0], inputs):
+        kind = name in attended
+        if last is None or last[1] != kind or not same(last[0], inputs):
             last = None  # before the next: each is several K x K matrices
-            hessian, tokens = walk.hessian(inputs)
-            last = (inputs, factor(hessian, damping_for(len(hessian), tokens)))
+            hessian, tokens = walk.attended(inputs) if kind else walk.hessian(inputs)
+            last = (inputs, kind, factor(hessian, damping_for(len(hessian), tokens)))
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
         done += 1
-        work(name, last[1])
+        work(name, last[2])
 
     # Data that the curvature is not of: on its own data GPTQ's error looks up to twice as small as it is.
     differentiated = set(evenly(samples, WINDOWS))
     apart = [s for s in samples if s not in differentiated] or samples
-    walk = Walk(build(config), checkpoint, spec, evenly(apart, HESSIAN_WINDOWS), calls, visit=visit)
+    walk = Walk(model, checkpoint, spec, evenly(apart, HESSIAN_WINDOWS), calls, visit=visit)
     walk.to_head()

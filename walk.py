@@ -40,6 +40,11 @@ MOST_THREADS = 8
 CHUNK_WEIGHTS = 16 << 20
 """Weights that GPTQ works on at a time."""
 
+ATTENDED_SHARE = 0.04
+"""Of the Hessian's trace, what means of tokens and first tokens get each, for keys and values. On SmolLM2 their loss, as the
+Fisher information of other text sees it, falls to 0.37 (4 bits) and 0.68 (2 bits) of that without; shares from 0.015 to 0.075
+give 0.36 to 0.39. Trained on single words or short records, the examples move by -11 to +7 %, as much as chance."""
+
 ATTENTION_BYTES = 48 << 10
 """Of a token: scores of a dozen heads over a window, a few times."""
 
@@ -166,6 +171,28 @@ class Walk:
             total.addmm_(rows.T, rows)
             count += len(rows)
         return total.div_(max(1, count)), count
+
+    def attended(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """What `hessian` gives for a linear of keys or values, to which more is added: fp32 [K, K], and T.
+
+        An error in a key or value counts for all tokens that read it: most of all one that is the same for many of them, or at
+        the first token, on which attention rests (arXiv 2309.17453). So the means of the tokens up to each, and the first
+        tokens, are added as if they were inputs, with ATTENDED_SHARE of the trace each. Inputs of no sequence have none.
+        """
+        plain, count = self.hessian(inputs)
+        means, firsts = torch.zeros_like(plain), torch.zeros_like(plain)
+        for x, part in zip(inputs, self._parts, strict=True):
+            if x.shape[:-1] != part.real.shape:
+                return plain, count
+            mean = x.cumsum(1).div_(torch.arange(1, x.shape[1] + 1).unsqueeze(1))[part.real]
+            first = x[:, 0][part.real[:, 0]]
+            means.addmm_(mean.T, mean)
+            firsts.addmm_(first.T, first)
+        whole = float(plain.trace())
+        for more in (means, firsts):
+            trace = float(more.trace())
+            plain.add_(more, alpha=ATTENDED_SHARE * whole / trace if trace > 0.0 else 0.0)
+        return plain, count
 
     def to_head(self) -> None:
         """Visit all linears, the head with every token; what follows the head is not computed."""

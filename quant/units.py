@@ -43,6 +43,16 @@ def protected_weights(model: Any) -> set[str]:
     }
 
 
+def attended_weights(model: Any) -> set[str]:
+    """Weights that modules name in `attended`: of keys and values, which attention reads for many tokens at once."""
+    return {
+        model.tied.get(f"{path}.{child}.weight", f"{path}.{child}.weight")
+        for path, module in model.named_modules()
+        for child in getattr(module, "attended", ())
+        if isinstance(getattr(module, child, None), Linear)
+    }
+
+
 def _layers(model: Any) -> list[tuple[str, str, int]]:
     """(path prefix, stack, layer index) of every layer."""
     paths = {id(module): path for path, module in model.named_modules()}
