@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return _with_notes(super().invoke, ctx)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
@@ -51,6 +51,16 @@ class Commands(click.Group):
         except BrokenPipeError:
             sys.stderr.close()  # the reader went away; the interpreter must not complain about it at exit
             ctx.exit(0)
+
+
+def _with_notes(call: Callable[[click.Context], Any], ctx: click.Context) -> Any:
+    """The call; what a failure brings along, such as where work is kept, is printed before it, a line each."""
+    try:
+        return call(ctx)
+    except BaseException as error:
+        for line in getattr(error, "__notes__", ()):
+            click.echo(line, err=True)
+        raise
 
 
 _interrupted = threading.Event()
@@ -87,7 +97,10 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile MODEL into a bundle."""
+    """Compile MODEL into a bundle.
+
+    A run that ends early keeps the codes that calibration found, hidden beside the bundle: the same command goes on from there.
+    """
     from . import backends, compiler, reporting
 
     request = cli_options.request(model, options, note)
@@ -438,7 +451,7 @@ def doctor(as_json: bool) -> None:
 
 @contextmanager
 def _cleaning_up() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that a killed export takes its unfinished folder with it."""
+    """SIGTERM ends the block as an exception does, so that an export removes its unfinished folder, or says why it is kept."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

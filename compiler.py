@@ -108,19 +108,27 @@ def export(
             run.publish()
         except BaseException as error:
             over = peak.over and isinstance(error, KeyboardInterrupt | SystemExit)
-            if run.worth_keeping() and not over:
-                progress(f"what is done is kept in {run.path}: the same command goes on from there")
+            if isinstance(error, VerificationFailure):
+                for name in request.formats:  # a target that fails its check is lowered anew
+                    run.forget(name)
+            kept = run.worth_keeping() and not over
+            if kept:
                 run.leave()
             else:
                 run.discard()
+            said: BaseException = error
             if over:
-                raise UserError(
+                said = UserError(
                     f"this takes more than --memory-limit {(request.memory_limit or 0) / 2**30:.2f} GiB "
                     f"({peak.bytes / 2**30:.2f} GiB were reached); give more, or ask for one --format at a time"
-                ) from None
-            if isinstance(error, OSError):
-                raise UserError(f"{output} cannot be written ({one_line(error)})") from error
-            raise
+                )
+            elif isinstance(error, OSError):
+                said = UserError(f"{output} cannot be written ({one_line(error)})")
+            if kept:
+                said.add_note(f"what is done is kept in {run.path}: the same command goes on from there")
+            if said is error:
+                raise
+            raise said from error
     return Exported(output, planned, manifest, report, peak.bytes, costs)
 
 

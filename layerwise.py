@@ -30,7 +30,7 @@ from .quant.gptq import Factor, damping_for, factor, quantize_gptq, row_block
 from .quant.plan import UNQUANTIZED, BitPlan, Entry
 from .quant.stream import one_threaded
 from .quant.tensor import QuantizedTensor
-from .quant.units import attended_weights
+from .quant.units import key_value_weights
 from .runtimes.session import Array
 from .walk import CHUNK_WEIGHTS, Walk, same
 from .workers import ONE, Workers
@@ -78,10 +78,10 @@ class CodeStore:
 
 @dataclass
 class _Shared:
-    """The factor of the last input: linears that share one (k, v; gate, up) share its Hessian. attended: see `Walk.attended`."""
+    """The factor of the last input: linears that share one (k, v; gate, up) share its Hessian. key_value: of keys and values."""
 
     inputs: list[torch.Tensor] = field(default_factory=list)
-    attended: bool = False
+    key_value: bool = False
     factor: Factor | None = None
 
 
@@ -107,7 +107,7 @@ def quantize_layerwise(
         return []
     if left < len(wanted):
         progress(f"gptq: {len(wanted) - left} of {len(wanted)} weights are done already")
-    shared, attended, done, told = _Shared(), attended_weights(model), len(wanted) - left, -1
+    shared, keys_values, done, told = _Shared(), key_value_weights(model), len(wanted) - left, -1
 
     def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done, told
@@ -118,11 +118,11 @@ def quantize_layerwise(
         if tenth > told:
             told = tenth
             progress(f"gptq: {10 * tenth}% ({name})")
-        kind = name in attended
-        if shared.factor is None or shared.attended != kind or not same(shared.inputs, inputs):
+        key_value = name in keys_values
+        if shared.factor is None or shared.key_value != key_value or not same(shared.inputs, inputs):
             shared.factor = None  # before the next one is made: each takes several K x K matrices
-            shared.factor = _factor(name, *(walk.attended(inputs) if kind else walk.hessian(inputs)))
-            shared.inputs, shared.attended = inputs, kind
+            shared.factor = _factor(name, *(walk.key_value_hessian(inputs) if key_value else walk.hessian(inputs)))
+            shared.inputs, shared.key_value = inputs, key_value
         assert shared.factor is not None
         store.write(name, quantize_rows(checkpoint, name, shared.factor, entry, workers))
         done += 1

@@ -29,7 +29,7 @@ from .quant.units import quantizable_units
 from .request import Progress, Request
 from .scoring import Probes, Scores
 from .untrusted import one_line
-from .walk import tokens_within, walk_bytes
+from .walk_memory import tokens_within, walk_bytes
 
 VERIFY_PROMPTS = 32
 TASK = "task.tsv"

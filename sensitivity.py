@@ -25,7 +25,7 @@ from .ops import DECOMPOSITIONS
 from .quant.hessian import Factor, damping_for, factor
 from .quant.plan import Choice, Unit
 from .quant.sensitivity import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
-from .quant.units import attended_weights
+from .quant.units import key_value_weights
 from .runtimes.eager import EagerSession
 from .walk import Walk, same
 
@@ -252,7 +252,7 @@ def _walk_hessians(
 ) -> None:
     """`work` for each of `names` that the data reach, with the factor of its inputs' Hessian."""
     model = build(config)
-    attended = attended_weights(model)
+    keys_values = key_value_weights(model)
     last: tuple[list[torch.Tensor], bool, Factor] | None = None
     done = 0
 
@@ -260,11 +260,11 @@ def _walk_hessians(
         nonlocal done, last
         if name not in names:
             return
-        kind = name in attended
-        if last is None or last[1] != kind or not same(last[0], inputs):
+        read_together = name in keys_values
+        if last is None or last[1] != read_together or not same(last[0], inputs):
             last = None  # before the next: each is several K x K matrices
-            hessian, tokens = walk.attended(inputs) if kind else walk.hessian(inputs)
-            last = (inputs, kind, factor(hessian, damping_for(len(hessian), tokens)))
+            hessian, tokens = walk.key_value_hessian(inputs) if read_together else walk.hessian(inputs)
+            last = (inputs, read_together, factor(hessian, damping_for(len(hessian), tokens)))
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
         done += 1

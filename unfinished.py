@@ -6,6 +6,7 @@ that appears last, so that a run killed at any moment leaves either a whole stag
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -74,8 +75,14 @@ class Unfinished:
         folder.mkdir()
         return folder
 
+    def forget(self, stage: str) -> None:
+        """Take the mark of `finish` away again."""
+        (self.work / f"{stage}.json").unlink(missing_ok=True)
+
     def publish(self) -> None:
-        """Rename to the output. Raises OSError."""
+        """Rename to the output. Raises OSError, with everything still there when the output exists by now."""
+        if self.output.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.output))
         shutil.rmtree(self.work)
         self.path.chmod(0o755)
         self.path.rename(self.output)

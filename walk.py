@@ -1,6 +1,6 @@
 """Calibration data through a model once, all of it from layer to layer, weights read when their module runs.
 
-Top-level room: checkpoint, models, ops, prompts and the eager runtime enter. At any moment the weights of one module are in
+Top-level room: checkpoint, models, prompts and the eager runtime enter. At any moment the weights of one module are in
 memory, in float32, with what all the data have there; so a model larger than memory can be calibrated, whatever its
 architecture.
 """
@@ -18,19 +18,15 @@ from torch import nn
 
 from .bundle import Generation
 from .caches import FiledSession, scratch
-from .calibration import MOST_TOKENS, WINDOW, Call, Sample
+from .calibration import Call, Sample
 from .checkpoint import Checkpoint
-from .errors import UserError
 from .lockstep import Lockstep
 from .memory import freed_at_once
 from .models.layers import Linear
-from .ops import recurrence
-from .quant.gptq import BLOCK_WEIGHTS
 from .runtimes.eager import EagerSession
 from .runtimes.session import Array, StateBuffers
 from .weights_on_demand import Provide, WeightsOnDemand
 
-FEWEST_TOKENS = 512
 PART_TOKENS = 1024
 """Tokens that go through the model together: enough for matrix products to be fast."""
 
@@ -40,51 +36,10 @@ MOST_THREADS = 8
 CHUNK_WEIGHTS = 16 << 20
 """Weights that GPTQ works on at a time."""
 
-ATTENDED_SHARE = 0.04
-"""Of the Hessian's trace, what means of tokens and first tokens get each, for keys and values. On SmolLM2 their loss, as the
-Fisher information of other text sees it, falls to 0.37 (4 bits) and 0.68 (2 bits) of that without; shares from 0.015 to 0.075
-give 0.36 to 0.39. Trained on single words or short records, the examples move by -11 to +7 %, as much as chance."""
-
-ATTENTION_BYTES = 48 << 10
-"""Of a token: scores of a dozen heads over a window, a few times."""
-
-PROCESS_BYTES = 700 << 20
-"""Anonymous memory of the process before any of the work (measured, rounded up)."""
-
-
-def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
-    """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated. longest: tokens of a sample.
-
-    Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights; for one
-    part all that a layer gives, attention over a window and a recurrence; of a token, what lives on while its part waits. Caches
-    are in files.
-    """
-    vocab = {int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"}
-    linears = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, Linear)]
-    widest = max((k for _, k in linears), default=0)
-    broadest = max((max(n, k) for n, k in linears if n not in vocab), default=0)
-    # a chunk of weights in fp32; what GPTQ keeps for each block of rows
-    fixed = PROCESS_BYTES + 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
-    heads = max((int(getattr(getattr(m, "spec", None), "heads", 0)) for m in model.modules()), default=0)
-    scores = max(ATTENTION_BYTES, 12 * heads * longest)
-    part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
-    if any(s.kind == "recurrent" for g in model.graphs() for s in g.states):
-        part += recurrence.WORK_BYTES
-    return fixed + part, 10 * (broadest + widest)
-
-
-def tokens_within(model: Any, limit: int, longest: int = WINDOW) -> int:
-    """How many tokens GPTQ can calibrate on within `limit` bytes, at most MOST_TOKENS. Raises UserError for too few."""
-    fixed, each = walk_bytes(model, longest)
-    tokens = (limit - fixed) // each
-    if tokens < FEWEST_TOKENS:
-        need = (fixed + FEWEST_TOKENS * each) / 2**30
-        raise UserError(
-            f"--memory-limit {limit / 2**30:.2f} GiB is too little for GPTQ of this model, which takes {need:.2f} GiB; "
-            "give more, or --quantizer rtn"
-        )
-    return min(MOST_TOKENS, tokens)
-
+KEY_VALUE_SHARE = 0.04
+"""What means of tokens and first tokens add to the Hessian of keys and values, each, as a share of its trace. On SmolLM2 their
+loss, as the Fisher information of other text sees it, falls to 0.37 (4 bits) and 0.68 (2 bits) of that without; shares from
+0.015 to 0.075 give 0.36 to 0.39. Trained on single words or short records, the examples move by -11 to +7 %, as by chance."""
 
 _LENGTHS: tuple[Callable[[Sample], Sequence[int]], ...] = (
     lambda s: s.tokens,
@@ -172,26 +127,28 @@ class Walk:
             count += len(rows)
         return total.div_(max(1, count)), count
 
-    def attended(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    def key_value_hessian(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
         """What `hessian` gives for a linear of keys or values, to which more is added: fp32 [K, K], and T.
 
         An error in a key or value counts for all tokens that read it: most of all one that is the same for many of them, or at
         the first token, on which attention rests (arXiv 2309.17453). So the means of the tokens up to each, and the first
-        tokens, are added as if they were inputs, with ATTENDED_SHARE of the trace each. Inputs of no sequence have none.
+        tokens, are added as if they were inputs, with KEY_VALUE_SHARE of the trace each.
         """
         plain, count = self.hessian(inputs)
         means, firsts = torch.zeros_like(plain), torch.zeros_like(plain)
         for x, part in zip(inputs, self._parts, strict=True):
-            if x.shape[:-1] != part.real.shape:
+            if x.ndim != 3:
                 return plain, count
-            mean = x.cumsum(1).div_(torch.arange(1, x.shape[1] + 1).unsqueeze(1))[part.real]
-            first = x[:, 0][part.real[:, 0]]
+            real = part.real if x.shape[:-1] == part.real.shape else torch.ones(x.shape[:-1], dtype=torch.bool)
+            so_far = real.cumsum(1)
+            mean = x.mul(real.unsqueeze(2)).cumsum(1).div_(so_far.clamp(min=1).unsqueeze(2))[real]
+            first = x[real & (so_far == 1)]
             means.addmm_(mean.T, mean)
             firsts.addmm_(first.T, first)
         whole = float(plain.trace())
         for more in (means, firsts):
             trace = float(more.trace())
-            plain.add_(more, alpha=ATTENDED_SHARE * whole / trace if trace > 0.0 else 0.0)
+            plain.add_(more, alpha=KEY_VALUE_SHARE * whole / trace if trace > 0.0 else 0.0)
         return plain, count
 
     def to_head(self) -> None:

@@ -206,7 +206,7 @@ class _SelfAttention(nn.Module):
     """Projections, optional QK-norm and RoPE, shared by the encoder's and the decoder's self-attention."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, spec: AttentionSpec) -> None:
@@ -301,7 +301,7 @@ class CrossAttention(nn.Module):
     """Attention of a decoder to keys and values projected once from the encoder output; no RoPE, no window."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_proj", "v_proj"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
 
     def __init__(self, spec: AttentionSpec, encoder_hidden: int) -> None:
         super().__init__()

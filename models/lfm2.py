@@ -37,7 +37,7 @@ class Attention(nn.Module):
     """Causal attention with QK-norm and a KV cache, under the names of LFM2's checkpoints."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, spec: AttentionSpec, eps: float) -> None:

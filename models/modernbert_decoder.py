@@ -22,7 +22,7 @@ class Attention(nn.Module):
     """Causal self-attention that appends to its KV cache."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, config: Config, kind: str) -> None:

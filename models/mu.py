@@ -56,7 +56,7 @@ class Attention(nn.Module):
     """
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_linear", "k_linear", "v_linear"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
+    key_value: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class CrossAttention(Attention):
     """Attention to keys and values projected once from the encoder output; no RoPE."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_linear", "v_linear"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
+    key_value: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
 
     def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""

@@ -25,7 +25,6 @@ class DeltaNet(GatedDelta):
     """A projection each for queries, keys, values, decay, rate and gate."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj", "g_proj"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     protected: ClassVar[tuple[str, ...]] = ("a_proj", "b_proj")
 
     def __init__(self, spec: DeltaSpec) -> None:

@@ -105,7 +105,7 @@ class MergedAttention(nn.Module):
     """Attention of a decoder to its own past and to the encoder's output at once, the same weights for both."""
 
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    attended: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, spec: AttentionSpec, eps: float) -> None:

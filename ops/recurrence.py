@@ -151,7 +151,9 @@ def gated_delta_rule(
     state: [B, H, Dk, Dv]. Head h reads group h // (H / groups). Returns [B, T, H, Dv] and the state after the tokens.
     """
     heads, length = v.shape[2], min(CHUNK, v.shape[1])
-    row = 4 * heads * (6 * length * length + 4 * length * (k.shape[3] + v.shape[3]) + 2 * state[0, 0].numel())
+    row = (
+        4 * heads * (6 * length * length + 4 * length * (k.shape[3] + v.shape[3]) + 2 * state.shape[2] * state.shape[3])
+    )
     return _in_chunks(gated_delta_rule_reference, (q, k, v, g, beta), state, row, (scale,))
 
 
@@ -204,7 +206,7 @@ def linear_attention(
     """
     heads, length = v.shape[2], min(CHUNK, v.shape[1])
     pairs = g.shape[3] * length * length  # between tokens, for each decay
-    row = 4 * heads * (4 * pairs + 4 * length * (k.shape[3] + v.shape[3]) + 2 * state[0, 0].numel())
+    row = 4 * heads * (4 * pairs + 4 * length * (k.shape[3] + v.shape[3]) + 2 * state.shape[2] * state.shape[3])
     return _in_chunks(linear_attention_reference, (q, k, v, g), state, row, (scale,))
 
 

@@ -43,14 +43,15 @@ def protected_weights(model: Any) -> set[str]:
     }
 
 
-def attended_weights(model: Any) -> set[str]:
-    """Weights that modules name in `attended`: of keys and values, which attention reads for many tokens at once."""
-    return {
-        model.tied.get(f"{path}.{child}.weight", f"{path}.{child}.weight")
+def key_value_weights(model: Any) -> set[str]:
+    """Weights that modules name in `key_value`: of keys and values, which one token's query reads for many tokens at once."""
+    names = {
+        f"{path}.{child}.weight".removeprefix(".")
         for path, module in model.named_modules()
-        for child in getattr(module, "attended", ())
+        for child in getattr(module, "key_value", ())
         if isinstance(getattr(module, child, None), Linear)
     }
+    return {model.tied.get(name, name) for name in names}
 
 
 def _layers(model: Any) -> list[tuple[str, str, int]]:

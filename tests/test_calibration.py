@@ -24,7 +24,8 @@ from edgewright.models.loading import load_original
 from edgewright.ops import recurrence
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
-from edgewright.walk import PART_TOKENS, PROCESS_BYTES, Walk, merged, padded, parted, tokens_within, walk_bytes
+from edgewright.walk import PART_TOKENS, Walk, merged, padded, parted
+from edgewright.walk_memory import PROCESS_BYTES, tokens_within, walk_bytes
 
 
 def opened(family: str, folder: Path) -> tuple[Checkpoint, Generation]:

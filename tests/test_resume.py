@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import tiny
+from commands import edgewright
 
 from edgewright import calibration, compiler, layerwise
 from edgewright.bundle import CHECKPOINT, REPORTS
 from edgewright.compiler import Request, export
-from edgewright.errors import UserError
+from edgewright.errors import UserError, VerificationFailure
 from edgewright.quant.plan import BitPlan
 from edgewright.unfinished import Unfinished
 
@@ -158,12 +159,66 @@ def test_a_run_that_ends_early_keeps_codes_and_says_so(
 
     monkeypatch.setattr(layerwise.CodeStore, "write", interrupt)
     told: list[str] = []
-    with pytest.raises(seen, match=line):
-        export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    with pytest.raises(seen, match=line) as raised:
+        export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
     (partial,) = tmp_path.glob(".bundle.*.partial")
-    assert told[-1] == f"what is done is kept in {partial}: the same command goes on from there"
+    assert raised.value.__notes__ == [f"what is done is kept in {partial}: the same command goes on from there"]
+    monkeypatch.setattr(layerwise.CodeStore, "write", write)
     export(request("deltanet-g2p", num_layers=1), tmp_path / "bundle", check=False, progress=told.append)
     assert f"{partial} is left from another run; remove it if it is not wanted" in told
+    shutil.rmtree(tmp_path / "bundle")
+    export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    assert any(re.fullmatch(r"gptq: 3 of \d+ weights are done already", line) for line in told)
+    assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT")
+def test_ctrl_c_says_where_the_codes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = layerwise.CodeStore.write
+
+    def interrupted(self: layerwise.CodeStore, name: str, made: Any) -> None:
+        write(self, name, made)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(layerwise.CodeStore, "write", interrupted)
+    folder = EXAMPLES / "deltanet-g2p"
+    options = ("--task", folder / "task.tsv", "--importance", "zd", "--max-context", 64)
+    result = edgewright("export", "-m", folder, *options, "-o", tmp_path / "bundle")
+    assert result.exit_code == 130
+    (partial,) = tmp_path.glob(".bundle.*.partial")
+    said = f"what is done is kept in {partial}: the same command goes on from there"
+    assert result.stderr.splitlines()[-2:] == [said, "interrupted"]
+
+
+def test_an_output_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
+    check = compiler._refuse_too_large
+
+    def meanwhile(*args: Any) -> None:
+        check(*args)
+        (tmp_path / "bundle").mkdir()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compiler, "_refuse_too_large", meanwhile)
+        with pytest.raises(UserError, match=r"bundle cannot be written .*File exists"):
+            export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+    (tmp_path / "bundle").rmdir()
+    told: list[str] = []
+    export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    assert {"quantized already", "onnx: lowered already"} <= set(told)
+
+
+def test_a_target_that_fails_its_check_is_lowered_anew(tmp_path: Path) -> None:
+    def failing(*_: Any) -> None:
+        raise VerificationFailure("onnx: not what it should be")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compiler, "_judge", failing)
+        with pytest.raises(VerificationFailure):
+            export(request("deltanet-g2p"), tmp_path / "bundle")
+    told: list[str] = []
+    export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    assert "quantized already" in told
+    assert "onnx: lowered already" not in told
 
 
 def test_codes_of_another_plan_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

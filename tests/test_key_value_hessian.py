@@ -19,20 +19,20 @@ from edgewright.models.layers import Linear
 from edgewright.quant.gptq import damping_for, factor, quantize_gptq
 from edgewright.quant.hessian import Factor
 from edgewright.quant.plan import BitPlan, Budget, Entry
-from edgewright.quant.units import attended_weights
-from edgewright.walk import ATTENDED_SHARE, Walk
+from edgewright.quant.units import key_value_weights
+from edgewright.walk import KEY_VALUE_SHARE, Walk
 
 PLAIN = {"modernbert", "phi4flash"}
 """Queries lie in one matrix with keys and values, or there is no attention."""
 
 
 def plainly(rows: list[np.ndarray]) -> np.ndarray:
-    """`Walk.attended` token by token, of sequences [S, K]."""
+    """`Walk.key_value_hessian` token by token, of sequences [S, K]."""
     own = sum(np.outer(x, x) for xs in rows for x in xs) / sum(len(xs) for xs in rows)
     firsts = sum(np.outer(xs[0], xs[0]) for xs in rows)
     means = sum(np.outer(m, m) for xs in rows for i in range(len(xs)) for m in [xs[: i + 1].mean(0)])
     whole = own.trace()
-    found: np.ndarray = own + ATTENDED_SHARE * whole * (firsts / firsts.trace() + means / means.trace())
+    found: np.ndarray = own + KEY_VALUE_SHARE * whole * (firsts / firsts.trace() + means / means.trace())
     return found
 
 
@@ -52,27 +52,45 @@ def test_means_and_first_tokens_are_added(
             for x, part in zip(inputs, walk._parts, strict=True)
             for i in range(len(x) if x.shape[:-1] == part.real.shape else 0)
         ]
-        if name in attended:
-            hessian, count = walk.attended(inputs)
+        if name in keys_values:
+            hessian, count = walk.key_value_hessian(inputs)
             seen[name] = (hessian.numpy(), count, plainly(rows), sum(map(len, rows)))
 
     walk = Walk(model := build(checkpoint.config), checkpoint, spec, samples_of(spec, 4), visit=visit)
-    attended = attended_weights(model)
+    keys_values = key_value_weights(model)
     walk.to_head()
-    assert seen.keys() == attended
+    assert seen.keys() == keys_values
     for got, count, want, tokens in seen.values():
         assert count == tokens
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
+def test_padding_anywhere_and_no_mask_at_all(tmp_path: Path) -> None:
+    """What a module's own inputs may bring: tokens that are not real before or between those that are."""
+    checkpoint, spec = opened("llama", tmp_path)
+    walk = Walk(build(checkpoint.config), checkpoint, spec, samples_of(spec, 2))
+    x = torch.randn(3, 5, 8)
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
+    for mask, rows in ((real, [xs[r] for xs, r in zip(x, real, strict=True)]), (torch.zeros(0, 0).bool(), list(x))):
+        walk._parts[0].real = mask
+        hessian, count = walk.key_value_hessian([x])
+        assert count == sum(map(len, rows))
+        np.testing.assert_allclose(hessian.numpy(), plainly([r.double().numpy() for r in rows]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(walk.key_value_hessian([x[0]])[0], walk.hessian([x[0]])[0])  # no sequence
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_attention_names_its_keys_and_values(family: str) -> None:
     model = build(CONFIGS[family])
-    found = attended_weights(model)
+    found = key_value_weights(model)
     named = {
-        n for n, _ in model.named_parameters() if n.endswith(("k_proj.weight", "v_proj.weight", "k_linear.weight"))
+        n
+        for n, _ in model.named_parameters()
+        if n.endswith(("k_proj.weight", "v_proj.weight", "k_linear.weight", "v_linear.weight"))
     }
-    assert {n for n in named if n not in model.tied} <= found
+    assert found == {
+        n for n in named if n not in model.tied and "linear_attn" not in n
+    }  # a decaying state is no attention
     assert bool(found) == (family not in PLAIN)
 
 
@@ -90,7 +108,7 @@ def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: py
         if name in names:
             want[name] = [
                 quantize_gptq(checkpoint.tensor(name), factor(h, damping_for(len(h), n)), 4, 32).codes
-                for h, n in (walk.hessian(inputs), walk.attended(inputs))
+                for h, n in (walk.hessian(inputs), walk.key_value_hessian(inputs))
             ]
 
     walk = Walk(build(checkpoint.config), checkpoint, spec, samples, visit=visit)
@@ -98,8 +116,8 @@ def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: py
     for name in names:
         got = store.read(name, tuple(checkpoint.info(name).shape), entries[name])  # type: ignore[arg-type]
         assert got is not None
-        plain, attended = want[name]
-        assert torch.equal(got.codes, plain if "q_proj" in name else attended)
+        plain, more = want[name]
+        assert torch.equal(got.codes, plain if "q_proj" in name else more)
     assert any(not torch.equal(*want[n]) for n in names[1:])
 
     factors: dict[str, Factor] = {}
