@@ -260,11 +260,11 @@ def _walk_hessians(
         nonlocal done, last
         if name not in names:
             return
-        read_together = name in keys_values
-        if last is None or last[1] != read_together or not same(last[0], inputs):
+        key_value = name in keys_values
+        if last is None or last[1] != key_value or not same(last[0], inputs):
             last = None  # before the next: each is several K x K matrices
-            hessian, tokens = walk.key_value_hessian(inputs) if read_together else walk.hessian(inputs)
-            last = (inputs, read_together, factor(hessian, damping_for(len(hessian), tokens)))
+            hessian, tokens = walk.key_value_hessian(inputs) if key_value else walk.hessian(inputs)
+            last = (inputs, key_value, factor(hessian, damping_for(len(hessian), tokens)))
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
         done += 1
