@@ -8,70 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__, cli_options
-from .errors import UserError, VerificationFailure
-from .untrusted import one_line
+from .cli_endings import Commands, cleaning_up, note
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .compiler import Planned
-
-
-class Commands(click.Group):
-    """Turns the two kinds of failure into their exit codes."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return _with_notes(super().invoke, ctx)
-        except UserError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-        except VerificationFailure as error:
-            click.echo(f"verification failed: {error}", err=True)
-            ctx.exit(1)
-        except click.UsageError as error:
-            if isinstance(error, click.exceptions.NoArgsIsHelpError):
-                raise
-            where = error.ctx.command_path if error.ctx is not None else "edgewright"
-            click.echo(f"error: {one_line(error.format_message())} (see '{where} --help')", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)  # 1 would say that a verification failed
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader went away; the interpreter must not complain about it at exit
-            ctx.exit(0)
-
-
-def _with_notes(call: Callable[[click.Context], Any], ctx: click.Context) -> Any:
-    """The call; what a failure brings along, such as where work is kept, is printed before it, a line each."""
-    try:
-        return call(ctx)
-    except BaseException as error:
-        for line in getattr(error, "__notes__", ()):
-            click.echo(line, err=True)
-        raise
-
-
-_interrupted = threading.Event()
-"""Set by the first SIGINT: one that a library's callback swallowed still ends the command at its next step."""
-
-
-def note(message: str) -> None:
-    """Progress, to standard error."""
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
-    click.echo(message, err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,7 +63,7 @@ def export(
         return
     if output is None:
         raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
-    with _cleaning_up():
+    with cleaning_up():
         made = compiler.export(request, output, check=not no_verify, progress=note, strict=strict_placement)
     _print(reporting.export_json(made), reporting.export_text(made), as_json)
 
@@ -447,29 +396,6 @@ def doctor(as_json: bool) -> None:
 
     found = examine()
     _print(found, doctor_text(found), as_json)
-
-
-@contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that an export removes its unfinished folder, or says why it is kept."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        _interrupted.set()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield
-        return
-    before = {n: signal.signal(n, to) for n, to in ((signal.SIGTERM, stop), (signal.SIGINT, interrupt))}
-    try:
-        yield
-    finally:
-        _interrupted.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from .bundle import Generation
 from .calibration import Call, Sample
 from .checkpoint import Checkpoint, check_finite
 from .errors import UserError
+from .factors import Factors
 from .models.layers import Linear
 from .ops.packing import packed_bytes
-from .quant.gptq import Factor, damping_for, factor, quantize_gptq, row_block
+from .quant.gptq import Factor, quantize_gptq, row_block
 from .quant.plan import UNQUANTIZED, BitPlan, Entry
 from .quant.stream import one_threaded
 from .quant.tensor import QuantizedTensor
-from .quant.units import key_value_weights
 from .runtimes.session import Array
-from .walk import CHUNK_WEIGHTS, Walk, same
+from .walk import CHUNK_WEIGHTS, Walk
 from .workers import ONE, Workers
 
 Progress = Callable[[str], None]
@@ -76,15 +75,6 @@ class CodeStore:
             raise UserError(f"{path}: not the codes of {name} ({error}); remove {self.folder} and start anew") from None
 
 
-@dataclass
-class _Shared:
-    """The factor of the last input: linears that share one (k, v; gate, up) share its Hessian. key_value: of keys and values."""
-
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    key_value: bool = False
-    factor: Factor | None = None
-
-
 def quantize_layerwise(
     checkpoint: Checkpoint,
     model: Any,
@@ -107,7 +97,7 @@ def quantize_layerwise(
         return []
     if left < len(wanted):
         progress(f"gptq: {len(wanted) - left} of {len(wanted)} weights are done already")
-    shared, keys_values, done, told = _Shared(), key_value_weights(model), len(wanted) - left, -1
+    done, told = len(wanted) - left, -1
 
     def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done, told
@@ -118,13 +108,7 @@ def quantize_layerwise(
         if tenth > told:
             told = tenth
             progress(f"gptq: {10 * tenth}% ({name})")
-        key_value = name in keys_values
-        if shared.factor is None or shared.key_value != key_value or not same(shared.inputs, inputs):
-            shared.factor = None  # before the next one is made: each takes several K x K matrices
-            shared.factor = _factor(name, *(walk.key_value_hessian(inputs) if key_value else walk.hessian(inputs)))
-            shared.inputs, shared.key_value = inputs, key_value
-        assert shared.factor is not None
-        store.write(name, quantize_rows(checkpoint, name, shared.factor, entry, workers))
+        store.write(name, quantize_rows(checkpoint, name, factors.of(name, inputs), entry, workers))
         done += 1
 
     def provide(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
@@ -135,15 +119,10 @@ def quantize_layerwise(
         return value if found is None else found.dequantize()
 
     walk = Walk(model, checkpoint, spec, samples, calls, provide, visit, folder=store.folder)
+    factors = Factors(walk, model)
     with workers.running():
         walk.to_head()
     return [name for name in wanted if not store.has(name)]
-
-
-def _factor(name: str, hessian: torch.Tensor, tokens: int) -> Factor:
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        raise UserError(f"{name}: its inputs are not finite on the calibration data; use --quantizer rtn")
-    return factor(hessian, damping_for(len(hessian), tokens))
 
 
 def quantize_rows(

@@ -18,16 +18,16 @@ from .bundle import Generation
 from .calibration import Call, Sample
 from .checkpoint import Checkpoint
 from .errors import UserError
+from .factors import Factors
 from .models import build
 from .models.layers import Embedding, Linear
 from .models.loading import load_original
 from .ops import DECOMPOSITIONS
-from .quant.hessian import Factor, damping_for, factor
+from .quant.hessian import Factor
 from .quant.plan import Choice, Unit
 from .quant.sensitivity import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
-from .quant.units import key_value_weights
 from .runtimes.eager import EagerSession
-from .walk import Walk, same
+from .walk import Walk
 
 POSITIONS = 256
 """Of a window, the most positions whose tokens are drawn: the logits of a large vocabulary are what takes memory."""
@@ -252,26 +252,21 @@ def _walk_hessians(
 ) -> None:
     """`work` for each of `names` that the data reach, with the factor of its inputs' Hessian."""
     model = build(config)
-    keys_values = key_value_weights(model)
-    last: tuple[list[torch.Tensor], bool, Factor] | None = None
     done = 0
 
     def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
-        nonlocal done, last
+        nonlocal done
         if name not in names:
             return
-        key_value = name in keys_values
-        if last is None or last[1] != key_value or not same(last[0], inputs):
-            last = None  # before the next: each is several K x K matrices
-            hessian, tokens = walk.key_value_hessian(inputs) if key_value else walk.hessian(inputs)
-            last = (inputs, key_value, factor(hessian, damping_for(len(hessian), tokens)))
+        made = factors.of(name, inputs)
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
         done += 1
-        work(name, last[2])
+        work(name, made)
 
     # Data that the curvature is not of: on its own data GPTQ's error looks up to twice as small as it is.
     differentiated = set(evenly(samples, WINDOWS))
     apart = [s for s in samples if s not in differentiated] or samples
     walk = Walk(model, checkpoint, spec, evenly(apart, HESSIAN_WINDOWS), calls, visit=visit)
+    factors = Factors(walk, model)
     walk.to_head()

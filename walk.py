@@ -36,12 +36,6 @@ MOST_THREADS = 8
 CHUNK_WEIGHTS = 16 << 20
 """Weights that GPTQ works on at a time."""
 
-KEY_VALUE_SHARE = 0.04
-"""What means of tokens and first tokens add to the Hessian of keys and values, each, as a share of its trace. On SmolLM2 their
-loss, as the Fisher information of other text sees it, falls to 0.37 (4 bits) and 0.68 (2 bits) of that without; shares from
-0.015 to 0.075 give 0.36 to 0.39. Trained on single words or short records, the examples move by -11 to +10 %;
-at 2.5 bits two of the three answer a little less as the original does (benchmarks/RESULTS.md)."""
-
 _LENGTHS: tuple[Callable[[Sample], Sequence[int]], ...] = (
     lambda s: s.tokens,
     lambda s: s.decoded,
@@ -62,7 +56,6 @@ read, when all parts have come to it."""
 class _Part:
     """Some of the samples, by their places, which go through the model together. real: what is no padding now, [B, S]."""
 
-    samples: list[Sample]
     places: list[int]
     real: torch.Tensor
 
@@ -96,8 +89,8 @@ class Walk:
         graphs = list(self._graphs.values())
         self._session = session or FiledSession(graphs, folder or scratch())
         none = torch.zeros(0, 0, dtype=torch.bool)
-        self._parts = [_Part([self._samples[i] for i in some], some, none) for some in parted(self._samples)]
-        self._parts = self._parts or [_Part([], [], none)]
+        self._parts = [_Part(some, none) for some in parted(self._samples)]
+        self._parts = self._parts or [_Part([], none)]
         self._step: Lockstep[tuple[Array, Array]] = Lockstep([])
         self._visit, self._seen = visit, set[str]()
         self._arrived: list[torch.Tensor] = []
@@ -119,38 +112,11 @@ class Walk:
         for x, part in zip(inputs, self._parts, strict=True):
             yield _real_rows(x, part)
 
-    def hessian(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """X^T X / T, fp32 [K, K], of a linear's inputs X over all parts, and T."""
-        width, count = inputs[0].shape[-1], 0
-        total = torch.zeros(width, width)
-        for rows in self.all_rows(inputs):
-            total.addmm_(rows.T, rows)
-            count += len(rows)
-        return total.div_(max(1, count)), count
-
-    def key_value_hessian(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """What `hessian` gives for a linear of keys or values, to which more is added: fp32 [K, K], and T.
-
-        An error in a key or value counts for all tokens that read it: most of all one that is the same for many of them, or at
-        the first token, on which attention rests (arXiv 2309.17453). So the means of the tokens up to each, and the first
-        tokens, are added as if they were inputs, with KEY_VALUE_SHARE of the trace each.
-        """
-        plain, count = self.hessian(inputs)
-        means, firsts = torch.zeros_like(plain), torch.zeros_like(plain)
+    def sequences(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every part's input that is of sequences, [B, S, K], with where it is no padding, bool [B, S]."""
         for x, part in zip(inputs, self._parts, strict=True):
-            if x.ndim != 3:
-                return plain, count
-            real = part.real if x.shape[:-1] == part.real.shape else torch.ones(x.shape[:-1], dtype=torch.bool)
-            so_far = real.cumsum(1)
-            mean = x.mul(real.unsqueeze(2)).cumsum(1).div_(so_far.clamp(min=1).unsqueeze(2))[real]
-            first = x[real & (so_far == 1)]
-            means.addmm_(mean.T, mean)
-            firsts.addmm_(first.T, first)
-        whole = float(plain.trace())
-        for more in (means, firsts):
-            trace = float(more.trace())
-            plain.add_(more, alpha=KEY_VALUE_SHARE * whole / trace if trace > 0.0 else 0.0)
-        return plain, count
+            if x.ndim == 3:
+                yield x, part.real if x.shape[:-1] == part.real.shape else torch.ones(x.shape[:-1], dtype=torch.bool)
 
     def to_head(self) -> None:
         """Visit all linears, the head with every token; what follows the head is not computed."""
@@ -239,7 +205,7 @@ class Walk:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`padded`; where logits are asked for, to the longest of all samples: those of all parts are of the same positions."""
         length = None if most is None else max(len(of(s)) for s in self._samples)
-        return padded([of(s) for s in part.samples], self.spec.pad_id, length)
+        return padded([of(self._samples[i]) for i in part.places], self.spec.pad_id, length)
 
     def _causal(self, part: _Part, most: int | None) -> tuple[Array, Array]:
         ids, real = self._padded(part, lambda s: s.tokens, most)
@@ -301,7 +267,8 @@ class Walk:
         lengths = sorted(len(s.context) for s in self._samples)
         length = min(lengths[len(lengths) // 4], context.window)
         # the few that are shorter are read over again from their start
-        ids = torch.tensor([(s.context * -(-length // len(s.context)))[:length] for s in part.samples])
+        contexts = [self._samples[i].context for i in part.places]
+        ids = torch.tensor([(c * -(-length // len(c)))[:length] for c in contexts])
         part.real = torch.ones_like(ids, dtype=torch.bool)
         if not context.tokens:
             return self._session.run("context", {"input_ids": ids.numpy()}, {})["memory"]
@@ -343,11 +310,6 @@ def parted(samples: Sequence[Sample]) -> list[list[int]]:
             found.append([])
         found[-1].append(place)
     return found
-
-
-def same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    """Whether two linears were visited with the very same inputs."""
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _real_rows(x: torch.Tensor, part: _Part) -> torch.Tensor:

@@ -18,6 +18,7 @@ from edgewright.calibration import MOST_TOKENS, Sample, digest, read_samples
 from edgewright.checkpoint import Checkpoint
 from edgewright.compiler import Request, plan
 from edgewright.errors import UserError
+from edgewright.factors import hessian
 from edgewright.models import build
 from edgewright.models.layers import Linear
 from edgewright.models.loading import load_original
@@ -108,7 +109,7 @@ def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, mon
         found: dict[str, tuple[torch.Tensor, int]] = {}
 
         def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
-            found[name] = walk.hessian(inputs)
+            found[name] = hessian(walk, inputs)
 
         def provide(name: str, module: torch.nn.Module, value: torch.Tensor) -> torch.Tensor:
             reads[name] = reads.get(name, 0) + isinstance(module, Linear)
@@ -124,9 +125,9 @@ def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, mon
     monkeypatch.setattr(walks, "PART_TOKENS", 1)
     apart = seen()
     assert reads == once  # a weight is read for all parts together
-    for name, (hessian, tokens) in together.items():
+    for name, (found, tokens) in together.items():
         assert apart[name][1] == tokens
-        torch.testing.assert_close(apart[name][0], hessian, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(apart[name][0], found, rtol=1e-3, atol=1e-4)
 
 
 def test_logits_at_few_positions_are_some_of_them(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from test_calibration import opened, samples_of
 from edgewright import sensitivity
 from edgewright import walk as walks
 from edgewright.calibration import Sample
+from edgewright.factors import KEY_VALUE_SHARE, hessian, key_value_hessian
 from edgewright.layerwise import CodeStore, quantize_layerwise
 from edgewright.models import build
 from edgewright.models.layers import Linear
@@ -20,14 +21,14 @@ from edgewright.quant.gptq import damping_for, factor, quantize_gptq
 from edgewright.quant.hessian import Factor
 from edgewright.quant.plan import BitPlan, Budget, Entry
 from edgewright.quant.units import key_value_weights
-from edgewright.walk import KEY_VALUE_SHARE, Walk
+from edgewright.walk import Walk
 
 PLAIN = {"modernbert", "phi4flash"}
 """Queries lie in one matrix with keys and values, or there is no attention."""
 
 
 def plainly(rows: list[np.ndarray]) -> np.ndarray:
-    """`Walk.key_value_hessian` token by token, of sequences [S, K]."""
+    """`key_value_hessian` token by token, of sequences [S, K]."""
     own = sum(np.outer(x, x) for xs in rows for x in xs) / sum(len(xs) for xs in rows)
     firsts = sum(np.outer(xs[0], xs[0]) for xs in rows)
     means = sum(np.outer(m, m) for xs in rows for i in range(len(xs)) for m in [xs[: i + 1].mean(0)])
@@ -53,8 +54,8 @@ def test_means_and_first_tokens_are_added(
             for i in range(len(x) if x.shape[:-1] == part.real.shape else 0)
         ]
         if name in keys_values:
-            hessian, count = walk.key_value_hessian(inputs)
-            seen[name] = (hessian.numpy(), count, plainly(rows), sum(map(len, rows)))
+            found, count = key_value_hessian(walk, inputs)
+            seen[name] = (found.numpy(), count, plainly(rows), sum(map(len, rows)))
 
     walk = Walk(model := build(checkpoint.config), checkpoint, spec, samples_of(spec, 4), visit=visit)
     keys_values = key_value_weights(model)
@@ -73,10 +74,10 @@ def test_padding_anywhere_and_no_mask_at_all(tmp_path: Path) -> None:
     real = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
     for mask, rows in ((real, [xs[r] for xs, r in zip(x, real, strict=True)]), (torch.zeros(0, 0).bool(), list(x))):
         walk._parts[0].real = mask
-        hessian, count = walk.key_value_hessian([x])
+        found, count = key_value_hessian(walk, [x])
         assert count == sum(map(len, rows))
-        np.testing.assert_allclose(hessian.numpy(), plainly([r.double().numpy() for r in rows]), rtol=1e-4, atol=1e-5)
-    assert torch.equal(walk.key_value_hessian([x[0]])[0], walk.hessian([x[0]])[0])  # no sequence
+        np.testing.assert_allclose(found.numpy(), plainly([r.double().numpy() for r in rows]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(key_value_hessian(walk, [x[0]])[0], hessian(walk, [x[0]])[0])  # no sequence
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -108,7 +109,7 @@ def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: py
         if name in names:
             want[name] = [
                 quantize_gptq(checkpoint.tensor(name), factor(h, damping_for(len(h), n)), 4, 32).codes
-                for h, n in (walk.hessian(inputs), walk.key_value_hessian(inputs))
+                for h, n in (hessian(walk, inputs), key_value_hessian(walk, inputs))
             ]
 
     walk = Walk(build(checkpoint.config), checkpoint, spec, samples, visit=visit)
