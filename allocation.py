@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Generation
-from .calibration import Sample
+from .calibration import Sample, evenly
 from .checkpoint import Checkpoint
 from .device_profiles.profile import load
 from .divergence import measured_kl
@@ -29,7 +29,6 @@ from .quant.units import protected_weights
 from .request import DEFAULT_BITS, Progress, Request
 from .safetensors_writer import StreamingWriter
 from .scoring import Probes, Scores, score, unit_weights
-from .sensitivity import evenly
 
 COMPARED = 8
 """Samples on which plan and uniform are compared."""

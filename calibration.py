@@ -42,6 +42,12 @@ class Sample:
         return len(self.tokens) + len(self.decoded) + len(self.context)
 
 
+def evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most `most` of the samples, evenly spread."""
+    count = min(most, len(samples))
+    return [samples[i * len(samples) // count] for i in range(count)]
+
+
 def digest(samples: Sequence[Sample]) -> str:
     """SHA-256 (hex) of the samples: the same samples give the same codes."""
     text = json.dumps([[s.tokens, s.decoded, s.context] for s in samples], separators=(",", ":"))

@@ -7,6 +7,7 @@ was killed walks again, over them, and goes on where they end.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from .calibration import Call, Sample
 from .checkpoint import Checkpoint, check_finite
 from .errors import UserError
 from .factors import Factors
+from .lookups import lookup_hessians
 from .models.layers import Linear
 from .ops.packing import packed_bytes
 from .quant.gptq import Factor, quantize_gptq, row_block
@@ -118,8 +120,10 @@ def quantize_layerwise(
         found = store.read(name, (int(value.shape[0]), int(value.shape[1])), entry)
         return value if found is None else found.dequantize()
 
+    todo = [name for name in wanted if not store.has(name)]
+    lookups = lookup_hessians(copy.deepcopy(model), checkpoint, spec, samples, todo)
     walk = Walk(model, checkpoint, spec, samples, calls, provide, visit, folder=store.folder)
-    factors = Factors(walk, model)
+    factors = Factors(walk, model, lookups)
     with workers.running():
         walk.to_head()
     return [name for name in wanted if not store.has(name)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .bundle import Generation
-from .calibration import Sample
+from .calibration import Sample, evenly
 from .checkpoint import Checkpoint
 from .divergence import kl_of_each
 from .errors import UserError
@@ -26,7 +26,7 @@ from .quant.plan import Choice, Unit
 from .quant.sensitivity import expected_of, extrapolated, relative_error
 from .runtimes.eager import EagerSession
 from .runtimes.generate import Stream, generate, read_context
-from .sensitivity import evenly, fisher, fisher_bytes, predicted_losses
+from .sensitivity import fisher, fisher_bytes, predicted_losses
 from .walk import Walk
 
 METHODS = ("auto", "fisher", "kl", "lim", "zd", "zd-two-sided", "uniform")

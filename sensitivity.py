@@ -6,27 +6,26 @@ square of that gradient is the Fisher information, whatever the true next tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from .bundle import Generation
-from .calibration import Call, Sample
+from .calibration import Call, Sample, evenly
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .factors import Factors
+from .gradients import GradientSession
+from .lookups import lookup_hessians
 from .models import build
 from .models.layers import Embedding, Linear
 from .models.loading import load_original
-from .ops import DECOMPOSITIONS
 from .quant.hessian import Factor
 from .quant.plan import Choice, Unit
 from .quant.sensitivity import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
-from .runtimes.eager import EagerSession
 from .walk import Walk
 
 POSITIONS = 256
@@ -43,30 +42,7 @@ HESSIAN_WINDOWS = 16
 """Windows that the Hessians for GPTQ's predicted losses are of; GPTQ itself sees all."""
 
 _SEED = 5
-_BY_OP = {op.overloadpacket: reference for op, reference in DECOMPOSITIONS.items()}
 Progress = Callable[[str], None]
-
-
-class References(TorchFunctionMode):
-    """`edgewright::` ops run as their references, plain operations that PyTorch can differentiate."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return _BY_OP.get(func, func)(*args, **(kwargs or {}))
-
-
-class GradientSession(EagerSession):
-    """The eager runtime that keeps what a backward pass needs; inputs and outputs are tensors, or arrays as elsewhere."""
-
-    def run(self, graph: str, inputs: Any, state: Any) -> dict[str, Any]:
-        g = self._graphs[graph]
-        given = [torch.as_tensor(inputs[p.name]) for p in g.inputs] + [state[s.name] for s in g.states]
-        with torch.enable_grad(), References():
-            outputs = dict(zip(g.output_names, g.call(given), strict=True))
-        for name in [n for n in outputs if n.removesuffix("_out") in self._states]:
-            state[name.removesuffix("_out")] = outputs.pop(name)
-        return outputs
 
 
 @dataclass
@@ -133,12 +109,6 @@ def fisher_bytes(model: Any, samples: Sequence[Sample]) -> int:
     vocab = max((int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"), default=0)
     activations = window * (_KEPT * widths + _SCORES * heads * window) + _LOGITS * POSITIONS * vocab
     return int(4 * (weights + curvatures + largest + activations))
-
-
-def evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """At most `most` of the samples, evenly spread."""
-    count = min(most, len(samples))
-    return [samples[i * len(samples) // count] for i in range(count)]
 
 
 class _Watch:
@@ -267,6 +237,8 @@ def _walk_hessians(
     # Data that the curvature is not of: on its own data GPTQ's error looks up to twice as small as it is.
     differentiated = set(evenly(samples, WINDOWS))
     apart = [s for s in samples if s not in differentiated] or samples
-    walk = Walk(model, checkpoint, spec, evenly(apart, HESSIAN_WINDOWS), calls, visit=visit)
-    factors = Factors(walk, model)
+    some = evenly(apart, HESSIAN_WINDOWS)
+    lookups = lookup_hessians(build(config), checkpoint, spec, some, names)
+    walk = Walk(model, checkpoint, spec, some, calls, visit=visit)
+    factors = Factors(walk, model, lookups)
     walk.to_head()

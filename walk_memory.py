@@ -8,6 +8,7 @@ import torch
 
 from .calibration import MOST_TOKENS, WINDOW
 from .errors import UserError
+from .lookups import lookup_bytes
 from .models.layers import Linear
 from .ops import recurrence
 from .quant.gptq import BLOCK_WEIGHTS
@@ -34,13 +35,13 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     widest = max((k for _, k in linears), default=0)
     broadest = max((max(n, k) for n, k in linears if n not in vocab), default=0)
     # a chunk of weights in fp32; what GPTQ keeps for each block of rows
-    fixed = PROCESS_BYTES + 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
+    work = 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
     heads = max((int(getattr(getattr(m, "spec", None), "heads", 0)) for m in model.modules()), default=0)
     scores = max(ATTENTION_BYTES, 12 * heads * longest)
     part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
     if any(s.kind == "recurrent" for g in model.graphs() for s in g.states):
         part += recurrence.WORK_BYTES
-    return fixed + part, 10 * (broadest + widest)
+    return PROCESS_BYTES + max(work + part, lookup_bytes(model)), 10 * (broadest + widest)
 
 
 def tokens_within(model: Any, limit: int, longest: int = WINDOW) -> int:

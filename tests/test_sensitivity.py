@@ -13,7 +13,7 @@ from families import CONFIGS
 from torch import nn
 
 from edgewright.bundle import Generation
-from edgewright.calibration import Sample
+from edgewright.calibration import Sample, evenly
 from edgewright.checkpoint import Checkpoint
 from edgewright.compiler import Request, plan
 from edgewright.divergence import kl_of_each, measured_kl
@@ -27,7 +27,7 @@ from edgewright.quant.rtn import quantize_rtn
 from edgewright.quant.sensitivity import Curvature, Gradients, WeightLosses, extrapolated, fill_unreached
 from edgewright.quant.units import quantizable_units
 from edgewright.runtimes.eager import EagerSession
-from edgewright.sensitivity import Fisher, evenly, fisher, fisher_bytes, predicted_losses
+from edgewright.sensitivity import Fisher, fisher, fisher_bytes, predicted_losses
 
 LOGIT_FAMILIES = [family for family in CONFIGS if build(CONFIGS[family]).task != "module"]
 

@@ -1,0 +1,129 @@
+"""What the first layers make of an error in an embedding. Top-level: walk, gradients, `models` enter.
+
+A table that is embedding and head at once has one set of codes, and GPTQ on the head's inputs alone spends the embedding's
+precision: with 2 bits, five parts of six of what the table costs Gemma 3 270M come in at the lookup. What an error D of a row
+that is looked up does is taken from the first layer of each stack: the sum over its linears of the relative squared error of
+their outputs, D J^T J D^T, by a backward pass through that layer alone. On Gemma 3 270M and SmolLM2 this does as well as
+the Fisher information of the lookups, for which the whole model must be differentiated (benchmarks/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bundle import Generation
+from .calibration import Sample, evenly
+from .checkpoint import Checkpoint
+from .gradients import GradientSession
+from .models.layers import Embedding, Linear
+from .walk import PART_TOKENS, Walk, parted
+
+DRAWS = 8
+"""Random projections of the outputs for each token: E[(J^T v)(J^T v)^T] = J^T J for v of random signs."""
+
+_SEED = 3
+
+
+class _Done(Exception):
+    """The first layers have run: nothing after them is wanted."""
+
+
+def lookup_hessians(
+    model: Any, checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The mean of J^T J over tokens, fp32 [K, K] of trace 1, for each of `names` that is embedding and head at once.
+
+    model: built on the meta device, of no use afterwards. One part of the samples is read. Tables that no sample reaches are
+    left out.
+    """
+    tables = {m: name for m, name in _tied_tables(model).items() if name in names}
+    firsts = [layers[0] for layers in model.stacks().values() if len(layers)]
+    if not tables or not firsts or not samples:
+        return {}
+    longest = max(s.size for s in samples)
+    some = evenly(samples, max(1, PART_TOKENS // longest))
+    walk = Walk(model, checkpoint, spec, [some[i] for i in parted(some)[0]], session=GradientSession(model.graphs()))
+    watch = _Watch(tables, firsts, walk.rows)
+    with suppress(_Done):
+        walk.logits(1)
+    return {
+        name: sums / trace for name, sums in watch.sums.items() if 0.0 < (trace := float(sums.trace())) < float("inf")
+    }
+
+
+def lookup_bytes(model: Any) -> int:
+    """About what `lookup_hessians` takes: the weights of the first layers, and what a backward pass keeps of a part."""
+    if not _tied_tables(model):
+        return 0
+    shapes = [
+        [m.weight.shape for m in layers[0].modules() if isinstance(m, Linear)]
+        for layers in model.stacks().values()
+        if len(layers)
+    ]
+    return max((sum(4 * n * k + 4 * PART_TOKENS * 2 * (n + k) for n, k in layer) for layer in shapes), default=0)
+
+
+def _tied_tables(model: Any) -> dict[Embedding, str]:
+    """Each embedding whose weight is a linear's too, with its stored name."""
+    stored = {m: model.tied.get(f"{path}.weight", f"{path}.weight") for path, m in model.named_modules()}
+    heads = {stored[m] for m in stored if isinstance(m, Linear)}
+    return {m: name for m, name in stored.items() if isinstance(m, Embedding) and name in heads}
+
+
+class _Watch:
+    """Hooks that differentiate each first layer as soon as it has run. sums: of the gradients' products, by table."""
+
+    def __init__(
+        self,
+        tables: dict[Embedding, str],
+        firsts: Sequence[nn.Module],
+        rows: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.sums = {name: torch.zeros(m.weight.shape[1], m.weight.shape[1]) for m, name in tables.items()}
+        self._rows, self._left = rows, set(firsts)
+        self._looked_up: list[tuple[str, torch.Tensor]] = []
+        self._outputs: list[torch.Tensor] = []
+        self._signs = torch.Generator().manual_seed(_SEED)
+        for table, name in tables.items():
+            table.register_forward_hook(self._lookup(name))
+        for layer in firsts:
+            for module in layer.modules():
+                if isinstance(module, Linear):
+                    module.register_forward_hook(lambda _, __, output: self._outputs.append(self._rows(output)))
+            layer.register_forward_hook(self._differentiate)
+
+    def _lookup(self, name: str) -> Callable[..., torch.Tensor]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            leaf = output.detach().requires_grad_()
+            self._looked_up.append((name, leaf))
+            return leaf
+
+        return hook
+
+    def _differentiate(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        reached = [y for y in self._outputs if y.requires_grad]
+        for _ in range(DRAWS if reached and self._looked_up else 0):
+            total = torch.zeros(())
+            for y in reached:
+                size = y.detach().square().sum(-1).mean().sqrt().clamp(min=1e-20)
+                total = total + (y * (torch.randint(0, 2, y.shape, generator=self._signs) * 2.0 - 1.0)).sum() / size
+            leaves = [leaf for _, leaf in self._looked_up]
+            found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            for (name, _), gradient in zip(self._looked_up, found, strict=True):
+                if gradient is not None:
+                    rows = self._rows(gradient)
+                    self.sums[name].addmm_(rows.T, rows)
+        self._looked_up, self._outputs = [], []
+        self._left.discard(layer)
+        if not self._left:
+            raise _Done
+        return tuple(map(_detached, output)) if isinstance(output, tuple) else _detached(output)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
