@@ -2,7 +2,8 @@
 
 An error in a key or value counts for all tokens that read it: most of all one that is the same for many of them, or at the
 first token, on which attention rests (arXiv 2309.17453). So for these weights the means of the tokens up to each, and the
-first tokens, are added to the Hessian as if they were inputs. A head that is the embedding too has what `lookups` gives added.
+first tokens, are added to the Hessian as if they were inputs. A table that rows are looked up in has what `lookups` gives: alone,
+or added to the Hessian of the head that it also is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Factors:
     lookups: as `lookup_hessians` gives.
     """
 
-    def __init__(self, walk: Walk, model: Any, lookups: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, walk: Walk, model: Any, lookups: Mapping[str, tuple[torch.Tensor, int]]) -> None:
         self._walk, self._keys_values, self._lookups = walk, key_value_weights(model), lookups
         self._inputs: Sequence[torch.Tensor] = ()
         self._added: object = None
@@ -48,12 +49,19 @@ class Factors:
             self._last = None  # before the next one is made: each takes several K x K matrices
             made, tokens = (key_value_hessian if added is True else hessian)(self._walk, inputs)
             if name in self._lookups:
-                made.add_(self._lookups[name], alpha=LOOKUP_SHARE * float(made.trace()))
+                made.add_(self._lookups[name][0], alpha=LOOKUP_SHARE * float(made.trace()))
             if not bool(torch.isfinite(made.diagonal()).all()):
                 raise UserError(f"{name}: its inputs are not finite on the calibration data; use --quantizer rtn")
             self._last = factor(made, damping_for(len(made), tokens))
             self._inputs, self._added = inputs, added
         return self._last
+
+    def of_lookups(self, name: str) -> Factor | None:
+        """The factor for a table that no linear multiplies; None for one that no sample reaches."""
+        if name not in self._lookups:
+            return None
+        made, draws = self._lookups[name]
+        return factor(made, damping_for(len(made), draws))
 
 
 def hessian(walk: Walk, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:

@@ -126,6 +126,10 @@ def quantize_layerwise(
     factors = Factors(walk, model, lookups)
     with workers.running():
         walk.to_head()
+        for name in [n for n in wanted if not store.has(n)]:
+            made = factors.of_lookups(name)
+            if made is not None:
+                store.write(name, quantize_rows(checkpoint, name, made, wanted[name], workers))
     return [name for name in wanted if not store.has(name)]
 
 

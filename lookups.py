@@ -1,10 +1,11 @@
 """What the first layers make of an error in an embedding. Top-level: walk, gradients, `models` enter.
 
-A table that is embedding and head at once has one set of codes, and GPTQ on the head's inputs alone spends the embedding's
-precision: with 2 bits, five parts of six of what the table costs Gemma 3 270M come in at the lookup. What an error D of a row
-that is looked up does is taken from the first layer of each stack: the sum over its linears of the relative squared error of
-their outputs, D J^T J D^T, by a backward pass through that layer alone. On Gemma 3 270M and SmolLM2 this does as well as
-the Fisher information of the lookups, for which the whole model must be differentiated (benchmarks/RESULTS.md).
+What an error D of a row that is looked up does is taken from the first layer of each stack: the sum over its linears of the
+relative squared error of their outputs, D J^T J D^T, by a backward pass through that layer alone. With it GPTQ can quantize a
+table that nothing multiplies. A table that is embedding and head at once has one set of codes for both, and on the head's
+inputs alone GPTQ spends the lookups' precision: of what Gemma 3 270M loses with it at 2 bits three quarters come in there. The
+first layer says as much as the Fisher information of lookups, which takes a backward pass through the whole model
+(benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class _Done(Exception):
 
 def lookup_hessians(
     model: Any, checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], names: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """The mean of J^T J over tokens, fp32 [K, K] of trace 1, for each of `names` that is embedding and head at once.
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """For each of `names` that rows are looked up in: the mean of J^T J, fp32 [K, K] of trace 1, and of how many draws it is.
 
     model: built on the meta device, of no use afterwards. One part of the samples is read. Tables that no sample reaches are
     left out.
     """
-    tables = {m: name for m, name in _tied_tables(model).items() if name in names}
+    tables = {m: name for m, name in _tables(model).items() if name in names}
     firsts = [layers[0] for layers in model.stacks().values() if len(layers)]
     if not tables or not firsts or not samples:
         return {}
@@ -51,14 +52,13 @@ def lookup_hessians(
     watch = _Watch(tables, firsts, walk.rows)
     with suppress(_Done):
         walk.logits(1)
-    return {
-        name: sums / trace for name, sums in watch.sums.items() if 0.0 < (trace := float(sums.trace())) < float("inf")
-    }
+    traces = {name: float(sums.trace()) for name, sums in watch.sums.items()}
+    return {n: (watch.sums[n] / t, watch.counts[n]) for n, t in traces.items() if 0.0 < t < float("inf")}
 
 
 def lookup_bytes(model: Any) -> int:
     """About what `lookup_hessians` takes: the weights of the first layers, and what a backward pass keeps of a part."""
-    if not _tied_tables(model):
+    if not _tables(model):
         return 0
     shapes = [
         [m.weight.shape for m in layers[0].modules() if isinstance(m, Linear)]
@@ -68,15 +68,17 @@ def lookup_bytes(model: Any) -> int:
     return max((sum(4 * n * k + 4 * PART_TOKENS * 2 * (n + k) for n, k in layer) for layer in shapes), default=0)
 
 
-def _tied_tables(model: Any) -> dict[Embedding, str]:
-    """Each embedding whose weight is a linear's too, with its stored name."""
-    stored = {m: model.tied.get(f"{path}.weight", f"{path}.weight") for path, m in model.named_modules()}
-    heads = {stored[m] for m in stored if isinstance(m, Linear)}
-    return {m: name for m, name in stored.items() if isinstance(m, Embedding) and name in heads}
+def _tables(model: Any) -> dict[Embedding, str]:
+    """Each embedding with its weight's stored name."""
+    return {
+        m: model.tied.get(f"{path}.weight", f"{path}.weight")
+        for path, m in model.named_modules()
+        if isinstance(m, Embedding)
+    }
 
 
 class _Watch:
-    """Hooks that differentiate each first layer as soon as it has run. sums: of the gradients' products, by table."""
+    """Hooks that differentiate each first layer as soon as it has run. sums, counts: of the gradients' products, by table."""
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class _Watch:
         rows: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self.sums = {name: torch.zeros(m.weight.shape[1], m.weight.shape[1]) for m, name in tables.items()}
+        self.counts = dict.fromkeys(self.sums, 0)
         self._rows, self._left = rows, set(firsts)
         self._looked_up: list[tuple[str, torch.Tensor]] = []
         self._outputs: list[torch.Tensor] = []
@@ -118,6 +121,7 @@ class _Watch:
                 if gradient is not None:
                     rows = self._rows(gradient)
                     self.sums[name].addmm_(rows.T, rows)
+                    self.counts[name] += len(rows)
         self._looked_up, self._outputs = [], []
         self._left.discard(layer)
         if not self._left:

@@ -222,12 +222,13 @@ def _walk_hessians(
 ) -> None:
     """`work` for each of `names` that the data reach, with the factor of its inputs' Hessian."""
     model = build(config)
-    done = 0
+    seen, done = set[str](), 0
 
     def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
         nonlocal done
         if name not in names:
             return
+        seen.add(name)
         made = factors.of(name, inputs)
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
@@ -242,3 +243,7 @@ def _walk_hessians(
     walk = Walk(model, checkpoint, spec, some, calls, visit=visit)
     factors = Factors(walk, model, lookups)
     walk.to_head()
+    for name in sorted(names - seen):
+        made = factors.of_lookups(name)
+        if made is not None:
+            work(name, made)
