@@ -17,7 +17,7 @@ from .divergence import measured_kl
 from .errors import UserError
 from .memory import require_available
 from .models import build
-from .models.layers import Linear
+from .models.layers import Embedding, Linear
 from .quant.allocate import Override, Problem, expected_loss, offers, plan_within, reach
 from .quant.frontier import better, uniform
 from .quant.latency import decode_step
@@ -236,7 +236,8 @@ def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -
 
 
 def by_gptq(plan: BitPlan, model: Any) -> BitPlan:
-    """The plan with GPTQ for every weight that is a linear's; rows of an embedding alone have no Hessian."""
-    linears = {model.tied.get(f"{p}.weight", f"{p}.weight") for p, m in model.named_modules() if isinstance(m, Linear)}
-    chosen = {n: replace(e, quantizer="gptq") if n in linears else e for n, e in plan.entries.items()}
+    """The plan with GPTQ for every weight of a linear or an embedding; a convolution has no Hessian of inputs."""
+    kinds = (Linear, Embedding)
+    known = {model.tied.get(f"{p}.weight", f"{p}.weight") for p, m in model.named_modules() if isinstance(m, kinds)}
+    chosen = {n: replace(e, quantizer="gptq") if n in known else e for n, e in plan.entries.items()}
     return replace(plan, entries=chosen)

@@ -1,35 +1,55 @@
-"""A model's graphs run so that a backward pass can follow. Top-level: ops and the eager runtime enter."""
+"""A model's graphs run so that a backward pass can follow. Top-level: graph, ops and the eager runtime enter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .graph import Graph
 from .ops import DECOMPOSITIONS
 from .runtimes.eager import EagerSession
 
 _BY_OP = {op.overloadpacket: reference for op, reference in DECOMPOSITIONS.items()}
 
+RECURRENCES = frozenset(
+    getattr(torch.ops.edgewright, name) for name in ("gated_delta_rule", "linear_attention", "selective_scan")
+)
+"""Ops whose references keep a state for every token when they are differentiated: megabytes a token."""
+
 
 class References(TorchFunctionMode):
-    """`edgewright::` ops run as their references, plain operations that PyTorch can differentiate."""
+    """`edgewright::` ops run as their references, plain operations that PyTorch can differentiate; those of `cut` as they are."""
+
+    def __init__(self, cut: Collection[Any] = ()) -> None:
+        super().__init__()
+        self._cut = cut
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in self._cut:
+            with torch.no_grad():
+                return func(*args, **(kwargs or {}))
         return _BY_OP.get(func, func)(*args, **(kwargs or {}))
 
 
 class GradientSession(EagerSession):
-    """The eager runtime that keeps what a backward pass needs; inputs and outputs are tensors, or arrays as elsewhere."""
+    """The eager runtime that keeps what a backward pass needs; inputs and outputs are tensors, or arrays as elsewhere.
+
+    cut: ops through which no gradient goes.
+    """
+
+    def __init__(self, graphs: Sequence[Graph], cut: Collection[Any] = ()) -> None:
+        super().__init__(graphs)
+        self._cut = cut
 
     def run(self, graph: str, inputs: Any, state: Any) -> dict[str, Any]:
         g = self._graphs[graph]
         given = [torch.as_tensor(inputs[p.name]) for p in g.inputs] + [state[s.name] for s in g.states]
-        with torch.enable_grad(), References():
+        with torch.enable_grad(), References(self._cut):
             outputs = dict(zip(g.output_names, g.call(given), strict=True))
         for name in [n for n in outputs if n.removesuffix("_out") in self._states]:
             state[name.removesuffix("_out")] = outputs.pop(name)

@@ -7,7 +7,6 @@ was killed walks again, over them, and goes on where they end.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -120,8 +119,7 @@ def quantize_layerwise(
         found = store.read(name, (int(value.shape[0]), int(value.shape[1])), entry)
         return value if found is None else found.dequantize()
 
-    todo = [name for name in wanted if not store.has(name)]
-    lookups = lookup_hessians(copy.deepcopy(model), checkpoint, spec, samples, todo)
+    lookups = lookup_hessians(model, checkpoint, spec, samples, wanted)
     walk = Walk(model, checkpoint, spec, samples, calls, provide, visit, folder=store.folder)
     factors = Factors(walk, model, lookups)
     with workers.running():
@@ -129,6 +127,7 @@ def quantize_layerwise(
         for name in [n for n in wanted if not store.has(n)]:
             made = factors.of_lookups(name)
             if made is not None:
+                progress(f"gptq: {name}, from what the first layer makes of it")
                 store.write(name, quantize_rows(checkpoint, name, made, wanted[name], workers))
     return [name for name in wanted if not store.has(name)]
 

@@ -239,7 +239,7 @@ def _walk_hessians(
     differentiated = set(evenly(samples, WINDOWS))
     apart = [s for s in samples if s not in differentiated] or samples
     some = evenly(apart, HESSIAN_WINDOWS)
-    lookups = lookup_hessians(build(config), checkpoint, spec, some, names)
+    lookups = lookup_hessians(model, checkpoint, spec, some, names)
     walk = Walk(model, checkpoint, spec, some, calls, visit=visit)
     factors = Factors(walk, model, lookups)
     walk.to_head()

@@ -27,8 +27,8 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated. longest: tokens of a sample.
 
     Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights; for one
-    part all that a layer gives, attention over a window and a recurrence; of a token, what lives on while its part waits. Caches
-    are in files.
+    part all that a layer gives, attention over a window and a recurrence; of a token, what lives on while its part waits; or, if
+    that is more, a backward pass through a first layer. Caches are in files.
     """
     vocab = {int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"}
     linears = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, Linear)]
@@ -41,7 +41,8 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
     if any(s.kind == "recurrent" for g in model.graphs() for s in g.states):
         part += recurrence.WORK_BYTES
-    return PROCESS_BYTES + max(work + part, lookup_bytes(model)), 10 * (broadest + widest)
+    lookups, tables = lookup_bytes(model, longest)
+    return PROCESS_BYTES + tables + max(work + part, lookups), 10 * (broadest + widest)
 
 
 def tokens_within(model: Any, limit: int, longest: int = WINDOW) -> int:
