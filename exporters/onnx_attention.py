@@ -1,7 +1,7 @@
 """The attentions on ONNX Runtime's CPU kernels: by GroupQueryAttention where it fits.
 
 What may enter: onnx_ir, `onnx_cache_attention`, `onnx_lowerings`. Facts of the kernels are pinned in
-tests/test_onnx_facts.py. Caches are written in place: past and present are one buffer (`runtimes.onnxruntime`).
+tests/test_onnx_attention_facts.py. Caches are written in place: past and present are one buffer (`runtimes.onnxruntime`).
 """
 
 from __future__ import annotations

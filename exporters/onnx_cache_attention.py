@@ -1,7 +1,7 @@
 """Attention over caches as they lie, without GroupQueryAttention: merged, shared and cross attention, heads of any size.
 
 What may enter: onnx_ir, `onnx_lowerings`. TensorScatter writes a cache in place: past and present are one buffer
-(`runtimes.onnxruntime`). tests/test_onnx_facts.py pins what the kernels do.
+(`runtimes.onnxruntime`). tests/test_onnx_attention_facts.py pins what the kernels do.
 """
 
 from __future__ import annotations
