@@ -24,7 +24,6 @@ loss, as the Fisher information of other text sees it, falls to 0.37 (4 bits) an
 0.015 to 0.075 give 0.36 to 0.39. Of the examples, trained on single words or short records, no layer's moves by more than 15 %
 at 2 bits and their sum by 1 %; at 2.5 bits two of the three answer a little less as the original does (benchmarks/RESULTS.md)."""
 
-
 LOOKUP_SHARE = 0.2
 """What the lookups of a tied table add to the Hessian of the head's inputs, as a share of its trace. With 0.15 and 0.3 the table
 alone costs Gemma 3 270M 0.63 and 0.64 nats at 2 bits (0.93 without), SmolLM2 0.48 and 0.47 (0.53)."""

@@ -139,13 +139,14 @@ def test_a_run_that_was_killed_between_two_tables_gives_the_same(tmp_path: Path)
         return [value.clone() for q in got if q is not None for value in (q.codes, q.scales)]
 
     whole = quantized()
+    assert len(whole) == 2 * len(names)
     for name in names:
         store._path(name).unlink()
         assert all(torch.equal(a, b) for a, b in zip(quantized(), whole, strict=True))
 
 
 def test_an_encoder_whose_only_layer_is_never_called(tmp_path: Path) -> None:
-    """ARC's last layer is run inside the pooling: nothing is known of the encoder's table there, and all of the decoder's."""
+    """ARC's last layer is run inside the pooling: the encoder's table is seen through the decoder alone, which has its own."""
     config = copy.deepcopy(CONFIGS["arc_encoder"])
     encoder = next(v for k, v in config.items() if isinstance(v, dict) and "num_hidden_layers" in v and "encoder" in k)
     encoder["num_hidden_layers"] = 1
@@ -171,7 +172,7 @@ def test_gptq_of_a_tied_table_counts_its_lookups(tmp_path: Path) -> None:
     got = store.read(name, shape, entry)  # type: ignore[arg-type]
     assert got is not None
 
-    lookups = lookup_hessians(copy.deepcopy(model), checkpoint, spec, samples, {name})
+    lookups = lookup_hessians(model, checkpoint, spec, samples, {name})
     seen: dict[bool, torch.Tensor] = {}
 
     def visit(visited: str, _: Linear, inputs: list[torch.Tensor]) -> None:
