@@ -16,7 +16,7 @@ from .device_profiles.profile import load
 from .divergence import measured_kl
 from .errors import UserError
 from .memory import require_available
-from .models import build
+from .models import build, stored_name
 from .models.layers import Embedding, Linear
 from .quant.allocate import Override, Problem, expected_loss, offers, plan_within, reach
 from .quant.frontier import better, uniform
@@ -238,6 +238,6 @@ def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -
 def by_gptq(plan: BitPlan, model: Any) -> BitPlan:
     """The plan with GPTQ for every weight of a linear or an embedding; a convolution has no Hessian of inputs."""
     kinds = (Linear, Embedding)
-    known = {model.tied.get(f"{p}.weight", f"{p}.weight") for p, m in model.named_modules() if isinstance(m, kinds)}
+    known = {stored_name(model, f"{p}.weight") for p, m in model.named_modules() if isinstance(m, kinds)}
     chosen = {n: replace(e, quantizer="gptq") if n in known else e for n, e in plan.entries.items()}
     return replace(plan, entries=chosen)

@@ -22,6 +22,7 @@ from .bundle import Generation
 from .calibration import Sample, evenly
 from .checkpoint import Checkpoint
 from .gradients import RECURRENCES, GradientSession
+from .models import stored_name
 from .models.layers import Embedding, Linear
 from .walk import PART_TOKENS, Walk, parted
 
@@ -81,11 +82,7 @@ def lookup_bytes(model: Any, longest: int) -> tuple[int, int]:
 
 def _tables(model: Any) -> dict[Embedding, str]:
     """Each embedding with its weight's stored name."""
-    return {
-        m: model.tied.get(f"{path}.weight", f"{path}.weight")
-        for path, m in model.named_modules()
-        if isinstance(m, Embedding)
-    }
+    return {m: stored_name(model, f"{path}.weight") for path, m in model.named_modules() if isinstance(m, Embedding)}
 
 
 class _Watch:

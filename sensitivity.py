@@ -20,7 +20,7 @@ from .errors import UserError
 from .factors import Factors
 from .gradients import GradientSession
 from .lookups import lookup_hessians
-from .models import build
+from .models import build, stored_name
 from .models.layers import Embedding, Linear
 from .models.loading import load_original
 from .quant.hessian import Factor
@@ -123,7 +123,7 @@ class _Watch:
             name = f"{path}.weight"
             rows, columns = module.weight.shape
             sums = Gradients(int(rows), int(columns))
-            self._uses.append((model.tied.get(name, name), sums))
+            self._uses.append((stored_name(model, name), sums))
             if isinstance(module, Linear):
                 # a parameter of its own: the gradient of a tied one would mix its uses
                 own = nn.Parameter(module.weight.detach(), requires_grad=True)

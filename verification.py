@@ -20,7 +20,7 @@ from .comparison import Probe, probe_of, score_text, task_accuracy
 from .errors import UserError, VerificationFailure
 from .exporters import exporter
 from .memory import require_available
-from .models import build
+from .models import build, stored_name
 from .models.kv_cache import stored_as
 from .models.loading import CODES, load_dequantized, load_original, quantized_parts
 from .module_checkpoint import open_model
@@ -196,7 +196,7 @@ def _check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
     wanted = {n for n in stored if n in held or not BACKENDS[format].graphs}
     seen: set[str] = set()
     for found, values in exporter(format).read_weights(bundle.path / format):
-        name = model.tied.get(found, found)
+        name = stored_name(model, found)
         if quantized.has(name):
             continue  # kept at 16 bits, in whatever float type the target has
         if name not in wanted:

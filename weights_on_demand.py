@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
+from .models import stored_name
 from .models.layers import Embedding, Linear
 
 SMALL = 1 << 16
@@ -32,7 +33,7 @@ class WeightsOnDemand:
         self._names: dict[nn.Module, dict[str, str]] = {}
         for path, module in model.named_modules():
             own = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
-            names = {leaf: model.tied.get(f"{path}.{leaf}", f"{path}.{leaf}") for leaf in own}
+            names = {leaf: stored_name(model, f"{path}.{leaf}") for leaf in own}
             # A small one that is no linear's is there all the time: whatever module holds it, others may read it.
             small = [n for n, p in own.items() if p.numel() <= SMALL and not isinstance(module, Linear)]
             for leaf in small:

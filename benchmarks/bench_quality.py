@@ -25,7 +25,7 @@ from edgewright.calibration import Sample, read_samples
 from edgewright.checkpoint import Checkpoint, open_checkpoint
 from edgewright.compiler import Request, plan
 from edgewright.layerwise import CodeStore, quantize_layerwise
-from edgewright.models import build
+from edgewright.models import build, stored_name
 from edgewright.models.loading import load_original
 from edgewright.planning import Planned
 from edgewright.quant.allocate import Problem, plan_within
@@ -91,7 +91,7 @@ def main() -> None:
     session_model = build(config)
     load_original(session_model, checkpoint)
     session = EagerSession(session_model.graphs())
-    modules = [(session_model.tied.get(f"{p}.weight", f"{p}.weight"), m) for p, m in session_model.named_modules()]
+    modules = [(stored_name(session_model, f"{p}.weight"), m) for p, m in session_model.named_modules()]
     about = [checkpoint.fingerprint(), str(options.calibration), str(options.text), options.windows, options.tokens]
     held = json.loads(options.output.read_text()) if options.output.exists() else {"about": about, "rows": []}
     if held["about"] != about:

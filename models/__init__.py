@@ -75,6 +75,12 @@ def build(config: dict[str, Any]) -> Any:
         return model.eval()
 
 
+def stored_name(model: Any, name: str) -> str:
+    """The name a parameter is stored under: its own, or that of the one it is tied to."""
+    stored: str = model.tied.get(name, name)
+    return stored
+
+
 def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """`config` with at most `layers` layers in each stack: a rehearsal. Raises UserError if layers is below 1."""
     if layers < 1:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..ops.quantized import dequantize
+from . import stored_name
 from .layers import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def load_quantized(model: Any, checkpoint: Checkpoint) -> None:
     for path, module in list(model.named_modules()):
         if not isinstance(module, Linear | Embedding):
             continue
-        stored = _stored(model, checkpoint, f"{path}.weight")
+        stored = stored_name(model, f"{path}.weight")
         if not checkpoint.has(stored + CODES):
             continue
         codes, scales, bits, group = quantized_parts(checkpoint, stored, shapes[f"{path}.weight"])
@@ -96,19 +97,13 @@ def quantized_parts(
     return codes, scales, bits, columns // scales.shape[1]
 
 
-def _stored(model: Any, checkpoint: Checkpoint, name: str) -> str:
-    """The name a parameter is stored under: its own, or the one it is tied to."""
-    stored: str = model.tied.get(name, name)
-    return stored
-
-
 def _fill(model: Any, checkpoint: Checkpoint, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
     """Set every parameter still on the meta device; tied ones share one tensor."""
     done: dict[str, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not parameter.is_meta:
             continue
-        stored = _stored(model, checkpoint, name)
+        stored = stored_name(model, name)
         if stored not in done:
             done[stored] = nn.Parameter(read(stored, tuple(parameter.shape)), requires_grad=False)
         path, _, leaf = name.rpartition(".")

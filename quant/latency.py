@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..device_profiles.profile import DeviceProfile
 from ..errors import UserError
 from ..graph import Graph, State
+from ..models import stored_name
 from ..models.layers import Embedding
 from .plan import UNQUANTIZED, BitPlan, Unit, WeightSpec
 from .targets import form, stored_bytes
@@ -144,7 +145,7 @@ def _run(model: Any, decoder: Graph, planned: Mapping[str, WeightSpec]) -> tuple
     def watch(path: str, module: nn.Module) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             for leaf, parameter in module.named_parameters(recurse=False):
-                name = model.tied.get(f"{path}.{leaf}", f"{path}.{leaf}")
+                name = stored_name(model, f"{path}.{leaf}")
                 looked_up = isinstance(module, Embedding)
                 if name not in planned:
                     # float32 in every artefact

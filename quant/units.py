@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..models import stored_name
 from ..models.layers import Embedding, Linear
 from .plan import Unit, WeightSpec
 
@@ -51,7 +52,7 @@ def key_value_weights(model: Any) -> set[str]:
         for child in getattr(module, "key_value", ())
         if isinstance(getattr(module, child, None), Linear)
     }
-    return {model.tied.get(name, name) for name in names}
+    return {stored_name(model, name) for name in names}
 
 
 def _layers(model: Any) -> list[tuple[str, str, int]]:

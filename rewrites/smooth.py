@@ -23,7 +23,7 @@ from ..bundle import Generation
 from ..calibration import Sample, read_samples
 from ..checkpoint import Checkpoint, check_finite, open_checkpoint
 from ..errors import UserError
-from ..models import build
+from ..models import build, stored_name
 from ..models.layers import GatedMLP, Linear
 from ..planning import generation_of
 from ..quant.rtn import effective_group, quantize_rtn
@@ -240,20 +240,15 @@ def _search(
     walk = Walk(model, checkpoint, spec, samples, visit=visit)
     with torch.no_grad():
         walk.to_head()
-    uses = Counter(_stored(model, path) for path, m in model.named_modules() if hasattr(m, "weight"))
+    uses = Counter(stored_name(model, f"{path}.weight") for path, m in model.named_modules() if hasattr(m, "weight"))
     left: dict[str, str] = {}
     for source, fold in watch.folds.items():
         for path in (source, *fold.readers):
-            if uses[_stored(model, path)] > 1:
+            if uses[stored_name(model, f"{path}.weight")] > 1:
                 left[source] = f"{path} shares its weight with another module"
             elif path != source and watch.sources[path] != {source}:
                 left[source] = f"{path} reads something else, too"
     return [fold for source, fold in watch.folds.items() if source not in left], left
-
-
-def _stored(model: Any, path: str, leaf: str = "weight") -> str:
-    name: str = model.tied.get(f"{path}.{leaf}", f"{path}.{leaf}")
-    return name
 
 
 @dataclass(frozen=True)
@@ -282,7 +277,7 @@ def changes(model: Any, folds: Sequence[Fold]) -> dict[str, Change]:
         scale = fold.scale()
         for leaf, _ in model.get_submodule(fold.source).named_parameters(recurse=False):
             offset = fold.offset if leaf == "weight" else 0.0
-            name = _stored(model, fold.source, leaf)
+            name = stored_name(model, f"{fold.source}.{leaf}")
             found[name] = replace(found.get(name, Change()), rows=scale, offset=offset)
         for reader in fold.readers:
             found[f"{reader}.weight"] = replace(found.get(f"{reader}.weight", Change()), columns=scale)
