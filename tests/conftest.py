@@ -1,10 +1,13 @@
 """Shared by all tests: one torch thread (the suite runs two workers on two cores), and calibration on little data."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from commands import edgewright, passed
+from onnx_cases import OVERRIDES, WRITERS, Case, make_case
 from tiny import write_tiny_t5gemma
 
 from edgewright import planning, sensitivity
@@ -26,3 +29,15 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = write_tiny_t5gemma(folder / "model")
     passed(edgewright("plan", "-m", model, "--bits", 5, "-o", folder / "plan.json"))
     return model, folder / "plan.json"
+
+
+@pytest.fixture(scope="session")
+def onnx_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Architecture -> its tiny model through the ONNX exporter, made once."""
+
+    @functools.cache
+    def made(name: str) -> Case:
+        root = tmp_path_factory.mktemp(name)
+        return make_case(WRITERS[name](root / "source"), root, OVERRIDES[name])
+
+    return made
