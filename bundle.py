@@ -138,10 +138,19 @@ class TargetEntry(_Strict):
     ideal_bytes: int
 
 
+class TunedNorms(_Strict):
+    """Divergence from the original in nats a token, of data that the norms were not tuned on, before and after."""
+
+    before: float
+    after: float
+    tokens: int
+
+
 class Manifest(_Strict):
     """`manifest.json`. Paths are relative to the bundle and cannot leave it.
 
-    contexts: of a "memory" task, one for each of `prompts`. kv_cache: how the graphs' KV caches are stored.
+    contexts: of a "memory" task, one for each of `prompts`. kv_cache: how the graphs' KV caches are stored. tuned_norms: where
+    norms are not the source's but tuned to the codes.
     """
 
     schema_version: Literal[1] = 1
@@ -156,6 +165,7 @@ class Manifest(_Strict):
     prompts: tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...]
     contexts: tuple[tuple[Token, ...], ...] = ()
     kv_cache: Literal["float32", "int8"] = "float32"
+    tuned_norms: TunedNorms | None = None
     files: dict[str, str]
     tools: dict[str, str]
     verification: dict[str, Any] | None = None

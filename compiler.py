@@ -24,6 +24,7 @@ from .bundle import (
     GraphSpec,
     Manifest,
     TargetEntry,
+    TunedNorms,
     hash_files,
     sha256,
     write_manifest,
@@ -32,9 +33,9 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError, VerificationFailure
 from .exporters import require_kv_cache
 from .exporters.artefact import Artefact, Options
-from .layerwise import CodeStore, quantize_layerwise
+from .layerwise import CodeStore, load_rounded, quantize_layerwise
 from .lowering import lower, lower_apart
-from .memory import PeakAnonymous, anonymous_bytes, limited, require_available
+from .memory import PeakAnonymous, anonymous_bytes, available_bytes, limited, require_available
 from .models import build
 from .models.kv_cache import stored_as
 from .models.module import is_factory
@@ -44,6 +45,7 @@ from .quant.plan import BitPlan
 from .quant.stream import quantize_checkpoint
 from .quant.tensor import QuantizedTensor
 from .request import Progress, Request
+from .tuning import enough, tune_norms, tuning_bytes
 from .unfinished import WORK, Unfinished
 from .untrusted import one_line
 from .verdict import Report, require, require_placement
@@ -182,8 +184,9 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
     if run.found("checkpoint") is not None:
         progress("quantized already")
         return
-    ready = None
+    ready, norms = None, {}
     if planned.plan.calibration is not None:
+        tuning = request.norms == "tuned" and enough(planned.samples) and _tuning_fits(planned, run, progress)
         store = CodeStore(run.work / "codes")
         entries = planned.plan.entries
         left = quantize_layerwise(
@@ -201,6 +204,7 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
             progress(f"gptq: the calibration data do not reach {len(left)} weights ({left[0]}): rounded to nearest")
             rounded = {n: replace(entries[n], quantizer="rtn") for n in left}
             planned.plan = replace(planned.plan, entries=entries | rounded)
+        norms = _tuned(planned, run, store, progress) if tuning else {}
         shapes = {w.name: w.shape for u in planned.units for w in u.weights}
 
         def ready(name: str) -> QuantizedTensor | None:
@@ -216,13 +220,43 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
             progress(f"quantizing: {10 * tenth}% ({name})")
 
     run.fresh_folder(CHECKPOINT)
-    quantize_checkpoint(planned.checkpoint, planned.plan, planned.model.tied, directory, planned.other, count, ready)
+    tied = planned.model.tied
+    quantize_checkpoint(planned.checkpoint, planned.plan, tied, directory, planned.other, count, ready, norms)
     # The planned config: a rehearsal's has fewer layers than the source.
     (directory / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
     if planned.examples:
         named = {f"{i}.{g}.{n}": v.contiguous() for i, (g, e) in enumerate(planned.examples) for n, v in e.items()}
         safetensors.torch.save_file(named, directory / EXAMPLES)
     run.finish("checkpoint", {})
+
+
+def _tuning_fits(planned: Planned, run: Unfinished, progress: Progress) -> bool:
+    """Whether norms can be tuned in the memory there is; decided once, so that a killed run ends as it would have."""
+    found = run.found("tuning")
+    if found is None:
+        needed = tuning_bytes(planned.model, planned.generation, planned.samples)
+        available = available_bytes()
+        found = {"fits": needed <= available}
+        if not found["fits"]:
+            progress(
+                f"norms: kept, as tuning them would take about {needed / 2**30:.1f} GiB of the "
+                f"{available / 2**30:.1f} there are"
+            )
+        run.finish("tuning", found)
+    return bool(found["fits"])
+
+
+def _tuned(planned: Planned, run: Unfinished, store: CodeStore, progress: Progress) -> dict[str, torch.Tensor]:
+    """Norms tuned to the finished codes, by stored name; those of an earlier run if there are any."""
+    file = run.work / "norms.safetensors"
+    if run.found("norms") is None:
+        model = build(planned.config)
+        load_rounded(model, planned.checkpoint, planned.plan, store)
+        made = tune_norms(model, planned.checkpoint, planned.config, planned.generation, planned.samples, progress)
+        values, facts = ({}, {}) if made is None else (made.values, made.facts())
+        safetensors.torch.save_file(values, file)
+        run.finish("norms", facts)
+    return safetensors.torch.load_file(file)
 
 
 def _write(planned: Planned, request: Request, run: Unfinished, progress: Progress) -> tuple[Manifest, dict[str, Cost]]:
@@ -265,6 +299,7 @@ def _write(planned: Planned, request: Request, run: Unfinished, progress: Progre
         prompts=prompts,
         contexts=tuple(tuple(c) for c in planned.contexts),
         kv_cache=request.kv_cache,
+        tuned_norms=TunedNorms(**norms) if (norms := run.found("norms")) else None,
         files=hash_files(folder, WORK),
         tools=_tools(request.formats),
     )

@@ -26,9 +26,11 @@ from .errors import UserError
 from .factors import Factors
 from .lookups import lookup_hessians
 from .models.layers import Linear
+from .models.loading import fill
 from .ops.packing import packed_bytes
 from .quant.gptq import Factor, quantize_gptq, row_block
 from .quant.plan import UNQUANTIZED, BitPlan, Entry
+from .quant.rtn import quantize_rtn
 from .quant.stream import one_threaded
 from .quant.tensor import QuantizedTensor
 from .runtimes.session import Array
@@ -130,6 +132,22 @@ def quantize_layerwise(
                 progress(f"gptq: {name}, from what the first layer makes of it")
                 store.write(name, quantize_rows(checkpoint, name, made, wanted[name], workers))
     return [name for name in wanted if not store.has(name)]
+
+
+def load_rounded(model: Any, checkpoint: Checkpoint, plan: BitPlan, store: CodeStore) -> None:
+    """Fill `model` with fp32 values of the planned weights' codes, those of `store` or rounded to nearest, and of all others."""
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        checkpoint.expect(name, shape)
+        value, entry = checkpoint.tensor(name), plan.entries.get(name)
+        if entry is None:
+            return value.to(torch.float32)
+        if entry.bits == UNQUANTIZED:
+            return value.to(torch.bfloat16).to(torch.float32)
+        found = store.read(name, (shape[0], shape[1]), entry)
+        return (found or quantize_rtn(value, entry.bits, entry.group_size, entry.signed)).dequantize()
+
+    fill(model, checkpoint, read)
 
 
 def quantize_rows(

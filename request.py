@@ -19,7 +19,8 @@ Progress = Callable[[str], None]
 class Request:
     """What a user asks of `export` or `plan`.
 
-    quantizer: auto is gptq where the user gave calibration data, else rtn. memory_limit: bytes of anonymous memory.
+    quantizer: auto is gptq where the user gave calibration data, else rtn. norms: whether they are tuned to the codes where there
+    are calibration data. memory_limit: bytes of anonymous memory.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Request:
     calibration: Path | None = None
     task: Path | None = None
     quantizer: Literal["auto", "rtn", "gptq"] = "auto"
+    norms: Literal["tuned", "kept"] = "tuned"
     latency_ms: float | None = None
     device: str | None = None
     kv_cache: Literal["float32", "int8"] = "float32"

@@ -18,7 +18,7 @@ from .calibration import Call, Sample, evenly
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .factors import Factors
-from .gradients import GradientSession
+from .gradients import GradientSession, backward_bytes
 from .lookups import lookup_hessians
 from .models import build, stored_name
 from .models.layers import Embedding, Linear
@@ -33,10 +33,6 @@ POSITIONS = 256
 
 WINDOWS = 32
 """Windows of the backward pass at most; each gives one gradient of every weight."""
-
-# What the backward pass keeps, measured: of a linear's ends, of attention's scores, of logits; in times their size.
-_KEPT, _SCORES, _LOGITS = 2, 2, 4
-_WIDE = 16  # outputs an input, above which a linear is a head
 
 HESSIAN_WINDOWS = 16
 """Windows that the Hessians for GPTQ's predicted losses are of; GPTQ itself sees all."""
@@ -96,19 +92,15 @@ def _differentiate(walk: Walk, generator: torch.Generator) -> int:
 
 def fisher_bytes(model: Any, samples: Sequence[Sample]) -> int:
     """About the memory that `fisher` takes: weights, a matrix over the inputs of each, and one window's activations."""
-    weights, curvatures, largest, widths, heads = 0, 0, 0, 0, 0
+    weights, curvatures, largest = 0, 0, 0
     for module in model.modules():
         own = sum(p.numel() for p in module.parameters(recurse=False))
         weights, largest = weights + own, max(largest, own)
         if isinstance(module, Linear | Embedding):
             rows, columns = module.weight.shape
             curvatures += rows + columns * columns
-            widths += columns + (0 if rows > _WIDE * columns else rows)  # a head's outputs are the logits
-        heads += int(getattr(getattr(module, "spec", None), "heads", 0))
     window = max((s.size for s in samples), default=0)
-    vocab = max((int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"), default=0)
-    activations = window * (_KEPT * widths + _SCORES * heads * window) + _LOGITS * POSITIONS * vocab
-    return int(4 * (weights + curvatures + largest + activations))
+    return int(4 * (weights + curvatures + largest)) + backward_bytes(model, window, window, POSITIONS)
 
 
 class _Watch:

@@ -3,7 +3,8 @@
     python benchmarks/bench_quality.py MODEL --calibration CAL --text HELD [--windows 16] [--output FILE.json]
 
 For each budget: mixed plans by Fisher losses, ZD and LIM, and the best uniform plan, by GPTQ, layer by layer as `edgewright
-export` quantizes; and the uniform plan rounded to nearest. Groups are 64 and 128. Points in the output are not run again.
+export` quantizes, with norms tuned afterwards if asked; and the uniform plan rounded to nearest. Groups are 64 and 128. Points
+in the output are not run again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from edgewright.quant.plan import BitPlan, Budget, Choice
 from edgewright.quant.rtn import quantize_rtn
 from edgewright.runtimes.eager import EagerSession
 from edgewright.scoring import Probes, Scores, score
+from edgewright.tuning import tune_norms
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 GROUPS = (64, 128)
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1 << 14, help="of the calibration text")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="average bits, scales counted")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--norms", choices=("kept", "tuned"), default="kept")
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
@@ -92,7 +95,9 @@ def main() -> None:
     load_original(session_model, checkpoint)
     session = EagerSession(session_model.graphs())
     modules = [(stored_name(session_model, f"{p}.weight"), m) for p, m in session_model.named_modules()]
+    vectors = {n: p.detach().clone() for n, p in session_model.named_parameters() if p.ndim == 1}
     about = [checkpoint.fingerprint(), str(options.calibration), str(options.text), options.windows, options.tokens]
+    about += ["tuned norms"] if options.norms == "tuned" else []
     held = json.loads(options.output.read_text()) if options.output.exists() else {"about": about, "rows": []}
     if held["about"] != about:
         raise SystemExit(f"{options.output} holds points of {held['about']}: give another --output")
@@ -109,6 +114,11 @@ def main() -> None:
             for name, module in modules:
                 if name in values and hasattr(module, "weight"):
                     module.weight = nn.Parameter(values[name], requires_grad=False)
+            for name, parameter in session_model.named_parameters():
+                if name in vectors:
+                    parameter.data = vectors[name].clone()
+            if options.norms == "tuned":
+                tune_norms(session_model, checkpoint, config, spec, samples, said)
             scored[key] = asdict(reference.score(session))
         row = {"method": method, "budget": budget, "bits": made.average_bits, "bytes": made.total_bytes, "key": key}
         rows.append(row | scored[key])

@@ -31,7 +31,7 @@ def load_original(model: Any, checkpoint: Checkpoint) -> None:
         checkpoint.expect(name, shape)
         return checkpoint.tensor(name).to(torch.float32)
 
-    _fill(model, checkpoint, read)
+    fill(model, checkpoint, read)
 
 
 def load_dequantized(model: Any, checkpoint: Checkpoint) -> None:
@@ -44,7 +44,7 @@ def load_dequantized(model: Any, checkpoint: Checkpoint) -> None:
         codes, scales, bits, group = quantized_parts(checkpoint, name, shape)
         return dequantize(codes, scales, bits, group)
 
-    _fill(model, checkpoint, read)
+    fill(model, checkpoint, read)
 
 
 def load_quantized(model: Any, checkpoint: Checkpoint) -> None:
@@ -79,7 +79,7 @@ def load_quantized(model: Any, checkpoint: Checkpoint) -> None:
         checkpoint.expect(name, shape)
         return checkpoint.tensor(name)
 
-    _fill(model, checkpoint, read)
+    fill(model, checkpoint, read)
 
 
 def quantized_parts(
@@ -97,8 +97,8 @@ def quantized_parts(
     return codes, scales, bits, columns // scales.shape[1]
 
 
-def _fill(model: Any, checkpoint: Checkpoint, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Set every parameter still on the meta device; tied ones share one tensor."""
+def fill(model: Any, checkpoint: Checkpoint, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Set every parameter still on the meta device to what `read` gives for its stored name and shape; tied ones share it."""
     done: dict[str, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not parameter.is_meta:

@@ -63,12 +63,14 @@ def quantize_checkpoint(
     copy: Iterable[str],
     progress: Progress | None = None,
     ready: Ready | None = None,
+    changed: Mapping[str, torch.Tensor] | None = None,
 ) -> QuantizedStats:
     """Write the quantized checkpoint directory `out_dir`; the same checkpoint and plan give the same bytes.
 
     tied: alias name -> stored name; aliases are not written. copy: tensors to keep unquantized, in their dtype (fp64
-    becomes fp32). ready: codes that calibration found; the other weights are rounded to nearest. model.safetensors
-    appears last, under a temporary name until it is whole: where it is, all is.
+    becomes fp32). ready: codes that calibration found; the other weights are rounded to nearest. changed: of `copy`, values to
+    write in place of the checkpoint's. model.safetensors appears last, under a temporary name until it is whole: where it is,
+    all is.
     Raises UserError for NaN or infinite weights (naming the tensor), a plan that does not fit the checkpoint's shapes,
     a tensor that is missing, or a disk that refuses.
     """
@@ -95,7 +97,9 @@ def quantize_checkpoint(
     with one_threaded() as pool, StreamingWriter(model, layout, METADATA) as writer:
         for name in order:
             entry = plan.entries.get(name)
-            if entry is None or entry.bits == UNQUANTIZED:
+            if changed is not None and name in changed:
+                writer.write(name, changed[name].to(_stored_dtype(checkpoint, name, None)))
+            elif entry is None or entry.bits == UNQUANTIZED:
                 _copy(checkpoint, name, entry, writer)
             elif ready is not None and (found := ready(name)) is not None:
                 writer.write(f"{name}.codes", found.codes)

@@ -1,0 +1,238 @@
+"""Norms tuned to the codes: what is learnt, when it is kept, and what an export makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from commands import edgewright
+from families import CONFIGS
+from safetensors.torch import save_file
+from test_calibration import opened, samples_of
+from test_resume import Killed, contents, request
+
+from edgewright import compiler, planning, tuning
+from edgewright import walk as walks
+from edgewright.bundle import CHECKPOINT, Bundle
+from edgewright.calibration import Sample
+from edgewright.checkpoint import Checkpoint, open_checkpoint
+from edgewright.compiler import export
+from edgewright.layerwise import CodeStore, load_rounded
+from edgewright.models import build
+from edgewright.models.loading import load_original
+from edgewright.quant.plan import BitPlan, Budget, Entry
+from edgewright.quant.rtn import quantize_rtn
+from edgewright.tuning import Tuned, tune_norms, tuning_bytes
+from edgewright.unfinished import Unfinished
+
+
+def vectors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters of modules whose weight is a vector, by path."""
+    return {
+        f"{path}.{leaf}": parameter
+        for path, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def detuned(checkpoint: Checkpoint, share: float) -> Any:
+    """The original, with every norm's gain off by up to `share` of it."""
+    model = build(checkpoint.config)
+    load_original(model, checkpoint)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in vectors(model).items():
+            offset = float(getattr(model.get_submodule(name.rpartition(".")[0]), "offset", 0.0))
+            off = (parameter + offset) * (1 + share * (2 * torch.rand_like(parameter) - 1)) - offset
+            parameter.copy_(off.to(checkpoint.info(model.tied.get(name, name)).dtype))
+    return model
+
+
+@pytest.fixture
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walks, "PART_TOKENS", 32)
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gains_that_are_off_are_found_again(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every family's graphs: the gradient reaches each norm, and what was spoilt is mended on unseen data."""
+    checkpoint, spec = opened(family, tmp_path)
+    if spec.task == "module":
+        pytest.skip("no logits")
+    monkeypatch.setattr(tuning, "EPOCHS", 6)
+    monkeypatch.setattr(tuning, "RATE", 0.02)
+    samples = many(spec)
+    model = detuned(checkpoint, 0.2)
+    before = {n: p.detach().clone() for n, p in vectors(model).items()}
+    made = tune_norms(model, checkpoint, checkpoint.config, spec, samples)
+    assert made is not None
+    assert made.values.keys() == {model.tied.get(n, n) for n in before}
+    assert 0.0 < made.after < 0.6 * made.before
+    for name, value in vectors(model).items():
+        stored = model.tied.get(name, name)
+        assert made.values[stored].dtype == checkpoint.info(stored).dtype
+        assert torch.equal(made.values[stored].float(), value.detach())
+        if bool(before[name].any()):
+            assert not torch.equal(value.detach(), before[name]), name
+    assert 0 < made.tokens < sum(s.size for s in samples)
+    assert tuning_bytes(model, spec, samples) > 4 * sum(p.numel() for p in model.parameters())
+
+
+def many(spec: Any) -> list[Sample]:
+    """Thirty samples of like kind as `samples_of` gives, each of other tokens."""
+    found = []
+    for i, sample in enumerate(samples_of(spec, 3) * 10):
+        shift = [(t * 7 + 13 * i) % (spec.vocab - 4) + 4 for t in sample.tokens]
+        decoded = sample.decoded[:1] + tuple((t * 5 + 11 * i) % (spec.vocab - 4) + 4 for t in sample.decoded[1:])
+        found.append(dataclasses.replace(sample, tokens=tuple(shift), decoded=decoded))
+    return found
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, spec = opened("llama", tmp_path)
+    monkeypatch.setattr(tuning, "RATE", 5.0)
+    model = detuned(checkpoint, 0.01)
+    before = {n: p.detach().clone() for n, p in vectors(model).items()}
+    made = tune_norms(model, checkpoint, checkpoint.config, spec, many(spec))
+    assert made is not None
+    assert (made.values, made.facts(), made.after) == ({}, {}, made.before)
+    assert all(torch.equal(before[n], p) for n, p in vectors(model).items())
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_the_mapped_checkpoint_is_not_written_into(tmp_path: Path) -> None:
+    """Of a float32 file parameters are views: a step in place would move the original, too."""
+    checkpoint, spec = opened("llama", tmp_path)
+    names = checkpoint.names()
+    wide = tmp_path / "wide"
+    shutil.copytree(tmp_path / "model", wide)
+    save_file({n: checkpoint.tensor(n).float() for n in names}, wide / "model.safetensors")
+    mapped = open_checkpoint(str(wide))
+    before = {n: mapped.tensor(n).clone() for n in names}
+    model = build(mapped.config)
+    entries = {n: Entry(2, 32, 1.0, "") for n in names if n.endswith("proj.weight")}
+    load_rounded(
+        model, mapped, BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0), CodeStore(tmp_path / "codes")
+    )
+    made = tune_norms(model, mapped, mapped.config, spec, many(spec))
+    assert made is not None
+    assert made.before > 0.0
+    for name in names:
+        assert torch.equal(mapped.tensor(name), before[name]), name
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_too_few_data_are_none(tmp_path: Path) -> None:
+    checkpoint, spec = opened("llama", tmp_path)
+    assert tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, samples_of(spec, 3)) is None
+
+
+def test_a_model_is_loaded_as_its_codes_and_scales_have_it(tmp_path: Path) -> None:
+    """From finished codes where there are any, rounded to nearest elsewhere, 16 bits as bfloat16."""
+    checkpoint, _ = opened("llama", tmp_path)
+    names = [n for n in checkpoint.names() if re.search(r"layers\.0\..*proj\.weight", n)]
+    entries = {n: Entry((3, 4, 16)[i % 3], 32, 1.0, "", "gptq") for i, n in enumerate(names)}
+    entries = {n: dataclasses.replace(e, group_size=64) if e.bits == 16 else e for n, e in entries.items()}
+    store = CodeStore(tmp_path / "codes")
+    ready = quantize_rtn(checkpoint.tensor(names[0]) * 2, 3, 32)
+    store.write(names[0], ready)
+    model = build(checkpoint.config)
+    load_rounded(model, checkpoint, BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0), store)
+    for name, parameter in model.named_parameters():
+        value = checkpoint.tensor(name)
+        if name == names[0]:
+            want = ready.dequantize()
+        elif name not in entries:
+            want = value.float()
+        elif entries[name].bits == 16:
+            want = value.to(torch.bfloat16).float()
+        else:
+            want = quantize_rtn(value, entries[name].bits, 32).dequantize()
+        assert torch.equal(parameter, want), name
+
+
+@pytest.fixture
+def _enough_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walks, "PART_TOKENS", 64)
+    monkeypatch.setattr(planning, "MOST_TOKENS", 1200)
+
+
+@pytest.mark.usefixtures("_enough_data")
+def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
+    asked = dataclasses.replace(request("deltanet-g2p"), bits=3.0)
+    told: list[str] = []
+    made = export(asked, tmp_path / "tuned", progress=told.append)  # verified: the artefact holds them
+    facts = Bundle.open(tmp_path / "tuned").manifest.tuned_norms
+    assert facts is not None
+    assert 0.0 < facts.after < 0.9 * facts.before
+    assert any("tuned on" in line for line in told)
+    kept = export(dataclasses.replace(asked, norms="kept"), tmp_path / "kept", check=False)
+    assert Bundle.open(tmp_path / "kept").manifest.tuned_norms is None
+    source = open_checkpoint(asked.model)
+    stored = {n: open_checkpoint(str(tmp_path / n / CHECKPOINT)) for n in ("tuned", "kept")}
+    changed = set()
+    for name in made.planned.other:
+        original = source.tensor(name)
+        assert torch.equal(stored["kept"].tensor(name), original)
+        assert stored["tuned"].info(name).dtype == original.dtype
+        changed |= set() if torch.equal(stored["tuned"].tensor(name), original) else {name}
+    assert changed == {n for n in vectors(build(source.config)) if source.tensor(n).any()}
+    codes = [n for n in stored["kept"].names() if n.endswith(".codes")]
+    assert all(torch.equal(stored["kept"].tensor(n), stored["tuned"].tensor(n)) for n in codes)
+    assert kept.planned.plan == made.planned.plan
+
+
+@pytest.mark.usefixtures("_enough_data")
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request("deltanet-g2p")
+    whole = export(asked, tmp_path / "whole", check=False)
+    assert whole.manifest.tuned_norms is not None
+    tune = compiler.tune_norms
+
+    def dying(*args: Any) -> Tuned | None:
+        if moment == "after":
+            tune(*args)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Unfinished, "discard", Unfinished.leave)
+        name = "tune_norms" if moment == "before" else "quantize_checkpoint"
+        patched.setattr(compiler, name, dying if moment == "before" else _killed)
+        with pytest.raises(Killed):
+            export(asked, tmp_path / "killed", check=False)
+    if moment == "after":
+        monkeypatch.setattr(compiler, "tune_norms", _killed)  # what is found is not looked for again
+    export(asked, tmp_path / "killed", check=False)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def _killed(*_: Any) -> Any:
+    raise Killed
+
+
+@pytest.mark.usefixtures("_enough_data")
+def test_norms_are_kept_where_memory_does_not_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: 1 << 50)
+    told: list[str] = []
+    made = export(request("t5gemma-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    assert made.manifest.tuned_norms is None
+    assert any(line.startswith("norms: kept, as tuning them would take about 1048576.0 GiB") for line in told)
+
+
+def test_the_option_is_a_choice(tmp_path: Path) -> None:
+    model = tiny.write_tiny_llama(tmp_path / "model")
+    done = edgewright("export", "-m", model, "--norms", "bent", "-o", tmp_path / "bundle")
+    assert done.exit_code == 2
+    assert "'bent' is not one of 'tuned', 'kept'" in done.output

@@ -1,0 +1,211 @@
+"""Norms tuned to the codes: gains that bring a model's predictions back to the original's. Top-level: walk, models enter.
+
+GPTQ makes each linear right for its own inputs; what the errors of all of them together do to the predictions nobody looks
+at. The gains of norms are a few numbers a layer that every target keeps as they are, so they are free to make up for some of
+that: steps of Adam (arXiv 1412.6980) on the divergence of the logits from the original's. Tuning norms to a quantized model is
+of arXiv 2309.02784, there layer by layer. What is won is measured on data that no step was made on; without it nothing changes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bundle import Generation
+from .calibration import Sample
+from .checkpoint import Checkpoint
+from .gradients import GradientSession, backward_bytes
+from .models import build, stored_name
+from .runtimes.eager import EagerSession
+from .walk import PART_TOKENS, Walk, parted
+
+RATE = 1e-2
+"""The largest step of a gain, as a share of it; the steps rise to it at first and fall to nothing."""
+
+WARM_UP = 4
+EPOCHS = 2
+APART = 8
+"""Each so-manieth part of the data is kept apart, to see what was won."""
+
+FEWEST_PARTS, MOST_PARTS = 4, 16
+"""Parts of the data, of PART_TOKENS each, that are used; more are evenly thinned out."""
+
+LOGITS = 1 << 25
+"""Logits of a step at most, unless that were fewer than FEWEST_POSITIONS."""
+
+FEWEST_POSITIONS = 128
+BASE_BYTES = 160 << 20
+"""Of all that is small: what tiny models take beside what is counted (70 to 150 MiB measured)."""
+
+_SEED = 7
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning gave. values: stored name -> the tuned vector, as its file's dtype holds it; none where nothing was won.
+
+    before, after: the divergence from the original on data apart, in nats a token. tokens: what was learnt from.
+    """
+
+    values: dict[str, torch.Tensor]
+    before: float
+    after: float
+    tokens: int
+
+    def facts(self) -> dict[str, float]:
+        """What a manifest says of it; nothing where nothing was won."""
+        return {"before": self.before, "after": self.after, "tokens": self.tokens} if self.values else {}
+
+
+def tune_norms(
+    model: Any,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    spec: Generation,
+    samples: Sequence[Sample],
+    progress: Progress = lambda _: None,
+) -> Tuned | None:
+    """Tune the norms of `model`, filled with the values of its codes in fp32, to the original of `checkpoint`.
+
+    samples: calibration data. Returns None where they are too few or the model has no logits or no norms. The model is left
+    with the tuned values, or those that it had.
+    """
+    if spec.task == "module" or not enough(samples):
+        return None
+    norms = _Norms(model, checkpoint)
+    every = parted(samples)
+    count = min(MOST_PARTS, len(every))
+    parts = [[samples[i] for i in every[at * len(every) // count]] for at in range(count)]
+    if not norms.gains:
+        return None
+    apart = parts[APART // 2 :: APART] or parts[-1:]
+    learnt = [part for part in parts if part not in apart]
+    most = _positions(spec)
+    original = _Original(checkpoint, config, spec, most)
+    learning, plain = GradientSession(model.graphs()), EagerSession(model.graphs())
+
+    def divergence(part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
+        found, real = Walk(model, checkpoint, spec, part, session=session).logits(most)
+        logits = torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
+        return nn.functional.kl_div(logits, wanted, reduction="batchmean", log_target=True)
+
+    def lost() -> float:
+        sums = [(float(divergence(p, w, plain)) * len(w), len(w)) for p in apart for w in [original.of(p)]]
+        return sum(loss for loss, _ in sums) / max(1, sum(count for _, count in sums))
+
+    before = best = lost()
+    kept = norms.values()
+    tokens = sum(s.size for part in learnt for s in part)
+    progress(f"norms: {len(norms.gains)} tuned on {tokens} tokens, divergence on others {before:.4f} nats a token")
+    optimizer = torch.optim.Adam(norms.changes, lr=RATE, betas=(0.9, 0.95))
+    order, steps, step = random.Random(_SEED), EPOCHS * len(learnt), 0
+    for _ in range(EPOCHS):
+        order.shuffle(learnt)
+        for part in learnt:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / steps)
+            divergence(part, original.of(part), learning).backward()  # type: ignore[no-untyped-call]
+            norms.take_gradients()
+            optimizer.step()
+            norms.apply()
+            step += 1
+        norms.round()
+        now = lost()
+        if not math.isfinite(now):
+            break
+        if now < best:
+            best, kept = now, norms.values()
+        progress(f"norms: {100 * step // steps}%, divergence on others {now:.4f}")
+    norms.set(kept)
+    return Tuned(kept if best < before else {}, before, best, tokens)
+
+
+def enough(samples: Sequence[Sample]) -> bool:
+    """Whether there are data to tune on."""
+    return len(parted(samples)) >= FEWEST_PARTS
+
+
+def tuning_bytes(model: Any, spec: Generation, samples: Sequence[Sample]) -> int:
+    """About the memory that `tune_norms` takes: all weights in fp32, one part's activations, and its logits."""
+    weights: int = sum(p.numel() for p in model.parameters())
+    longest = max((s.size for s in samples), default=0)
+    return BASE_BYTES + 4 * weights + backward_bytes(model, max(PART_TOKENS, longest), longest, 2 * _positions(spec))
+
+
+def _positions(spec: Generation) -> int:
+    return max(FEWEST_POSITIONS, min(PART_TOKENS, LOGITS // spec.vocab))
+
+
+class _Original:
+    """Log-probabilities of the original model, its weights read when their module runs."""
+
+    def __init__(self, checkpoint: Checkpoint, config: dict[str, Any], spec: Generation, most: int) -> None:
+        self._given, self._config, self._spec, self._most = checkpoint, config, spec, most
+
+    def of(self, part: list[Sample]) -> torch.Tensor:
+        """fp32 [P, V] at the positions that are no padding."""
+        model = build(self._config)
+        session = EagerSession(model.graphs())
+        found, real = Walk(model, self._given, self._spec, part, session=session).logits(self._most)
+        return torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
+
+
+class _Norms:
+    """Gains and biases of all norms, a norm being a module whose weight is a vector; changed by factors.
+
+    gains: stored name -> what multiplies, fp32: a weight that is held less an offset has the offset added. changes: the share
+    by which each is changed, to be learnt.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self.gains: dict[str, torch.Tensor] = {}
+        self.changes: list[nn.Parameter] = []
+        self._held: list[tuple[nn.Parameter, float]] = []
+        self._dtypes: list[torch.dtype] = []
+        for path, module in model.named_modules():
+            if getattr(getattr(module, "weight", None), "ndim", 0) != 1:
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = stored_name(model, f"{path}.{leaf}")
+                if parameter.ndim != 1 or name in self.gains:
+                    continue
+                offset = float(getattr(module, "offset", 0.0)) if leaf == "weight" else 0.0
+                self.gains[name] = parameter.detach() + offset
+                self.changes.append(nn.Parameter(torch.zeros_like(parameter)))
+                parameter.data = parameter.detach().clone()  # it may be a view of the checkpoint's file
+                self._held.append((parameter.requires_grad_(), offset))
+                self._dtypes.append(checkpoint.info(name).dtype)
+
+    def take_gradients(self) -> None:
+        """From the parameters to the changes."""
+        for gain, change, (parameter, _) in self._each():
+            change.grad = None if parameter.grad is None else parameter.grad * gain
+            parameter.grad = None
+
+    def apply(self) -> None:
+        with torch.no_grad():
+            for gain, change, (parameter, offset) in self._each():
+                parameter.copy_(gain * (1.0 + change) - offset)
+
+    def round(self) -> None:
+        """To what the checkpoint's dtypes hold, as `values` gives it."""
+        self.set(self.values())
+
+    def values(self) -> dict[str, torch.Tensor]:
+        held = zip(self.gains, self._held, self._dtypes, strict=True)
+        return {name: parameter.detach().to(dtype, copy=True) for name, (parameter, _), dtype in held}
+
+    def set(self, values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, (parameter, _) in zip(self.gains, self._held, strict=True):
+                parameter.copy_(values[name])
+
+    def _each(self) -> Any:
+        return zip(self.gains.values(), self.changes, self._held, strict=True)
