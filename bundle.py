@@ -139,7 +139,8 @@ class TargetEntry(_Strict):
 
 
 class TunedNorms(_Strict):
-    """Divergence from the original in nats a token, of data that the norms were not tuned on, before and after."""
+    """Divergence from the original in nats a token, before and after, on calibration data that the norms were not tuned on, but
+    which GPTQ has seen. tokens: of the data they were tuned on."""
 
     before: float
     after: float

@@ -35,6 +35,13 @@ def main() -> None:
 @click.option("-o", "--output", type=cli_options.path, help="The bundle to write; must not exist.")
 @click.option("--dry-run", is_flag=True, help="Plan and print, write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip reloading and comparing the artefacts.")
+@click.option(
+    "--norms",
+    default="tuned",
+    show_default=True,
+    type=click.Choice(["tuned", "kept"]),
+    help="tuned: to gptq's codes, on its calibration data, where that helps on data apart.",
+)
 @cli_options.strict
 @cli_options.as_json
 def export(

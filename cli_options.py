@@ -104,13 +104,6 @@ def planning(command: Any) -> Any:
             type=click.Choice(["auto", "rtn", "gptq"]),
             help="auto: gptq with --calibration or --task, else rtn.",
         ),
-        click.option(
-            "--norms",
-            default="tuned",
-            show_default=True,
-            type=click.Choice(["tuned", "kept"]),
-            help="tuned: to the codes, on the calibration data of gptq, where that lowers the divergence on data apart.",
-        ),
         click.option("--calibration", type=path, help="Text to calibrate on; verify compares on prompts from it, too."),
         click.option("--task", type=path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
         click.option(
@@ -186,7 +179,7 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
         importance=options["importance"],
         quantizer=options["quantizer"],
-        norms=options["norms"],
+        norms=options.get("norms", "tuned"),
         kv_cache=options["kv_cache"],
         memory_limit=options["memory_limit"],
         workers=Workers(options["workers"], options["cluster"]),

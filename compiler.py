@@ -186,7 +186,7 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
         return
     ready, norms = None, {}
     if planned.plan.calibration is not None:
-        tuning = request.norms == "tuned" and enough(planned.samples) and _tuning_fits(planned, run, progress)
+        tuning = request.norms == "tuned" and _tuning_fits(planned, run, progress)
         store = CodeStore(run.work / "codes")
         entries = planned.plan.entries
         left = quantize_layerwise(
@@ -232,6 +232,9 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
 
 def _tuning_fits(planned: Planned, run: Unfinished, progress: Progress) -> bool:
     """Whether norms can be tuned in the memory there is; decided once, so that a killed run ends as it would have."""
+    if not enough(planned.samples):
+        progress("norms: kept, as there are too few calibration data to tune them on")
+        return False
     found = run.found("tuning")
     if found is None:
         needed = tuning_bytes(planned.model, planned.generation, planned.samples)
@@ -250,6 +253,11 @@ def _tuned(planned: Planned, run: Unfinished, store: CodeStore, progress: Progre
     """Norms tuned to the finished codes, by stored name; those of an earlier run if there are any."""
     file = run.work / "norms.safetensors"
     if run.found("norms") is None:
+        require_available(
+            tuning_bytes(planned.model, planned.generation, planned.samples),
+            "tuning norms takes memory",
+            "free some, and give the same command again",
+        )
         model = build(planned.config)
         load_rounded(model, planned.checkpoint, planned.plan, store)
         made = tune_norms(model, planned.checkpoint, planned.config, planned.generation, planned.samples, progress)

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .graph import Graph
-from .models.layers import Linear
+from .models.layers import Linear, attention_heads
 from .ops import DECOMPOSITIONS
 from .runtimes.eager import EagerSession
 
@@ -34,7 +34,7 @@ def backward_bytes(model: Any, tokens: int, longest: int, positions: int) -> int
         if isinstance(module, Linear):
             rows, columns = module.weight.shape
             widths += columns + (0 if rows > _WIDE * columns else rows)  # a head's outputs are the logits
-        heads += int(getattr(getattr(module, "spec", None), "heads", 0))
+        heads += attention_heads(module)
     vocab = max((int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"), default=0)
     states = [s.shape[1:] for g in model.graphs() for s in g.states if s.kind == "recurrent"]
     recurrent = sum(_SCANNED * math.prod(s) if len(s) < 3 else math.prod(s) + _FADES * s[0] * longest for s in states)

@@ -33,6 +33,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "model_type": m.model_type,
         "average_bits": m.average_bits,
         "weights": m.weights,
+        "tuned_norms": m.tuned_norms.model_dump() if m.tuned_norms is not None else None,
         "task": m.generation.task,
         "max_context": m.generation.max_context,
         "graphs": {

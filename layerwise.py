@@ -139,13 +139,15 @@ def load_rounded(model: Any, checkpoint: Checkpoint, plan: BitPlan, store: CodeS
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         checkpoint.expect(name, shape)
-        value, entry = checkpoint.tensor(name), plan.entries.get(name)
+        entry = plan.entries.get(name)
         if entry is None:
-            return value.to(torch.float32)
+            return checkpoint.tensor(name).to(torch.float32)
         if entry.bits == UNQUANTIZED:
-            return value.to(torch.bfloat16).to(torch.float32)
+            return checkpoint.tensor(name).to(torch.bfloat16).to(torch.float32)
         found = store.read(name, (shape[0], shape[1]), entry)
-        return (found or quantize_rtn(value, entry.bits, entry.group_size, entry.signed)).dequantize()
+        if found is None:
+            found = quantize_rtn(checkpoint.tensor(name), entry.bits, entry.group_size, entry.signed)
+        return found.dequantize()
 
     fill(model, checkpoint, read)
 

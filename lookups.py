@@ -23,7 +23,7 @@ from .calibration import Sample, evenly
 from .checkpoint import Checkpoint
 from .gradients import RECURRENCES, GradientSession
 from .models import stored_name
-from .models.layers import Embedding, Linear
+from .models.layers import Embedding, Linear, attention_heads
 from .walk import PART_TOKENS, Walk, parted
 
 DRAWS = 8
@@ -74,7 +74,7 @@ def lookup_bytes(model: Any, longest: int) -> tuple[int, int]:
     for layers in model.stacks().values() if shapes else ():
         inside = list(layers[0].modules()) if len(layers) else []
         linears = [tuple(m.weight.shape) for m in inside if isinstance(m, Linear)]
-        heads = max((int(getattr(getattr(m, "spec", None), "heads", 0)) for m in inside), default=0)
+        heads = max((attention_heads(m) for m in inside), default=0)
         kept = sum(4 * KEPT * (n + k) for n, k in linears) + 4 * KEPT * heads * longest
         most = max(most, sum(4 * n * k for n, k in linears) + max(PART_TOKENS, longest) * kept)
     return most, given

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .bundle import Generation
-from .calibration import Sample
+from .calibration import Sample, evenly
 from .checkpoint import Checkpoint
 from .gradients import GradientSession, backward_bytes
 from .models import build, stored_name
@@ -40,6 +40,9 @@ LOGITS = 1 << 25
 """Logits of a step at most, unless that were fewer than FEWEST_POSITIONS."""
 
 FEWEST_POSITIONS = 128
+SAMPLE_POSITIONS = 16
+"""Logits of a sample, unless it is shorter: the first tokens of all samples alone would say little of the others."""
+
 BASE_BYTES = 160 << 20
 """Of all that is small: what tiny models take beside what is counted (70 to 150 MiB measured)."""
 
@@ -51,7 +54,8 @@ Progress = Callable[[str], None]
 class Tuned:
     """What tuning gave. values: stored name -> the tuned vector, as its file's dtype holds it; none where nothing was won.
 
-    before, after: the divergence from the original on data apart, in nats a token. tokens: what was learnt from.
+    before, after: the divergence from the original on the parts kept apart, in nats a token; GPTQ has seen these too. tokens: of
+    the samples learnt from.
     """
 
     values: dict[str, torch.Tensor]
@@ -80,14 +84,15 @@ def tune_norms(
     if spec.task == "module" or not enough(samples):
         return None
     norms = _Norms(model, checkpoint)
-    every = parted(samples)
-    count = min(MOST_PARTS, len(every))
-    parts = [[samples[i] for i in every[at * len(every) // count]] for at in range(count)]
     if not norms.gains:
         return None
-    apart = parts[APART // 2 :: APART] or parts[-1:]
-    learnt = [part for part in parts if part not in apart]
     most = _positions(spec)
+    every = parted(samples)
+    count = min(MOST_PARTS, len(every))
+    chosen = [[samples[i] for i in every[at * len(every) // count]] for at in range(count)]
+    parts = [evenly(part, max(1, most // SAMPLE_POSITIONS)) for part in chosen]
+    held = set(range(APART // 2, count, APART)) or {count - 1}
+    apart, learnt = ([part for i, part in enumerate(parts) if (i in held) == kept] for kept in (True, False))
     original = _Original(checkpoint, config, spec, most)
     learning, plain = GradientSession(model.graphs()), EagerSession(model.graphs())
 
@@ -97,13 +102,20 @@ def tune_norms(
         return nn.functional.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
     def lost() -> float:
-        sums = [(float(divergence(p, w, plain)) * len(w), len(w)) for p in apart for w in [original.of(p)]]
-        return sum(loss for loss, _ in sums) / max(1, sum(count for _, count in sums))
+        total, count = 0.0, 0
+        for part in apart:
+            wanted = original.of(part)
+            total += float(divergence(part, wanted, plain)) * len(wanted)
+            count += len(wanted)
+        return total / count if count else math.nan
 
     before = best = lost()
+    if not math.isfinite(before):
+        progress("norms: kept, as the logits on the calibration data are not finite or of no sample's tokens")
+        return None
     kept = norms.values()
     tokens = sum(s.size for part in learnt for s in part)
-    progress(f"norms: {len(norms.gains)} tuned on {tokens} tokens, divergence on others {before:.4f} nats a token")
+    progress(f"norms: tuning {len(norms.gains)} on {tokens} tokens")
     optimizer = torch.optim.Adam(norms.changes, lr=RATE, betas=(0.9, 0.95))
     order, steps, step = random.Random(_SEED), EPOCHS * len(learnt), 0
     for _ in range(EPOCHS):
@@ -111,10 +123,12 @@ def tune_norms(
         for part in learnt:
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / steps)
-            divergence(part, original.of(part), learning).backward()  # type: ignore[no-untyped-call]
-            norms.take_gradients()
-            optimizer.step()
-            norms.apply()
+            wanted = original.of(part)
+            if len(wanted):  # none where the logits looked at are of no sample's tokens
+                divergence(part, wanted, learning).backward()  # type: ignore[no-untyped-call]
+                norms.take_gradients()
+                optimizer.step()
+                norms.apply()
             step += 1
         norms.round()
         now = lost()
@@ -122,8 +136,12 @@ def tune_norms(
             break
         if now < best:
             best, kept = now, norms.values()
-        progress(f"norms: {100 * step // steps}%, divergence on others {now:.4f}")
+        progress(f"norms: {100 * step // steps}%")
     norms.set(kept)
+    if best < before:
+        progress(f"norms: tuned, from {before:.4f} to {best:.4f} nats a token from the original on data apart")
+    else:
+        progress(f"norms: kept, as no tuning helped on data apart ({before:.4f} nats a token from the original)")
     return Tuned(kept if best < before else {}, before, best, tokens)
 
 
@@ -133,10 +151,11 @@ def enough(samples: Sequence[Sample]) -> bool:
 
 
 def tuning_bytes(model: Any, spec: Generation, samples: Sequence[Sample]) -> int:
-    """About the memory that `tune_norms` takes: all weights in fp32, one part's activations, and its logits."""
-    weights: int = sum(p.numel() for p in model.parameters())
+    """About the memory that `tune_norms` takes: weights in fp32, the original's largest, activations and logits of a part."""
+    sizes = [p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in model.tied]
     longest = max((s.size for s in samples), default=0)
-    return BASE_BYTES + 4 * weights + backward_bytes(model, max(PART_TOKENS, longest), longest, 2 * _positions(spec))
+    activations = backward_bytes(model, max(PART_TOKENS, longest), longest, 2 * _positions(spec))
+    return BASE_BYTES + int(4 * (sum(sizes) + max(sizes, default=0))) + activations
 
 
 def _positions(spec: Generation) -> int:

@@ -9,7 +9,7 @@ import torch
 from .calibration import MOST_TOKENS, WINDOW
 from .errors import UserError
 from .lookups import lookup_bytes
-from .models.layers import Linear
+from .models.layers import Linear, attention_heads
 from .ops import recurrence
 from .quant.gptq import BLOCK_WEIGHTS
 from .walk import CHUNK_WEIGHTS, PART_TOKENS
@@ -36,7 +36,7 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     broadest = max((max(n, k) for n, k in linears if n not in vocab), default=0)
     # a chunk of weights in fp32; what GPTQ keeps for each block of rows
     work = 12 * widest**2 + 4 * CHUNK_WEIGHTS + 32 * BLOCK_WEIGHTS * torch.get_num_threads()
-    heads = max((int(getattr(getattr(m, "spec", None), "heads", 0)) for m in model.modules()), default=0)
+    heads = max((attention_heads(m) for m in model.modules()), default=0)
     scores = max(ATTENTION_BYTES, 12 * heads * longest)
     part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
     if any(s.kind == "recurrent" for g in model.graphs() for s in g.states):

@@ -117,7 +117,7 @@ def main() -> None:
             for name, parameter in session_model.named_parameters():
                 if name in vectors:
                     parameter.data = vectors[name].clone()
-            if options.norms == "tuned":
+            if options.norms == "tuned" and any(e.quantizer == "gptq" for e in made.entries.values()):
                 tune_norms(session_model, checkpoint, config, spec, samples, said)
             scored[key] = asdict(reference.score(session))
         row = {"method": method, "budget": budget, "bits": made.average_bits, "bytes": made.total_bytes, "key": key}

@@ -76,6 +76,11 @@ class QuantizedEmbedding(nn.Module):
         return out
 
 
+def attention_heads(module: nn.Module) -> int:
+    """Query heads of a module that attends, by itself or by its `spec`; 0 of any other."""
+    return int(getattr(getattr(module, "spec", module), "heads", 0))
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x) * (offset + weight)`; offset 1 is Gemma's form."""
 

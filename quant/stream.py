@@ -65,7 +65,7 @@ def quantize_checkpoint(
     ready: Ready | None = None,
     changed: Mapping[str, torch.Tensor] | None = None,
 ) -> QuantizedStats:
-    """Write the quantized checkpoint directory `out_dir`; the same checkpoint and plan give the same bytes.
+    """Write the quantized checkpoint directory `out_dir`; the same checkpoint, plan and `changed` give the same bytes.
 
     tied: alias name -> stored name; aliases are not written. copy: tensors to keep unquantized, in their dtype (fp64
     becomes fp32). ready: codes that calibration found; the other weights are rounded to nearest. changed: of `copy`, values to
@@ -83,6 +83,8 @@ def quantize_checkpoint(
             raise UserError(f"plan: {name} is to be kept unquantized; give it 16 bits or leave it out of the plan")
     for name in kept:
         checkpoint.info(name)
+    if changed is not None and not changed.keys() <= set(kept):
+        raise ValueError(f"{min(changed.keys() - set(kept))} is to be changed, but not kept unquantized")
     place = {name: i for i, name in enumerate(checkpoint.names())}  # the file's order, so that reading is sequential
     order = sorted((*specs, *kept), key=lambda name: place[name])
     layout = [row for name in order for row in _layout(checkpoint, name, plan.entries.get(name))]
@@ -98,6 +100,7 @@ def quantize_checkpoint(
         for name in order:
             entry = plan.entries.get(name)
             if changed is not None and name in changed:
+                check_finite(name, changed[name])
                 writer.write(name, changed[name].to(_stored_dtype(checkpoint, name, None)))
             elif entry is None or entry.bits == UNQUANTIZED:
                 _copy(checkpoint, name, entry, writer)

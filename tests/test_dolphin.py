@@ -9,7 +9,7 @@ from test_models import adopt, causal_logits, randomise, run_step, states_of
 
 from edgewright.errors import UserError
 from edgewright.models import build, shorten
-from edgewright.models.loading import _fill
+from edgewright.models.loading import fill
 
 STACK = {
     "hidden_size": 64,
@@ -155,7 +155,7 @@ def pair(seed: int = 0, **change):
     """The oracle and our model, of one set of weights."""
     oracle = Oracle(TINY | change, seed)
     model, weights = build(TINY | change), oracle.weights()
-    _fill(model, None, lambda name, shape: weights[name].clone().reshape(shape))
+    fill(model, None, lambda name, shape: weights[name].clone().reshape(shape))
     return oracle, model
 
 
@@ -302,8 +302,8 @@ def test_contexts_of_one_length_are_read_as_a_batch():
 def test_weights_stored_in_16_bits_compute_in_float32(projector):
     stored = {n: w.to(torch.bfloat16) for n, w in Oracle(TINY | {"projector": projector}, 8).weights().items()}
     narrow, wide = (build(TINY | {"projector": projector}) for _ in range(2))
-    _fill(narrow, None, lambda name, shape: stored[name].reshape(shape))
-    _fill(wide, None, lambda name, shape: stored[name].reshape(shape).to(torch.float32))
+    fill(narrow, None, lambda name, shape: stored[name].reshape(shape))
+    fill(wide, None, lambda name, shape: stored[name].reshape(shape).to(torch.float32))
     memories = [read_context(model, CONTEXT, 27) for model in (narrow, wide)]
     torch.testing.assert_close(*memories, atol=1e-6, rtol=1e-6)
     logits = [decode(model, memories[0], QUESTION, [10])[0] for model in (narrow, wide)]

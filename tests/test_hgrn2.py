@@ -10,7 +10,7 @@ from test_models import causal_logits
 
 from edgewright.models import build, shorten
 from edgewright.models.hgrn2 import forget
-from edgewright.models.loading import _fill
+from edgewright.models.loading import fill
 
 LENGTH = 70  # more than a chunk of the recurrences
 
@@ -43,7 +43,7 @@ def hgrn2(changes: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor], dict[s
         for name, p in model.named_parameters(remove_duplicate=False)
         if name not in model.tied
     }
-    _fill(model, object(), lambda name, shape: weights[name])
+    fill(model, object(), lambda name, shape: weights[name])
     return model, weights, config
 
 
@@ -130,7 +130,7 @@ def test_hgrn2_is_its_plain_restatement(case):
 def test_a_shortened_hgrn2_keeps_the_first_layers_and_their_bounds():
     whole, weights, config = hgrn2({"attn": ATTN | {"layers": [1, 2]}})
     short = build(shorten(config, 2))
-    _fill(short, object(), lambda name, shape: weights[name])
+    fill(short, object(), lambda name, shape: weights[name])
     assert [tuple(p.shape) for n, p in short.named_parameters() if n.endswith("lower_bounds")] == [(3, 48)]
     bounds, wanted = short.model.bounds(), whole.model.bounds()
     assert bounds[0] is None

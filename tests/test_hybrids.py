@@ -23,7 +23,7 @@ from edgewright.errors import UserError
 from edgewright.models import build, shorten
 from edgewright.models.gated_delta import GatedDelta
 from edgewright.models.layers import Embedding, Linear, softplus
-from edgewright.models.loading import _fill, load_original
+from edgewright.models.loading import fill, load_original
 from edgewright.ops import DECOMPOSITIONS
 
 PROSE = Path(os.environ.get("EDGEWRIGHT_TEST_MODELS", "models")) / "gated-delta-prose"
@@ -199,7 +199,7 @@ def test_the_graph_exports_with_dynamic_lengths_and_decomposes(family):
     config = shorten(FAMILIES[family], 2)  # a layer of each kind
     model = build(config)
     generator = torch.Generator().manual_seed(0)
-    _fill(model, object(), lambda name, shape: torch.randn(shape, generator=generator) * 0.2)
+    fill(model, object(), lambda name, shape: torch.randn(shape, generator=generator) * 0.2)
     (graph,) = model.graphs()
     program = graph.export().run_decompositions(DECOMPOSITIONS)
     assert not [n for n in program.graph.nodes if "edgewright" in str(n.target)]

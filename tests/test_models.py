@@ -10,7 +10,7 @@ import transformers as tf
 
 from edgewright.errors import UserError
 from edgewright.models import build, shorten
-from edgewright.models.loading import _fill
+from edgewright.models.loading import fill
 
 
 def adopt(oracle: torch.nn.Module, config: dict) -> object:
@@ -21,7 +21,7 @@ def adopt(oracle: torch.nn.Module, config: dict) -> object:
     class Source:
         pass
 
-    _fill(model, Source(), lambda name, shape: weights[name].clone().reshape(shape))
+    fill(model, Source(), lambda name, shape: weights[name].clone().reshape(shape))
     return model
 
 

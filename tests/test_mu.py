@@ -13,7 +13,7 @@ from tiny_families import FAMILIES
 
 from edgewright.errors import UserError
 from edgewright.models import build, shorten
-from edgewright.models.loading import _fill
+from edgewright.models.loading import fill
 
 BASE = FAMILIES["mu"]
 
@@ -26,7 +26,7 @@ def loaded(config: dict, seed: int):
     )
     weights = {n.replace("/", "."): p.detach() for n, p in randomise(holder, seed).items()}
     model = build(config)
-    _fill(model, None, lambda name, shape: weights[name].reshape(shape))
+    fill(model, None, lambda name, shape: weights[name].reshape(shape))
     return model, {n: w.double().numpy() for n, w in weights.items()}
 
 

@@ -12,7 +12,7 @@ from test_models import causal_logits, run_step, states_of
 
 from edgewright.errors import UserError
 from edgewright.models import build, shorten
-from edgewright.models.loading import _fill
+from edgewright.models.loading import fill
 from edgewright.models.sambay import Difference
 
 TINY = {
@@ -44,7 +44,7 @@ def filled(config: dict, seed: int = 0):
         weights[name] = value.astype(np.float32).astype(np.float64)
         return torch.from_numpy(weights[name].astype(np.float32))
 
-    _fill(model, None, make)
+    fill(model, None, make)
     return model, weights
 
 
@@ -206,8 +206,8 @@ def test_weights_stored_in_16_bits_compute_in_float32():
     narrow, wide = build(TINY), build(TINY)
     _, weights = filled(TINY, seed=7)
     stored = {n: torch.from_numpy(w.astype(np.float32)).to(torch.bfloat16) for n, w in weights.items()}
-    _fill(narrow, None, lambda name, shape: stored[name])
-    _fill(wide, None, lambda name, shape: stored[name].to(torch.float32))
+    fill(narrow, None, lambda name, shape: stored[name])
+    fill(wide, None, lambda name, shape: stored[name].to(torch.float32))
     ids = make_ids(1, 12)
     torch.testing.assert_close(
         causal_logits(narrow, ids, [11, 1]), causal_logits(wide, ids, [11, 1]), atol=1e-6, rtol=1e-6
@@ -285,7 +285,7 @@ def test_a_shortened_model_keeps_the_kinds_of_its_layers(layers, kept):
     whole, weights = filled(TINY, seed=6)
     model = build(shorten(TINY, layers))
     assert len(model.stacks()["decoder"]) == kept
-    _fill(model, None, lambda name, shape: torch.from_numpy(weights[name].astype(np.float32)).reshape(shape))
+    fill(model, None, lambda name, shape: torch.from_numpy(weights[name].astype(np.float32)).reshape(shape))
     assert causal_logits(model, make_ids(1, 6), [4, 2]).isfinite().all()
     assert {n for n, _ in model.named_parameters()} <= {n for n, _ in whole.named_parameters()}
 
