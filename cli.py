@@ -10,8 +10,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -49,6 +50,7 @@ def export(
     output: Path | None,
     dry_run: bool,
     no_verify: bool,
+    norms: Literal["tuned", "kept"],
     strict_placement: bool,
     as_json: bool,
     **options: Any,
@@ -59,7 +61,7 @@ def export(
     """
     from . import backends, compiler, reporting
 
-    request = cli_options.request(model, options, note)
+    request = replace(cli_options.request(model, options, note), norms=norms)
     if strict_placement and no_verify:
         raise UserError("--strict-placement judges what --no-verify skips; leave one of them out")
     if dry_run:

@@ -179,7 +179,6 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
         importance=options["importance"],
         quantizer=options["quantizer"],
-        norms=options.get("norms", "tuned"),
         kv_cache=options["kv_cache"],
         memory_limit=options["memory_limit"],
         workers=Workers(options["workers"], options["cluster"]),

@@ -1,7 +1,7 @@
 """Norms tuned to the codes: gains that bring a model's predictions back to the original's. Top-level: walk, models enter.
 
 GPTQ makes each linear right for its own inputs; what the errors of all of them together do to the predictions nobody looks
-at. The gains of norms are a few numbers a layer that every target keeps as they are, so they are free to make up for some of
+at. The gains of norms are a few numbers a layer that no target quantizes, so they are free to make up for some of
 that: steps of Adam (arXiv 1412.6980) on the divergence of the logits from the original's. Tuning norms to a quantized model is
 of arXiv 2309.02784, there layer by layer. What is won is measured on data that no step was made on; without it nothing changes.
 """
@@ -83,8 +83,8 @@ def tune_norms(
     """
     if spec.task == "module" or not enough(samples):
         return None
-    norms = _Norms(model, checkpoint)
-    if not norms.gains:
+    norms = _vectors(model, checkpoint)
+    if not norms:
         return None
     most = _positions(spec)
     every = parted(samples)
@@ -93,8 +93,13 @@ def tune_norms(
     parts = [evenly(part, max(1, most // SAMPLE_POSITIONS)) for part in chosen]
     held = set(range(APART // 2, count, APART)) or {count - 1}
     apart, learnt = ([part for i, part in enumerate(parts) if (i in held) == kept] for kept in (True, False))
-    original = _Original(checkpoint, config, spec, most)
     learning, plain = GradientSession(model.graphs()), EagerSession(model.graphs())
+
+    def original(part: list[Sample]) -> torch.Tensor:
+        """Log-probabilities [P, V] of the original, its weights read when their module runs."""
+        fresh = build(config)
+        found, real = Walk(fresh, checkpoint, spec, part, session=EagerSession(fresh.graphs())).logits(most)
+        return torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
 
     def divergence(part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
         found, real = Walk(model, checkpoint, spec, part, session=session).logits(most)
@@ -104,7 +109,7 @@ def tune_norms(
     def lost() -> float:
         total, count = 0.0, 0
         for part in apart:
-            wanted = original.of(part)
+            wanted = original(part)
             total += float(divergence(part, wanted, plain)) * len(wanted)
             count += len(wanted)
         return total / count if count else math.nan
@@ -113,31 +118,35 @@ def tune_norms(
     if not math.isfinite(before):
         progress("norms: kept, as the logits on the calibration data are not finite or of no sample's tokens")
         return None
-    kept = norms.values()
+    kept = {norm.name: norm.held() for norm in norms}
     tokens = sum(s.size for part in learnt for s in part)
-    progress(f"norms: tuning {len(norms.gains)} on {tokens} tokens")
-    optimizer = torch.optim.Adam(norms.changes, lr=RATE, betas=(0.9, 0.95))
+    progress(f"norms: tuning {len(norms)} on {tokens} tokens")
+    optimizer = torch.optim.Adam([norm.change for norm in norms], lr=RATE, betas=(0.9, 0.95))
     order, steps, step = random.Random(_SEED), EPOCHS * len(learnt), 0
     for _ in range(EPOCHS):
         order.shuffle(learnt)
         for part in learnt:
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / steps)
-            wanted = original.of(part)
+            wanted = original(part)
             if len(wanted):  # none where the logits looked at are of no sample's tokens
                 divergence(part, wanted, learning).backward()  # type: ignore[no-untyped-call]
-                norms.take_gradients()
+                for norm in norms:
+                    norm.take_gradient()
                 optimizer.step()
-                norms.apply()
+                for norm in norms:
+                    norm.apply()
             step += 1
-        norms.round()
+        for norm in norms:
+            norm.set(norm.held())
         now = lost()
         if not math.isfinite(now):
             break
         if now < best:
-            best, kept = now, norms.values()
+            best, kept = now, {norm.name: norm.held() for norm in norms}
         progress(f"norms: {100 * step // steps}%")
-    norms.set(kept)
+    for norm in norms:
+        norm.set(kept[norm.name])
     if best < before:
         progress(f"norms: tuned, from {before:.4f} to {best:.4f} nats a token from the original on data apart")
     else:
@@ -162,69 +171,51 @@ def _positions(spec: Generation) -> int:
     return max(FEWEST_POSITIONS, min(PART_TOKENS, LOGITS // spec.vocab))
 
 
-class _Original:
-    """Log-probabilities of the original model, its weights read when their module runs."""
+@dataclass(frozen=True, eq=False)
+class _Vector:
+    """A gain or a bias of a norm, by its stored name, and the share by which it is changed, to be learnt.
 
-    def __init__(self, checkpoint: Checkpoint, config: dict[str, Any], spec: Generation, most: int) -> None:
-        self._given, self._config, self._spec, self._most = checkpoint, config, spec, most
-
-    def of(self, part: list[Sample]) -> torch.Tensor:
-        """fp32 [P, V] at the positions that are no padding."""
-        model = build(self._config)
-        session = EagerSession(model.graphs())
-        found, real = Walk(model, self._given, self._spec, part, session=session).logits(self._most)
-        return torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
-
-
-class _Norms:
-    """Gains and biases of all norms, a norm being a module whose weight is a vector; changed by factors.
-
-    gains: stored name -> what multiplies, fp32: a weight that is held less an offset has the offset added. changes: the share
-    by which each is changed, to be learnt.
+    parameter: of the model. offset: what it is held less by. gain: what multiplied at first, fp32. dtype: of its file.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
-        self.gains: dict[str, torch.Tensor] = {}
-        self.changes: list[nn.Parameter] = []
-        self._held: list[tuple[nn.Parameter, float]] = []
-        self._dtypes: list[torch.dtype] = []
-        for path, module in model.named_modules():
-            if getattr(getattr(module, "weight", None), "ndim", 0) != 1:
-                continue
-            for leaf, parameter in module.named_parameters(recurse=False):
-                name = stored_name(model, f"{path}.{leaf}")
-                if parameter.ndim != 1 or name in self.gains:
-                    continue
-                offset = float(getattr(module, "offset", 0.0)) if leaf == "weight" else 0.0
-                self.gains[name] = parameter.detach() + offset
-                self.changes.append(nn.Parameter(torch.zeros_like(parameter)))
-                parameter.data = parameter.detach().clone()  # it may be a view of the checkpoint's file
-                self._held.append((parameter.requires_grad_(), offset))
-                self._dtypes.append(checkpoint.info(name).dtype)
+    name: str
+    parameter: nn.Parameter
+    offset: float
+    gain: torch.Tensor
+    change: nn.Parameter
+    dtype: torch.dtype
 
-    def take_gradients(self) -> None:
-        """From the parameters to the changes."""
-        for gain, change, (parameter, _) in self._each():
-            change.grad = None if parameter.grad is None else parameter.grad * gain
-            parameter.grad = None
+    def take_gradient(self) -> None:
+        """From the parameter to the change."""
+        self.change.grad = None if self.parameter.grad is None else self.parameter.grad * self.gain
+        self.parameter.grad = None
 
     def apply(self) -> None:
+        """The change to the parameter."""
+        self.set(self.gain * (1.0 + self.change.detach()) - self.offset)
+
+    def set(self, value: torch.Tensor) -> None:
         with torch.no_grad():
-            for gain, change, (parameter, offset) in self._each():
-                parameter.copy_(gain * (1.0 + change) - offset)
+            self.parameter.copy_(value)
 
-    def round(self) -> None:
-        """To what the checkpoint's dtypes hold, as `values` gives it."""
-        self.set(self.values())
+    def held(self) -> torch.Tensor:
+        """The value as the file's dtype holds it."""
+        return self.parameter.detach().to(self.dtype, copy=True)
 
-    def values(self) -> dict[str, torch.Tensor]:
-        held = zip(self.gains, self._held, self._dtypes, strict=True)
-        return {name: parameter.detach().to(dtype, copy=True) for name, (parameter, _), dtype in held}
 
-    def set(self, values: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, (parameter, _) in zip(self.gains, self._held, strict=True):
-                parameter.copy_(values[name])
-
-    def _each(self) -> Any:
-        return zip(self.gains.values(), self.changes, self._held, strict=True)
+def _vectors(model: Any, checkpoint: Checkpoint) -> list[_Vector]:
+    """Gains and biases of all norms, a norm being a module whose weight is a vector."""
+    found: dict[str, _Vector] = {}
+    for path, module in model.named_modules():
+        if getattr(getattr(module, "weight", None), "ndim", 0) != 1:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = stored_name(model, f"{path}.{leaf}")
+            if parameter.ndim != 1 or name in found:
+                continue
+            offset = float(getattr(module, "offset", 0.0)) if leaf == "weight" else 0.0
+            parameter.data = parameter.detach().clone()  # it may be a view of the checkpoint's file
+            gain, change = parameter.detach() + offset, nn.Parameter(torch.zeros_like(parameter))
+            dtype = checkpoint.info(name).dtype
+            found[name] = _Vector(name, parameter.requires_grad_(), offset, gain, change, dtype)
+    return list(found.values())

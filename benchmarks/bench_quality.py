@@ -18,21 +18,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from quality_text import Reference
-from torch import nn
 
 from edgewright.calibration import Sample, read_samples
 from edgewright.checkpoint import Checkpoint, open_checkpoint
 from edgewright.compiler import Request, plan
-from edgewright.layerwise import CodeStore, quantize_layerwise
-from edgewright.models import build, stored_name
-from edgewright.models.loading import load_original
+from edgewright.layerwise import CodeStore, load_rounded, quantize_layerwise
+from edgewright.models import build
 from edgewright.planning import Planned
 from edgewright.quant.allocate import Problem, plan_within
 from edgewright.quant.frontier import uniform
 from edgewright.quant.plan import BitPlan, Budget, Choice
-from edgewright.quant.rtn import quantize_rtn
 from edgewright.runtimes.eager import EagerSession
 from edgewright.scoring import Probes, Scores, score
 from edgewright.tuning import tune_norms
@@ -43,22 +39,14 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 METHODS = ("fisher", "uniform", "zd", "lim")
 
 
-def values_of(
-    checkpoint: Checkpoint, planned: Planned, made: BitPlan, samples: list[Sample]
-) -> dict[str, torch.Tensor]:
-    """Every planned weight as its codes and scales give it, fp32."""
+def rounded(checkpoint: Checkpoint, planned: Planned, made: BitPlan, samples: list[Sample]) -> Any:
+    """The model with every planned weight as its codes and scales give it, fp32."""
+    model = build(planned.config)
     with tempfile.TemporaryDirectory() as folder:
         store = CodeStore(Path(folder))
         quantize_layerwise(checkpoint, build(planned.config), made, planned.generation, samples, (), store)
-        found: dict[str, torch.Tensor] = {}
-        for name, entry in made.entries.items():
-            weight = checkpoint.tensor(name)
-            if entry.bits == 16:
-                found[name] = weight.to(torch.bfloat16).float()
-                continue
-            codes = store.read(name, (int(weight.shape[0]), int(weight.shape[1])), entry)
-            found[name] = (codes or quantize_rtn(weight, entry.bits, entry.group_size, entry.signed)).dequantize()
-        return found
+        load_rounded(model, checkpoint, made, store)
+    return model
 
 
 def main() -> None:
@@ -91,11 +79,6 @@ def main() -> None:
         m: score(m, checkpoint, config, units, choices, spec, probes, samples, signed=True, progress=said)
         for m in options.methods
     }
-    session_model = build(config)
-    load_original(session_model, checkpoint)
-    session = EagerSession(session_model.graphs())
-    modules = [(stored_name(session_model, f"{p}.weight"), m) for p, m in session_model.named_modules()]
-    vectors = {n: p.detach().clone() for n, p in session_model.named_parameters() if p.ndim == 1}
     about = [checkpoint.fingerprint(), str(options.calibration), str(options.text), options.windows, options.tokens]
     about += ["tuned norms"] if options.norms == "tuned" else []
     held = json.loads(options.output.read_text()) if options.output.exists() else {"about": about, "rows": []}
@@ -110,16 +93,10 @@ def main() -> None:
         lines = [(n, e.bits, e.group_size, e.quantizer, e.signed) for n, e in sorted(made.entries.items())]
         key = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
         if key not in scored:
-            values = values_of(checkpoint, planned, made, samples)
-            for name, module in modules:
-                if name in values and hasattr(module, "weight"):
-                    module.weight = nn.Parameter(values[name], requires_grad=False)
-            for name, parameter in session_model.named_parameters():
-                if name in vectors:
-                    parameter.data = vectors[name].clone()
+            model = rounded(checkpoint, planned, made, samples)
             if options.norms == "tuned" and any(e.quantizer == "gptq" for e in made.entries.values()):
-                tune_norms(session_model, checkpoint, config, spec, samples, said)
-            scored[key] = asdict(reference.score(session))
+                tune_norms(model, checkpoint, config, spec, samples, said)
+            scored[key] = asdict(reference.score(EagerSession(model.graphs())))
         row = {"method": method, "budget": budget, "bits": made.average_bits, "bytes": made.total_bytes, "key": key}
         rows.append(row | scored[key])
         line = f"{method:12} {budget:.1f}: {made.average_bits:.3f} bits, KL {rows[-1]['kl']:.4f}, "

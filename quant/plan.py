@@ -109,7 +109,7 @@ class Budget:
 class BitPlan:
     """Bits and group of every weight. average_bits and total_bytes count codes and scales of the planned weights only.
 
-    The same plan and checkpoint give the same bytes; where an entry says gptq, with the same calibration tokens, whose
+    The same plan and checkpoint give the same codes; where an entry says gptq, with the same calibration tokens, whose
     SHA-256 is `calibration`. After an edit the totals are stale: use what `validate` returns.
     """
 

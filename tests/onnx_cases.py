@@ -6,6 +6,7 @@ Each model mixes 2, 3, 4, 5, 6, 8 and 16 bits, groups of 32 and 64 and per-chann
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ TIED = {
 }
 
 
-def make_plan(model: Any, overrides: dict[str, tuple[int, int]]) -> BitPlan:
-    turn = itertools.cycle(CHOICES)
+def make_plan(
+    model: Any, overrides: dict[str, tuple[int, int]], choices: Sequence[tuple[int, int]] = tuple(CHOICES)
+) -> BitPlan:
+    turn = itertools.cycle(choices)
     entries: dict[str, Entry] = {}
     for unit in quantizable_units(model):
         choice = next(turn)
@@ -62,10 +65,12 @@ def make_plan(model: Any, overrides: dict[str, tuple[int, int]]) -> BitPlan:
     return BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0).validate(quantizable_units(model))
 
 
-def quantize(source: Path, out: Path, overrides: dict[str, tuple[int, int]]) -> BitPlan:
+def quantize(
+    source: Path, out: Path, overrides: dict[str, tuple[int, int]], choices: Sequence[tuple[int, int]] = tuple(CHOICES)
+) -> BitPlan:
     checkpoint = open_checkpoint(str(source))
     model = build(checkpoint.config)
-    plan = make_plan(model, overrides)
+    plan = make_plan(model, overrides, choices)
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     quantize_checkpoint(checkpoint, plan, model.tied, out, [n for n in names if n not in {*model.tied, *plan.entries}])
     return plan

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx_cases import quantize
 from tiny import EXAMPLE, write_tiny_gemma3, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright.bundle import Generation, GraphSpec
@@ -23,9 +24,7 @@ from edgewright.errors import UserError
 from edgewright.exporters.artefact import Artefact, Options
 from edgewright.models import build
 from edgewright.models.loading import load_dequantized, load_quantized
-from edgewright.quant.plan import UNQUANTIZED, BitPlan, Budget, Entry
-from edgewright.quant.stream import quantize_checkpoint
-from edgewright.quant.units import quantizable_units
+from edgewright.quant.plan import UNQUANTIZED, BitPlan
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream
 from edgewright.runtimes.session import Session
@@ -117,33 +116,11 @@ class Case:
         return ExecuTorchSession(self.folder, self.specs, threads=1)
 
 
-def make_plan(model: Any, fixed: dict[str, tuple[int, int]]) -> BitPlan:
-    turn = itertools.cycle(CHOICES)
-    entries: dict[str, Entry] = {}
-    for unit in quantizable_units(model):
-        choice = next(turn)
-        for w in unit.weights:
-            bits, group = fixed.get(w.name, choice)
-            columns = w.shape[1]
-            group = columns if not group or bits == UNQUANTIZED else group if columns % group == 0 else 32
-            entries[w.name] = Entry(bits, group, 1.0, "")
-    return BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0).validate(quantizable_units(model))
-
-
-def quantize(source: Path, out: Path, fixed: dict[str, tuple[int, int]]) -> BitPlan:
-    checkpoint = open_checkpoint(str(source))
-    model = build(checkpoint.config)
-    plan = make_plan(model, fixed)
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    quantize_checkpoint(checkpoint, plan, model.tied, out, [n for n in names if n not in {*model.tied, *plan.entries}])
-    return plan
-
-
 @pytest.fixture(scope="module", params=list(WRITERS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name = request.param
     root = tmp_path_factory.mktemp(name)
-    plan = quantize(WRITERS[name](root / "source"), root / "checkpoint", TABLES[name])
+    plan = quantize(WRITERS[name](root / "source"), root / "checkpoint", TABLES[name], CHOICES)
     checkpoint = open_checkpoint(str(root / "checkpoint"))
     model = build(checkpoint.config)
     load_quantized(model, checkpoint)
