@@ -94,8 +94,9 @@ def main() -> None:
         key = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
         if key not in scored:
             model = rounded(checkpoint, planned, made, samples)
-            if options.norms == "tuned" and any(e.quantizer == "gptq" for e in made.entries.values()):
-                tune_norms(model, checkpoint, config, spec, samples, said)
+            tuned = options.norms == "tuned" and any(e.quantizer == "gptq" for e in made.entries.values())
+            if tuned and tune_norms(model, checkpoint, config, spec, samples, said) is None:
+                raise SystemExit("too few --tokens to tune norms on")
             scored[key] = asdict(reference.score(EagerSession(model.graphs())))
         row = {"method": method, "budget": budget, "bits": made.average_bits, "bytes": made.total_bytes, "key": key}
         rows.append(row | scored[key])
