@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edgewright.bundle import Bundle, Generation
 from edgewright.checkpoint import open_checkpoint
@@ -68,12 +69,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("examples", nargs="*", default=NAMES)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="average bits, scales counted")
+    parser.add_argument("--norms", choices=("kept", "tuned"), default="kept")
     parser.add_argument("--output", type=Path, default=Path("tasks.json"))
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    held = json.loads(options.output.read_text()) if options.output.exists() else {"norms": options.norms, "rows": []}
+    if held["norms"] != options.norms:
+        raise SystemExit(f"{options.output} holds points with norms {held['norms']}: give another --output")
     for name in options.examples:
         with tempfile.TemporaryDirectory() as temporary:
-            _measure(name, options, rows, Path(temporary))
+            _measure(name, options, held, Path(temporary))
 
 
 def plans(source: Path, calibration: Path, budgets: list[float]) -> Iterator[tuple[str, float, BitPlan]]:
@@ -92,7 +96,8 @@ def plans(source: Path, calibration: Path, budgets: list[float]) -> Iterator[tup
             yield method, bits, replace(found, entries=entries)
 
 
-def _measure(name: str, options: argparse.Namespace, rows: list[dict[str, object]], work: Path) -> None:
+def _measure(name: str, options: argparse.Namespace, held: dict[str, Any], work: Path) -> None:
+    rows: list[dict[str, object]] = held["rows"]
     checkpoint = open_checkpoint(str(EXAMPLES / name))
     assert checkpoint.tokenizer is not None
     model = build(checkpoint.config)
@@ -105,7 +110,7 @@ def _measure(name: str, options: argparse.Namespace, rows: list[dict[str, object
             continue
         out = work / f"{method}-{bits}"
         data = calibration if "gptq" in method else None
-        export(Request(str(EXAMPLES / name), plan=made, task=data), out, check=False)
+        export(Request(str(EXAMPLES / name), plan=made, task=data, norms=options.norms), out, check=False)
         bundle = Bundle.open(out)
         spec = bundle.manifest.generation
         task = read_task(test, None, spec.task == "memory")
@@ -124,7 +129,7 @@ def _measure(name: str, options: argparse.Namespace, rows: list[dict[str, object
             "original": accuracy(original, tokenizer, task),
         }
         rows.append(row)
-        options.output.write_text(json.dumps(rows, indent=1))
+        options.output.write_text(json.dumps(held, indent=1))
         print(
             f"{time.perf_counter() - start:6.0f} s  {name} {method} {bits}: {row['bits']:.3f} bits, right {row['accuracy']:.3f} "
             f"(original {row['original']:.3f}), as the original {row['agreement']:.3f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from test_gguf import write_gguf
 from tiny import EXAMPLE, write_tiny_llama
 
+from edgewright import walk as walks
 from edgewright.checkpoint import open_checkpoint
 from edgewright.gguf_file import read_gguf
 from edgewright.models import build
@@ -137,3 +139,35 @@ def test_orders_lower_the_least_important_first(benchmark: Any) -> None:
     assert found["fisher"] == [1, 2, 0]
     assert found["lim reversed"] == [0, 2, 1]
     assert sorted(found["random 1"]) == [0, 1, 2]
+
+
+def test_plans_are_measured_once_and_as_asked(
+    benchmark: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole benchmark on a tiny model: every method's rows, within their budgets, and none measured again."""
+    room, quality = benchmark("bench_quality"), benchmark("quality_text")
+    monkeypatch.setattr(room, "Reference", lambda *a: quality.Reference(*a, length=16, cache=tmp_path / "cache"))
+    monkeypatch.setattr(walks, "PART_TOKENS", 32)
+    (tmp_path / "other.txt").write_text("letters only and words that follow another word " * 40)
+
+    def rows(norms: str) -> dict[tuple[str, float], dict[str, Any]]:
+        command = ["bench_quality.py", str(model), "--text", str(tmp_path / "text.txt"), "--windows", "3"]
+        command += ["--calibration", str(tmp_path / "other.txt"), "--tokens", "400", "--budgets", "3", "5"]
+        monkeypatch.setattr(sys, "argv", [*command, "--norms", norms, "--output", str(tmp_path / f"{norms}.json")])
+        room.main()
+        found = json.loads((tmp_path / f"{norms}.json").read_text())["rows"]
+        return {(row["method"], row["budget"]): row for row in found}
+
+    kept, tuned = rows("kept"), rows("tuned")
+    assert {m for m, _ in kept} == {"fisher gptq", "uniform gptq", "uniform rtn", "zd gptq", "lim gptq"}
+    for (method, budget), row in kept.items():
+        assert row["bits"] <= budget
+        assert row["positions"] == 45
+        assert (tuned[method, budget]["kl"] == row["kl"]) == (method == "uniform rtn")
+    assert all(kept[m, 5.0]["kl"] < kept[m, 3.0]["kl"] for m, budget in kept if budget == 3.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "rounded", lambda *_: pytest.fail("measured again"))
+        assert rows("kept") == kept
+    (tmp_path / "kept.json").rename(tmp_path / "tuned.json")
+    with pytest.raises(SystemExit, match=r"tuned.json holds points of .*: give another --output"):
+        rows("tuned")
