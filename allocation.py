@@ -93,11 +93,11 @@ def allocated(
             4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
         )
     choices = _choices(request, (*overrides, *_kept(gates, 8)), quantizer)
-    memory, workers = request.memory_limit, request.workers.count
+    memory, workers = request.memory_limit, request.workers
     method = request.importance
     if method == "auto" and all(len(offer.options) == 1 for offer in offers(stated(even, request.formats))):
         method = "uniform"  # one choice for each unit: there is nothing to weigh
-    with request.workers.running():
+    with workers.running():
         signed = signed_scales(request.formats)
         data = (choices, spec, probes, samples)
         scores = score(method, checkpoint, config, units, *data, memory, workers, signed, progress)

@@ -7,11 +7,11 @@ positions are held.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from torch import nn
 
 from .bundle import Generation
@@ -26,6 +26,7 @@ from .quant.rtn import effective_group, quantize_rtn
 from .runtimes.session import Array
 from .walk import Walk
 from .weights_on_demand import Provide
+from .workers import ONE, Workers
 
 POSITIONS = 1024
 """The most positions compared, unless the vocabulary asks for fewer."""
@@ -65,24 +66,23 @@ def kl_of_each(
     parts: Sequence[Mapping[str, Width]],
     spec: Generation,
     samples: Sequence[Sample],
-    workers: int = 1,
+    workers: Workers = ONE,
     progress: Progress = lambda _: None,
 ) -> list[float]:
     """The divergence when the weights of one part alone are rounded, for each part: stored name -> bits and group.
 
-    workers: processes (or what a joblib backend makes of the number); each opens the checkpoint itself and computes with one
-    thread, so that their number changes no result.
+    workers: each opens the checkpoint itself, under the same name, and computes with one thread, so that their number changes
+    no result. Called within their `running`.
     """
     reference = _single(checkpoint.source, config, spec, samples, None)
-    task = delayed(_kl_of_part)
-    made = Parallel(n_jobs=workers, return_as="generator")(
-        task(checkpoint.source, config, spec, samples, reference, part) for part in parts
-    )
+    path = Path(checkpoint.source).expanduser()
+    source = str(path.resolve()) if path.exists() else checkpoint.source  # a worker may be in another folder
+    step = max(workers.count, -(-len(parts) // 10))  # between two, progress is said
     found: list[float] = []
-    for value in made:
-        found.append(float(value))
-        if 10 * len(found) // len(parts) != 10 * (len(found) - 1) // len(parts):
-            progress(f"divergence: {len(found)} of {len(parts)} parts")
+    for start in range(0, len(parts), step):
+        pieces = [(source, config, spec, samples, reference, part) for part in parts[start : start + step]]
+        found += workers.over(_kl_of_part, pieces)
+        progress(f"divergence: {len(found)} of {len(parts)} parts")
     return found
 
 

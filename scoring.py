@@ -28,6 +28,7 @@ from .runtimes.eager import EagerSession
 from .runtimes.generate import Stream, generate, read_context
 from .sensitivity import fisher, fisher_bytes, predicted_losses
 from .walk import Walk
+from .workers import ONE, Workers
 
 METHODS = ("auto", "fisher", "kl", "lim", "zd", "zd-two-sided", "uniform")
 MEASURED = ("fisher", "kl")
@@ -114,14 +115,14 @@ def score(
     probes: Probes,
     samples: Sequence[Sample] = (),
     memory: int | None = None,
-    workers: int = 1,
+    workers: Workers = ONE,
     signed: bool = False,
     progress: Progress = lambda _: None,
 ) -> Scores:
     """Importance of all units by `method`; models are built as needed.
 
     config: what `build` takes. choices: those that losses are wanted for. probes: what LIM runs on as long as the model fits
-    `memory` (bytes; None: what the system has); samples: what everything else runs on. workers: processes of `kl`. signed:
+    `memory` (bytes; None: what the system has); samples: what everything else runs on. workers: of `kl`. signed:
     whether scales may be negative.
     Raises UserError for an unknown method, or one whose data are not there.
     """
@@ -168,7 +169,7 @@ def _checked(
     samples: Sequence[Sample],
     units: Sequence[Unit],
     losses: dict[str, dict[Choice, float]],
-    workers: int,
+    workers: Workers,
     signed: bool,
     progress: Progress,
 ) -> dict[str, dict[Choice, float]]:
@@ -198,7 +199,7 @@ def _by_divergence(
     samples: Sequence[Sample],
     units: Sequence[Unit],
     choices: Sequence[Choice],
-    workers: int,
+    workers: Workers,
     signed: bool,
     progress: Progress,
 ) -> tuple[dict[str, dict[Choice, float]], dict[Layer, float]]:

@@ -28,6 +28,7 @@ from edgewright.quant.sensitivity import Curvature, Gradients, WeightLosses, ext
 from edgewright.quant.units import quantizable_units
 from edgewright.runtimes.eager import EagerSession
 from edgewright.sensitivity import Fisher, fisher, fisher_bytes, predicted_losses
+from edgewright.workers import Workers
 
 LOGIT_FAMILIES = [family for family in CONFIGS if build(CONFIGS[family]).task != "module"]
 
@@ -266,7 +267,7 @@ def test_any_number_of_workers_measures_the_same(tmp_path: Path) -> None:
     checkpoint, spec = opened("t5gemma", tmp_path)
     units = quantizable_units(build(checkpoint.config))[:4]
     parts = [{w.name: (3, 64, False) for w in u.weights} for u in units]
-    one, two = (kl_of_each(checkpoint, checkpoint.config, parts, spec, samples_of(spec), n) for n in (1, 2))
+    one, two = (kl_of_each(checkpoint, checkpoint.config, parts, spec, samples_of(spec), Workers(n)) for n in (1, 2))
     assert one == two
     assert all(value > 0.0 for value in one)
     assert len(set(one)) == len(one)

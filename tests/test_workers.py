@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from edgewright.checkpoint import open_checkpoint
+from edgewright.compiler import Request, plan
+from edgewright.divergence import kl_of_each
 from edgewright.errors import UserError
 from edgewright.layerwise import quantize_rows
 from edgewright.quant.gptq import factor
@@ -47,13 +49,22 @@ def codes(workers: Workers) -> list[torch.Tensor]:
     return [found.codes, found.scales]
 
 
+def divergences(workers: Workers) -> list[float]:
+    """Of three weights rounded each alone: what a sweep of plans and `--importance kl` are made of."""
+    checkpoint = open_checkpoint(str(EXAMPLE))
+    planned = plan(Request(str(EXAMPLE), task=EXAMPLE / "task.tsv", importance="zd", max_context=64))
+    parts = [{unit.weights[0].name: (3, 32, False)} for unit in planned.units[:3]]
+    with workers.running():
+        return kl_of_each(checkpoint, planned.config, parts, planned.generation, planned.samples[:4], workers)
+
+
 def test_two_processes_give_the_codes_of_one() -> None:
     for one, two in zip(codes(Workers()), codes(Workers(2)), strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_of_two_workers_gives_the_codes_of_one() -> None:
+def test_a_ray_cluster_of_two_workers_gives_the_codes_and_losses_of_one() -> None:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -64,6 +75,9 @@ def test_a_ray_cluster_of_two_workers_gives_the_codes_of_one() -> None:
         assert not ray.is_initialized()  # given back
         for one, two in zip(codes(Workers()), found, strict=True):
             assert torch.equal(one, two)
+        measured = divergences(Workers(2, cluster.address))
+        assert measured == divergences(Workers())
+        assert min(measured) > 0.0
     finally:
         cluster.shutdown()
 
