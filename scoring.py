@@ -86,21 +86,26 @@ def choose(
 ) -> str:
     """The method that `auto` stands for with these data and this memory; any other as it is. Says what it chose and why.
 
-    memory: bytes the run may take, None for what the system has. Raises UserError for an unknown method.
+    memory: bytes the run may take, None for what the system has. Raises UserError for an unknown method, and for fisher by name
+    where it does not fit.
     """
     if method not in METHODS:
         raise UserError(f"--importance {method} is not known; choose from {', '.join(METHODS)}")
-    if method != "auto":
+    without = not samples or spec.task == "module"
+    if method not in ("auto", "fisher") or (method != "auto" and without):
         return method
-    if not samples or spec.task == "module":
+    if without:
         progress("importance: zd, from the weights alone, as there are no calibration data for it")
         return "zd"
     needed, available = fisher_bytes(model, samples), available_bytes() if memory is None else memory
     if needed > available:
-        progress(
-            f"importance: lim, as fisher would take about {needed / 2**30:.1f} GiB of the {available / 2**30:.1f} there are"
-        )
+        said = f"fisher would take about {needed / 2**30:.1f} GiB of the {available / 2**30:.1f} there are"
+        if method == "fisher":
+            raise UserError(f"--importance {said}; give --importance lim, or more memory")
+        progress(f"importance: lim, as {said}")
         return "lim"
+    if method == "fisher":
+        return method
     progress(f"importance: fisher, as there are calibration data and its {needed / 2**30:.1f} GiB fit")
     return "fisher"
 

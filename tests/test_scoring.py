@@ -346,6 +346,11 @@ def test_auto_takes_what_data_and_memory_allow_and_says_so(tmp_path: Path) -> No
     assert "no calibration data" in said[0]
     with pytest.raises(UserError, match="--calibration"):
         scored("fisher", tmp_path / "d", [])
+    refusal = (
+        r"--importance fisher would take about .* GiB of the 0\.0 there are; give --importance lim, or more memory"
+    )
+    with pytest.raises(UserError, match=refusal):
+        scored("fisher", tmp_path / "f", memory=100_000)
     with pytest.raises(UserError, match="choose from auto, fisher"):
         scored("magic", tmp_path / "e")
 
