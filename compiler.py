@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -114,7 +113,7 @@ def export(
             if isinstance(error, VerificationFailure):
                 for name in request.formats:  # a target that fails its check is lowered anew
                     run.forget(name)
-            kept = run.worth_keeping()
+            kept = run.worth_keeping() and not over
             if kept:
                 run.leave()
             else:
@@ -162,14 +161,6 @@ def _job(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _codes_key(planned: Planned) -> str:
-    """All that decides the codes GPTQ finds: two jobs that differ in targets or options alone may share them."""
-    entries = sorted((n, e.bits, e.group_size, e.quantizer, e.signed) for n, e in planned.plan.entries.items())
-    decides = [planned.checkpoint.fingerprint(), planned.config, entries, planned.plan.calibration]
-    text = json.dumps([*decides, torch.get_num_threads(), _tools(())], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _plan(request: Request, checkpoint: Checkpoint, run: Unfinished, progress: Progress) -> Planned:
     """The plan, or the one that an earlier run of this job made. Both calibrate with the threads of the first."""
     threads = run.found("threads")
@@ -196,9 +187,6 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
     ready, norms = None, {}
     if planned.plan.calibration is not None:
         tuning = request.norms == "tuned" and _tuning_fits(planned, run, progress)
-        taken = run.share("codes", _codes_key(planned))
-        if taken:
-            progress(f"gptq: {taken} weights are taken from another unfinished run: the same plan, on the same data")
         store = CodeStore(run.work / "codes")
         entries = planned.plan.entries
         left = quantize_layerwise(

@@ -27,8 +27,6 @@ WORK = ".work"
 """The folder in it that only the work needs; no part of the bundle."""
 
 _SUFFIX = ".partial"
-_KEY = ".key"
-_WHOLE = ".safetensors"
 
 
 class Unfinished:
@@ -77,22 +75,6 @@ class Unfinished:
         folder.mkdir()
         return folder
 
-    def share(self, name: str, key: str) -> int:
-        """Fill the work's folder `name` with files that other unfinished runs for the same output made there, for the same `key`.
-
-        key: all that decides those files. Files that are here already stay. Returns how many were taken.
-        """
-        folder, count = self.work / name, 0
-        folder.mkdir(exist_ok=True)
-        for other in self.others():
-            try:
-                if (other / WORK / f"{name}{_KEY}").read_text() == key:
-                    count += _taken(other / WORK / name, folder)
-            except (OSError, UnicodeDecodeError):  # it never came so far, or is gone by now
-                continue
-        self._write(f"{name}{_KEY}", key)
-        return count
-
     def forget(self, stage: str) -> None:
         """Take the mark of `finish` away again."""
         (self.work / f"{stage}.json").unlink(missing_ok=True)
@@ -112,7 +94,7 @@ class Unfinished:
 
     def worth_keeping(self) -> bool:
         """Whether work of more than minutes lies here: codes found by calibration."""
-        return any((self.work / "codes").glob(f"*{_WHOLE}"))
+        return any((self.work / "codes").glob("*.safetensors"))
 
     def leave(self) -> None:
         """Keep the folder for the next run."""
@@ -139,20 +121,6 @@ class Unfinished:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _taken(source: Path, folder: Path) -> int:
-    """Whole files of `source` that `folder` has not, linked (or copied) into it; each appears whole."""
-    missing = [file for file in sorted(source.glob(f"*{_WHOLE}")) if not (folder / file.name).exists()]
-    for file in missing:
-        partial = folder / f"{file.name}{_SUFFIX}"
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(file, partial)
-        except OSError:  # a file system without links
-            shutil.copyfile(file, partial)
-        os.replace(partial, folder / file.name)
-    return len(missing)
 
 
 def _escaped(name: str) -> str:

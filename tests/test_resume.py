@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -22,7 +21,6 @@ from edgewright import calibration, compiler, layerwise
 from edgewright.bundle import CHECKPOINT, REPORTS
 from edgewright.compiler import Request, export
 from edgewright.errors import UserError, VerificationFailure
-from edgewright.memory import PeakAnonymous
 from edgewright.quant.plan import BitPlan
 from edgewright.unfinished import Unfinished
 
@@ -172,69 +170,6 @@ def test_a_run_that_ends_early_keeps_codes_and_says_so(
     export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
     assert any(re.fullmatch(r"gptq: 3 of \d+ weights are done already", line) for line in told)
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
-
-
-def test_another_command_takes_the_codes_it_would_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms, targets and memory decide no code; the plan and the data do."""
-    whole = export(request("deltanet-g2p", norms="kept"), tmp_path / "whole", check=False)
-    with monkeypatch.context() as patched:
-        killed_at(patched, 7)
-        with pytest.raises(Killed):
-            export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
-    (partial,) = tmp_path.glob(".bundle.*.partial")
-    told: list[str] = []
-    link = os.link
-
-    def refused(*paths: Any) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    task = tmp_path / "task.tsv"
-    task.write_text("\n".join((EXAMPLES / "deltanet-g2p" / "task.tsv").read_text().splitlines()[5:50]) + "\n")
-    for change in ({"bits": 4.0}, {"task": task}):  # another plan; other data
-        other = dataclasses.replace(request("deltanet-g2p"), **change)
-        with monkeypatch.context() as patched:
-            killed_at(patched, 0)
-            with pytest.raises(Killed):
-                export(other, tmp_path / "bundle", check=False, progress=told.append)
-    assert told
-    assert not any("taken" in line for line in told)
-    for how in (link, refused):
-        monkeypatch.setattr(os, "link", how)
-        made = export(request("deltanet-g2p", norms="kept"), tmp_path / "bundle", check=False, progress=told.append)
-        taken = "gptq: 7 weights are taken from another unfinished run: the same plan, on the same data"
-        assert told.count(taken) == 1
-        assert any(re.fullmatch(r"gptq: 7 of \d+ weights are done already", line) for line in told)
-        assert contents(made.path) == contents(whole.path)
-        assert len(list(partial.glob(".work/codes/*.safetensors"))) == 7
-        shutil.rmtree(made.path)
-        told.clear()
-
-
-def test_codes_stay_above_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the watcher does: a mark and an interrupt. With more memory the codes found so far are there."""
-    write, left = layerwise.CodeStore.write, 3
-
-    class Over(PeakAnonymous):
-        def __init__(self, limit: int | None = None) -> None:
-            super().__init__()
-            self.over = limit is not None
-
-    def interrupted(self: layerwise.CodeStore, name: str, made: Any) -> None:
-        nonlocal left
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-        write(self, name, made)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(compiler, "PeakAnonymous", Over)
-        patched.setattr(layerwise.CodeStore, "write", interrupted)
-        with pytest.raises(UserError, match=r"this takes more than --memory-limit 8192\.00 GiB") as raised:
-            export(request("deltanet-g2p", memory_limit=8 << 40), tmp_path / "bundle", check=False)
-    assert "the same command goes on from there" in raised.value.__notes__[0]
-    told: list[str] = []
-    export(request("deltanet-g2p", memory_limit=16 << 40), tmp_path / "bundle", check=False, progress=told.append)
-    assert any(re.fullmatch(r"gptq: 3 of \d+ weights are done already", line) for line in told)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT")
