@@ -166,6 +166,8 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         )
     if (options["latency"] is None) != (options["device"] is None):
         raise UserError("--latency is a time on a device, --device says which; give both or neither")
+    if options["cluster"] is not None and options["workers"] == 1:
+        raise UserError("--cluster needs --workers N as well: how many pieces at once, 2 or more")
     return Request(
         model=model,
         formats=formats,

@@ -76,7 +76,8 @@ def kl_of_each(
     """
     reference = _single(checkpoint.source, config, spec, samples, None)
     path = Path(checkpoint.source).expanduser()
-    source = str(path.resolve()) if path.exists() else checkpoint.source  # a worker may be in another folder
+    # A worker may be in another folder. Links stay as they are: what a GGUF's leads to need not be called .gguf.
+    source = str(path.absolute()) if path.exists() else checkpoint.source
     step = max(workers.count, -(-len(parts) // 10))  # between two, progress is said
     found: list[float] = []
     for start in range(0, len(parts), step):

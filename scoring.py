@@ -147,7 +147,7 @@ def score(
         found = fisher(build(built), checkpoint, spec, samples, progress)
         losses = predicted_losses(found, checkpoint, built, spec, samples, (), units, wanted, signed, progress)
         found.weights.clear()
-        losses = _checked(checkpoint, built, spec, samples, units, losses, workers, signed, progress)
+        losses = _checked(checkpoint, built, spec, samples, units, losses, signed, progress)
         layers, linears = _by_layer(units, losses), dict(found.linears)
     else:
         losses, layers = _by_divergence(checkpoint, built, spec, samples, units, wanted, workers, signed, progress)
@@ -174,7 +174,6 @@ def _checked(
     samples: Sequence[Sample],
     units: Sequence[Unit],
     losses: dict[str, dict[Choice, float]],
-    workers: Workers,
     signed: bool,
     progress: Progress,
 ) -> dict[str, dict[Choice, float]]:
@@ -189,7 +188,7 @@ def _checked(
         return losses
     progress(f"importance (fisher): {len(costly)} of the costliest units are measured alone")
     parts = [{w.name: (REFERENCE.bits, REFERENCE.group_size, signed) for w in u.weights} for u in costly]
-    measured = kl_of_each(checkpoint, config, parts, spec, evenly(samples, _KL_WINDOWS), workers)
+    measured = kl_of_each(checkpoint, config, parts, spec, evenly(samples, _KL_WINDOWS))
     checked = dict(losses)
     for unit, kl in zip(costly, measured, strict=True):
         ratio = min(_MOST_SCALED, max(1.0 / _MOST_SCALED, kl / losses[unit.name][REFERENCE]))

@@ -72,8 +72,12 @@ def _alone(work: Callable[..., Any], piece: tuple[Any, ...]) -> Any:
     """In a worker: with one thread, as everywhere (Ray's processes are not told)."""
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return work(*piece)
+    try:
+        return work(*piece)
+    finally:
+        torch.set_num_threads(threads)  # joblib may have run it in this very process
 
 
 ONE = Workers()

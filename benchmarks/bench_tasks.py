@@ -1,6 +1,6 @@
 """Task accuracy and agreement of the examples at several budgets, measured on the exported ONNX artefact.
 
-    python benchmarks/bench_tasks.py [EXAMPLE ...] [--budgets 2.5 3 …] [--output FILE.json]
+    python benchmarks/bench_tasks.py [EXAMPLE ...] [--budgets 2.5 3 …] [--norms tuned] [--output FILE.json]
 
 The first half of an example's held-out task file is for calibration, the second for the test. Agreement is the share of
 the test's prompts that the artefact answers with the same tokens as the original does. Points in the output are not run again.
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("tasks.json"))
     options = parser.parse_args()
     held = json.loads(options.output.read_text()) if options.output.exists() else {"norms": options.norms, "rows": []}
-    if held["norms"] != options.norms:
-        raise SystemExit(f"{options.output} holds points with norms {held['norms']}: give another --output")
+    if not isinstance(held, dict) or held["norms"] != options.norms:
+        raise SystemExit(f"{options.output} does not hold points with norms {options.norms}: give another --output")
     for name in options.examples:
         with tempfile.TemporaryDirectory() as temporary:
             _measure(name, options, held, Path(temporary))

@@ -163,7 +163,8 @@ def test_plans_are_measured_once_and_as_asked(
     for (method, budget), row in kept.items():
         assert row["bits"] <= budget
         assert row["positions"] == 45
-        assert (tuned[method, budget]["kl"] == row["kl"]) == (method == "uniform rtn")
+        assert method != "uniform rtn" or tuned[method, budget]["kl"] == row["kl"]
+    assert any(tuned[key]["kl"] < row["kl"] for key, row in kept.items())
     assert all(kept[m, 5.0]["kl"] < kept[m, 3.0]["kl"] for m, budget in kept if budget == 3.0)
     with monkeypatch.context() as patched:
         patched.setattr(room, "rounded", lambda *_: pytest.fail("measured again"))

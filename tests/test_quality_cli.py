@@ -113,8 +113,9 @@ def test_int8_caches_through_export_verify_and_run(model: Path, tmp_path: Path) 
         (("--importance", "fisher"), "--importance fisher needs --calibration TEXT or --task FILE"),
         (("--memory-limit", "100m"), "--memory-limit 0.09 GiB is too little"),
         (("--memory-limit", "lots"), "is not a size"),
+        (("--cluster", "ray://host:10001"), "--cluster needs --workers N as well"),
         pytest.param(
-            ("--cluster", "nowhere", "--task", SEQ2SEQ / "task.tsv"),
+            ("--cluster", "nowhere", "--workers", 2, "--task", SEQ2SEQ / "task.tsv"),
             "--cluster nowhere cannot be reached",
             marks=pytest.mark.slow,  # ray takes its time to say so
         ),

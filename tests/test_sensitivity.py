@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from families import CONFIGS
+from test_gguf import write_gguf
 from torch import nn
 
 from edgewright.bundle import Generation
@@ -271,6 +273,18 @@ def test_any_number_of_workers_measures_the_same(tmp_path: Path) -> None:
     assert one == two
     assert all(value > 0.0 for value in one)
     assert len(set(one)) == len(one)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_model_behind_a_link_is_measured(tmp_path: Path) -> None:
+    """As in caches of downloads, where what `m.gguf` leads to has a hash for a name."""
+    write_gguf(tmp_path / "blob", "llama")
+    (tmp_path / "m.gguf").symlink_to("blob")
+    planned = plan(Request(str(tmp_path / "m.gguf"), quantizer="rtn", importance="uniform", max_context=64))
+    parts = [{planned.units[0].weights[0].name: (2, 32, False)}]
+    samples = [Sample(tuple(range(4, 20)))]
+    (found,) = kl_of_each(planned.checkpoint, planned.config, parts, planned.generation, samples)
+    assert found > 0.0
 
 
 def test_without_data_there_is_no_divergence(tmp_path: Path) -> None:

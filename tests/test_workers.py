@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -33,6 +34,19 @@ def test_any_thread_may_ask_for_the_workers() -> None:
     with workers.running(), ThreadPoolExecutor(1) as pool:
         found = pool.submit(workers.over, os.getpid, [()] * 4).result()
     assert os.getpid() not in found
+
+
+def test_work_done_here_leaves_the_threads_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One job is done by joblib in this very process, whatever the backend."""
+    workers = Workers(2)
+    monkeypatch.setattr(Workers, "_backend", lambda _: joblib.parallel_config(n_jobs=1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert workers.over(torch.get_num_threads, [()] * 2) == [1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def codes(workers: Workers) -> list[torch.Tensor]:
