@@ -113,9 +113,7 @@ def planning(command: Any) -> Any:
             show_default=True,
             help="Processes for GPTQ and scoring.",
         ),
-        click.option(
-            "--cluster", metavar="ADDRESS", help="Workers on a Ray cluster instead, such as ray://host:10001."
-        ),
+        click.option("--cluster", metavar="ADDRESS", help="The --workers on a Ray cluster, such as ray://host:10001."),
         click.option(
             "--kv-cache",
             default="float32",

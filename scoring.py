@@ -91,10 +91,11 @@ def choose(
     """
     if method not in METHODS:
         raise UserError(f"--importance {method} is not known; choose from {', '.join(METHODS)}")
-    without = not samples or spec.task == "module"
-    if method not in ("auto", "fisher") or (method != "auto" and without):
+    if method not in ("auto", "fisher"):
         return method
-    if without:
+    if not samples or spec.task == "module":
+        if method == "fisher":  # refused by `score`, as for `kl`
+            return method
         progress("importance: zd, from the weights alone, as there are no calibration data for it")
         return "zd"
     needed, available = fisher_bytes(model, samples), available_bytes() if memory is None else memory
