@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, VerificationFailure
-from .untrusted import one_line
+from .system.reading import one_line
 
 if TYPE_CHECKING:
     from .graph import Graph, Port, State

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from . import __version__, cli_options
-from .cli_endings import Commands, cleaning_up, note
+from . import __version__
+from .commands import options as cli_options
+from .commands.exit_codes import Commands, cleaning_up, note
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .compiler import Planned
+    from .pipeline.planned import Planned
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,22 +60,25 @@ def export(
 
     A run that ends early keeps the codes that calibration found, hidden beside the bundle: the same command goes on from there.
     """
-    from . import backends, compiler, reporting
+    from . import compiler
+    from .reports import plan as plan_report
+    from .reports import verify as verify_report
+    from .targets import libraries
 
     request = replace(cli_options.request(model, options, note), norms=norms)
     if strict_placement and no_verify:
         raise UserError("--strict-placement judges what --no-verify skips; leave one of them out")
     if dry_run:
         for name in request.formats:
-            backends.require(name)
+            libraries.require(name)
         planned = compiler.plan(request, note)
-        _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
+        _print(plan_report.plan_json(planned), plan_report.plan_text(planned), as_json)
         return
     if output is None:
         raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
     with cleaning_up():
         made = compiler.export(request, output, check=not no_verify, progress=note, strict=strict_placement)
-    _print(reporting.export_json(made), reporting.export_text(made), as_json)
+    _print(verify_report.export_json(made), verify_report.export_text(made), as_json)
 
 
 @main.command()
@@ -92,7 +96,9 @@ def export(
 @cli_options.as_json
 def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_json: bool, **options: Any) -> None:
     """Allocate bits to MODEL's weights."""
-    from . import compiler, plots, reporting
+    from . import compiler
+    from .reports import plan as plan_report
+    from .reports import plots
 
     if ladder:
         if output is not None:
@@ -112,12 +118,13 @@ def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_js
     if plot is not None:
         plots.plot_plan(planned, plot)
         note(f"wrote {plot}")
-    _print(reporting.plan_json(planned), reporting.plan_text(planned), as_json)
+    _print(plan_report.plan_json(planned), plan_report.plan_text(planned), as_json)
 
 
 def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
-    from . import plots, reporting
     from .quant.frontier import frontier
+    from .reports import plan as plan_report
+    from .reports import plots
 
     problem = planned.problem
     if problem is None:
@@ -126,7 +133,7 @@ def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         plots.plot_frontier(found, str(planned.config["model_type"]), plot)
         note(f"wrote {plot}")
-    _print(reporting.frontier_json(found), reporting.frontier_text(found), as_json)
+    _print(plan_report.frontier_json(found), plan_report.frontier_text(found), as_json)
 
 
 @main.command()
@@ -183,13 +190,13 @@ def rewrite(
         raise UserError("--calibration is for --eugen and --smooth; --adapt reads no text")
     if not smooth and (bits is not None or group_size is not None):
         raise UserError("--bits and --group-size are for --smooth; 'export' says the bits of a model")
-    from . import reporting
+    from .reports import rewrite as rewrite_report
 
     if adapt:
         from .rewrites.adapt import adapt as initialise
 
         made = initialise(model, decoder, output, seed, note)
-        _print(reporting.adapted_json(made), reporting.adapted_text(made), as_json)
+        _print(rewrite_report.adapted_json(made), rewrite_report.adapted_text(made), as_json)
         return
     if decoder is not None:
         raise UserError("--decoder is for --adapt")
@@ -201,12 +208,12 @@ def rewrite(
 
         group = 0 if group_size == "channel" else int(group_size or 64)
         smoothed = rewrite_smooth(model, calibration, output, int(bits or 4), group, note)
-        _print(smoothed.to_json(), reporting.smooth_text(smoothed), as_json)
+        _print(smoothed.to_json(), rewrite_report.smooth_text(smoothed), as_json)
         return
-    from .rewrites.eugen import rewrite_eugen
+    from .rewrites.eugen.rewrite import rewrite_eugen
 
     report = rewrite_eugen(model, eugen, calibration, output, seed, note)
-    _print(report.to_json(), reporting.eugen_text(report), as_json)
+    _print(report.to_json(), rewrite_report.eugen_text(report), as_json)
 
 
 @main.command()
@@ -237,18 +244,18 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check every artefact of BUNDLE against its reference."""
-    from . import reporting
     from .bundle import Bundle
-    from .verdict import require, require_placement
-    from .verification import TEXT_WINDOWS
-    from .verification import verify as check
+    from .reports import verify as verify_report
+    from .verification.report import require, require_placement
+    from .verification.verify import TEXT_WINDOWS
+    from .verification.verify import verify as check
 
     if text_windows is not None and text is None:
         raise UserError("--text-windows says how much of a text is scored; give --text FILE")
     windows = text_windows or TEXT_WINDOWS
     report = check(bundle, model, task, text, task_limit, threads, note, formats, windows)
     Bundle.open(bundle).write_report("verify", report.to_json())
-    _print(report.to_json(), reporting.verify_text(report), as_json)
+    _print(report.to_json(), verify_report.verify_text(report), as_json)
     require(report)
     if strict_placement:
         require_placement(report)
@@ -287,9 +294,9 @@ def run(
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
-    from .answer import answer
+    from .commands.run import answer
     from .runtimes.generate import Sampling
-    from .untrusted import MEBIBYTE, read_text
+    from .system.reading import MEBIBYTE, read_text
 
     if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
@@ -333,8 +340,8 @@ def profile(
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
     from .bundle import Bundle
-    from .profiling import profile as measure
-    from .profiling import render
+    from .commands.profile import profile as measure
+    from .commands.profile import render
 
     result = measure(bundle, formats, prompts, new, depths, repeats, threads)
     Bundle.open(bundle).write_report("profile", result)
@@ -374,7 +381,7 @@ def devices_show(name: str, as_json: bool) -> None:
 @click.option("--seconds", type=float, default=20.0, show_default=True)
 def devices_measure(output: Path | None, seconds: float) -> None:
     """Measure this machine's bandwidth and peak rates and write its profile."""
-    from .device_profiles.measure import measure_host
+    from .device_profiles.measure_host import measure_host
     from .device_profiles.profile import save, to_toml, user_path
 
     found = measure_host(seconds, note)
@@ -389,8 +396,8 @@ def devices_measure(output: Path | None, seconds: float) -> None:
 @cli_options.as_json
 def inspect(target: str, as_json: bool) -> None:
     """Say what a checkpoint or a bundle holds."""
-    from .inspection import inspect as look
-    from .inspection import inspect_text
+    from .commands.inspect import inspect as look
+    from .commands.inspect import inspect_text
 
     found = look(target)
     _print(found, inspect_text(found), as_json)
@@ -400,8 +407,8 @@ def inspect(target: str, as_json: bool) -> None:
 @cli_options.as_json
 def doctor(as_json: bool) -> None:
     """Say which targets work here, which do not, why, and how to get them."""
-    from .inspection import doctor as examine
-    from .inspection import doctor_text
+    from .commands.doctor import doctor as examine
+    from .commands.doctor import doctor_text
 
     found = examine()
     _print(found, doctor_text(found), as_json)

@@ -17,14 +17,17 @@ from statistics import mean
 import torch
 
 from edgewright.bundle import Generation
-from edgewright.calibration import read_samples
-from edgewright.checkpoint import Checkpoint, open_checkpoint
-from edgewright.compiler import Request, plan
-from edgewright.models import build
-from edgewright.models.layers import Linear
-from edgewright.quant.gptq import damping_for, factor, quantize_gptq
+from edgewright.calibration.forward import Walk
+from edgewright.calibration.samples import read_samples
+from edgewright.checkpoints.checkpoint import Checkpoint
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.models.layers.linear import Linear
+from edgewright.models.registry import build
+from edgewright.pipeline.plan import plan
+from edgewright.pipeline.request import Request
+from edgewright.quant.gptq import quantize_gptq
+from edgewright.quant.hessian import damping_for, factor
 from edgewright.quant.rtn import quantize_rtn
-from edgewright.walk import Walk
 
 GROUP = 64
 RIDGE = 0.02

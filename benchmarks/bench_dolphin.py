@@ -22,9 +22,9 @@ import numpy as np
 from random_checkpoint import write_random
 
 from edgewright.bundle import Bundle
-from edgewright.models import build
+from edgewright.models.registry import build
 from edgewright.runtimes.generate import Stream, read_context
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 
 QUESTION = 16
 # Mark Horowitz, ISSCC 2014, 45 nm: an 8-bit multiply 0.2 pJ and a 32-bit add 0.1 pJ; DRAM 1.3 to 2.6 nJ for 64 bits.

@@ -21,7 +21,7 @@ from random_checkpoint import write_random
 
 from edgewright.bundle import Bundle, Generation
 from edgewright.runtimes.generate import Stream
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 from edgewright.runtimes.session import Session
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -25,22 +25,25 @@ import numpy as np
 import torch
 
 from edgewright.bundle import Bundle
-from edgewright.checkpoint import Checkpoint, open_checkpoint
-from edgewright.compiler import Request, export
-from edgewright.models import build
+from edgewright.calibration.prompts import read_task, text_windows
+from edgewright.checkpoints.checkpoint import Checkpoint
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.compiler import export
 from edgewright.models.eugen import EUGenSize, eugen_for, gated_mlps
-from edgewright.models.layers import GatedMLP, Linear
+from edgewright.models.layers.linear import Linear
+from edgewright.models.layers.mlp import GatedMLP
 from edgewright.models.loading import load_original
+from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
-from edgewright.prompts import read_task, text_windows
+from edgewright.pipeline.request import Request
 from edgewright.quant.rtn import quantize_rtn
-from edgewright.rewrites.calibration import Walk, read_prompts
-from edgewright.rewrites.eugen import generation_of, parts_of, rewrite_eugen
-from edgewright.rewrites.least_squares import Sums, solve
-from edgewright.rewrites.transfer import TRAIN, transfer
+from edgewright.rewrites.activations import Walk, read_prompts
+from edgewright.rewrites.eugen.least_squares import Sums, solve
+from edgewright.rewrites.eugen.rewrite import generation_of, parts_of, rewrite_eugen
+from edgewright.rewrites.eugen.transfer import TRAIN, transfer
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, generate_batch
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "t5gemma-g2p"
 Method = Callable[[GatedMLP, torch.Tensor, torch.Tensor], torch.nn.Module]

@@ -28,17 +28,17 @@ import torch
 from quality_text import CACHE, WINDOW, Reference
 
 from edgewright.bundle import Generation
-from edgewright.calibration import Sample
-from edgewright.checkpoint import open_checkpoint
-from edgewright.models import build
+from edgewright.calibration.prompts import text_windows
+from edgewright.calibration.samples import Sample
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.importance.lim_zd import order_by_importance
+from edgewright.importance.score import Probes, score, score_layers
 from edgewright.models.loading import load_original
-from edgewright.prompts import text_windows
-from edgewright.quant.importance import order_by_importance
+from edgewright.models.registry import build
 from edgewright.quant.plan import Choice
 from edgewright.quant.rtn import effective_group, quantize_rtn
 from edgewright.quant.units import quantizable_units
 from edgewright.runtimes.eager import EagerSession
-from edgewright.scoring import Probes, score, score_layers
 
 CALIBRATION_WINDOWS = 16
 ALLOWED_RISE = 1.05

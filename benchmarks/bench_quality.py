@@ -20,18 +20,20 @@ from typing import Any
 
 from quality_text import Reference
 
-from edgewright.calibration import Sample, read_samples
-from edgewright.checkpoint import Checkpoint, open_checkpoint
-from edgewright.compiler import Request, plan
-from edgewright.layerwise import CodeStore, load_rounded, quantize_layerwise
-from edgewright.models import build
-from edgewright.planning import Planned
-from edgewright.quant.allocate import Problem, plan_within
+from edgewright.calibration.samples import Sample, read_samples
+from edgewright.checkpoints.checkpoint import Checkpoint
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.importance.score import Probes, Scores, score
+from edgewright.models.registry import build
+from edgewright.pipeline.gptq import CodeStore, load_rounded, quantize_layerwise
+from edgewright.pipeline.plan import plan
+from edgewright.pipeline.planned import Planned
+from edgewright.pipeline.request import Request
+from edgewright.pipeline.tune_norms import tune_norms
+from edgewright.quant.allocator import Problem, plan_within
 from edgewright.quant.frontier import uniform
 from edgewright.quant.plan import BitPlan, Budget, Choice
 from edgewright.runtimes.eager import EagerSession
-from edgewright.scoring import Probes, Scores, score
-from edgewright.tuning import tune_norms
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 GROUPS = (64, 128)

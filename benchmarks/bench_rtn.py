@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from edgewright.checkpoint import open_checkpoint
-from edgewright.memory import PeakAnonymous
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.checkpoints.safetensors_writer import StreamingWriter
 from edgewright.quant.plan import BitPlan, Budget, Entry
-from edgewright.quant.stream import quantize_checkpoint
-from edgewright.safetensors_writer import StreamingWriter
+from edgewright.quant.quantize_checkpoint import quantize_checkpoint
+from edgewright.system.memory import PeakAnonymous
 
 SIDE = 4096
 

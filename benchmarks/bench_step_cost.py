@@ -22,7 +22,7 @@ from random_checkpoint import write_random
 
 from edgewright.bundle import Bundle, Generation
 from edgewright.runtimes.generate import Stream
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 from edgewright.runtimes.session import Session
 
 DEPTHS = (0, 512, 1024, 2048, 4096, 6144, 8192, 10240)

@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.bundle import Bundle, Generation
-from edgewright.checkpoint import open_checkpoint
-from edgewright.compiler import Request, export, plan
-from edgewright.models import build
+from edgewright.calibration.prompts import Task, read_task
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.checkpoints.tokenizer import Tokenizer
+from edgewright.compiler import export
 from edgewright.models.loading import load_original
-from edgewright.prompts import Task, read_task
-from edgewright.quant.allocate import plan_within
+from edgewright.models.registry import build
+from edgewright.pipeline.plan import plan
+from edgewright.pipeline.request import Request
+from edgewright.quant.allocator import plan_within
 from edgewright.quant.frontier import uniform
 from edgewright.quant.plan import BitPlan, Budget
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import generate_batch
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 from edgewright.runtimes.session import Session
-from edgewright.tokenizer import Tokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("t5gemma-g2p", "deltanet-g2p", "dolphin-packages")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from edgewright.models import build
-from edgewright.safetensors_writer import StreamingWriter
+from edgewright.checkpoints.safetensors_writer import StreamingWriter
+from edgewright.models.registry import build
 
 STACK = {
     "vocab_size": 256000,

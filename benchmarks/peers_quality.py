@@ -37,8 +37,8 @@ from peers import PACKAGES
 from quality_text import CACHE as SCORES
 from quality_text import WINDOW, Reference, session_of
 
-from edgewright.checkpoint import open_checkpoint
-from edgewright.gguf_file import read_gguf
+from edgewright.checkpoints.gguf_file import read_gguf
+from edgewright.checkpoints.opening import open_checkpoint
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "peers" / "llama.cpp"
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity")

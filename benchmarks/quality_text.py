@@ -27,14 +27,15 @@ import numpy as np
 import torch
 
 from edgewright.bundle import Bundle
-from edgewright.checkpoint import Checkpoint, open_checkpoint
-from edgewright.models import build
+from edgewright.calibration.prompts import text_windows
+from edgewright.checkpoints.checkpoint import Checkpoint
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.checkpoints.safetensors_writer import StreamingWriter
 from edgewright.models.loading import CODES, load_dequantized, load_original
-from edgewright.prompts import text_windows
+from edgewright.models.registry import build
 from edgewright.runtimes.eager import EagerSession
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 from edgewright.runtimes.session import Session
-from edgewright.safetensors_writer import StreamingWriter
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "quality"
 WINDOW = 512

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from edgewright.models import build
-from edgewright.safetensors_writer import StreamingWriter
+from edgewright.checkpoints.safetensors_writer import StreamingWriter
+from edgewright.models.registry import build
 
 ROWS = 4096
 SHARD = 4 << 30  # bytes

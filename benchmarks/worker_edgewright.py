@@ -14,10 +14,10 @@ import numpy as np
 from worker_common import prompt_ids, serve
 
 from edgewright.bundle import CHECKPOINT, Bundle
+from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.runtimes.generate import Stream, generate
-from edgewright.runtimes.opening import open_session
+from edgewright.runtimes.registry import open_session
 from edgewright.runtimes.session import Session
-from edgewright.tokenizer import Tokenizer
 
 
 class Worker:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
-from ..untrusted import one_line, read_text
+from ..system.reading import one_line, read_text
 
 # A profile is a few KiB; at this size the slowest TOML known to us (one key of 16,000 dots) still parses in two seconds.
 _SIZE_LIMIT = 32 << 10

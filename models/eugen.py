@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..untrusted import one_line
+from ..system.reading import one_line
 from .config import Section
-from .layers import GatedMLP, Linear
+from .layers.linear import Linear
+from .layers.mlp import GatedMLP
 
 CONFIG, KEY = "edgewright", "eugen"
 ORDERS = 3  # the paper: more than three orders are not needed

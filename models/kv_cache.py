@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .. import ops  # noqa: F401  registers the edgewright:: ops
 from ..errors import UserError
 from ..graph import Graph
 

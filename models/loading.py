@@ -15,11 +15,11 @@ from torch import nn
 
 from ..errors import UserError
 from ..ops.quantized import dequantize
-from . import stored_name
-from .layers import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
+from .layers.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
+from .registry import stored_name
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..checkpoints.checkpoint import Checkpoint
 
 CODES, SCALES = ".codes", ".scales"
 

@@ -100,3 +100,9 @@ def repack(packed: torch.Tensor, bits: int, to_bits: int, columns: int) -> torch
 def _check_width(bits: int) -> None:
     if bits not in WIDTHS:
         raise ValueError(f"code width {bits} is not one of {', '.join(map(str, WIDTHS))}")
+
+
+def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 of the same shape, the halves of each byte exchanged."""
+    swapped = packed >> 4
+    return swapped.bitwise_or_(packed << 4)

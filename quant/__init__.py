@@ -1,1 +1,1 @@
-"""Codes and scales, importance, allocation, the plan, the streaming quantizer. What may enter: `models`, `ops`."""
+"""Codes and scales, the plan and its allocation, the streaming quantizer."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .allocate import Offer, Problem, capacity, ends, expected_loss, offers, plan_of
+from .allocator import Offer, Problem, capacity, ends, expected_loss, offers, plan_of
 from .knapsack import Option, solve, undominated
 from .plan import BitPlan, Budget, Choice, Unit
 

@@ -19,10 +19,10 @@ from torch.func import functional_call
 from ..device_profiles.profile import DeviceProfile
 from ..errors import UserError
 from ..graph import Graph, State
-from ..models import stored_name
-from ..models.layers import Embedding
+from ..models.layers.linear import Embedding
+from ..models.registry import stored_name
+from ..targets.storage import form, stored_bytes
 from .plan import UNQUANTIZED, BitPlan, Unit, WeightSpec
-from .targets import form, stored_bytes
 
 PICOSECONDS = 10**9
 """Of a millisecond. Times are whole picoseconds, so that sums of them are exact."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models import stored_name
-from ..models.layers import Embedding, Linear
+from ..models.layers.linear import Embedding, Linear
+from ..models.registry import stored_name
 from .plan import Unit, WeightSpec
 
 SMALLEST_BLOCK = 16  # the smallest block of inputs any target holds; other widths stay as they are

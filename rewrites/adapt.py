@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, check_finite, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, check_finite
+from ..checkpoints.opening import open_checkpoint
+from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
 from ..errors import UserError
-from ..models import build
 from ..models.config import Section
-from ..models.t5gemma2 import EMBEDDING, END_OF_IMAGE
-from ..safetensors_writer import NAMES, StreamingWriter
-from ..untrusted import one_line
-from .output import new_checkpoint
+from ..models.families.t5gemma2 import EMBEDDING, END_OF_IMAGE
+from ..models.registry import build
+from ..system.reading import one_line
+from .write_checkpoint import new_checkpoint
 
 KINDS = {"gemma2": "t5gemma", "gemma3_text": "t5gemma2"}
 ALONE_STEPS = 1000  # how long the paper trains random cross-attention with all else frozen

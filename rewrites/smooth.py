@@ -20,18 +20,20 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bundle import Generation
-from ..calibration import Sample, read_samples
-from ..checkpoint import Checkpoint, check_finite, open_checkpoint
+from ..calibration.forward import Walk
+from ..calibration.samples import Sample, read_samples
+from ..checkpoints.checkpoint import Checkpoint, check_finite
+from ..checkpoints.opening import open_checkpoint
+from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
 from ..errors import UserError
-from ..models import build, stored_name
-from ..models.layers import GatedMLP, Linear
-from ..planning import generation_of
+from ..models.layers.linear import Linear
+from ..models.layers.mlp import GatedMLP
+from ..models.registry import build, stored_name
+from ..pipeline.generation import generation_of
+from ..pipeline.request import Request
 from ..quant.rtn import effective_group, quantize_rtn
-from ..request import Request
-from ..safetensors_writer import NAMES, StreamingWriter
-from ..untrusted import one_line
-from ..walk import Walk
-from .output import new_checkpoint, write_side_files
+from ..system.reading import one_line
+from .write_checkpoint import new_checkpoint, write_side_files
 
 ALPHAS = tuple(i / 10 for i in range(11))
 """Exponents tried; 0 leaves the weights as they are."""

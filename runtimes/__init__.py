@@ -1,1 +1,1 @@
-"""One file a runtime behind one `Session`. What may enter: `bundle`."""
+"""One package a runtime, each behind one `Session`."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from ..graph import Graph
-from ..models.layers import Linear
+from ..models.layers.linear import Linear
 from .session import Array, StateBuffers, sized
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import edgewright, passed
-from onnx_cases import OVERRIDES, WRITERS, Case, make_case
-from tiny import write_tiny_t5gemma
+from helpers.cli_runner import edgewright, passed
+from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
+from helpers.tiny import write_tiny_t5gemma
 
-from edgewright import planning, sensitivity
+from edgewright.importance import fisher
+from edgewright.pipeline import plan
 
 torch.set_num_threads(1)
 
@@ -18,8 +19,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _little_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few hundred tokens where a user's run takes 32,768: the same path in seconds."""
-    monkeypatch.setattr(planning, "MOST_TOKENS", 600)
-    monkeypatch.setattr(sensitivity, "WINDOWS", 6)
+    monkeypatch.setattr(plan, "MOST_TOKENS", 600)
+    monkeypatch.setattr(fisher, "WINDOWS", 6)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,134 @@
+"""A directory, a GGUF file or a hub id opened as a `Checkpoint`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from ..errors import UserError
+from ..system.reading import MEBIBYTE, one_line, read_json_object
+from .checkpoint import Checkpoint
+from .safetensors_reader import INDEX, SafetensorsStore
+from .tokenizer import Tokenizer
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HUB_FILES = (
+    *("*.safetensors", INDEX, "config.json", "generation_config.json"),
+    *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt"),
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a directory, a .gguf file, or a hub id ("owner/name", from the cache when the hub cannot be reached).
+
+    Only headers and configs are read. Raises UserError for anything missing, corrupt or unsafe.
+    """
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return _open_directory(model, path)
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"model {one_line(model)!r} cannot be opened ({one_line(error)})") from None
+    if exists:
+        if path.suffix.lower() == ".gguf":
+            from .gguf import open_gguf
+
+            return open_gguf(model, path)
+        if path.suffix.lower() in _PICKLES:
+            raise _pickle_error(model)
+        raise UserError(f"{one_line(model)} is neither a directory nor a .gguf file; give the model's directory")
+    if not _is_hub_id(model):
+        raise UserError(f"no model at {one_line(model)!r}: give a directory, a .gguf file, or a hub id like owner/name")
+    return _open_directory(model, _download(model))
+
+
+def _is_hub_id(model: str) -> bool:
+    looks_like_file = model.lower().endswith((".gguf", ".safetensors", ".json", *_PICKLES))
+    return bool(_HUB_ID.fullmatch(model)) and ".." not in model and "--" not in model and not looks_like_file
+
+
+def _download(model: str) -> Path:
+    """Snapshot of a hub repository: configs, tokenizer and safetensors, never pickles or code."""
+    import huggingface_hub  # only here: it takes a while to import and needs a network stack
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's, the HTTP client's and the file system's errors share no base
+        raise UserError(
+            f"no directory {model!r}, and the hub gave nothing for that id ({one_line(error, 120)}); "
+            "check the name and the network, or download the model and give its directory"
+        ) from error
+
+
+def _open_directory(source: str, directory: Path) -> Checkpoint:
+    if not (directory / "config.json").exists():
+        _explain_missing_config(source, directory)
+    files = _weight_files(source, directory)
+    config = read_json_object(directory / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise UserError(f"{directory / 'config.json'}: no model_type, so the architecture is unknown; add it")
+    optional = directory / "generation_config.json"
+    generation = read_json_object(optional) if optional.exists() else {}
+    return Checkpoint(
+        source, config, generation, SafetensorsStore(directory, files), lambda: _read_tokenizer(directory)
+    )
+
+
+def _read_tokenizer(directory: Path) -> Tokenizer | None:
+    # The older files count as a tokenizer: from_dir then says how to convert them, better than "there is none".
+    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
+
+
+def _explain_missing_config(source: str, directory: Path) -> None:
+    entries = sorted(p.name for p in directory.iterdir())
+    ggufs = [name for name in entries if name.lower().endswith(".gguf")]
+    if ggufs:
+        raise UserError(f"{source}: no config.json; to use a GGUF file give its path: {directory / one_line(ggufs[0])}")
+    if not entries:
+        raise UserError(f"{source}: the directory is empty; a config.json and *.safetensors are needed")
+    if any(name.lower().endswith(_PICKLES) for name in entries):
+        raise _pickle_error(source)
+    raise UserError(f"{source}: no config.json; give the directory that save_pretrained wrote")
+
+
+def _pickle_error(source: str) -> UserError:
+    return UserError(
+        f"{source}: weights as a pickle, which can run code when read, are refused; convert them where you trust them: "
+        "transformers' AutoModel.from_pretrained(OLD).save_pretrained(NEW) writes safetensors"
+    )
+
+
+def _weight_files(source: str, directory: Path) -> dict[str, set[str]]:
+    """Weight file name -> the tensors the index promises in it (empty without an index). Raises UserError."""
+    present = sorted(p.name for p in directory.glob("*.safetensors"))
+    if not (directory / INDEX).exists():
+        if present:
+            return {name: set() for name in present}
+        if any(p.suffix.lower() in _PICKLES for p in directory.iterdir()):
+            raise _pickle_error(source)
+        raise UserError(f"{source}: no *.safetensors in it; download the weights too")
+    weight_map = read_json_object(directory / INDEX, 64 * MEBIBYTE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{source}: {INDEX} has no weight_map; delete it if the weights are one file")
+    promised: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _stays_inside(file):
+            raise UserError(f"{source}: {INDEX} names {one_line(file, 80)!r}, not a safetensors file in the directory")
+        promised.setdefault(file, set()).add(tensor)
+    for file in sorted(promised):
+        if not (directory / file).is_file():
+            raise UserError(f"{source}: {file}, named in {INDEX}, is missing; download it again")
+    if "model.safetensors" in present and "model.safetensors" not in promised:
+        raise UserError(f"{source}: both model.safetensors and an index that does not name it; remove the stale one")
+    return promised
+
+
+def _stays_inside(file: str) -> bool:
+    # By name, not by resolve(): in the hub's cache the files are links that lead out of the snapshot by design.
+    path = PurePosixPath(file)
+    plain = not path.is_absolute() and ".." not in path.parts and file.isprintable() and not set(file) & set("\\:")
+    return plain and file.endswith(".safetensors")

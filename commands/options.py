@@ -1,0 +1,190 @@
+"""The options of the command line that commands share, and their types. Heavy imports wait inside the functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..pipeline.request import Request
+
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_HARDWARE = {"sms": "sm", "htp": "htp", "ethos_u": "ethos_u"}
+
+
+class SizeType(click.ParamType[int]):
+    """`180m`, `1.5g`, `64Mi`, or bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?i?)b?", str(value).strip(), re.IGNORECASE)
+        if found is None or found[2].lower() not in _SIZES:
+            self.fail(f"{value!r} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
+        return int(float(found[1]) * _SIZES[found[2].lower()])
+
+
+class DurationType(click.ParamType[float]):
+    """`40ms`, `1.5s`, or milliseconds; as milliseconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(ms|s)?", str(value).strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is not a time; write 40ms or 1.5s", param, ctx)
+        return float(found[1]) * (1000.0 if (found[2] or "").lower() == "s" else 1.0)
+
+
+class IntList(click.ParamType[tuple[int, ...]]):
+    """Comma-separated integers, none below 0."""
+
+    name = "N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", p) for p in parts):
+            self.fail(f"{value!r} is not a list of numbers; write 0,2048", param, ctx)
+        return tuple(int(p) for p in parts)
+
+
+model = click.option("-m", "--model", required=True, metavar="MODEL", help="Directory, .gguf file, or hub id.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+strict = click.option(
+    "--strict-placement", is_flag=True, help="Exit code 1 if an op fell back to another unit than the target's."
+)
+threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
+path = click.Path(path_type=Path)
+
+
+def planning(command: Any) -> Any:
+    """The options `export` and `plan` share."""
+    options = [
+        click.option(
+            "--format",
+            "formats",
+            multiple=True,
+            metavar="FORMAT",
+            help="Target; repeatable. Default: onnx. 'all': every one whose library is here.",
+        ),
+        click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
+        click.option("--size", type=SizeType(), help="Budget: bytes of the quantized checkpoint, such as 180m."),
+        click.option("--latency", type=DurationType(), help="Budget: predicted time of a decode step, such as 40ms."),
+        click.option("--device", metavar="NAME", help="For --latency: the device (see 'edgewright devices list')."),
+        click.option("--plan", "plan_file", type=path, help="Use this plan instead of allocating."),
+        click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
+        click.option(
+            "--widths", type=IntList(), help="Widths to choose from. Default: those every target stores whole."
+        ),
+        click.option("--group-size", type=click.Choice(["32", "64", "128", "channel"]), help="Fix the group size."),
+        click.option(
+            "--importance",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "fisher", "kl", "lim", "zd", "zd-two-sided", "uniform"]),
+            help="What bits are worth where: measured (fisher, kl) or scored by layer (arXiv 2406.17415). auto: the best "
+            "that the data and the memory allow.",
+        ),
+        click.option(
+            "--quantizer",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "rtn", "gptq"]),
+            help="auto: gptq with --calibration or --task, else rtn.",
+        ),
+        click.option("--calibration", type=path, help="Text to calibrate on; verify compares on prompts from it, too."),
+        click.option("--task", type=path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1, 1024),
+            default=1,
+            show_default=True,
+            help="Processes for GPTQ and scoring.",
+        ),
+        click.option("--cluster", metavar="ADDRESS", help="The --workers on a Ray cluster, such as ray://host:10001."),
+        click.option(
+            "--kv-cache",
+            default="float32",
+            show_default=True,
+            type=click.Choice(["float32", "int8"]),
+            help="Stored as.",
+        ),
+        click.option("--memory-limit", type=SizeType(), help="Most anonymous memory to take, such as 4g."),
+        click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
+        click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
+        click.option("--sm", type=IntList(), help="TensorRT: compute capabilities. Default: 86,89,120."),
+        click.option("--htp", type=IntList(), help="Qualcomm: HTP versions. Default: 75."),
+        click.option(
+            "--ethos-u",
+            multiple=True,
+            metavar="CONFIG",
+            help="Arm: configurations; repeatable. Default: ethos-u85-256.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def request(model: str, options: dict[str, Any], note: Callable[[str], None]) -> Request:
+    """What the options of `planning` ask for; `note` is told of targets left out. Raises UserError for contradictions."""
+    from ..pipeline.request import Request
+    from ..quant.overrides import Override
+    from ..quant.plan import BitPlan
+    from ..system.workers import Workers
+    from ..targets.libraries import chosen
+
+    formats, left = chosen(options["formats"])
+    for line in left:
+        note(line)
+    group = options["group_size"]
+    plan_file: Path | None = options["plan_file"]
+    budgets = [name for name in ("bits", "size", "latency") if options[name] is not None]
+    if plan_file is not None and (budgets or options["overrides"]):
+        raise UserError("--plan already says the bits; leave out --bits, --size, --latency and --override")
+    if plan_file is not None and (options["widths"] is not None or group is not None):
+        raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
+    if options["calibration"] is not None and options["task"] is not None:
+        raise UserError("--calibration and --task both give the prompts; choose one")
+    if len(budgets) > 1:
+        raise UserError(
+            f"{' and '.join(f'--{name}' for name in budgets)} are budgets, and there is one; give one of them"
+        )
+    if (options["latency"] is None) != (options["device"] is None):
+        raise UserError("--latency is a time on a device, --device says which; give both or neither")
+    if options["cluster"] is not None and options["workers"] == 1:
+        raise UserError("--cluster needs --workers N as well: how many pieces at once, 2 or more")
+    return Request(
+        model=model,
+        formats=formats,
+        bits=options["bits"],
+        size=options["size"],
+        latency_ms=options["latency"],
+        device=options["device"],
+        plan=BitPlan.read(plan_file) if plan_file is not None else None,
+        overrides=tuple(Override.parse(text) for text in options["overrides"]),
+        widths=options["widths"],
+        groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
+        importance=options["importance"],
+        quantizer=options["quantizer"],
+        kv_cache=options["kv_cache"],
+        memory_limit=options["memory_limit"],
+        workers=Workers(options["workers"], options["cluster"]),
+        calibration=options["calibration"],
+        task=options["task"],
+        num_layers=options["num_layers"],
+        max_context=options["max_context"],
+        **{key: options[name] for key, name in _HARDWARE.items() if options[name]},
+    )

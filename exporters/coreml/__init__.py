@@ -1,0 +1,1 @@
+"""Graphs as a Core ML package."""

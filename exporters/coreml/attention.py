@@ -1,0 +1,193 @@
+"""Rotary embedding and the attentions as MIL operations. What may enter: coremltools, torch, `coreml_builder`.
+
+Scores are float16, angles float32. Heads that share a key head are rows of one product, so that no key is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from coremltools.converters.mil.mil import Builder as mb
+
+from .builder import Lowering, scaled
+
+MASKED = -30000.0
+"""A masked score: finite, as in the reference, so that a row with nothing to attend to stays finite; its exp is 0."""
+
+
+def rope(low: Lowering, _: Any, x: Any, positions: Any, inv_freq: torch.Tensor) -> Any:
+    cos, sin = low.once(
+        ("rope", id(positions), inv_freq.numpy().tobytes()), lambda: _rotation(low, positions, inv_freq)
+    )
+    half = inv_freq.shape[0]
+    x1, x2 = mb.split(x=x, split_sizes=[half, half], axis=-1)
+    first = mb.sub(x=mb.mul(x=x1, y=cos), y=mb.mul(x=x2, y=sin))
+    second = mb.add(x=mb.mul(x=x2, y=cos), y=mb.mul(x=x1, y=sin))
+    return mb.concat(values=[first, second], axis=-1)
+
+
+def _rotation(low: Lowering, positions: Any, inv_freq: torch.Tensor) -> tuple[Any, Any]:
+    """cos and sin [seq, 1, half] in float16, of float32 angles brought into [-pi, pi] (fast GPU sines want that)."""
+    column = mb.expand_dims(x=mb.cast(x=low.var(positions), dtype="fp32"), axes=[1, 2])
+    angles = mb.mul(x=column, y=low.constants.array(inv_freq.numpy().reshape(1, 1, -1)))
+    turns = mb.round(x=mb.mul(x=angles, y=low.constants.array(np.float32(0.5 / math.pi))))
+    # 2 pi in two parts, the first short enough that its product with `turns` is exact.
+    angles = mb.sub(x=angles, y=mb.mul(x=turns, y=low.constants.array(np.float32(6.28125))))
+    angles = mb.sub(x=angles, y=mb.mul(x=turns, y=low.constants.array(np.float32(2 * math.pi - 6.28125))))
+    return mb.cast(x=mb.cos(x=angles), dtype="fp16"), mb.cast(x=mb.sin(x=angles), dtype="fp16")
+
+
+def _attend(low: Lowering, q: Any, k: Any, v: Any, allowed: Any, scale: float, softcap: float) -> Any:
+    """q [1, S, H, D]; k, v [1, KV, T, D]; allowed bool [S or 1, T]. Returns [1, S, H * D]."""
+    rows = _rows(low, q, k.shape[1], scale)
+    scores = _scores(low, rows, k, allowed, q.shape[2] // k.shape[1], softcap)
+    return _unfold(mb.matmul(x=mb.softmax(x=scores, axis=-1), y=mb.squeeze(x=v, axes=[0])), q)
+
+
+def _rows(low: Lowering, q: Any, kv_heads: int, scale: float) -> Any:
+    """[KV, H / KV * S, D]: the queries of a key head are the rows of one product, so that no key is copied."""
+    rows = mb.transpose(x=mb.squeeze(x=scaled(low, q, scale), axes=[0]), perm=[1, 0, 2])
+    return mb.reshape(x=rows, shape=[kv_heads, -1, q.shape[3]])
+
+
+def _scores(low: Lowering, rows: Any, k: Any, allowed: Any, groups: int, softcap: float) -> Any:
+    """[KV, H / KV * S, T] of rows and keys [1, KV, T, D], masked."""
+    scores = mb.matmul(x=rows, y=mb.squeeze(x=k, axes=[0]), transpose_y=True)
+    if softcap:
+        scores = mb.mul(x=mb.tanh(x=mb.real_div(x=scores, y=low.half(softcap))), y=low.half(softcap))
+    if groups > 1 and allowed.shape[0] != 1:
+        allowed = low.once(("groups", id(allowed), groups), lambda: mb.concat(values=[allowed] * groups, axis=0))
+    allowed = low.once(("mask", id(allowed)), lambda: mb.expand_dims(x=allowed, axes=[0]))
+    return mb.select(cond=allowed, a=scores, b=low.half(MASKED))
+
+
+def _unfold(out: Any, q: Any) -> Any:
+    """[KV, H / KV * S, D] -> [1, S, H * D]."""
+    heads, dim = q.shape[2], q.shape[3]
+    out = mb.transpose(x=mb.reshape(x=out, shape=[heads, -1, dim]), perm=[1, 0, 2])
+    return mb.reshape(x=out, shape=[1, -1, heads * dim])
+
+
+def bidirectional_attention(
+    low: Lowering, _: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float
+) -> Any:
+    k, v = mb.transpose(x=k, perm=[0, 2, 1, 3]), mb.transpose(x=v, perm=[0, 2, 1, 3])
+    return _attend(low, q, k, v, _flat_mask(low, mask), scale, softcap)
+
+
+def cross_attention(low: Lowering, _: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float) -> Any:
+    return _attend(low, q, k, v, _flat_mask(low, mask), scale, softcap)
+
+
+def _flat_mask(low: Lowering, mask: Any) -> Any:
+    return low.once(("flat", id(mask)), lambda: mb.squeeze(x=low.var(mask), axes=[0, 1]))
+
+
+def cached_attention(
+    low: Lowering,
+    node: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    past: Any,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[Any, Any, Any]:
+    """New keys and values into the states with slice_update, then attention over the whole static cache."""
+    keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, window)
+    return _attend(low, q, keys, values, allowed, scale, softcap), keys, values
+
+
+def merged_attention(
+    low: Lowering,
+    node: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cross_k: Any,
+    cross_v: Any,
+    mask: Any,
+    past: Any,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[Any, Any, Any]:
+    """As `cached_attention`; the scores of the cache and of the encoder are joined for the softmax, never the keys."""
+    keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, window)
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    rows, groups = _rows(low, q, kv_heads, scale), q.shape[2] // kv_heads
+    own = _scores(low, rows, keys, allowed, groups, softcap)
+    other = _scores(low, rows, cross_k, _flat_mask(low, mask), groups, softcap)
+    shares = mb.softmax(x=mb.concat(values=[own, other], axis=-1), axis=-1)
+    masks = [True, True, False]
+    first = mb.slice_by_index(x=shares, begin=[0, 0, 0], end=[0, 0, capacity], begin_mask=[True] * 3, end_mask=masks)
+    rest = mb.slice_by_index(x=shares, begin=[0, 0, capacity], end=[0, 0, 0], begin_mask=masks, end_mask=[True] * 3)
+    parts = [mb.matmul(x=s, y=mb.squeeze(x=t, axes=[0])) for s, t in ((first, values), (rest, cross_v))]
+    return _unfold(mb.add(x=parts[0], y=parts[1]), q), keys, values
+
+
+def shared_attention(low: Lowering, _: Any, q: Any, keys: Any, values: Any, positions: Any, scale: float) -> Any:
+    """Over what `cached_attention` returned of its caches."""
+    positions, capacity = low.var(positions), keys.shape[2]
+    slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
+    allowed = low.once(
+        ("seen", id(positions), capacity),
+        lambda: mb.less_equal(x=slots, y=mb.expand_dims(x=positions, axes=[1])),
+    )
+    return _attend(low, q, keys, values, allowed, scale, 0.0)
+
+
+def _appended(
+    low: Lowering, node: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, past: Any, window: int
+) -> tuple[Any, Any, Any]:
+    """Both caches with the new keys and values in them, and which slots each new token sees."""
+    length = low.size(node.args[0].meta["val"].shape[1])
+    begin, end = low.once(("span", id(past)), lambda: _span(low, past, length))
+    keys, values = _append(low, k_cache, k, begin, end), _append(low, v_cache, v, begin, end)
+    capacity = keys.shape[2]
+    allowed = low.once(("causal", id(past), window, capacity), lambda: _causal(low, past, length, capacity, window))
+    return keys, values, allowed
+
+
+def _span(low: Lowering, past: Any, length: Any) -> tuple[Any, Any]:
+    zero = low.constants.array(np.zeros(1, np.int32))
+    end = mb.add(x=past, y=low.var(length))
+    return mb.concat(values=[zero, zero, past, zero], axis=0), mb.concat(values=[zero, zero, end, zero], axis=0)
+
+
+def _append(low: Lowering, state: Any, new: Any, begin: Any, end: Any) -> Any:
+    cache = mb.slice_update(
+        x=mb.read_state(input=state),
+        update=mb.transpose(x=new, perm=[0, 2, 1, 3]),
+        begin=begin,
+        end=end,
+        begin_mask=[True, True, False, True],
+        end_mask=[True, True, False, True],
+    )
+    updated = mb.coreml_update_state(state=state, value=cache)
+    low.written[id(updated)] = updated
+    return updated
+
+
+def _causal(low: Lowering, past: Any, length: Any, capacity: int, window: int) -> Any:
+    """bool [S, capacity]: the slots token i may see."""
+    new = (
+        low.constants.array(np.arange(length, dtype=np.int32))
+        if isinstance(length, int)
+        else mb.range_1d(start=np.int32(0), end=length, step=np.int32(1))
+    )
+    position = mb.expand_dims(x=mb.add(x=past, y=new), axes=[1])
+    slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
+    allowed = mb.less_equal(x=slots, y=position)
+    if window:
+        oldest = mb.sub(x=position, y=np.int32(window))
+        allowed = mb.logical_and(x=allowed, y=mb.greater(x=slots, y=oldest))
+    return allowed

@@ -1,0 +1,242 @@
+"""Attention over caches as they lie, without GroupQueryAttention: merged, shared and cross attention, heads of any size.
+
+What may enter: onnx_ir, `onnx_lowerings`. TensorScatter writes a cache in place: past and present are one buffer
+(`runtimes.onnxruntime`). tests/test_onnx_attention_facts.py pins what the kernels do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from ...targets.onnx.nodes import attr
+from .lowering import MS, Lowering
+
+MASKED = float(np.finfo(np.float32).min)  # finite: a fully masked row must stay finite, padding rows feed later layers
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+
+def dims(value: ir.Value | None) -> tuple[int, int]:
+    """The two last dimensions of a value of rank 4."""
+    assert value is not None
+    assert value.shape is not None
+    return int(value.shape[2]), int(value.shape[3])  # type: ignore[arg-type]
+
+
+def flat(low: Lowering, value: ir.Value | None, before: ir.Node) -> ir.Value:
+    """[B, S, heads, D] as [B, S, heads * D]: what a Reshape made its heads of, or through one of its own."""
+    assert value is not None
+    reshape = value.producer()
+    if reshape is not None and reshape.op_type == "Reshape" and reshape.domain == "":
+        source = reshape.inputs[0]
+        if source is not None and source.shape is not None and len(source.shape) == 3:
+            return source
+    heads, dim = dims(value)
+    return low.one(before, "Reshape", [value, low.ints(0, 0, heads * dim)])
+
+
+def first_node(low: Lowering) -> ir.Node:
+    return next(iter(low.graph))
+
+
+def float_mask(low: Lowering, mask: ir.Value) -> ir.Value:
+    """A bool mask as 0 or the lowest float, made once for each mask."""
+
+    def build() -> ir.Value:
+        where = ir.node(
+            "Where", [mask, low.constant(np.array(0.0, np.float32)), low.constant(np.array(MASKED, np.float32))]
+        )
+        producer = mask.producer()
+        if producer is None:
+            low.graph.insert_before(first_node(low), where)
+        else:
+            low.graph.insert_after(producer, where)
+        return where.outputs[0]
+
+    return low.built(("bias", mask), build)
+
+
+# ---- the ops --------------------------------------------------------------------------------------------------------
+
+
+def lower_merged_attention(low: Lowering, node: ir.Node) -> None:
+    """One softmax over the own cache and the encoder's keys: scores of each apart, so that no keys are copied."""
+    cross_k, cross_v, mask = node.inputs[5:8]
+    over_its_cache(low, node, [Part(cross_k, cross_v, mask)])
+
+
+def lower_shared_attention(low: Lowering, node: ir.Node) -> None:
+    """Over the slots in use of a cache that another layer wrote; they are cut out once for all layers that share it."""
+    q, k_cache, v_cache, positions = node.inputs[:4]
+    keys, values = (in_use(low, node, cache, positions) for cache in (k_cache, v_cache))
+    seen = causal(low, node, keys, positions, 0, ("seen", positions, 0))
+    low.replace(node, [attend(low, node, q, heads_of(k_cache), [Part(keys, values, seen)])])
+
+
+def in_use(low: Lowering, node: ir.Node, cache: ir.Value | None, positions: ir.Value | None) -> ir.Value:
+    """The slots of a cache [B, KV, C, N] up to the last of the positions; cut out once for all layers that share it."""
+
+    def used() -> ir.Value:
+        last = low.one(node, "ReduceMax", [positions, low.ints(0)], keepdims=1)
+        return low.one(node, "Add", [last, low.ints(1)])
+
+    inputs = [cache, low.ints(0), low.built(("used", positions), used), low.ints(2)]
+    return low.built(("cut", cache, positions), lambda: low.one(node, "Slice", inputs))
+
+
+class Part(NamedTuple):
+    """Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T].
+
+    With scales [B, KV, T, 1] they are int8 codes.
+    """
+
+    keys: ir.Value | None
+    values: ir.Value | None
+    allowed: ir.Value | None
+    key_scales: ir.Value | None = None
+    value_scales: ir.Value | None = None
+
+
+def heads_of(cache: ir.Value | None) -> int:
+    """The heads of a cache [B, KV, C, D]."""
+    assert cache is not None
+    assert cache.shape is not None
+    return int(cache.shape[1])  # type: ignore[arg-type]
+
+
+def starts(low: Lowering, node: ir.Node, past: ir.Value | None) -> ir.Value:
+    """past [1] for every row of the batch, int64 [B]: where TensorScatter writes."""
+
+    def build() -> ir.Value:
+        batch = low.one(node, "Shape", [low.graph.inputs[0]], start=0, end=1)
+        return low.one(node, "Expand", [past, batch])
+
+    return low.built(("starts", past), build)
+
+
+def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None:
+    """Write the new keys and values into the caches with TensorScatter, in place, and attend to them and to `others`."""
+    q, k, v, k_cache, v_cache = node.inputs[:5]
+    past = node.inputs[8 if others else 5]
+    assert past is not None
+
+    def counted() -> ir.Value:
+        length = low.one(node, "Squeeze", [low.one(node, "Shape", [low.graph.inputs[0]], start=1, end=2)])
+        zero, one = (low.constant(np.array(n, np.int64)) for n in (0, 1))
+        return low.one(node, "Add", [past, low.one(node, "Range", [zero, length, one])])
+
+    def written(cache: ir.Value | None, new: ir.Value | None) -> ir.Value:
+        turned = low.one(node, "Transpose", [new], perm=[0, 2, 1, 3])
+        return low.one(node, "TensorScatter", [cache, turned, starts(low, node, past)], axis=-2)
+
+    caches = [written(k_cache, k), written(v_cache, v)]
+    window = int(attr(node, "window"))
+    positions = low.built(("positions", past), counted)
+    seen = causal(low, node, caches[0], positions, window, ("causal", past, window))
+    parts = [Part(caches[0], caches[1], seen), *others]
+    low.replace(node, [attend(low, node, q, heads_of(k_cache), parts), *caches])
+
+
+def causal(
+    low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Value | None, window: int, key: Any
+) -> ir.Value:
+    """Which slots of a cache each position sees, bool [S, T]: those up to its own, the last `window` of them."""
+
+    def build() -> ir.Value:
+        length = low.one(node, "Squeeze", [low.one(node, "Shape", [cache], start=2, end=3)])
+        zero, one = (low.constant(np.array(n, np.int64)) for n in (0, 1))
+        slots = low.one(node, "Range", [zero, length, one])
+        rows = low.one(node, "Unsqueeze", [positions, low.ints(1)])
+        allowed = low.one(node, "LessOrEqual", [slots, rows])
+        if window:
+            first = low.one(node, "Sub", [rows, low.ints(window)])
+            allowed = low.one(node, "And", [allowed, low.one(node, "Greater", [slots, first])])
+        return allowed
+
+    return low.built(key, build)
+
+
+def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
+    """Attention of q [B, S, H, D] to all `parts` under one softmax, [B, S, H * D].
+
+    The heads of a group are folded into the query axis, so that no key is repeated; softcap comes before the mask. A scale
+    a key, or a value, is a factor of a column of the scores: codes are not multiplied one by one.
+    """
+    heads, dim = dims(q)
+    cap = float(attr(node, "softcap")) if "softcap" in node.attributes else 0.0
+    scale = float(attr(node, "scale")) / (cap or 1.0)
+    folded = low.one(node, "Transpose", [q], perm=[0, 2, 1, 3])
+    folded = low.one(node, "Reshape", [folded, low.ints(0, kv_heads, -1, dim)])
+    scores = []
+    for keys, _, allowed, key_scales, _ in parts:
+        assert allowed is not None
+        floats = keys if key_scales is None else low.one(node, "Cast", [keys], to=ir.DataType.FLOAT)
+        part = low.one(node, "FusedMatMul", [folded, floats], domain=MS, transB=1, alpha=scale)
+        part = part if key_scales is None else _scaled(low, node, part, key_scales)
+        part = low.one(node, "Reshape", [part, low.ints(0, heads, -1, 0)])
+        if cap:
+            cap_value = low.constant(np.array(cap, np.float32))
+            part = low.one(node, "Mul", [low.one(node, "Tanh", [part]), cap_value])
+        scores.append(low.one(node, "Add", [part, float_mask(low, allowed)]))
+    together = low.one(node, "Concat", [*scores], axis=3) if len(scores) > 1 else scores[0]
+    weights = low.one(node, "Softmax", [together], axis=-1)
+    weights = low.one(node, "Reshape", [weights, low.ints(0, kv_heads, -1, 0)])
+    apart: tuple[ir.Value, ...] = (weights,)
+    if len(parts) > 1:
+        lengths = [low.one(node, "Shape", [p.keys], start=2, end=3) for p in parts]
+        sizes = low.one(node, "Concat", [*lengths], axis=0)
+        apart = low.emit(node, "Split", [weights, sizes], outputs=len(parts), axis=3)
+    sums = []
+    for share, (_, values, _, _, value_scales) in zip(apart, parts, strict=True):
+        if value_scales is not None:
+            share = _scaled(low, node, share, value_scales)
+            values = low.one(node, "Cast", [values], to=ir.DataType.FLOAT)
+        sums.append(low.one(node, "MatMul", [share, values]))
+    attended = sums[0]
+    for other in sums[1:]:
+        attended = low.one(node, "Add", [attended, other])
+    attended = low.one(node, "Reshape", [attended, low.ints(0, heads, -1, dim)])
+    back = low.one(node, "Transpose", [attended], perm=[0, 2, 1, 3])
+    return low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)])
+
+
+def _scaled(low: Lowering, node: ir.Node, scores: ir.Value, scales: ir.Value) -> ir.Value:
+    """scores [B, KV, rows, T] times scales [B, KV, T, 1]."""
+    return low.one(node, "Mul", [scores, low.one(node, "Transpose", [scales], perm=[0, 1, 3, 2])])
+
+
+def lower_cross_attention(low: Lowering, node: ir.Node) -> None:
+    """The standard Attention-24: the one CPU kernel with soft-capping whose query and key lengths may differ."""
+    q, k, v, mask = node.inputs[:4]
+    heads, dim = dims(q)
+    rows = _mask_rows(low, node, mask, q)
+    q_first = low.one(node, "Transpose", [q], perm=[0, 2, 1, 3])
+    attended = low.one(
+        node,
+        "Attention",
+        [q_first, k, v, rows],
+        scale=float(attr(node, "scale")),
+        softcap=float(attr(node, "softcap")),
+    )
+    back = low.one(node, "Transpose", [attended], perm=[0, 2, 1, 3])
+    low.replace(node, [low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)])])
+
+
+def _mask_rows(low: Lowering, node: ir.Node, mask: ir.Value | None, q: ir.Value | None) -> ir.Value:
+    """A mask [B, 1, 1, T] as [B, 1, S, T], S as long as q [B, S, H, D]: the kernel does not broadcast over queries."""
+    assert q is not None
+    assert q.shape is not None
+
+    def build() -> ir.Value:
+        one = low.ints(1)
+        shape = low.one(node, "Concat", [one, one, low.one(node, "Shape", [q], start=1, end=2), one], axis=0)
+        return low.one(node, "Expand", [mask, shape])
+
+    length = q.shape[1]  # queries of one known length share their rows
+    known = length if isinstance(length, int) else length.value
+    return low.built(("rows", mask, q if known is None else known), build)

@@ -1,0 +1,59 @@
+"""KV caches in int8 on ONNX Runtime's CPU kernels. What may enter: onnx_ir, `onnx_cache_attention`, `onnx_lowerings`.
+
+GroupQueryAttention takes int8 caches, but one scale for all tokens; so the attention is spelled out, over the slots in use.
+Codes are not multiplied by their scales one by one: a token's scale is a factor of a column of the scores.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ops.quantized_cache import LEVELS
+from ...targets.onnx.nodes import attr
+from .attention_cached import Part, attend, causal, heads_of, in_use, starts
+from .lowering import Lowering
+
+
+def lower_quantize_kv(low: Lowering, node: ir.Node) -> None:
+    x = node.inputs[0]
+    peaks = low.one(node, "ReduceMax", [low.one(node, "Abs", [x]), low.ints(-1)], keepdims=1)
+    levels = low.constant(np.array(LEVELS, np.float32))
+    least = low.constant(np.array(np.finfo(np.float32).tiny))
+    scales = low.one(node, "Max", [low.one(node, "Div", [peaks, levels]), least])
+    rounded = low.one(node, "Round", [low.one(node, "Div", [x, scales])])
+    low.replace(node, [low.one(node, "Cast", [rounded], to=ir.DataType.INT8), scales])
+
+
+def lower_append_kv(low: Lowering, node: ir.Node) -> None:
+    """TensorScatter, in place: past and present are one buffer."""
+    cache, new, past = node.inputs[:3]
+    low.replace(node, [low.one(node, "TensorScatter", [cache, new, starts(low, node, past)], axis=-2)])
+
+
+def lower_quantized_attention(low: Lowering, node: ir.Node) -> None:
+    q, keys, key_scales, values, value_scales, mask = node.inputs[:6]
+    part = Part(keys, values, mask, key_scales, value_scales)
+    low.replace(node, [attend(low, node, q, heads_of(keys), [part])])
+
+
+def lower_quantized_causal_attention(low: Lowering, node: ir.Node) -> None:
+    q, *caches = node.inputs[:5]
+    own = _own(low, node, caches, node.inputs[5])
+    low.replace(node, [attend(low, node, q, heads_of(caches[0]), [own])])
+
+
+def lower_quantized_merged_attention(low: Lowering, node: ir.Node) -> None:
+    """One softmax over the own cache and the encoder's keys: scores of each apart, so that no keys are copied."""
+    q, *caches = node.inputs[:5]
+    keys, key_scales, values, value_scales, mask = node.inputs[5:10]
+    parts = [_own(low, node, caches, node.inputs[10]), Part(keys, values, mask, key_scales, value_scales)]
+    low.replace(node, [attend(low, node, q, heads_of(caches[0]), parts)])
+
+
+def _own(low: Lowering, node: ir.Node, caches: list[ir.Value | None], positions: ir.Value | None) -> Part:
+    """The slots in use of caches that this call has written: codes and scales of keys, then of values."""
+    keys, key_scales, values, value_scales = (in_use(low, node, cache, positions) for cache in caches)
+    window = int(attr(node, "window"))
+    seen = causal(low, node, keys, positions, window, ("seen", positions, window))
+    return Part(keys, values, seen, key_scales, value_scales)

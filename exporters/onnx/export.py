@@ -1,0 +1,123 @@
+"""ONNX for ONNX Runtime: each graph a file, all weights in one `weights.bin`. What may enter: `ops`, `graph`, `bundle`.
+
+Main path: translate (torch.onnx, private nodes) -> lower (by `LOWERINGS`) -> save. Codes and scales stream from the mapped
+quantized checkpoint; the ONNX files hold the graph alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from ...graph import Graph
+from ...targets.onnx.weights import read_nbits
+from ..artefact import Artefact, Options, Progress
+from .attention_cached import lower_cross_attention, lower_merged_attention, lower_shared_attention
+from .attention_int8 import (
+    lower_append_kv,
+    lower_quantize_kv,
+    lower_quantized_attention,
+    lower_quantized_causal_attention,
+    lower_quantized_merged_attention,
+)
+from .attention_ort import lower_bidirectional_attention, lower_cached_attention, lower_rope
+from .lowering import MS, Lowering, fuse_silu, lower_embedding, lower_gelu_tanh, lower_linear, lower_rms_norm, nodes
+from .recurrence import lower_causal_conv, lower_gated_delta_rule, lower_linear_attention, lower_selective_scan
+from .translate import DOMAIN, translate
+from .weight_file import WeightFile
+
+WEIGHTS = "weights.bin"
+_INLINE = 4096  # bytes: larger tensors that torch.onnx left in the graph move to the weight file
+
+LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
+    "CachedAttention": lower_cached_attention,
+    "BidirectionalAttention": lower_bidirectional_attention,
+    "MergedAttention": lower_merged_attention,
+    "SharedAttention": lower_shared_attention,
+    "CrossAttention": lower_cross_attention,
+    "QuantizedCausalAttention": lower_quantized_causal_attention,
+    "QuantizedMergedAttention": lower_quantized_merged_attention,
+    "QuantizedAttention": lower_quantized_attention,
+    "QuantizeKv": lower_quantize_kv,
+    "AppendKv": lower_append_kv,
+    "Rope": lower_rope,
+    "CausalConv": lower_causal_conv,
+    "GatedDeltaRule": lower_gated_delta_rule,
+    "LinearAttention": lower_linear_attention,
+    "SelectiveScan": lower_selective_scan,
+    "QuantizedLinear": lower_linear,
+    "QuantizedEmbedding": lower_embedding,
+    "RmsNorm": lower_rms_norm,
+    "GeluTanh": lower_gelu_tanh,
+}
+"""Lowered one node at a time, in this order: attention first, which takes Rope and the q/k/v linears into itself."""
+
+
+def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
+    """Write `<graph>.onnx` for each graph and `weights.bin` into `directory` (which must exist).
+
+    Modules carry quantized weights as mapped tensors. `options.max_positions` bounds the rotary tables.
+    """
+    weights = WeightFile(directory / WEIGHTS)
+    ops: dict[str, dict[str, int]] = {}
+    try:
+        for graph in graphs:
+            progress(f"onnx: {graph.name}")
+            model = translate(graph, LOWERINGS)
+            lower(model, weights, options.max_positions)
+            ir.save(model, directory / f"{graph.name}.onnx")
+            ops[graph.name] = dict(Counter(_label(n) for n in model.graph))
+    finally:
+        weights.close()
+    files = (*(f"{g.name}.onnx" for g in graphs), WEIGHTS)
+    return Artefact(files, ops)
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, float32 [N, K]) of every quantized weight that a graph in `directory` holds."""
+    for path in sorted(directory.glob("*.onnx")):
+        yield from read_nbits(path)
+
+
+def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
+    """Rewrite every private node of `model` by the table. Raises ValueError if one is left."""
+    low = Lowering(model.graph, weights, max_positions)
+    for op, lowering in LOWERINGS.items():
+        for node in nodes(model.graph, op):
+            lowering(low, node)
+        RemoveUnusedNodesPass()(model)  # q/k/v that were packed must not be lowered, and stored, a second time
+    fuse_silu(low)
+    RemoveUnusedNodesPass()(model)
+    _move_large_tensors(low)
+    TopologicalSortPass()(model)
+    left = sorted({n.op_type for n in model.graph if n.domain == DOMAIN})
+    if left:
+        raise ValueError(f"no ONNX lowering for {', '.join(left)}")
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports[MS] = 1
+    model.producer_name = "edgewright"
+
+
+def _move_large_tensors(low: Lowering) -> None:
+    """Float weights (16-bit ones, norms) and other constants over the inline size go to the weight file as they are."""
+    for name, value in list(low.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= _INLINE:
+            continue
+        array = tensor.numpy()
+        shape = tuple(int(d) for d in array.shape)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # numpy has no bfloat16 of its own
+        key = f"raw:{tensor.dtype}:{hashlib.sha256(data.data).hexdigest()}"
+        moved = low.weights.add(name, key, [data], tensor.dtype, shape)
+        value.const_value = moved.const_value
+
+
+def _label(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

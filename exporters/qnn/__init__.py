@@ -1,0 +1,1 @@
+"""Graphs as Qualcomm context binaries."""

@@ -1,0 +1,100 @@
+"""The causal twin of ModernBERT, the decoder of the Ettin pairs (arXiv 2507.11412). What may enter: `ops`, `modernbert`.
+
+As `modernbert` but for its attention: separate projections, a KV cache, and a window that reaches back only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...graph import Graph
+from ..causal import CausalStep, causal_graph, kv_states
+from ..config import Section
+from ..kv_cache import Cache, cached_attention
+from ..layers.linear import Linear
+from ..layers.ops import EW
+from .modernbert import Config, GatedFeedForward, PredictionHead, Stack
+
+
+class Attention(nn.Module):
+    """Causal self-attention that appends to its KV cache."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: Config, kind: str) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.window = config.half_window if kind == "sliding_attention" else 0
+        self.q_proj = Linear(config.hidden, config.hidden, config.attention_bias)
+        self.k_proj = Linear(config.hidden, config.hidden, config.attention_bias)
+        self.v_proj = Linear(config.hidden, config.hidden, config.attention_bias)
+        self.Wo = Linear(config.hidden, config.hidden, config.attention_bias)
+        self.register_buffer("inv_freq", config.frequencies(kind), persistent=False)
+
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        positions = past_length + torch.arange(x.shape[1], device=x.device)
+        shape = (*x.shape[:2], self.heads, self.head_dim)
+        q, k, v = (linear(x).reshape(shape) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = EW.rope(q, positions, self.inv_freq), EW.rope(k, positions, self.inv_freq)
+        attended, k_out, v_out = cached_attention(
+            q, k, v, k_cache, v_cache, past_length, self.head_dim**-0.5, 0.0, self.window
+        )
+        return self.Wo(attended), k_out, v_out
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        # The embedding is normalised already.
+        self.attn_norm: nn.Module = config.norm() if index else nn.Identity()
+        self.attn = Attention(config, config.layer_types[index])
+        self.mlp_norm = config.norm()
+        self.mlp = GatedFeedForward(config)
+
+    def forward(
+        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        attended, k, v = self.attn(self.attn_norm(h), past_length, k_cache, v_cache)
+        h = h + attended
+        return h + self.mlp(self.mlp_norm(h)), k, v
+
+
+class Model(nn.Module):
+    """A ModernBERT decoder checkpoint's modules, named as the checkpoint names them."""
+
+    task = "causal"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = Config(config)
+        if config.get("sliding_window") is not None:  # transformers writes it beside `local_attention`, twice as large
+            self.config.half_window = Section(config, "").integer("sliding_window")
+        self.model = Stack(self.config, Layer)
+        self.lm_head = PredictionHead(self.config)
+        self.decoder = Linear(self.config.hidden, self.config.vocab, self.config.decoder_bias)
+        self.tied = {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if self.config.tied else {}
+        self.decoder_start = None
+        self.max_context = self.config.max_positions
+
+    shorten = staticmethod(Config.shorten)
+
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        return {"decoder": self.model.layers}
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits of the last hidden states h [..., hidden]."""
+        out: torch.Tensor = self.decoder(self.lm_head(h))
+        return out
+
+    def graphs(self) -> list[Graph]:
+        stack = self.model
+        step = CausalStep(self, stack.embeddings, stack.layers, stack.final_norm, self.head)
+        states = [kv_states(i, self.config.heads, self.config.head_dim) for i in range(self.config.layers)]
+        return causal_graph(step, states, self.config.vocab, self.max_context)

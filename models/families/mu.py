@@ -1,0 +1,318 @@
+"""Mu, the encoder-decoder of "Return of the Encoder" (arXiv 2501.16273). What may enter: `ops`, the shared layers.
+
+Pre-norm RMSNorm, biases on every linear, a plain feed-forward with tanh-GELU, one embedding for encoder, decoder and head.
+Parameters are named as in the state dict of the authors' code; the authors have no config.json, so its keys are
+ours, in T5's manner: `d_model`, `d_kv`, `d_ff`, `num_layers`, `num_decoder_layers`, `num_heads`, `num_key_value_heads`,
+`n_positions`, `rope_theta`, `layer_norm_epsilon`.
+
+The authors centre the encoder's positions, pos - (n - 1) // 2 for n source tokens. A rotary score depends on the
+difference of two positions alone, so the centre falls out, and positions count from 0 here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...graph import Graph, Port, State
+from ..config import Section
+from ..kv_cache import Cache, cached_attention, cross_attention
+from ..layers.activations import gelu_tanh
+from ..layers.attention import rotary_frequencies
+from ..layers.linear import Embedding, Linear
+from ..layers.norm import RMSNorm
+from ..layers.ops import EW
+
+
+class Config:
+    """config.json, read and bounded."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        section = Section(values, "")
+        self.vocab = section.integer("vocab_size", 32128)
+        self.hidden = section.integer("d_model", 1024)
+        self.intermediate = section.integer("d_ff", 4096)
+        self.encoder_layers = section.integer("num_layers", 20, most=1024)
+        self.decoder_layers = section.integer("num_decoder_layers", 10, most=1024)
+        self.heads = section.integer("num_heads", 6, most=4096)
+        self.kv_heads = section.integer("num_key_value_heads", 3, most=4096)
+        if self.heads % self.kv_heads:
+            raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+        self.head_dim = section.integer("d_kv", 64, most=4096)
+        if self.head_dim % 8:
+            raise section._fail("d_kv", self.head_dim, "a multiple of 8")
+        self.eps = section.number("layer_norm_epsilon", 1e-6)
+        self.theta = section.number("rope_theta", 10000.0, least=1.0)
+        self.max_positions = section.integer("n_positions", 1024)
+        if not section.boolean("tie_word_embeddings", True):
+            raise section._fail("tie_word_embeddings", False, "true, as Mu has one embedding")
+
+    def norm(self) -> RMSNorm:
+        return RMSNorm(self.hidden, self.eps, offset=0.0)
+
+
+class Attention(nn.Module):
+    """The four projections, and the order of heads: here query head h reads key head h mod kv_heads.
+
+    The ops read h // (heads / kv_heads), so queries change places before attention and back after it; the caches stay.
+    """
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_linear", "k_linear", "v_linear"),)
+    key_value: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.q_linear = Linear(config.hidden, config.heads * config.head_dim, bias=True)
+        self.k_linear = Linear(config.hidden, config.kv_heads * config.head_dim, bias=True)
+        self.v_linear = Linear(config.hidden, config.kv_heads * config.head_dim, bias=True)
+        self.out_linear = Linear(config.heads * config.head_dim, config.hidden, bias=True)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, D] of x [B, S, hidden], those of one key head side by side."""
+        lead, groups = x.shape[:2], self.heads // self.kv_heads
+        q: torch.Tensor = self.q_linear(x).reshape(*lead, groups, self.kv_heads, self.head_dim)
+        return q.transpose(2, 3).reshape(*lead, self.heads, self.head_dim)
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [B, S, KV, D] of x [B, S, hidden]."""
+        shape = (*x.shape[:2], self.kv_heads, self.head_dim)
+        return self.k_linear(x).reshape(shape), self.v_linear(x).reshape(shape)
+
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        """[B, S, hidden] of attended [B, S, H * D], its heads in the order of `queries`."""
+        lead, groups = attended.shape[:2], self.heads // self.kv_heads
+        back = attended.reshape(*lead, self.kv_heads, groups, self.head_dim).transpose(2, 3)
+        out: torch.Tensor = self.out_linear(back.reshape(*lead, self.heads * self.head_dim))
+        return out
+
+
+class RotaryAttention(Attention):
+    """Self-attention, with RoPE."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.register_buffer("inv_freq", rotary_frequencies(config.head_dim, config.theta), persistent=False)
+
+    def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k, v = self.keys_values(x)
+        return EW.rope(self.queries(x), positions, self.inv_freq), EW.rope(k, positions, self.inv_freq), v
+
+
+class EncoderAttention(RotaryAttention):
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x, positions)
+        return self.output(EW.bidirectional_attention(q, k, v, mask, self.scale, 0.0))
+
+
+class CausalAttention(RotaryAttention):
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        q, k, v = self.project(x, past_length + torch.arange(x.shape[1], device=x.device))
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, self.scale, 0.0, 0)
+        return self.output(attended), k_out, v_out
+
+
+class CrossAttention(Attention):
+    """Attention to keys and values projected once from the encoder output; no RoPE."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_linear", "v_linear"),)
+    key_value: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
+
+    def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""
+        k, v = self.keys_values(encoder_hidden)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, k: Cache, v: Cache, mask: torch.Tensor) -> torch.Tensor:
+        return self.output(cross_attention(self.queries(x), k, v, mask, self.scale, 0.0))
+
+
+class FeedForward(nn.Module):
+    """`fc2(gelu(fc1(x)))`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden, config.intermediate, bias=True)
+        self.fc2 = Linear(config.intermediate, config.hidden, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc2(gelu_tanh(self.fc1(x)))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = config.norm(), config.norm()
+        self.attn = EncoderAttention(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = h + self.attn(self.ln1(h), positions, mask)
+        out: torch.Tensor = h + self.mlp(self.ln2(h))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.ln1, self.ln2, self.ln3 = config.norm(), config.norm(), config.norm()
+        self.causal_attn = CausalAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, h: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        k_cache, v_cache, cross_k, cross_v = states
+        attended, k_out, v_out = self.causal_attn(self.ln1(h), past_length, k_cache, v_cache)
+        h = h + attended
+        h = h + self.cross_attn(self.ln2(h), cross_k, cross_v, mask)
+        return h + self.mlp(self.ln3(h)), k_out, v_out
+
+
+class Transformer(nn.Module):
+    """Both stacks, named as the checkpoint names them: wte the embedding, e the encoder, h the decoder."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab, config.hidden)
+        self.e = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.ln_e = config.norm()
+        self.h = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.ln_f = config.norm()
+
+
+class Encode(nn.Module):
+    """The encoder."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.transformer = model.transformer
+
+    def forward(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor]:
+        """input_ids: int64 [B, T]; encoder_mask: bool [B, T], true at real tokens. Returns ([B, T, hidden],)."""
+        parts = self.transformer
+        h = parts.wte(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        everywhere = (positions.unsqueeze(1) + positions.unsqueeze(0) >= 0).unsqueeze(0).unsqueeze(0)
+        mask = torch.logical_and(encoder_mask.unsqueeze(1).unsqueeze(1), everywhere)
+        for layer in parts.e:
+            h = layer(h, positions, mask)
+        return (parts.ln_e(h),)
+
+
+class CrossKV(nn.Module):
+    """Every decoder layer's cross-attention keys and values from the encoder output."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.transformer = model.transformer
+
+    def forward(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layers: Any = self.transformer.h
+        pairs = [layer.cross_attn.project_encoder(encoder_hidden) for layer in layers]
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+
+class DecoderStep(nn.Module):
+    """Prefill and decode step of the decoder with its head."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.transformer, self.lm_head = model.transformer, model.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_length: torch.Tensor,
+        encoder_mask: torch.Tensor,
+        logit_positions: torch.Tensor,
+        states: list[Cache],
+    ) -> tuple[Cache, ...]:
+        parts = self.transformer
+        h = parts.wte(input_ids)
+        mask = encoder_mask.unsqueeze(1).unsqueeze(1)
+        updated: list[Cache] = []
+        for i, layer in enumerate(parts.h):
+            h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4])
+            updated += [k, v]
+        return (self.lm_head(parts.ln_f(h.index_select(1, logit_positions))), *updated)
+
+
+class Model(nn.Module):
+    """A Mu checkpoint's modules, named as the checkpoint names them."""
+
+    task = "seq2seq"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = Config(config)
+        self.transformer = Transformer(self.config)
+        self.lm_head = Linear(self.config.hidden, self.config.vocab)
+        self.tied = {"lm_head.weight": "transformer.wte.weight"}
+        section = Section(config, "")
+        start = section.token("decoder_start_token_id", section.token("bos_token_id", 0))
+        self.decoder_start = 0 if start is None else start
+        self.max_context = self.config.max_positions
+
+    @staticmethod
+    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """The config with at most `layers` layers in each stack (a rehearsal)."""
+        published = {"num_layers": 20, "num_decoder_layers": 10}
+        return config | {key: min(layers, config.get(key, most)) for key, most in published.items()}
+
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        return {"encoder": self.transformer.e, "decoder": self.transformer.h}
+
+    def graphs(self) -> list[Graph]:
+        c = self.config
+        f32, i64 = torch.float32, torch.int64
+        source = {"batch": (1, 1024), "source": (1, c.max_positions)}
+        target = dict.fromkeys(("sequence", "capacity", "logits"), (1, c.max_positions))
+        hidden = Port("encoder_hidden", f32, ("batch", "source", c.hidden))
+        mask = Port("encoder_mask", torch.bool, ("batch", "source"))
+        states: list[State] = []
+        for i in range(c.decoder_layers):
+            own, cross = (("batch", c.kv_heads, length, c.head_dim) for length in ("capacity", "source"))
+            states += [State(f"{n}_cache_{i}", "kv", f32, own, updated=True) for n in ("k", "v")]
+            states += [State(f"cross_{n}_{i}", "cross", f32, cross, updated=False) for n in ("k", "v")]
+        return [
+            Graph(
+                name="encoder",
+                module=Encode(self),
+                inputs=(Port("input_ids", i64, ("batch", "source")), mask),
+                outputs=(hidden,),
+                example={"batch": 2, "source": 5},
+                bounds=source,
+            ),
+            Graph(
+                name="cross_kv",
+                module=CrossKV(self),
+                inputs=(hidden,),
+                outputs=tuple(Port(s.name, f32, s.shape) for s in states if s.kind == "cross"),
+                example={"batch": 2, "source": 5},
+                bounds=source,
+            ),
+            Graph(
+                name="decoder",
+                module=DecoderStep(self),
+                inputs=(
+                    Port("input_ids", i64, ("batch", "sequence")),
+                    Port("past_length", i64, (1,)),
+                    mask,
+                    Port("logit_positions", i64, ("logits",)),
+                ),
+                outputs=(Port("logits", f32, ("batch", "logits", c.vocab)),),
+                states=tuple(states),
+                example={"batch": 2, "source": 5, "sequence": 3, "capacity": 7, "logits": 2},
+                bounds=source | target,
+            ),
+        ]

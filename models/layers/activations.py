@@ -1,0 +1,61 @@
+"""Activations, spelled in forms that every backend computes right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...errors import UserError
+from .ops import EW
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+def twice_atanh(z: torch.Tensor) -> torch.Tensor:
+    """`2 atanh(z)`, which is log((1 + z) / (1 - z)), for z from 0 to 1/3 within 2e-7.
+
+    A logarithm near 1 that half precision holds: log(1 + u) with u = 2z / (1 - z) would round 1 + u and lose small u.
+    """
+    square = z * z
+    series = square * (2 / 11) + 2 / 9
+    for divisor in (7, 5, 3, 1):
+        series = series * square + 2 / divisor
+    return series * z
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """`log(1 + exp(x))` within 1e-6, and to the relative precision of the dtype where it is small."""
+    small = torch.exp(-torch.abs(x))
+    return torch.relu(x) + twice_atanh(small / (small + 2.0))
+
+
+def l2_normalise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """`x / sqrt(sum of x squared + eps)` over the last dimension."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = EW.gelu_tanh(x)
+    return out
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "swish": silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": torch.relu,
+}
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation '{name}' is not supported; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """`cap * tanh(logits / cap)`; 0 leaves them as they are."""
+    return torch.tanh(logits / cap) * cap if cap else logits

@@ -1,0 +1,221 @@
+"""The parts architectures share: linear and embedding in float and quantized form, norms, attention, gated MLP.
+
+What may enter: `ops`. A class names in `fused` the linears that a backend may fuse into one matrix; they share one
+choice of bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..kv_cache import Cache, cached_attention, cross_attention
+from .linear import Linear
+from .norm import RMSNorm
+from .ops import EW
+
+
+def attention_heads(module: nn.Module) -> int:
+    """Query heads of a module that attends, by itself or by its `spec`; 0 of any other."""
+    return int(getattr(getattr(module, "spec", module), "heads", 0))
+
+
+def rotary_frequencies(head_dim: int, theta: float, factor: float = 1.0) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2] on the CPU (also under `torch.device("meta")`); `factor` is linear scaling."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    # In transformers' own order of operations, so that the last bits agree with the oracle.
+    return (1.0 / torch.pow(torch.tensor(theta, device="cpu"), exponents)) / factor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Shape of one attention. `window` 0 means full; `softcap` 0 means none; `norm_eps` set means QK-norm.
+
+    norm_offset: 1 is Gemma's form of the QK-norm. norm_whole: it spans the whole projection, not each head (OLMo 2).
+    rotated: how many dimensions of a head rotate, the first ones; None is all, 0 none.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    theta: float
+    rope_factor: float = 1.0
+    softcap: float = 0.0
+    window: int = 0
+    bias: bool = False
+    out_bias: bool = False
+    norm_eps: float | None = None
+    norm_offset: float = 1.0
+    norm_whole: bool = False
+    rotated: int | None = None
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.head_dim if self.rotated is None else self.rotated
+
+
+class _SelfAttention(nn.Module):
+    """Projections, optional QK-norm and RoPE, shared by the encoder's and the decoder's self-attention."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    inv_freq: torch.Tensor
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
+        self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
+        if spec.norm_eps is not None:
+            q_size, k_size = (spec.heads, spec.kv_heads) if spec.norm_whole else (1, 1)
+            self.q_norm = RMSNorm(q_size * spec.head_dim, spec.norm_eps, spec.norm_offset)
+            self.k_norm = RMSNorm(k_size * spec.head_dim, spec.norm_eps, spec.norm_offset)
+        if spec.rotary_dims:
+            frequencies = rotary_frequencies(spec.rotary_dims, spec.theta, spec.rope_factor)
+            self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B, S, H, D] and k, v [B, S, KV, D] of x [B, S, hidden], q and k rotated."""
+        return self.normed_and_rotated(self.q_proj(x), self.k_proj(x), self.v_proj(x), positions)
+
+    def normed_and_rotated(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The heads of projections q [B, S, H * D] and k, v [B, S, KV * D], q and k rotated."""
+        s, lead = self.spec, q.shape[:2]
+        if s.norm_eps is not None and s.norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.reshape(*lead, s.heads, s.head_dim)
+        k = k.reshape(*lead, s.kv_heads, s.head_dim)
+        v = v.reshape(*lead, s.kv_heads, s.head_dim)
+        if s.norm_eps is not None and not s.norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.rotate(q, positions), self.rotate(k, positions), v
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The first `rotary_dims` of each head of x [B, S, heads, D] rotated."""
+        dims, head_dim = self.spec.rotary_dims, self.spec.head_dim
+        if not dims:
+            return x
+        if dims == head_dim:
+            out: torch.Tensor = EW.rope(x, positions, self.inv_freq)
+            return out
+        turned = EW.rope(x.narrow(3, 0, dims), positions, self.inv_freq)
+        return torch.cat((turned, x.narrow(3, dims, head_dim - dims)), 3)
+
+
+class BidirectionalAttention(_SelfAttention):
+    """Self-attention of an encoder."""
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x, positions)
+        attended = EW.bidirectional_attention(q, k, v, mask, self.spec.scale, self.spec.softcap)
+        out: torch.Tensor = self.o_proj(attended)
+        return out
+
+
+class CachedAttention(_SelfAttention):
+    """Causal self-attention that appends to its KV cache."""
+
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        positions = past_length + torch.arange(x.shape[1], device=x.device)
+        q, k, v = self.project(x, positions)
+        s = self.spec
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
+        return self.o_proj(attended), k_out, v_out
+
+
+class GatedCachedAttention(_SelfAttention):
+    """`CachedAttention` whose output meets a sigmoid gate; for each head `q_proj` holds the query, then the gate."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.q_proj = Linear(spec.hidden, 2 * spec.heads * spec.head_dim, spec.bias)
+
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        s, lead = self.spec, x.shape[:2]
+        both = self.q_proj(x).reshape(*lead, s.heads, 2 * s.head_dim)
+        query = both.narrow(3, 0, s.head_dim).reshape(*lead, s.heads * s.head_dim)
+        gate = both.narrow(3, s.head_dim, s.head_dim).reshape(*lead, s.heads * s.head_dim)
+        positions = past_length + torch.arange(x.shape[1], device=x.device)
+        q, k, v = self.normed_and_rotated(query, self.k_proj(x), self.v_proj(x), positions)
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
+        return self.o_proj(attended * torch.sigmoid(gate)), k_out, v_out
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder to keys and values projected once from the encoder output; no RoPE, no window."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_proj", "v_proj"),)
+    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+
+    def __init__(self, spec: AttentionSpec, encoder_hidden: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
+        self.k_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.v_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
+
+    def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""
+        s, lead = self.spec, encoder_hidden.shape[:2]
+        k = self.k_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
+        v = self.v_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, k: Cache, v: Cache, mask: torch.Tensor) -> torch.Tensor:
+        s = self.spec
+        q = self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim)
+        out: torch.Tensor = self.o_proj(cross_attention(q, k, v, mask, s.scale, s.softcap))
+        return out
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_past: torch.Tensor,
+    v_past: torch.Tensor,
+    past_length: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention to the last `window` tokens, whose keys and values are all that is kept: a step costs the same however
+    long the context is, and so does its memory.
+
+    q: [B, S, H, D]; k, v: [B, S, KV, D]; k_past, v_past: [B, KV, window - 1, D], oldest first, zeros where there were no
+    tokens yet; past_length: int64 [1]. Returns [B, S, H * D] and both pasts after these tokens. Plain operations alone.
+    """
+    batch, length, heads, dim = q.shape
+    kept = k_past.shape[2]
+    keys = torch.cat((k_past, k.transpose(1, 2)), 2)
+    values = torch.cat((v_past, v.transpose(1, 2)), 2)
+    slots = torch.arange(kept + length, device=q.device)
+    own = torch.arange(length, device=q.device).unsqueeze(1)
+    seen = torch.logical_and(slots >= own, slots <= own + kept)  # the window, up to the token itself
+    seen = torch.logical_and(seen, slots >= kept - past_length)  # a slot before the first token holds nothing
+    bias = (seen.to(q.dtype) - 1.0) * 30000.0  # finite in float16
+    wide_keys, wide_values = _spread_heads(keys, heads), _spread_heads(values, heads)
+    scores = torch.matmul(q.transpose(1, 2), wide_keys.transpose(2, 3)) * scale + bias
+    out = torch.matmul(torch.softmax(scores, -1), wide_values).transpose(1, 2).reshape(batch, length, heads * dim)
+    last = torch.arange(kept, device=q.device) + length
+    return out, keys.index_select(2, last), values.index_select(2, last)
+
+
+def _spread_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, KV, T, D] as [B, heads, T, D]: head h is key head h // (heads / KV). A view that is reshaped would fix T's range."""
+    groups = heads // x.shape[1]
+    if groups == 1:
+        return x
+    return torch.cat([head for i in range(x.shape[1]) for head in [x.narrow(1, i, 1)] * groups], 1)

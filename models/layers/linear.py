@@ -1,0 +1,64 @@
+"""Linears and embeddings, plain and quantized."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .ops import EW
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, weight [out, in] in any float dtype, computed in the dtype of x."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Embedding(nn.Module):
+    """Rows of weight [vocab, hidden] as float32."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden), requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.weight).to(torch.float32)
+
+
+class QuantizedLinear(nn.Module):
+    """A `Linear` whose weight is codes and scales, usually views of the mapped quantized checkpoint."""
+
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        out: torch.Tensor = EW.quantized_linear(x, self.codes, self.scales, bias, self.bits, self.group_size)
+        return out
+
+
+class QuantizedEmbedding(nn.Module):
+    """An `Embedding` whose rows are codes and scales."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = EW.quantized_embedding(ids, self.codes, self.scales, self.bits, self.group_size)
+        return out

@@ -1,0 +1,28 @@
+"""The gated feed-forward block."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from .activations import activation
+from .linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("gate_proj", "up_proj"),)
+
+    def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate, bias)
+        self.up_proj = Linear(hidden, intermediate, bias)
+        self.down_proj = Linear(intermediate, hidden, bias)
+        self.act = activation(act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out

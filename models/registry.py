@@ -1,0 +1,89 @@
+"""The table from `model_type` to architecture. A new one is a file in `families` and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..graph import Graph
+from . import eugen
+
+ARCHITECTURES = {
+    "t5gemma": "families.t5gemma",
+    "llama": "families.llama",
+    "qwen3_5_text": "families.qwen3_5",
+    "qwen3_next": "families.qwen3_5",
+    "olmo_hybrid": "families.olmo_hybrid",
+    "falcon_h1": "families.falcon_h1",
+    "lfm2": "families.lfm2",
+    "hgrn2": "families.hgrn2",
+    "gemma3_text": "families.gemma3",
+    "qwen2": "families.qwen2",
+    "dolphin": "families.dolphin",
+    "phi4flash": "families.sambay",
+    "t5gemma2": "families.t5gemma2",
+    "mu": "families.mu",
+    "modernbert": "families.modernbert",
+    "modernbert-decoder": "families.modernbert_decoder",
+    "arc_encoder": "families.arc_encoder",
+    "module": "user_module.module",
+}
+
+
+class LanguageModel(Protocol):
+    """What a `Model` class offers beside being an `nn.Module` whose parameters bear the checkpoint's names.
+
+    task: "seq2seq" or "causal", which decides the generate loop. tied: alias parameter -> the stored one it shares.
+    decoder_start: the token a seq2seq decoder starts from. max_context: positions the model was made for.
+    """
+
+    task: str
+    tied: dict[str, str]
+    decoder_start: int | None
+    max_context: int
+
+    def stacks(self) -> dict[str, nn.ModuleList]: ...
+
+    def graphs(self) -> list[Graph]: ...
+
+
+def _architecture(config: dict[str, Any]) -> Any:
+    kind = config.get("model_type")
+    if kind == "gemma3":
+        raise UserError(
+            "model_type 'gemma3' is the multimodal Gemma 3; give a text checkpoint (model_type 'gemma3_text')"
+        )
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"model_type '{kind}' is not supported; supported: {known}")
+    return importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
+
+
+def build(config: dict[str, Any]) -> Any:
+    """The architecture's `Model` for `config`, its parameters on the meta device. Raises UserError for a bad config."""
+    architecture = _architecture(config)
+    with torch.device("meta"):
+        model = architecture(config)
+        eugen.place(model, config)
+        return model.eval()
+
+
+def stored_name(model: Any, name: str) -> str:
+    """The name a parameter is stored under: its own, or that of the one it is tied to."""
+    stored: str = model.tied.get(name, name)
+    return stored
+
+
+def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """`config` with at most `layers` layers in each stack: a rehearsal. Raises UserError if layers is below 1."""
+    if layers < 1:
+        raise UserError(f"--num-layers {layers} is too few; give 1 or more")
+    architecture = _architecture(config)
+    build(config)  # so that a bad config is reported by key rather than failing in the slicing
+    short: dict[str, Any] = architecture.shorten(config, layers)
+    with torch.device("meta"):
+        return eugen.kept_by(architecture(short), short)

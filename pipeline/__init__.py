@@ -1,0 +1,1 @@
+"""The stages of `compiler.export`, one file each."""

@@ -1,0 +1,68 @@
+"""How a bundle generates: its `Generation`, from the model, the configs and the request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..bundle import PREFILL_CHUNK, ContextSpec, Generation
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import UserError
+from ..models.layers.linear import Embedding
+from ..system.reading import one_line
+from .request import Request
+
+DEFAULT_CONTEXT = 4096
+
+
+def generation_of(model: Any, checkpoint: Checkpoint, config: dict[str, Any], request: Request) -> Generation:
+    tokenizer = checkpoint.tokenizer
+    eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
+    for source in (checkpoint.generation, config, config.get("decoder")):
+        if isinstance(source, dict):
+            eos |= _token_ids("eos_token_id", source.get("eos_token_id"))
+    wanted = DEFAULT_CONTEXT if request.max_context is None else request.max_context
+    if wanted < 2:
+        raise UserError(f"--max-context {wanted} is too short; give at least 2")
+    context = min(model.max_context, wanted)
+    new_tokens = checkpoint.generation.get("max_new_tokens")
+    new_tokens = new_tokens if isinstance(new_tokens, int) and new_tokens > 0 else 256
+    graphs = model.graphs()
+    widths = [int(p.shape[-1]) for g in graphs for p in g.outputs if p.name == "logits"]
+    main = [m for m in model.modules() if isinstance(m, Embedding)]
+    if model.task == "memory":  # the context's decoder has a vocabulary of its own, which its graph alone reads
+        main = [m for m in main if m.weight.shape[0] >= widths[0]] or main
+    vocab = min([*widths, *(m.weight.shape[0] for m in main)], default=1)
+    if (model.decoder_start or 0) >= vocab:
+        raise UserError(f"config.json: decoder_start_token_id is {model.decoder_start}, the vocabulary {vocab}")
+    pad = tokenizer.pad_id if tokenizer is not None else None
+    return Generation(
+        task=model.task,
+        decoder_start=model.decoder_start,
+        eos_ids=tuple(sorted(eos)),
+        pad_id=pad if pad is not None and pad < vocab else 0,
+        vocab=vocab,
+        max_context=context,
+        max_new_tokens=max(1, min(new_tokens, context - 1)),
+        prefill_chunk=min([PREFILL_CHUNK, *(g.bounds["sequence"][1] for g in graphs if "sequence" in g.bounds)]),
+        context=_context(model, context) if model.task == "memory" else None,
+    )
+
+
+def _context(model: Any, most: int) -> ContextSpec:
+    """How the model reads a context; a part and the tokens after it fit the bundle's context."""
+    found = dict(model.context_spec())
+    decoder = next(g for g in model.graphs() if g.name == "decoder")
+    hidden = next(int(p.shape[-1]) for p in decoder.inputs if p.name == "memory")
+    vocab = min(m.weight.shape[0] for m in model.modules() if isinstance(m, Embedding))  # of either stack: both hold it
+    found["window"] = min(found["window"], most - len(found.get("tokens", ())))
+    if found["window"] < 1:
+        raise UserError(f"--max-context {most} leaves no room for a context beside its memory tokens; give more")
+    return ContextSpec(hidden=hidden, rows=decoder.bounds["memory"][1], vocab=vocab, **found)
+
+
+def _token_ids(key: str, value: object) -> set[int]:
+    """The ids of a config's `key`: one, a list of them, or none. Raises UserError."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+        raise UserError(f"{key} is {one_line(repr(value), 80)}, expected a token id or a list of them")
+    return set(values)

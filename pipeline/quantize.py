@@ -1,0 +1,112 @@
+"""The quantized checkpoint of a plan, by GPTQ where it has calibration data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import safetensors.torch
+import torch
+
+from ..bundle import (
+    CHECKPOINT,
+    EXAMPLES,
+)
+from ..models.registry import build
+from ..quant.quantize_checkpoint import quantize_checkpoint
+from ..quant.tensor import QuantizedTensor
+from ..system.memory import available_bytes, require_available
+from ..system.resumable import Unfinished
+from .gptq import CodeStore, load_rounded, quantize_layerwise
+from .planned import Planned
+from .request import Progress, Request
+from .tune_norms import enough, tune_norms, tuning_bytes
+
+
+def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Progress) -> None:
+    """The quantized checkpoint, unless an earlier run made it."""
+    directory = run.path / CHECKPOINT
+    if run.found("checkpoint") is not None:
+        progress("quantized already")
+        return
+    ready, norms = None, {}
+    if planned.plan.calibration is not None:
+        tuning = request.norms == "tuned" and _tuning_fits(planned, run, progress)
+        store = CodeStore(run.work / "codes")
+        entries = planned.plan.entries
+        left = quantize_layerwise(
+            planned.checkpoint,
+            build(planned.config),
+            planned.plan,
+            planned.generation,
+            planned.samples,
+            planned.examples,
+            store,
+            progress,
+            request.workers,
+        )
+        if left:
+            progress(f"gptq: the calibration data do not reach {len(left)} weights ({left[0]}): rounded to nearest")
+            rounded = {n: replace(entries[n], quantizer="rtn") for n in left}
+            planned.plan = replace(planned.plan, entries=entries | rounded)
+        norms = _tuned(planned, run, store, progress) if tuning else {}
+        shapes = {w.name: w.shape for u in planned.units for w in u.weights}
+
+        def ready(name: str) -> QuantizedTensor | None:
+            return store.read(name, shapes[name], planned.plan.entries[name])
+
+    told = -1
+
+    def count(name: str, done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // max(1, total)
+        if tenth > told:  # a line for every tenth, not for every tensor
+            told = tenth
+            progress(f"quantizing: {10 * tenth}% ({name})")
+
+    run.fresh_folder(CHECKPOINT)
+    tied = planned.model.tied
+    quantize_checkpoint(planned.checkpoint, planned.plan, tied, directory, planned.other, count, ready, norms)
+    # The planned config: a rehearsal's has fewer layers than the source.
+    (directory / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
+    if planned.examples:
+        named = {f"{i}.{g}.{n}": v.contiguous() for i, (g, e) in enumerate(planned.examples) for n, v in e.items()}
+        safetensors.torch.save_file(named, directory / EXAMPLES)
+    run.finish("checkpoint", {})
+
+
+def _tuning_fits(planned: Planned, run: Unfinished, progress: Progress) -> bool:
+    """Whether norms can be tuned in the memory there is; decided once, so that a killed run ends as it would have."""
+    if not enough(planned.samples):
+        progress("norms: kept, as there are too few calibration data to tune them on")
+        return False
+    found = run.found("tuning")
+    if found is None:
+        needed = tuning_bytes(planned.model, planned.generation, planned.samples)
+        available = available_bytes()
+        found = {"fits": needed <= available}
+        if not found["fits"]:
+            progress(
+                f"norms: kept, as tuning them would take about {needed / 2**30:.1f} GiB of the "
+                f"{available / 2**30:.1f} there are"
+            )
+        run.finish("tuning", found)
+    return bool(found["fits"])
+
+
+def _tuned(planned: Planned, run: Unfinished, store: CodeStore, progress: Progress) -> dict[str, torch.Tensor]:
+    """Norms tuned to the finished codes, by stored name; those of an earlier run if there are any."""
+    file = run.work / "norms.safetensors"
+    if run.found("norms") is None:
+        require_available(
+            tuning_bytes(planned.model, planned.generation, planned.samples),
+            "tuning norms takes memory",
+            "free some, and give the same command again",
+        )
+        model = build(planned.config)
+        load_rounded(model, planned.checkpoint, planned.plan, store)
+        made = tune_norms(model, planned.checkpoint, planned.config, planned.generation, planned.samples, progress)
+        values, facts = ({}, {}) if made is None else (made.values, made.facts())
+        safetensors.torch.save_file(values, file)
+        run.finish("norms", facts)
+    return safetensors.torch.load_file(file)

@@ -1,0 +1,173 @@
+"""What `plan` prints."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from ..pipeline.planned import Planned
+from ..quant.frontier import Frontier, Point
+from ..quant.plan import BitPlan, Entry
+from .tables import size, table, text
+
+
+def kinds(planned: Planned) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+    """(stack and layer, part) -> its (bits, group, weights)."""
+    rows: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
+    for unit in planned.units:
+        for w in unit.weights:
+            entry = planned.plan.entries[w.name]
+            place = f"{w.stack} {w.layer}" if w.layer is not None else w.name.removesuffix(".weight")
+            part = ".".join(w.name.split(".")[-3:-1]) if w.layer is not None else ""
+            group = 0 if entry.group_size == w.shape[1] else entry.group_size
+            rows[place, part].append((entry.bits, group, w.numel))
+    return rows
+
+
+def plan_text(planned: Planned) -> str:
+    """The plan: a row a layer with the bits of its parts, then the totals for every target."""
+    places: dict[str, dict[str, str]] = defaultdict(dict)
+    counts: Counter[str] = Counter()
+    for (place, part), entries in kinds(planned).items():
+        bits, group, _ = entries[0]
+        label = "16" if bits == 16 else f"{bits}" + (f"g{group}" if group else "c")
+        places[place][part] = label
+        counts[place] += sum(n for _, _, n in entries)
+    rows = table("layer", "weights", "score", "bits (g: a scale per group of inputs, c: per channel)")
+    rows.columns[-1].justify = "left"
+    scores = {f"{stack} {i}": value for (stack, i), value in planned.scores.items()}
+    for place, parts in places.items():
+        by_label: dict[str, list[str]] = defaultdict(list)
+        for part, label in parts.items():
+            by_label[label].append(part)
+        usual = max(by_label, key=lambda label: len(by_label[label]))
+        others = [f"{label}: {', '.join(p)}" for label, p in by_label.items() if label != usual]
+        score = f"{scores[place]:.4f}" if place in scores else ""
+        rows.add_row(place, f"{counts[place]:,}", score, usual + (f"; {'; '.join(others)}" if others else ""))
+    return text(rows, *_loss_table(planned), *_totals(planned))
+
+
+def losses_by_place(planned: Planned) -> dict[str, dict[str, float]]:
+    """Place -> part (blank outside the layers) -> its predicted loss; empty where none were measured."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for w in (w for unit in planned.units for w in unit.weights):
+        loss = planned.plan.entries[w.name].loss
+        if loss is not None:
+            place = f"{w.stack} {w.layer}" if w.layer is not None else w.name.removesuffix(".weight")
+            found[place][".".join(w.name.split(".")[-3:-1]) if w.layer is not None else ""] = loss
+    return found
+
+
+def _loss_table(planned: Planned) -> list[Table | str]:
+    """A row a layer and a column a linear; those that share a choice share their loss out by their size."""
+    losses = losses_by_place(planned)
+    if not losses:
+        return []
+    parts = list(dict.fromkeys(part for row in losses.values() for part in row if part))
+    rows = table("layer", "all", *(part.replace(".", "\n") for part in parts), title="predicted loss, nats a token")
+    for place, row in losses.items():
+        rows.add_row(place, f"{sum(row.values()):.1e}", *(f"{row[p]:.1e}" if p in row else "" for p in parts))
+    total = sum(sum(row.values()) for row in losses.values())
+    return [rows, f"predicted loss of the plan: {total:.4g} nats a token"]
+
+
+def _totals(planned: Planned) -> list[Table | str]:
+    plan = planned.plan
+    ideal = plan.total_bytes
+    line = (
+        f"{planned.weights:,} quantizable weights at {plan.average_bits:.4f} bits a weight, scales counted: {size(ideal)}"
+        f" (bf16: {size(2 * planned.weights)}; importance: {plan.method})"
+    )
+    joint = ("alone it could choose from", "expected loss alone") if planned.alone else ()
+    quantizers = Counter(e.quantizer for e in plan.entries.values() if e.bits < 16)
+    if quantizers["gptq"]:
+        line += "; " + ", ".join(f"{name}: {count} weights" for name, count in sorted(quantizers.items()))
+    measured = planned.baseline
+    if measured is not None:
+        line += (
+            f"\nmean KL rounded to nearest, measured on calibration data: {measured.planned:.4f} nats as planned, "
+            f"{measured.uniform:.4f} uniform at {measured.bits:.4f} bits; the better one is taken"
+        )
+    rows = table("in", "true bytes", "bits a weight there", *joint)
+    for target in planned.formats:
+        true = planned.true_bytes(target)
+        cells = [size(true), f"{true * 8 / sum(w.numel for w in planned.held_by(target)):.4f}"]
+        if joint:
+            alone = planned.alone[target]
+            cells += [f"{', '.join(map(str, alone.widths))} bits", _saved(alone.loss_ratio)]
+        rows.add_row(target, *cells)
+    problem = planned.problem
+    step = None if problem is None else problem.step
+    if step is None:
+        return [line, rows]
+    time = f"{step.milliseconds(plan, planned.units):.3f} ms, of which {step.rest / 1e9:.3f} ms are not its weights"
+    return [line, f"predicted decode step on {step.rates.device}: {time}", rows]
+
+
+def _saved(ratio: float) -> str:
+    """How much less a target alone would lose; what the solver leaves open is nothing."""
+    return "the same" if ratio < 1.0005 else f"{1 - 1 / ratio:.1%} less (predicted)"
+
+
+def plan_json(planned: Planned) -> dict[str, Any]:
+    return {
+        "model_type": planned.config["model_type"],
+        "weights": planned.weights,
+        "average_bits": planned.plan.average_bits,
+        "total_bytes": planned.plan.total_bytes,
+        "stored_bytes": {t: planned.true_bytes(t) for t in planned.formats},
+        "alone": {t: asdict(a) for t, a in planned.alone.items()},
+        "scores": {f"{stack}.{i}": s for (stack, i), s in planned.scores.items()},
+        "baseline": None if planned.baseline is None else asdict(planned.baseline),
+        "entries": {n: _entry_json(e) for n, e in planned.plan.entries.items()},
+    }
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    shown: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size}
+    if entry.quantizer != "rtn":
+        shown["quantizer"] = entry.quantizer
+    return shown if entry.loss is None else shown | {"loss": entry.loss}
+
+
+def frontier_text(found: Frontier) -> str:
+    """A row a budget: the best plan and the best uniform one within it."""
+    rows = table(
+        "codes and scales", "bits a weight", "predicted loss", "uniform", "its bytes", "its loss", "ours of its"
+    )
+    for point in found.points:
+        ours = [size(point.plan.total_bytes), f"{point.plan.average_bits:.4f}", f"{point.loss:.4g}"]
+        even: list[str] = ["none is that small", "", "", ""]
+        if point.uniform is not None and point.uniform_loss is not None:
+            share = f"{point.loss / point.uniform_loss:.1%}" if point.uniform_loss > 0 else ""
+            even = [_common(point.uniform), size(point.uniform.total_bytes), f"{point.uniform_loss:.4g}", share]
+        rows.add_row(*ours, *even)
+    return text(rows, _measure(found))
+
+
+def _measure(found: Frontier) -> str:
+    if found.measured:
+        return "predicted loss: nats a token, from calibration data"
+    return "predicted loss: importance x weights x expected relative squared error, without data"
+
+
+def _common(plan: BitPlan) -> str:
+    """What most weights of a uniform plan have."""
+    bits, group = Counter((e.bits, e.group_size) for e in plan.entries.values()).most_common(1)[0][0]
+    return "16 bits" if bits == 16 else f"{bits} bits, group {group}"
+
+
+def frontier_json(found: Frontier) -> dict[str, Any]:
+    def shown(plan: BitPlan, loss: float) -> dict[str, Any]:
+        return {"total_bytes": plan.total_bytes, "average_bits": plan.average_bits, "predicted_loss": loss}
+
+    def row(point: Point) -> dict[str, Any]:
+        even = None
+        if point.uniform is not None and point.uniform_loss is not None:
+            even = shown(point.uniform, point.uniform_loss) | {"choice": _common(point.uniform)}
+        return shown(point.plan, point.loss) | {"uniform": even}
+
+    return {"measure": _measure(found), "points": [row(point) for point in found.points]}

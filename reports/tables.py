@@ -1,0 +1,36 @@
+"""What the commands print: plans, exports and verifications as text and JSON. Reads results, computes nothing new."""
+
+from __future__ import annotations
+
+import io
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+
+def text(*parts: Table | str) -> str:
+    """Tables and lines as plain text, wide enough not to fold."""
+    out = io.StringIO()
+    console = Console(file=out, width=200, no_color=True, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    made = Table(box=SIMPLE, title=title, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes in MB or GB (powers of ten)."""
+    return (
+        f"{count / 1e9:.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.2f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:.1f} kB"
+    )

@@ -1,0 +1,1 @@
+"""Core ML: the runtime on a Mac, a numpy evaluator elsewhere."""

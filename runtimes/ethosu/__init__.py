@@ -1,0 +1,1 @@
+"""Arm's Ethos-U through the TOSA reference model."""

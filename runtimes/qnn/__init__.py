@@ -1,0 +1,1 @@
+"""Qualcomm's NPU, or its emulator."""

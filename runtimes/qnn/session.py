@@ -1,0 +1,244 @@
+"""HTP context binaries behind `Session`: static programs, batch 1, everything padded to them. Never torch.
+
+Rows of a batch run one after the other, an encoder in the shortest program that takes its source. A decoder takes several
+tokens as a chunk where there is such a program, else a token at a time; where its states would carry padding on, a chunk is
+whole or is not fed. A graph without symbolic dimensions runs as it is. On x86 the binaries run in Qualcomm's emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle import GraphSpec, PortSpec, StateSpec
+from ...errors import UserError
+from ...targets.qnn.context import HOST_OPS, NAME, PROGRAMS, Program, Programs, compiled, emulated, session
+from ..session import DTYPES, Array, Placement, StateBuffers, place, sized
+
+
+def here() -> str:
+    """What this machine can do with the target, in words."""
+    return (
+        "exports; runs and verifies in Qualcomm's emulator" if emulated() else "exports, runs and verifies on the NPU"
+    )
+
+
+class QnnSession:
+    """The programs of a bundle's `qnn` folder for one HTP version (None: the newest there)."""
+
+    activations = "float16"
+    stand_in = emulated()
+
+    def __init__(
+        self, directory: Path, graphs: Sequence[GraphSpec], threads: int = 0, version: int | None = None
+    ) -> None:
+        """Load every program. Raises UserError if one is missing, damaged, or not of these graphs."""
+        listed = Programs.read(directory)
+        have = sorted(listed.placement)
+        if version is not None and version not in have:
+            raise UserError(
+                f"{directory}: no context binary for HTP v{version}, only for {', '.join(map(str, have))}; "
+                "export again with that version"
+            )
+        self.version = have[-1] if version is None else version
+        self.how = (
+            f"Qualcomm's emulator of HTP v{self.version} on this x86 machine"
+            if emulated()
+            else f"the NPU itself, through binaries for HTP v{self.version}"
+        )
+        self._graphs = {g.name: g for g in graphs}
+        self._states: dict[str, StateSpec] = {s.name: s for g in graphs for s in g.states}
+        self._units = listed.placement[self.version]
+        self._programs = listed.programs
+        self._loaded: dict[str, Any] = {}
+        for stem, program in listed.programs.items():
+            if program.graph not in self._graphs:
+                raise UserError(f"{directory / PROGRAMS}: {stem} is of an unknown graph; export again")
+            path = directory / compiled(stem, self.version)
+            check_inside(path)
+            self._loaded[stem] = session(path, {"htp_arch": str(self.version)}, {}, threads)
+            self._check_ports(path, self._graphs[program.graph], program, self._loaded[stem])
+        lost = [name for name in self._graphs if not self._of(name)]
+        if lost:
+            raise UserError(f"{directory / PROGRAMS}: no program of the graph {lost[0]}; export again")
+        self._capacity = {g: max(p.sizes.get("capacity", 0) for p in self._programs_of(g)) for g in self._graphs}
+
+    @staticmethod
+    def _check_ports(path: Path, spec: GraphSpec, program: Program, loaded: Any) -> None:
+        """What is fed and read is sized by `programs.json`: the binary must agree."""
+        sizes: dict[str, int] = {str(k): v for k, v in program.sizes.items()}
+        updated = [s.model_copy(update={"name": f"{s.name}_out"}) for s in spec.states if s.updated]
+        for ports, found in (
+            ([*spec.inputs, *spec.states], loaded.get_inputs()),
+            ([*spec.outputs, *updated], loaded.get_outputs()),
+        ):
+            shapes = {i.name: list(i.shape) for i in found}
+            for port in ports:
+                if any(isinstance(d, str) and d not in sizes for d in port.shape):
+                    raise UserError(f"{path}: {PROGRAMS} does not say how large {port.name} is; export again")
+                if shapes.get(port.name) != list(sized(port.shape, sizes)):
+                    raise UserError(f"{path}: {port.name} is not as {PROGRAMS} says; export again")
+
+    def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
+        """Zeroed float16 arrays for the states that `graph` updates, caches as long as those of its programs.
+
+        Raises UserError for a capacity beyond them.
+        """
+        most = self._capacity[graph]
+        if most and capacity > most:
+            raise UserError(
+                f"{capacity} tokens do not fit the {most} these programs were made for; "
+                "export with a longer --max-context"
+            )
+        sizes, updated = {"batch": batch, "capacity": most}, [s for s in self._graphs[graph].states if s.updated]
+        return {s.name: np.zeros(sized(s.shape, sizes), np.float16) for s in updated}
+
+    def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
+        """As `Session.run`. Raises UserError for a source longer than the programs take."""
+        spec = self._graphs[graph]
+        lengths = {d: inputs[p.name].shape[i] for p in spec.inputs for i, d in enumerate(p.shape) if isinstance(d, str)}
+        if not lengths:  # the program is the graph as it is
+            made = self._call(self._of(graph)[0], inputs, {s.name: state[s.name] for s in spec.states})
+            return {name: value.astype(np.float32) for name, value in made.items()}
+        for name in set(lengths) - {"batch", "source", "sequence", "logits"}:
+            most = max(p.sizes.get(name, 0) for p in self._programs_of(graph))
+            if lengths[name] > most:
+                raise UserError(f"{graph}: {lengths[name]} {name} rows; these programs take {most}")
+        rows = []
+        for row in range(lengths["batch"]):
+            one = {p.name: inputs[p.name][row : row + 1] if "batch" in p.shape else inputs[p.name] for p in spec.inputs}
+            carried = {s.name: state[s.name][row : row + 1] for s in spec.states}  # views: updates stay in the state
+            if "sequence" in lengths:
+                rows.append(self._decode(spec, one, carried, lengths.get("source", 0)))
+            else:
+                rows.append(self._call(self._fitting(graph, lengths.get("source", 0))[0], one, carried))
+        results: dict[str, Array] = {}
+        for port in spec.outputs:
+            value = np.concatenate([r[port.name] for r in rows])
+            if port.name in self._states:
+                state[port.name] = value  # padded as the program left it: its reader masks the padding
+            else:
+                cut = tuple(slice(0, lengths[d]) if d == "source" else slice(None) for d in port.shape)
+                results[port.name] = value[cut].astype(np.float32)
+        return results
+
+    def placement(self) -> Placement:
+        """The ops inside the context binaries, as onnxruntime assigned them when it compiled."""
+        return place(self._units, (NAME,), HOST_OPS, "onnxruntime's own assignment when it compiled the binaries")
+
+    def _programs_of(self, graph: str) -> list[Program]:
+        return [p for p in self._programs.values() if p.graph == graph]
+
+    def _of(self, graph: str) -> list[str]:
+        """The programs of a graph: short sources first, chunks before steps."""
+
+        def order(stem: str) -> tuple[int, int]:
+            sizes = self._programs[stem].sizes
+            return sizes.get("source", 0), -sizes.get("sequence", 0)
+
+        return sorted((s for s, p in self._programs.items() if p.graph == graph), key=order)
+
+    def _fitting(self, graph: str, source: int) -> list[str]:
+        """The programs of a graph that take a source of this length. Raises UserError if there is none."""
+        most = max(self._programs[s].sizes.get("source", source) for s in self._of(graph))
+        if source > most:
+            raise UserError(
+                f"a source of {source} tokens; these programs take {most}: export with a longer --max-context"
+            )
+        return [s for s in self._of(graph) if self._programs[s].sizes.get("source", source) >= source]
+
+    def _decode(
+        self, spec: GraphSpec, given: dict[str, Array], carried: dict[str, Array], source: int
+    ) -> dict[str, Array]:
+        """One row's new tokens through chunks and steps; the outputs at the positions asked for."""
+        ids, past = given["input_ids"], int(given["past_length"][0])
+        wanted = [int(p) for p in given["logit_positions"]]
+        name = next(p.name for p in spec.outputs if "logits" in p.shape)
+        found: dict[int, Array] = {}
+        at, count, most = 0, ids.shape[1], self._capacity[spec.name]
+        if most and past + count > most:
+            raise UserError(f"{past + count} tokens do not fit the {most} these programs were made for")
+        growing = [s.name for s in spec.states if "capacity" in s.shape]
+        carries = [s.name for s in spec.states if s.updated and s.name not in growing]
+        while at < count:
+            stem, begin = self._part(self._fitting(spec.name, source), past, at, count, whole=bool(carries))
+            sizes = self._programs[stem].sizes
+            stop = min(begin + sizes["sequence"], count)
+            # What follows the tokens in the cache is overwritten before it is seen.
+            fed = given | {p.name: _cut(p, given[p.name], begin, stop) for p in spec.inputs if "sequence" in p.shape}
+            fed["past_length"] = np.array([past + begin], np.int64)
+            here = [p for p in wanted if at <= p < stop] or [stop - 1]
+            before = {n: carried[n].copy() for n in carries}
+            for i in range(0, len(here), sizes["logits"]):  # again writes the same into the cache
+                for n, value in before.items():
+                    carried[n][...] = value
+                asked = here[i : i + sizes["logits"]]
+                positions = np.array(asked + asked[-1:] * (sizes["logits"] - len(asked)), np.int64) - begin
+                made = self._call(stem, fed | {"logit_positions": positions}, carried)[name]
+                found |= {p: made[:, j : j + 1] for j, p in enumerate(asked)}
+            at = stop
+        return {name: np.concatenate([found[p] for p in wanted], 1)}
+
+    def _part(self, stems: list[str], past: int, at: int, count: int, whole: bool) -> tuple[str, int]:
+        """(program, first token) for the tokens from `at` on.
+
+        A chunk that would not fit the end of the cache begins earlier, at tokens of this call that are in it already; one that
+        must be whole neither begins earlier nor ends in padding.
+        """
+        for stem in stems:
+            sizes = self._programs[stem].sizes
+            length = sizes["sequence"]
+            if length == 1 or (whole and count - at >= length):
+                return stem, at
+            begin = min(at, sizes.get("capacity", past + at + length) - length - past)
+            if not whole and count - at > 1 and begin >= 0:
+                return stem, begin
+        raise UserError(f"no program takes a single token; {PROGRAMS} is damaged: export again")
+
+    def _call(self, stem: str, given: Mapping[str, Array], carried: dict[str, Array]) -> dict[str, Array]:
+        """Run one program on one row, padded to it; updated states are written into the arrays of `carried`."""
+        program = self._programs[stem]
+        spec = self._graphs[program.graph]
+        sizes: dict[str, int] = {str(k): v for k, v in program.sizes.items()}
+        feeds = {p.name: _fit(p, given[p.name], sizes) for p in spec.inputs}
+        feeds |= {s.name: _fit(s, carried[s.name], sizes) for s in spec.states}
+        names = [p.name for p in spec.outputs] + [f"{s.name}_out" for s in spec.states if s.updated]
+        results = dict(zip(names, self._loaded[stem].run(names, feeds), strict=True))
+        for s in spec.states:
+            if s.updated:
+                value = results.pop(f"{s.name}_out")
+                carried[s.name][tuple(slice(0, d) for d in value.shape)] = value
+        return results
+
+
+def _cut(port: PortSpec, value: Array, begin: int, stop: int) -> Array:
+    """The tokens from `begin` to `stop` of an input."""
+    return value[tuple(slice(begin, stop) if d == "sequence" else slice(None) for d in port.shape)]
+
+
+def _fit(port: PortSpec, value: Array, sizes: Mapping[str, int]) -> Array:
+    """`value` in a program's shape: cut to its first slots, or filled up with zeros (a mask's false); floats as float16."""
+    shape = sized(port.shape, sizes)
+    value = value[tuple(slice(0, d) for d in shape)]
+    value = np.pad(value, [(0, d - have) for d, have in zip(shape, value.shape, strict=True)])
+    return np.ascontiguousarray(value, np.float16 if port.dtype == "float32" else DTYPES[port.dtype])
+
+
+def check_inside(path: Path) -> None:
+    """Raise UserError if a compiled file points out of its folder, or at a file that is not there."""
+    import onnx
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's own types
+        raise UserError(f"{path}: not an ONNX file ({type(error).__name__}); export again") from None
+    named = [a.s.decode("utf-8", "replace") for n in graph.node for a in n.attribute if a.name == "ep_cache_context"]
+    named += [e.value for t in graph.initializer for e in t.external_data if e.key == "location"]
+    if any(a.name == "embed_mode" and a.i for n in graph.node for a in n.attribute):
+        raise UserError(f"{path}: its binary lies inside it; export again")
+    for name in named:
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise UserError(f"{path}: it points at {name!r:.80}, which is not in its folder; export again")

@@ -1,0 +1,1 @@
+"""The machine: memory, processes, files under way."""

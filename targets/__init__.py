@@ -1,0 +1,1 @@
+"""The facts of each target, and the readers of its files."""

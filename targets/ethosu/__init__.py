@@ -1,0 +1,1 @@
+"""Facts of Arm's Ethos-U."""

@@ -1,0 +1,1 @@
+"""Facts of Qualcomm's NPU."""

@@ -1,0 +1,77 @@
+"""Every family through every target: what runs one cell of the table in docs/families.md, and the table itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from edgewright import compiler
+from edgewright.pipeline import plan
+from edgewright.verification.report import Report
+from helpers import tiny
+from helpers.tiny_families import FAMILIES
+
+DOCS = Path(__file__).parent.parent.parent / "docs" / "families.md"
+FORMATS = ("onnx", "executorch", "coreml", "tensorrt", "qnn")
+CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
+MODULE = "helpers.user_modules:unet"
+NAMES = {
+    "t5gemma": "T5Gemma",
+    "t5gemma2": "T5Gemma 2",
+    "mu": "Mu",
+    "dolphin": "Dolphin",
+    "arc_encoder": "ARC-Encoder",
+    "phi4flash": "SambaY (Phi-4-mini-flash)",
+    "qwen3_5_text": "Qwen3.5 (Gated DeltaNet)",
+    "qwen3_next": "Qwen3-Next, dense (Gated DeltaNet)",
+    "olmo_hybrid": "Olmo Hybrid (Gated DeltaNet)",
+    "hgrn2": "HGRN-2",
+    "falcon_h1": "Falcon-H1 (Mamba-2)",
+    "lfm2": "LFM2 (short convolution)",
+    "modernbert": "Ettin encoder (ModernBERT)",
+    "modernbert-decoder": "Ettin decoder (ModernBERT)",
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "gemma3_text": "Gemma 3",
+    "module": "your own module (a U-Net with attention)",
+}
+"""model_type -> what people call it, in the order of the table."""
+
+
+def verified(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """The tiny model of a family exported at mixed bits to one target, reloaded and compared: `export` as a user calls it."""
+    monkeypatch.setattr(plan, "VERIFY_PROMPTS", 4)
+    monkeypatch.setattr(plan, "CONTEXTS", 2)
+    model = MODULE if family == "module" else str(tiny.write(folder / "model", CONFIGS[family]))
+    context = None if family == "module" else 48
+    made = compiler.export(compiler.Request(model, (form,), bits=6.0, max_context=context), folder / "bundle")
+    widths = {entry.bits for entry in made.planned.plan.entries.values()}
+    assert len(widths) > 1, widths  # mixed bits
+    assert made.report is not None
+    assert made.report.targets[0].weights == sum(e.bits < 16 for e in made.planned.plan.entries.values())
+    return made.report
+
+
+def documented() -> dict[tuple[str, str], str]:
+    """(family, format) -> the cell in docs/families.md."""
+    cells = {}
+    by_name = {name: family for family, name in NAMES.items()}
+    for line in DOCS.read_text().splitlines():
+        parts = [p.strip() for p in line.strip("|").split("|")]
+        if line.startswith("|") and parts[0] in by_name and len(parts) == 1 + len(FORMATS):
+            cells |= {(by_name[parts[0]], form): cell for form, cell in zip(FORMATS, parts[1:], strict=True)}
+    return cells
+
+
+def table(cells: dict[tuple[str, str], str]) -> str:
+    head = ["family", *FORMATS]
+    lines = [head, ["---"] * len(head)]
+    lines += [[name, *(cells[family, form] for form in FORMATS)] for family, name in NAMES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def cell(report: Report) -> str:
+    """What the table says of a verified artefact."""
+    return f"yes ({re.sub('float', 'fp', report.targets[0].activations)})"

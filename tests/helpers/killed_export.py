@@ -1,0 +1,26 @@
+"""Exports that are killed and go on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from edgewright.bundle import REPORTS
+from edgewright.pipeline.request import Request
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+class Killed(BaseException):
+    """What no `except Exception` sees, and no clean-up follows."""
+
+
+def contents(bundle: Path) -> dict[str, str]:
+    files = (p for p in bundle.rglob("*") if p.is_file() and REPORTS not in p.relative_to(bundle).parts)
+    return {p.relative_to(bundle).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def request(example: str, **changes: Any) -> Request:
+    folder = EXAMPLES / example
+    return Request(str(folder), bits=4.5, importance="zd", task=folder / "task.tsv", max_context=64, **changes)

@@ -1,0 +1,322 @@
+"""Norms tuned to the codes: what is learnt, when it is kept, and what an export makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.calibration import opened, samples_of
+from helpers.cli_runner import edgewright
+from helpers.family_table import CONFIGS
+from helpers.killed_export import Killed, contents, request
+from safetensors.torch import save_file
+
+from edgewright import compiler
+from edgewright.bundle import CHECKPOINT, Bundle
+from edgewright.calibration import forward as walks
+from edgewright.calibration.backward import GradientSession, backward_bytes
+from edgewright.calibration.samples import Sample
+from edgewright.checkpoints.checkpoint import Checkpoint
+from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.compiler import export
+from edgewright.errors import UserError
+from edgewright.models.loading import load_original
+from edgewright.models.registry import build
+from edgewright.pipeline import plan
+from edgewright.pipeline import tune_norms as tuning
+from edgewright.pipeline.gptq import CodeStore, load_rounded
+from edgewright.pipeline.tune_norms import tune_norms
+from edgewright.quant.plan import BitPlan, Budget, Entry
+from edgewright.quant.rtn import quantize_rtn
+from edgewright.system.resumable import Unfinished
+
+
+def vectors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters of modules whose weight is a vector, by path."""
+    return {
+        f"{path}.{leaf}": parameter
+        for path, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def detuned(checkpoint: Checkpoint, share: float) -> Any:
+    """The original, with every norm's gain off by up to `share` of it."""
+    model = build(checkpoint.config)
+    load_original(model, checkpoint)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in vectors(model).items():
+            offset = float(getattr(model.get_submodule(name.rpartition(".")[0]), "offset", 0.0))
+            off = (parameter + offset) * (1 + share * (2 * torch.rand_like(parameter) - 1)) - offset
+            parameter.copy_(off.to(checkpoint.info(model.tied.get(name, name)).dtype))
+    return model
+
+
+@pytest.fixture
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walks, "PART_TOKENS", 32)
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gains_that_are_off_are_found_again(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every family's graphs: the gradient reaches each norm, and what was spoilt is mended on unseen data."""
+    checkpoint, spec = opened(family, tmp_path)
+    if spec.task == "module":
+        pytest.skip("no logits")
+    monkeypatch.setattr(tuning, "EPOCHS", 6)
+    monkeypatch.setattr(tuning, "RATE", 0.02)
+    samples = many(spec)
+    model = detuned(checkpoint, 0.2)
+    before = {n: p.detach().clone() for n, p in vectors(model).items()}
+    made = tune_norms(model, checkpoint, checkpoint.config, spec, samples)
+    assert made is not None
+    assert made.values.keys() == {model.tied.get(n, n) for n in before}
+    assert 0.0 < made.after < 0.6 * made.before
+    for name, value in vectors(model).items():
+        stored = model.tied.get(name, name)
+        assert made.values[stored].dtype == checkpoint.info(stored).dtype
+        assert torch.equal(made.values[stored].float(), value.detach())
+        if bool(before[name].any()):
+            assert not torch.equal(value.detach(), before[name]), name
+    assert 0 < made.tokens < sum(s.size for s in samples)
+
+
+def many(spec: Any) -> list[Sample]:
+    """Thirty samples of like kind as `samples_of` gives, each of other tokens."""
+    found = []
+    for i, sample in enumerate(samples_of(spec, 3) * 10):
+        shift = [(t * 7 + 13 * i) % (spec.vocab - 4) + 4 for t in sample.tokens]
+        decoded = sample.decoded[:1] + tuple((t * 5 + 11 * i) % (spec.vocab - 4) + 4 for t in sample.decoded[1:])
+        found.append(dataclasses.replace(sample, tokens=tuple(shift), decoded=decoded))
+    return found
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, spec = opened("llama", tmp_path)
+    monkeypatch.setattr(tuning, "RATE", 5.0)
+    model = detuned(checkpoint, 0.01)
+    before = {n: p.detach().clone() for n, p in vectors(model).items()}
+    made = tune_norms(model, checkpoint, checkpoint.config, spec, many(spec))
+    assert made is not None
+    assert (made.values, made.facts(), made.after) == ({}, {}, made.before)
+    assert all(torch.equal(before[n], p) for n, p in vectors(model).items())
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_the_mapped_checkpoint_is_not_written_into(tmp_path: Path) -> None:
+    """Of a float32 file parameters are views: a step in place would move the original, too."""
+    checkpoint, spec = opened("llama", tmp_path)
+    names = checkpoint.names()
+    wide = tmp_path / "wide"
+    shutil.copytree(tmp_path / "model", wide)
+    save_file({n: checkpoint.tensor(n).float() for n in names}, wide / "model.safetensors")
+    mapped = open_checkpoint(str(wide))
+    before = {n: mapped.tensor(n).clone() for n in names}
+    model = build(mapped.config)
+    entries = {n: Entry(2, 32, 1.0, "") for n in names if n.endswith("proj.weight")}
+    load_rounded(
+        model, mapped, BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0), CodeStore(tmp_path / "codes")
+    )
+    made = tune_norms(model, mapped, mapped.config, spec, many(spec))
+    assert made is not None
+    assert made.before > 0.0
+    for name in names:
+        assert torch.equal(mapped.tensor(name), before[name]), name
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_equal_parts_are_apart_and_learnt_from_alike(tmp_path: Path) -> None:
+    checkpoint, spec = opened("llama", tmp_path)
+    made = tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, samples_of(spec, 1) * 40)
+    assert made is not None
+    assert made.after < made.before
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_a_large_vocabulary_thins_out_samples_before_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All positions of the samples that are left: were it one a sample, it would be the first, which is like no other."""
+    checkpoint, spec = opened("llama", tmp_path)
+    monkeypatch.setattr(walks, "PART_TOKENS", 200)
+    monkeypatch.setattr(tuning, "FEWEST_POSITIONS", 32)
+    monkeypatch.setattr(tuning, "LOGITS", 1)
+    asked: list[tuple[int, int]] = []
+    logits = walks.Walk.logits
+
+    def watched(self: walks.Walk, most: int) -> Any:
+        found, real = logits(self, most)
+        asked.append((len(found), int(real.sum())))
+        return found, real
+
+    monkeypatch.setattr(walks.Walk, "logits", watched)
+    made = tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, many(spec) * 4)
+    assert made is not None
+    assert {rows for rows, _ in asked} == {2}
+    assert all(positions >= 14 for _, positions in asked)  # of 7 to 9 tokens each
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize(
+    "family", ["llama", "t5gemma", "mu", "modernbert-decoder", "qwen3_5_text", "hgrn2", "phi4flash"]
+)
+@pytest.mark.parametrize("length", [12, 200])
+def test_what_a_backward_pass_keeps_is_within_the_estimate(
+    family: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS[family], "max_position_embeddings", 512)
+    checkpoint, spec = opened(family, tmp_path)
+    tokens = tuple(4 + i % (spec.vocab - 4) for i in range(length))
+    decoded = () if spec.decoder_start is None else (spec.decoder_start, *tokens[1:])
+    sample = Sample(tokens, decoded if spec.task == "seq2seq" else ())
+    model = build(checkpoint.config)
+    load_original(model, checkpoint)
+    for parameter in vectors(model).values():
+        parameter.requires_grad_()
+    held: dict[int, int] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        logits, _ = walks.Walk(model, checkpoint, spec, [sample], session=GradientSession(model.graphs())).logits(
+            length
+        )
+        torch.as_tensor(logits).sum().backward()  # what is saved lives until here: no address comes twice
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(size for place, size in held.items() if place not in weights)
+    assert 0 < kept <= backward_bytes(model, sample.size, sample.size, length)
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_too_few_data_are_none(tmp_path: Path) -> None:
+    checkpoint, spec = opened("llama", tmp_path)
+    assert tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, samples_of(spec, 3)) is None
+
+
+def test_a_model_is_loaded_as_its_codes_and_scales_have_it(tmp_path: Path) -> None:
+    """From finished codes where there are any, rounded to nearest elsewhere, 16 bits as bfloat16."""
+    checkpoint, _ = opened("llama", tmp_path)
+    names = [n for n in checkpoint.names() if re.search(r"layers\.0\..*proj\.weight", n)]
+    entries = {n: Entry((3, 4, 16)[i % 3], 32, 1.0, "", "gptq") for i, n in enumerate(names)}
+    entries = {n: dataclasses.replace(e, group_size=64) if e.bits == 16 else e for n, e in entries.items()}
+    store = CodeStore(tmp_path / "codes")
+    ready = quantize_rtn(checkpoint.tensor(names[0]) * 2, 3, 32)
+    store.write(names[0], ready)
+    model = build(checkpoint.config)
+    load_rounded(model, checkpoint, BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0), store)
+    for name, parameter in model.named_parameters():
+        value = checkpoint.tensor(name)
+        if name == names[0]:
+            want = ready.dequantize()
+        elif name not in entries:
+            want = value.float()
+        elif entries[name].bits == 16:
+            want = value.to(torch.bfloat16).float()
+        else:
+            want = quantize_rtn(value, entries[name].bits, 32).dequantize()
+        assert torch.equal(parameter, want), name
+
+
+@pytest.fixture
+def _enough_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walks, "PART_TOKENS", 64)
+    monkeypatch.setattr(plan, "MOST_TOKENS", 1200)
+
+
+@pytest.mark.usefixtures("_enough_data")
+def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
+    asked = dataclasses.replace(request("deltanet-g2p"), bits=3.0)
+    told: list[str] = []
+    made = export(asked, tmp_path / "tuned", progress=told.append)  # verified: the artefact holds them
+    facts = Bundle.open(tmp_path / "tuned").manifest.tuned_norms
+    assert facts is not None
+    assert 0.0 < facts.after < 0.9 * facts.before
+    assert any(line.startswith("norms: tuned, from 0.") for line in told)
+    kept = export(dataclasses.replace(asked, norms="kept"), tmp_path / "kept", check=False)
+    assert Bundle.open(tmp_path / "kept").manifest.tuned_norms is None
+    source = open_checkpoint(asked.model)
+    stored = {n: open_checkpoint(str(tmp_path / n / CHECKPOINT)) for n in ("tuned", "kept")}
+    changed = set()
+    for name in made.planned.other:
+        original = source.tensor(name)
+        assert torch.equal(stored["kept"].tensor(name), original)
+        assert stored["tuned"].info(name).dtype == original.dtype
+        changed |= set() if torch.equal(stored["tuned"].tensor(name), original) else {name}
+    assert changed == {n for n in vectors(build(source.config)) if source.tensor(n).any()}
+    codes = [n for n in stored["kept"].names() if n.endswith(".codes")]
+    assert all(torch.equal(stored["kept"].tensor(n), stored["tuned"].tensor(n)) for n in codes)
+    assert kept.planned.plan == made.planned.plan
+
+
+@pytest.mark.usefixtures("_enough_data")
+@pytest.mark.parametrize("moment", ["half way", "written, not marked", "before the checkpoint"])
+def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request("deltanet-g2p")
+    whole = export(asked, tmp_path / "whole", check=False)
+    assert whole.manifest.tuned_norms is not None
+    finish = Unfinished.finish
+
+    def dying(self: Unfinished, stage: str, facts: Any) -> None:
+        if stage == "norms":
+            raise Killed
+        finish(self, stage, facts)
+
+    def half_way(text: str) -> None:
+        if text == "norms: 50%":
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Unfinished, "discard", Unfinished.leave)
+        if moment == "written, not marked":
+            patched.setattr(Unfinished, "finish", dying)
+        elif moment == "before the checkpoint":
+            patched.setattr(compiler, "quantize_checkpoint", _killed)
+        with pytest.raises(Killed):
+            export(asked, tmp_path / "killed", check=False, progress=half_way if moment == "half way" else str)
+    if moment == "before the checkpoint":
+        monkeypatch.setattr(compiler, "tune_norms", _killed)  # what is found is not looked for again
+    export(asked, tmp_path / "killed", check=False)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def _killed(*_: Any) -> Any:
+    raise Killed
+
+
+@pytest.mark.usefixtures("_enough_data")
+def test_norms_are_kept_where_memory_does_not_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: 1 << 50)
+    told: list[str] = []
+    made = export(request("t5gemma-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    assert made.manifest.tuned_norms is None
+    assert any(line.startswith("norms: kept, as tuning them would take about 1048576.0 GiB") for line in told)
+
+
+@pytest.mark.usefixtures("_enough_data")
+def test_memory_that_is_gone_by_then_is_said_and_codes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter([1, 1 << 50])
+    monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: next(sizes))
+    with pytest.raises(UserError, match=r"tuning norms takes memory: about 1048576.0 GiB") as caught:
+        export(request("t5gemma-g2p"), tmp_path / "bundle", check=False)
+    assert "the same command goes on from there" in caught.value.__notes__[0]
+
+
+def test_the_option_is_a_choice(tmp_path: Path) -> None:
+    model = tiny.write_tiny_llama(tmp_path / "model")
+    done = edgewright("export", "-m", model, "--norms", "bent", "-o", tmp_path / "bundle")
+    assert done.exit_code == 2
+    assert "'bent' is not one of 'tuned', 'kept'" in done.output

@@ -1,0 +1,29 @@
+"""Every family through ONNX Runtime, and the table in the docs complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import family_table
+
+from edgewright.models.registry import ARCHITECTURES
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+
+
+@pytest.mark.parametrize("family", family_table.NAMES)
+def test_a_family_through_onnx(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = family_table.verified(family, "onnx", tmp_path, monkeypatch)
+    assert report.passed
+    assert report.targets[0].lowering.max_relative_error <= 1e-4
+    assert family_table.documented()[family, "onnx"] == family_table.cell(report)
+
+
+def test_the_table_has_every_architecture_and_target() -> None:
+    assert set(family_table.NAMES) == set(ARCHITECTURES)
+    assert set(family_table.documented()) == {(f, t) for f in family_table.NAMES for t in family_table.FORMATS}
+    assert family_table.table(family_table.documented()) in family_table.DOCS.read_text()

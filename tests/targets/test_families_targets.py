@@ -1,0 +1,64 @@
+"""Families through the other targets: some of them always, all of them with `-m slow`, which makes the table in the docs."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+from helpers import family_table
+
+from edgewright.errors import UserError, VerificationFailure
+from edgewright.targets.libraries import BACKENDS
+
+SOME = [
+    ("qwen3_5_text", "coreml"),
+    ("dolphin", "coreml"),
+    ("module", "coreml"),
+    ("phi4flash", "executorch"),
+    ("t5gemma2", "executorch"),
+    ("dolphin", "executorch"),
+    ("hgrn2", "tensorrt"),
+    ("t5gemma2", "tensorrt"),
+    ("module", "tensorrt"),
+    ("qwen3_5_text", "qnn"),
+]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+
+
+def found(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The cell of the table: yes and the activations it is verified with, or the reason that `export` gives."""
+    try:
+        report = family_table.verified(family, form, folder, monkeypatch)
+    except UserError as error:
+        return f"no: {str(error).removeprefix(f'--format {form}: ').removesuffix('; leave this target out')}"
+    except VerificationFailure as error:
+        if "top-1 agreement" not in str(error):
+            raise
+        return "no: `verify` refuses it, the runtime's arithmetic costs more than 1 % of the best tokens"
+    assert report.passed
+    return family_table.cell(report)
+
+
+@pytest.mark.parametrize(("family", "form"), SOME)
+def test_a_family_through_a_target(family: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not BACKENDS[form].installed:
+        pytest.skip(f"{form} is not installed")
+    assert found(family, form, tmp_path, monkeypatch) == family_table.documented()[family, form]
+
+
+@pytest.mark.slow
+def test_the_table_of_families_and_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prints the table; fails where the docs say another thing."""
+    cells = {}
+    for family in family_table.NAMES:
+        for form in family_table.FORMATS:
+            cells[family, form] = found(family, form, tmp_path / f"{family}-{form}", monkeypatch)
+            print(family, form, cells[family, form], flush=True)
+            gc.collect()
+    print(family_table.table(cells))
+    assert family_table.table(cells) in family_table.DOCS.read_text()

@@ -1,0 +1,1 @@
+"""Artefacts held against their reference, and models against their originals."""
