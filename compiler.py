@@ -20,7 +20,7 @@ from .errors import UserError, VerificationFailure
 from .exporters.registry import require_kv_cache
 from .models.kv_cache import stored_as
 from .models.user_module.checkpoint import open_model
-from .pipeline.baseline import Alone
+from .pipeline.baseline import SingleTargetPlan
 from .pipeline.plan import plan
 from .pipeline.planned import Planned
 from .pipeline.request import Progress, Request
@@ -28,12 +28,12 @@ from .pipeline.write_bundle import Cost, _tools, _write
 from .quant.plan import BitPlan
 from .system.memory import PeakAnonymous, anonymous_bytes, limited, require_available
 from .system.reading import one_line
-from .system.resumable import Unfinished
+from .system.resumable import ResumableExport
 from .targets import libraries
 from .verification.report import Report, require, require_placement
 from .verification.verify import require_memory, verify
 
-__all__ = ["Alone", "Cost", "Exported", "Planned", "Request", "export", "plan"]
+__all__ = ["Cost", "Exported", "Planned", "Request", "SingleTargetPlan", "export", "plan"]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def export(
         )
     checkpoint = open_model(request.model)
     with limited(request.memory_limit), PeakAnonymous(request.memory_limit) as peak:
-        run = Unfinished(output, _job(request, checkpoint))
+        run = ResumableExport(output, _job(request, checkpoint))
         for other in run.others():
             progress(f"{other} is left from another run; remove it if it is not wanted")
         try:
@@ -135,7 +135,7 @@ def _job(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _plan(request: Request, checkpoint: Checkpoint, run: Unfinished, progress: Progress) -> Planned:
+def _plan(request: Request, checkpoint: Checkpoint, run: ResumableExport, progress: Progress) -> Planned:
     """The plan, or the one that an earlier run of this job made. Both calibrate with the threads of the first."""
     threads = run.found("threads")
     if threads is None:

@@ -17,7 +17,7 @@ from statistics import mean
 import torch
 
 from edgewright.bundle import Generation
-from edgewright.calibration.forward import Walk
+from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.samples import read_samples
 from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.checkpoints.opening import open_checkpoint
@@ -45,11 +45,11 @@ def inputs(
     def visit(name: str, module: Linear, parts: list[torch.Tensor]) -> None:
         *_, layer, _, kind, _ = [""] * 4 + name.split(".")
         if kind in SHARE and layer in map(str, layers):
-            found[name] = torch.cat(list(walk.all_rows(parts)))
+            found[name] = torch.cat(list(forward.all_rows(parts)))
 
     samples = read_samples(text, checkpoint, spec, 512, tokens)
-    walk = Walk(build(checkpoint.config), checkpoint, spec, samples, (), None, visit)
-    walk.to_head()
+    forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples, (), None, visit)
+    forward.to_head()
     return found
 
 

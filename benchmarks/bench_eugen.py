@@ -37,7 +37,7 @@ from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
 from edgewright.pipeline.request import Request
 from edgewright.quant.rtn import quantize_rtn
-from edgewright.rewrites.activations import Walk, read_prompts
+from edgewright.rewrites.activations import BlockForward, read_prompts
 from edgewright.rewrites.eugen.least_squares import Sums, solve
 from edgewright.rewrites.eugen.rewrite import generation_of, parts_of, rewrite_eugen
 from edgewright.rewrites.eugen.transfer import TRAIN, transfer
@@ -142,7 +142,7 @@ def fitted(
         return y
 
     paths = [p for p in gated_mlps(walked) if re.search(regex, p)]
-    Walk(walked, source, generation_of(walked, source), prompts, paths, visit).run()
+    BlockForward(walked, source, generation_of(walked, source), prompts, paths, visit).run()
     return new, errors
 
 

@@ -32,7 +32,7 @@ from edgewright.calibration.prompts import text_windows
 from edgewright.calibration.samples import Sample
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.importance.lim_zd import order_by_importance
-from edgewright.importance.score import Probes, score, score_layers
+from edgewright.importance.score import CalibrationInputs, score, score_layers
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.quant.plan import Choice
@@ -207,7 +207,7 @@ def main() -> None:
     model = build(checkpoint.config)
     reference = Reference(checkpoint, options.text, options.windows, cache=options.cache)
 
-    probes = Probes(text_windows(options.calibration, checkpoint.tokenizer, WINDOW, CALIBRATION_WINDOWS))
+    probes = CalibrationInputs(text_windows(options.calibration, checkpoint.tokenizer, WINDOW, CALIBRATION_WINDOWS))
     spec = Generation(task="causal", vocab=reference.vocabulary, max_context=model.max_context, max_new_tokens=1)
     units = quantizable_units(model)
     scores: dict[str, dict[int, float]] = {}

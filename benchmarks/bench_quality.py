@@ -23,7 +23,7 @@ from quality_text import Reference
 from edgewright.calibration.samples import Sample, read_samples
 from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.checkpoints.opening import open_checkpoint
-from edgewright.importance.score import Probes, Scores, score
+from edgewright.importance.score import CalibrationInputs, Scores, score
 from edgewright.models.registry import build
 from edgewright.pipeline.gptq import CodeStore, load_rounded, quantize_layerwise
 from edgewright.pipeline.plan import plan
@@ -76,7 +76,7 @@ def main() -> None:
     said(f"{sum(s.size for s in samples)} tokens of calibration text, perplexity {reference.perplexity:.3f} as it is")
     choices = [Choice(b, g, q) for b in WIDTHS for g in ((0,) if b == 8 else GROUPS) for q in ("rtn", "gptq")]
     windows = [s.tokens for s in samples]
-    probes = Probes([list(w) for w in windows[:8]])
+    probes = CalibrationInputs([list(w) for w in windows[:8]])
     scores = {
         m: score(m, checkpoint, config, units, choices, spec, probes, samples, signed=True, progress=said)
         for m in options.methods

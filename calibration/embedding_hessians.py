@@ -1,10 +1,10 @@
-"""What the first layers make of an error in an embedding. Top-level: walk, gradients, `models` enter.
+"""What the first layers make of an error in an embedding. Top-level: forward, gradients, `models` enter.
 
 What an error D of a row that is looked up does is taken from the first layer of each stack: the sum over its linears of the
 relative squared error of their outputs, D J^T J D^T, by a backward pass through that layer alone. With it GPTQ can quantize a
 table that nothing multiplies. A table that is embedding and head at once has one set of codes for both, and on the head's
 inputs alone GPTQ spends the lookups' precision: of what Gemma 3 270M loses with it at 2 bits three quarters come in there. The
-first layer says as much as the Fisher information of lookups, which takes a backward pass through the whole model
+first layer says as much as the Fisher information of embeddings, which takes a backward pass through the whole model
 (benchmarks/RESULTS.md).
 """
 
@@ -24,7 +24,7 @@ from ..models.layers.attention import attention_heads
 from ..models.layers.linear import Embedding, Linear
 from ..models.registry import stored_name
 from .backward import RECURRENCES, GradientSession
-from .forward import PART_TOKENS, Walk, parted
+from .forward import PART_TOKENS, CalibrationForward, parted
 from .samples import Sample, evenly
 
 DRAWS = 8
@@ -40,7 +40,7 @@ class _Done(Exception):
     """The first layers have run: nothing after them is wanted."""
 
 
-def lookup_hessians(
+def embedding_hessians(
     model: Any, checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], names: Collection[str]
 ) -> dict[str, tuple[torch.Tensor, int]]:
     """For each of `names` that rows are looked up in: the mean of J^T J, fp32 [K, K] of trace 1, and of how many draws it is.
@@ -55,16 +55,16 @@ def lookup_hessians(
     some = evenly(samples, max(1, PART_TOKENS * len(samples) // sum(s.size for s in samples)))
     part = max(parted(some), key=lambda places: sum(some[i].size for i in places))
     session = GradientSession(model.graphs(), RECURRENCES)
-    walk = Walk(model, checkpoint, spec, [some[i] for i in part], session=session)
-    watch = _Watch(tables, [layers[0] for layers in model.stacks().values() if len(layers)], walk.rows)
+    forward = CalibrationForward(model, checkpoint, spec, [some[i] for i in part], session=session)
+    watch = _Watch(tables, [layers[0] for layers in model.stacks().values() if len(layers)], forward.rows)
     with suppress(_Done):
-        walk.logits(1)
+        forward.logits(1)
     traces = {name: float(sums.trace()) for name, sums in watch.sums.items()}
     return {n: (watch.sums[n] / t, watch.counts[n]) for n, t in traces.items() if 0.0 < t < float("inf")}
 
 
-def lookup_bytes(model: Any, longest: int) -> tuple[int, int]:
-    """About what `lookup_hessians` takes while it runs, and what it gives. longest: tokens of a sample.
+def embedding_hessian_bytes(model: Any, longest: int) -> tuple[int, int]:
+    """About what `embedding_hessians` takes while it runs, and what it gives. longest: tokens of a sample.
 
     Counted: a first layer's weights, and what a backward pass through it keeps of a part: both ends of each linear and what
     lies between them, and attention's scores.
@@ -101,14 +101,14 @@ class _Watch:
         self._looked_up: list[tuple[str, torch.Tensor]] = []
         self._outputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in firsts}
         for table, name in tables.items():
-            table.register_forward_hook(self._lookup(name))
+            table.register_forward_hook(self._embedding_hook(name))
         for i, layer in enumerate(firsts):
             for module in layer.modules():
                 if isinstance(module, Linear):
                     module.register_forward_hook(self._seen(self._outputs[layer]))
             layer.register_forward_hook(self._differentiate(torch.Generator().manual_seed(_SEED + i)))
 
-    def _lookup(self, name: str) -> Callable[..., torch.Tensor]:
+    def _embedding_hook(self, name: str) -> Callable[..., torch.Tensor]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             leaf = output.detach().requires_grad_()
             self._looked_up.append((name, leaf))

@@ -22,10 +22,10 @@ from ..models.layers.linear import Linear
 from ..runtimes.eager import EagerSession
 from ..runtimes.session import Array, StateBuffers
 from ..system.memory import freed_at_once
-from ..system.round_robin import Lockstep
+from ..system.round_robin import RoundRobin
 from .samples import Call, Sample
-from .spilled_caches import FiledSession, scratch
-from .streamed_weights import Provide, WeightsOnDemand
+from .spilled_caches import DiskCacheSession, scratch
+from .streamed_weights import StreamedWeights, WeightTransform
 
 PART_TOKENS = 1024
 """Tokens that go through the model together: enough for matrix products to be fast."""
@@ -60,14 +60,14 @@ class _Part:
     real: torch.Tensor
 
 
-class Walk:
+class CalibrationForward:
     """One pass of calibration data through every graph of a model.
 
     The data go in parts of PART_TOKENS, side by side: at each linear they wait for each other, so that it is visited with
     all the data, and its weight is read once, while what an operation takes besides is there for one part alone.
 
     model: built on the meta device. samples: as `read_samples` gives; or, of a model without a generate loop, calls: graphs
-    and inputs. provide: see `WeightsOnDemand`. visit: called at every linear the first time that it is reached.
+    and inputs. transform: see `StreamedWeights`. visit: called at every linear the first time that it is reached.
     session: what runs `model`; without one the eager runtime, which keeps caches in files of `folder`, or of the system's
     folder for them.
     """
@@ -79,7 +79,7 @@ class Walk:
         spec: Generation,
         samples: Sequence[Sample],
         calls: Sequence[Call] = (),
-        provide: Provide | None = None,
+        transform: WeightTransform | None = None,
         visit: Visit | None = None,
         session: EagerSession | None = None,
         folder: Path | None = None,
@@ -87,11 +87,11 @@ class Walk:
         self.spec, self._samples, self._calls = spec, list(samples), merged(model, calls)
         self._graphs = {g.name: g for g in model.graphs()}
         graphs = list(self._graphs.values())
-        self._session = session or FiledSession(graphs, folder or scratch())
+        self._session = session or DiskCacheSession(graphs, folder or scratch())
         none = torch.zeros(0, 0, dtype=torch.bool)
         self._parts = [_Part(some, none) for some in parted(self._samples)]
         self._parts = self._parts or [_Part([], none)]
-        self._step: Lockstep[tuple[Array, Array]] = Lockstep([])
+        self._step: RoundRobin[tuple[Array, Array]] = RoundRobin([])
         self._visit, self._seen = visit, set[str]()
         self._arrived: list[torch.Tensor] = []
         self._stop: nn.Module | None = None
@@ -99,7 +99,7 @@ class Walk:
         meeting = self._linears if visit is not None or len(self._parts) > 1 else []
         for module in meeting:
             module.register_forward_pre_hook(self._reach)  # before the hook that reads the weight
-        self.weights = WeightsOnDemand(model, checkpoint, provide)
+        self.weights = StreamedWeights(model, checkpoint, transform)
         for module in meeting:
             module.register_forward_hook(self._leave)
 
@@ -152,20 +152,20 @@ class Walk:
                 self._visit(name, module, inputs)
             if module is not self._stop:
                 self.weights.hold(module)
-        self._step.meet()
+        self._step.barrier()
         if module is self._stop:
             raise _Reached
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._step.last:
             self.weights.release(module)
-        self._step.meet()
+        self._step.barrier()
 
     def _run(self, most: int | None) -> tuple[Array, Array]:
         works = [self._calls_alone] if self._calls else [self._part_of(part, most) for part in self._parts]
         if not self._calls and not self._samples:
             return np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), bool)
-        self._step = Lockstep(works)
+        self._step = RoundRobin(works)
         if len(works) == 1:
             return self._step.run()[0]  # as the session gave them: perhaps with what a backward pass needs
         threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ import torch
 from ..errors import UserError
 from ..quant.hessian import Factor, damping_for, factor
 from ..quant.units import key_value_weights
-from .forward import Walk
+from .forward import CalibrationForward
 
 KEY_VALUE_SHARE = 0.04
 """What means of tokens and first tokens add to the Hessian of keys and values, each, as a share of its trace. On SmolLM2 their
@@ -24,61 +24,63 @@ loss, as the Fisher information of other text sees it, falls to 0.37 (4 bits) an
 0.015 to 0.075 give 0.36 to 0.39. Of the examples, trained on single words or short records, no layer's moves by more than 15 %
 at 2 bits and their sum by 1 %; at 2.5 bits two of the three answer a little less as the original does (benchmarks/RESULTS.md)."""
 
-LOOKUP_SHARE = 0.2
+EMBEDDING_SHARE = 0.2
 """What the lookups of a tied table add to the Hessian of the head's inputs, as a share of its trace. With 0.15 and 0.3 the table
 alone costs Gemma 3 270M 0.63 and 0.64 nats at 2 bits (0.93 without), SmolLM2 0.48 and 0.47 (0.53)."""
 
 
-class Factors:
+class InputHessians:
     """The factor of each weight's inputs. Linears that share inputs (k, v; gate, up) share it: the last one is kept.
 
-    lookups: as `lookup_hessians` gives.
+    embeddings: as `embedding_hessians` gives.
     """
 
-    def __init__(self, walk: Walk, model: Any, lookups: Mapping[str, tuple[torch.Tensor, int]]) -> None:
-        self._walk, self._keys_values, self._lookups = walk, key_value_weights(model), lookups
+    def __init__(
+        self, forward: CalibrationForward, model: Any, embeddings: Mapping[str, tuple[torch.Tensor, int]]
+    ) -> None:
+        self._forward, self._keys_values, self._embeddings = forward, key_value_weights(model), embeddings
         self._inputs: Sequence[torch.Tensor] = ()
         self._added: object = None
         self._last: Factor | None = None
 
     def of(self, name: str, inputs: Sequence[torch.Tensor]) -> Factor:
         """The factor for the weight `name` on `inputs`, which a visit of the walk gave. Raises UserError if they are not finite."""
-        added = name if name in self._lookups else name in self._keys_values
+        added = name if name in self._embeddings else name in self._keys_values
         if self._last is None or self._added != added or not _same(self._inputs, inputs):
             self._last = None  # before the next one is made: each takes several K x K matrices
-            made, tokens = (key_value_hessian if added is True else hessian)(self._walk, inputs)
-            if name in self._lookups:
-                made.add_(self._lookups[name][0], alpha=LOOKUP_SHARE * float(made.trace()))
+            made, tokens = (key_value_hessian if added is True else hessian)(self._forward, inputs)
+            if name in self._embeddings:
+                made.add_(self._embeddings[name][0], alpha=EMBEDDING_SHARE * float(made.trace()))
             if not bool(torch.isfinite(made.diagonal()).all()):
                 raise UserError(f"{name}: its inputs are not finite on the calibration data; use --quantizer rtn")
             self._last = factor(made, damping_for(len(made), tokens))
             self._inputs, self._added = inputs, added
         return self._last
 
-    def of_lookups(self, name: str) -> Factor | None:
+    def of_embedding(self, name: str) -> Factor | None:
         """The factor for a table that no linear multiplies; None for one that no sample reaches."""
-        if name not in self._lookups:
+        if name not in self._embeddings:
             return None
         self._last, self._inputs = None, ()
-        made, draws = self._lookups[name]
+        made, draws = self._embeddings[name]
         return factor(made, damping_for(len(made), draws))
 
 
-def hessian(walk: Walk, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """X^T X / T, fp32 [K, K], of a linear's inputs X over all parts of the walk, and T."""
+def hessian(forward: CalibrationForward, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """X^T X / T, fp32 [K, K], of a linear's inputs X over all parts of the forward, and T."""
     width, count = inputs[0].shape[-1], 0
     total = torch.zeros(width, width)
-    for rows in walk.all_rows(inputs):
+    for rows in forward.all_rows(inputs):
         total.addmm_(rows.T, rows)
         count += len(rows)
     return total.div_(max(1, count)), count
 
 
-def key_value_hessian(walk: Walk, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+def key_value_hessian(forward: CalibrationForward, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
     """`hessian`, to which means and first tokens of sequences are added with KEY_VALUE_SHARE of its trace each."""
-    plain, count = hessian(walk, inputs)
+    plain, count = hessian(forward, inputs)
     means, firsts = torch.zeros_like(plain), torch.zeros_like(plain)
-    for x, real in walk.sequences(inputs):
+    for x, real in forward.sequences(inputs):
         so_far = real.cumsum(1)
         mean = x.mul(real.unsqueeze(2)).cumsum(1).div_(so_far.clamp(min=1).unsqueeze(2))[real]
         first = x[real & (so_far == 1)]

@@ -11,7 +11,7 @@ from ..models.layers.attention import attention_heads
 from ..models.layers.linear import Linear
 from ..ops import recurrence
 from ..quant.gptq import BLOCK_WEIGHTS
-from .embedding_hessians import lookup_bytes
+from .embedding_hessians import embedding_hessian_bytes
 from .forward import CHUNK_WEIGHTS, PART_TOKENS
 from .samples import MOST_TOKENS, WINDOW
 
@@ -42,8 +42,8 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     part = max(PART_TOKENS, longest) * (4 * (6 * broadest + 8 * widest) + scores)
     if any(s.kind == "recurrent" for g in model.graphs() for s in g.states):
         part += recurrence.WORK_BYTES
-    lookups, tables = lookup_bytes(model, longest)
-    return PROCESS_BYTES + tables + max(work + part, lookups), 10 * (broadest + widest)
+    embeddings, tables = embedding_hessian_bytes(model, longest)
+    return PROCESS_BYTES + tables + max(work + part, embeddings), 10 * (broadest + widest)
 
 
 def tokens_within(model: Any, limit: int, longest: int = WINDOW) -> int:

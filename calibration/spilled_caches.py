@@ -35,7 +35,7 @@ def scratch() -> Path:
     return kept if "TMPDIR" not in os.environ and os.access(kept, os.W_OK) else Path(tempfile.gettempdir())
 
 
-class FiledSession(EagerSession):
+class DiskCacheSession(EagerSession):
     """The eager runtime that keeps states in files of `folder`, which have no names and are gone with the process."""
 
     def __init__(self, graphs: Sequence[Graph], folder: Path) -> None:

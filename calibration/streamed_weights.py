@@ -16,18 +16,18 @@ from ..models.registry import stored_name
 SMALL = 1 << 16
 """Weights of a parameter that may stay in memory."""
 
-Provide = Callable[[str, nn.Module, torch.Tensor], torch.Tensor]
+WeightTransform = Callable[[str, nn.Module, torch.Tensor], torch.Tensor]
 """(stored name, the module that asks, the checkpoint's tensor) -> the value to compute with."""
 
 
-class WeightsOnDemand:
+class StreamedWeights:
     """Hooks on a model built on the meta device: a module's parameters are there, in float32, while it runs.
 
-    provide: what to compute with in place of the checkpoint's values, such as those of a weight's codes and scales.
+    transform: what to compute with in place of the checkpoint's values, such as those of a weight's codes and scales.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, provide: Provide | None = None) -> None:
-        self._checkpoint, self._provide = checkpoint, provide
+    def __init__(self, model: Any, checkpoint: Checkpoint, transform: WeightTransform | None = None) -> None:
+        self._checkpoint, self._provide = checkpoint, transform
         self._held: set[nn.Module] = set()
         self._once: set[nn.Module] = set()
         self._names: dict[nn.Module, dict[str, str]] = {}

@@ -85,11 +85,11 @@ def inspect_text(found: dict[str, Any]) -> str:
     """`inspect` as indented lines."""
     lines: list[str] = []
 
-    def walk(value: Any, depth: int) -> None:
+    def add(value: Any, depth: int) -> None:
         for key, item in value.items():
             if isinstance(item, dict) and item:
                 lines.append(f"{'  ' * depth}{key}:")
-                walk(item, depth + 1)
+                add(item, depth + 1)
             elif isinstance(item, list) and item and all(isinstance(x, str) for x in item) and len(str(item)) > 80:
                 lines.append(f"{'  ' * depth}{key}:")
                 lines.extend(f"{'  ' * (depth + 1)}{x}" for x in item)
@@ -99,5 +99,5 @@ def inspect_text(found: dict[str, Any]) -> str:
                 shown = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else item
                 lines.append(f"{'  ' * depth}{key}: {shown if shown != {} else 'none'}")
 
-    walk(found, 0)
+    add(found, 0)
     return "\n".join(lines)

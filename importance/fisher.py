@@ -15,9 +15,9 @@ from torch import nn
 
 from ..bundle import Generation
 from ..calibration.backward import GradientSession, backward_bytes
-from ..calibration.embedding_hessians import lookup_hessians
-from ..calibration.forward import Walk
-from ..calibration.hessians import Factors
+from ..calibration.embedding_hessians import embedding_hessians
+from ..calibration.forward import CalibrationForward
+from ..calibration.hessians import InputHessians
 from ..calibration.samples import Call, Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
@@ -73,14 +73,14 @@ def fisher(
         if i % 8 == 0:
             progress(f"fisher: window {i + 1} of {len(chosen)}")
         session = GradientSession(model.graphs())
-        tokens += _differentiate(Walk(model, checkpoint, spec, [sample], session=session), generator)
+        tokens += _differentiate(CalibrationForward(model, checkpoint, spec, [sample], session=session), generator)
         watch.finish_window()
     return watch.result(tokens)
 
 
-def _differentiate(walk: Walk, generator: torch.Generator) -> int:
+def _differentiate(forward: CalibrationForward, generator: torch.Generator) -> int:
     """The gradient of one window's log-likelihood of drawn tokens, to the hooks of `_Watch`; the number of those tokens."""
-    found, real = walk.logits(POSITIONS)
+    found, real = forward.logits(POSITIONS)
     logits = torch.as_tensor(found)[torch.as_tensor(real)]
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the model's logits are not finite on the calibration data; use --importance zd")
@@ -122,9 +122,9 @@ class _Watch:
                 module.register_parameter("weight", own)
                 own.register_post_accumulate_grad_hook(_taken(sums))  # type: ignore[no-untyped-call]
             else:
-                module.register_forward_hook(self._lookup(sums))
+                module.register_forward_hook(self._embedding_hook(sums))
 
-    def _lookup(self, sums: Gradients) -> Callable[..., torch.Tensor]:
+    def _embedding_hook(self, sums: Gradients) -> Callable[..., torch.Tensor]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             leaf = output.detach().requires_grad_()
             self._looked_up.append((sums, args[0], leaf))
@@ -221,7 +221,7 @@ def _walk_hessians(
         if name not in names:
             return
         seen.add(name)
-        made = factors.of(name, inputs)
+        made = hessians.of(name, inputs)
         if 10 * done // len(names) != 10 * (done + 1) // len(names):
             progress(f"predicting losses: {100 * (done + 1) // len(names)}%")
         done += 1
@@ -231,11 +231,11 @@ def _walk_hessians(
     differentiated = set(evenly(samples, WINDOWS))
     apart = [s for s in samples if s not in differentiated] or samples
     some = evenly(apart, HESSIAN_WINDOWS)
-    lookups = lookup_hessians(model, checkpoint, spec, some, names)
-    walk = Walk(model, checkpoint, spec, some, calls, visit=visit)
-    factors = Factors(walk, model, lookups)
-    walk.to_head()
+    embeddings = embedding_hessians(model, checkpoint, spec, some, names)
+    forward = CalibrationForward(model, checkpoint, spec, some, calls, visit=visit)
+    hessians = InputHessians(forward, model, embeddings)
+    forward.to_head()
     for name in sorted(names - seen):
-        made = factors.of_lookups(name)
+        made = hessians.of_embedding(name)
         if made is not None:
             work(name, made)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..bundle import Generation
-from ..calibration.forward import Walk
+from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample
-from ..calibration.streamed_weights import Provide
+from ..calibration.streamed_weights import WeightTransform
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.layers.linear import Embedding
@@ -41,7 +41,7 @@ Width = tuple[int, int, bool]
 def measured_kl(
     checkpoint: Checkpoint,
     config: dict[str, Any],
-    plans: Sequence[BitPlan | Provide],
+    plans: Sequence[BitPlan | WeightTransform],
     spec: Generation,
     samples: Sequence[Sample],
 ) -> list[float]:
@@ -100,20 +100,20 @@ def _kl_of_part(
 
 
 def _single(
-    source: str, config: dict[str, Any], spec: Generation, samples: Sequence[Sample], provide: Provide | None
+    source: str, config: dict[str, Any], spec: Generation, samples: Sequence[Sample], transform: WeightTransform | None
 ) -> tuple[Array, Array]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _logits(open_model(source), config, spec, samples, provide)
+        return _logits(open_model(source), config, spec, samples, transform)
     finally:
         torch.set_num_threads(threads)
 
 
-def rounding(widths: Mapping[str, Width], used: torch.Tensor) -> Provide:
+def rounding(widths: Mapping[str, Width], used: torch.Tensor) -> WeightTransform:
     """Weights rounded to nearest where `widths` has them; of a table, only the rows of `used` ids, int64 [n], are filled in."""
 
-    def provide(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    def transform(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
         bits, group, signed = widths.get(name, (0, 0, False))
         if not bits or name.rpartition(".")[2] != "weight":
             return value
@@ -123,7 +123,7 @@ def rounding(widths: Mapping[str, Width], used: torch.Tensor) -> Provide:
             return made
         return _rounded(value, bits, group, signed)
 
-    return provide
+    return transform
 
 
 def _rounded(value: torch.Tensor, bits: int, group: int, signed: bool) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _rounded(value: torch.Tensor, bits: int, group: int, signed: bool) -> torch.
 
 
 def _tokens(spec: Generation, samples: Sequence[Sample]) -> torch.Tensor:
-    """All ids that a walk over the samples looks up."""
+    """All ids that the samples hold."""
     ids = {0, spec.pad_id, *(t for s in samples for part in (s.tokens, s.decoded, s.context) for t in part)}
     if spec.context is not None:
         ids |= {*spec.context.tokens, *spec.context.prefix}
@@ -145,12 +145,12 @@ def _logits(
     config: dict[str, Any],
     spec: Generation,
     samples: Sequence[Sample],
-    provide: Provide | None,
+    transform: WeightTransform | None,
 ) -> tuple[Array, Array]:
     if not samples or spec.task == "module":
         raise UserError("the divergence of logits needs calibration text and a model that has logits")
     most = max(len(samples), min(POSITIONS, _LOGIT_BYTES // (4 * spec.vocab)))
-    return Walk(build(config), checkpoint, spec, samples, provide=provide).logits(most)
+    return CalibrationForward(build(config), checkpoint, spec, samples, transform=transform).logits(most)
 
 
 def _divergence(reference: tuple[Array, Array], made: tuple[Array, Array]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..bundle import Generation
-from ..calibration.forward import Walk
+from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
@@ -51,7 +51,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Probes:
+class CalibrationInputs:
     """What calibrates: prompts, a context for each where the model reads one, or (graph, inputs) where it has no loop."""
 
     prompts: Sequence[Sequence[int]]
@@ -118,7 +118,7 @@ def score(
     units: Sequence[Unit],
     choices: Sequence[Choice],
     spec: Generation,
-    probes: Probes,
+    probes: CalibrationInputs,
     samples: Sequence[Sample] = (),
     memory: int | None = None,
     workers: Workers = ONE,
@@ -241,12 +241,12 @@ def lim_streamed(
     progress(f"importance (lim): {len(samples)} windows, weights read layer by layer")
     model = build(config)
     accumulators: dict[Layer, LimAccumulator] = {}
-    walk = Walk(model, checkpoint, spec, samples)
+    forward = CalibrationForward(model, checkpoint, spec, samples)
     for stack, modules in model.stacks().items():
         for index, layer in enumerate(modules):
             accumulator = accumulators[stack, index] = LimAccumulator()
-            layer.register_forward_hook(_observer(accumulator, walk.rows))
-    walk.logits(len(samples))
+            layer.register_forward_hook(_observer(accumulator, forward.rows))
+    forward.logits(len(samples))
     return {layer: accumulator.value() for layer, accumulator in accumulators.items()}
 
 
@@ -255,7 +255,7 @@ def score_layers(
     model: Any,
     checkpoint: Checkpoint,
     units: Sequence[Unit],
-    probes: Probes,
+    probes: CalibrationInputs,
     spec: Generation,
     progress: Callable[[str], None],
 ) -> dict[Layer, float]:
@@ -285,7 +285,7 @@ def score_layers(
     return _lim(model, checkpoint, probes, spec)
 
 
-def _lim(model: Any, checkpoint: Checkpoint, probes: Probes, spec: Generation) -> dict[Layer, float]:
+def _lim(model: Any, checkpoint: Checkpoint, probes: CalibrationInputs, spec: Generation) -> dict[Layer, float]:
     load_original(model, checkpoint)
     accumulators: dict[Layer, LimAccumulator] = {}
     hooks = []

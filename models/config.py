@@ -11,13 +11,13 @@ from ..errors import UserError
 _MOST = 1 << 24
 
 
-class Section:
+class ConfigReader:
     """One object of config.json with typed, bounded access; errors name the key and the value."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
 
-    def _fail(self, key: str, value: object, want: str) -> UserError:
+    def error(self, key: str, value: object, want: str) -> UserError:
         return UserError(f"config.json: {self.where}{key} is {value!r}, expected {want}")
 
     def integer(self, key: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
@@ -25,7 +25,7 @@ class Section:
         if value is None and default is not None:
             value = default
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self._fail(key, value, f"an integer from {least} to {most}")
+            raise self.error(key, value, f"an integer from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
@@ -33,19 +33,19 @@ class Section:
         if value is None and default is not None:
             value = default
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:
-            raise self._fail(key, value, f"a number of at least {least:g}")
+            raise self.error(key, value, f"a number of at least {least:g}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise self._fail(key, value, "true or false")
+            raise self.error(key, value, "true or false")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)
         if not isinstance(value, str):
-            raise self._fail(key, value, "a string")
+            raise self.error(key, value, "a string")
         return value
 
     def token(self, key: str, default: int | None = None) -> int | None:
@@ -56,33 +56,33 @@ class Section:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST:
-            raise self._fail(key, value, "a token id")
+            raise self.error(key, value, "a token id")
         return value
 
-    def section(self, key: str) -> Section:
+    def section(self, key: str) -> ConfigReader:
         value = self.values.get(key)
         if not isinstance(value, dict):
-            raise self._fail(key, value, "an object")
-        return Section(value, f"{self.where}{key}.")
+            raise self.error(key, value, "an object")
+        return ConfigReader(value, f"{self.where}{key}.")
 
     def divisor(self, key: str, of: int, default: int | None = None) -> int:
         """A number of groups, heads …, that divides `of`."""
         value = self.integer(key, default, most=of)
         if of % value:
-            raise self._fail(key, value, f"a divisor of {of}")
+            raise self.error(key, value, f"a divisor of {of}")
         return value
 
     def absent(self, *keys: str) -> None:
         """Raises UserError if a feature that the architecture's file does not compute is switched on."""
         for key in keys:
             if self.values.get(key) not in (None, False, 0):
-                raise self._fail(key, self.values[key], "nothing: this feature is not supported")
+                raise self.error(key, self.values[key], "nothing: this feature is not supported")
 
     def head_dim(self, default: int | None) -> int:
         """`head_dim`, a multiple of 8 as rotary halves and the attention kernels need it."""
         value = self.integer("head_dim", default, most=4096)
         if value % 8:
-            raise self._fail("head_dim", value, "a multiple of 8")
+            raise self.error("head_dim", value, "a multiple of 8")
         return value
 
     def window(self, types: list[str]) -> int:
@@ -102,18 +102,18 @@ class Section:
         if value is None:
             return default
         if not isinstance(value, list) or len(value) != layers or not all(t in known for t in value):
-            raise self._fail("layer_types", value, f"{layers} times '{known[0]}' or '{known[1]}'")
+            raise self.error("layer_types", value, f"{layers} times '{known[0]}' or '{known[1]}'")
         return value
 
     def rotated(self, head_dim: int, default: float = 1.0) -> int:
         """How many of the dimensions of a head rotate, by `partial_rotary_factor`; give `rope` `partial=True` beside it."""
         params = self.values.get("rope_parameters")
-        inner = Section(params if isinstance(params, dict) else {}, f"{self.where}rope_parameters.")
+        inner = ConfigReader(params if isinstance(params, dict) else {}, f"{self.where}rope_parameters.")
         here = inner if inner.values.get("partial_rotary_factor") is not None else self
         share = here.number("partial_rotary_factor", default)
         dims = int(head_dim * share)
         if not 2 <= dims <= head_dim or dims % 2:
-            raise here._fail("partial_rotary_factor", share, f"a share of {head_dim} that is even and at least 2")
+            raise here.error("partial_rotary_factor", share, f"a share of {head_dim} that is even and at least 2")
         return dims
 
     def rope(self, default_theta: float, key: str | None = None, partial: bool = False) -> tuple[float, float]:
@@ -124,9 +124,9 @@ class Section:
         params = self.values.get("rope_parameters") or {}
         old = self.values.get("rope_scaling") or {}
         if not isinstance(params, dict):
-            raise self._fail("rope_parameters", params, "an object")
+            raise self.error("rope_parameters", params, "an object")
         if not isinstance(old, dict):
-            raise self._fail("rope_scaling", old, "an object")
+            raise self.error("rope_scaling", old, "an object")
         nested = any(isinstance(value, dict) for value in params.values())
         if key is not None and nested:
             params = params.get(key) or {}
@@ -135,17 +135,17 @@ class Section:
         if key == "sliding_attention":
             old = {}  # the older key never scaled the sliding layers
         if params.get("rope_type", "default") != "default" and old:
-            raise self._fail("rope_scaling", old, "to be absent where rope_parameters scales too")
+            raise self.error("rope_scaling", old, "to be absent where rope_parameters scales too")
         scaling = old or params
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "linear"):
-            raise self._fail("rope_parameters.rope_type", kind, "'default' or 'linear'")
+            raise self.error("rope_parameters.rope_type", kind, "'default' or 'linear'")
         for where in (self.values, params, old):
             if not partial and where.get("partial_rotary_factor", 1.0) not in (1, None):
-                raise self._fail("partial_rotary_factor", where["partial_rotary_factor"], "1 or nothing")
+                raise self.error("partial_rotary_factor", where["partial_rotary_factor"], "1 or nothing")
         theta_key = "rope_local_base_freq" if key == "sliding_attention" else "rope_theta"
         fallback = self.number(theta_key, default_theta, least=1.0)
-        theta = Section(params, f"{self.where}rope_parameters.").number("rope_theta", fallback, least=1.0)
+        theta = ConfigReader(params, f"{self.where}rope_parameters.").number("rope_theta", fallback, least=1.0)
         if kind == "default":
             return theta, 1.0
-        return theta, Section(scaling, f"{self.where}rope_scaling.").number("factor", least=1e-6)
+        return theta, ConfigReader(scaling, f"{self.where}rope_scaling.").number("factor", least=1e-6)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..system.reading import one_line
-from .config import Section
+from .config import ConfigReader
 from .layers.linear import Linear
 from .layers.mlp import GatedMLP
 
@@ -38,14 +38,14 @@ class EUGenSize:
         return self.k * (self.k + 1) // 2
 
     @staticmethod
-    def read(section: Section) -> EUGenSize:
+    def read(section: ConfigReader) -> EUGenSize:
         """`m` and `k` of a section. Raises UserError unless m is 16 to 65536 by steps of 16, and k 1 to 3."""
         m, k = section.integer("m", least=SMALLEST, most=LARGEST), section.integer("k", most=ORDERS)
         if m % BLOCK:
-            raise section._fail("m", m, f"a multiple of {BLOCK}")
+            raise section.error("m", m, f"a multiple of {BLOCK}")
         unknown = sorted(set(section.values) - {"m", "k"})
         if unknown:
-            raise section._fail(one_line(unknown[0], 40), section.values[unknown[0]], "m and k alone")
+            raise section.error(one_line(unknown[0], 40), section.values[unknown[0]], "m and k alone")
         return EUGenSize(m, k)
 
 
@@ -93,7 +93,7 @@ def sizes(config: dict[str, Any]) -> dict[str, EUGenSize]:
     """Module path -> size, of `edgewright.eugen` in config.json; {} without. Raises UserError for a malformed one."""
     if CONFIG not in config:
         return {}
-    section = Section(config, "").section(CONFIG)
+    section = ConfigReader(config, "").section(CONFIG)
     if KEY not in section.values:
         return {}
     entries = section.section(KEY)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UserError
-from ..graph import Graph
 from . import eugen
 
 ARCHITECTURES = {
@@ -32,23 +30,6 @@ ARCHITECTURES = {
     "arc_encoder": "families.arc_encoder",
     "module": "user_module.module",
 }
-
-
-class LanguageModel(Protocol):
-    """What a `Model` class offers beside being an `nn.Module` whose parameters bear the checkpoint's names.
-
-    task: "seq2seq" or "causal", which decides the generate loop. tied: alias parameter -> the stored one it shares.
-    decoder_start: the token a seq2seq decoder starts from. max_context: positions the model was made for.
-    """
-
-    task: str
-    tied: dict[str, str]
-    decoder_start: int | None
-    max_context: int
-
-    def stacks(self) -> dict[str, nn.ModuleList]: ...
-
-    def graphs(self) -> list[Graph]: ...
 
 
 def _architecture(config: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from ..checkpoints.safetensors_writer import StreamingWriter
 from ..device_profiles.profile import load
 from ..errors import UserError
 from ..importance.fisher_losses import expected_of
-from ..importance.score import Probes, Scores, score, unit_weights
+from ..importance.score import CalibrationInputs, Scores, score, unit_weights
 from ..models.layers.linear import Embedding, Linear
 from ..models.registry import build, stored_name
 from ..quant.allocator import Problem, expected_loss, offers, plan_within, reach
@@ -28,7 +28,7 @@ from ..quant.quantize_checkpoint import METADATA
 from ..quant.units import protected_weights
 from ..system.memory import require_available
 from ..targets.storage import common_bits, legal_choices, signed_scales
-from .baseline import Alone, Baseline, _against
+from .baseline import Baseline, SingleTargetPlan, _against
 from .request import DEFAULT_BITS, Progress, Request
 
 GATE_LOSS = 1e-6
@@ -37,18 +37,18 @@ GATE_LOSS = 1e-6
 """The most that 8 bits may cost a gate or decay of a recurrence for it to have them: in nats a token, as Fisher predicts it."""
 
 
-def allocated(
+def allocate_bits(
     request: Request,
     checkpoint: Checkpoint,
     config: dict[str, Any],
     units: list[Unit],
     other: list[str],
     spec: Generation,
-    probes: Probes,
+    probes: CalibrationInputs,
     samples: list[Sample],
     quantizer: Quantizer,
     progress: Progress,
-) -> tuple[BitPlan, Scores, dict[str, Alone], Problem, Baseline | None]:
+) -> tuple[BitPlan, Scores, dict[str, SingleTargetPlan], Problem, Baseline | None]:
     """Refuse an impossible budget first (it costs nothing), then score and allocate, and compare with uniform."""
     model = build(config)
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
@@ -59,14 +59,14 @@ def allocated(
     if request.latency_ms is not None:
         step = decode_step(model, units, load(request.device or "host"), request.formats)
 
-    def stated(scores: Scores, targets: tuple[str, ...], overrides: tuple[Override, ...] = whole) -> Problem:
+    def problem_for(scores: Scores, targets: tuple[str, ...], overrides: tuple[Override, ...] = whole) -> Problem:
         widths = request.widths or common_bits(targets)
         head = (units, scores.weights, other_bytes, widths, request.groups, overrides, targets, scores.method)
         return Problem(*head, losses=scores.losses, step=step)
 
     even = Scores("uniform", {}, unit_weights(units, {}, "uniform"))
-    budget = _budget(request, stated(even, request.formats))
-    plan_within(stated(even, request.formats), budget)
+    budget = _budget(request, problem_for(even, request.formats))
+    plan_within(problem_for(even, request.formats), budget)
     if request.importance == "lim" and not samples:
         require_available(
             4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
@@ -74,7 +74,7 @@ def allocated(
     choices = _choices(request, (*overrides, *_kept(gates, 8)), quantizer)
     memory, workers = request.memory_limit, request.workers
     method = request.importance
-    if method == "auto" and all(len(offer.options) == 1 for offer in offers(stated(even, request.formats))):
+    if method == "auto" and all(len(offer.options) == 1 for offer in offers(problem_for(even, request.formats))):
         method = "uniform"  # one choice for each unit: there is nothing to weigh
     with workers.running():
         signed = signed_scales(request.formats)
@@ -86,19 +86,19 @@ def allocated(
         scores = replace(scores, losses=losses)
         eased = _eased(gates, scores) if 8 in (request.widths or common_bits(request.formats)) else []
         lower = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
-        if eased and _holds(stated(scores, request.formats, lower), budget):
+        if eased and _holds(problem_for(scores, request.formats, lower), budget):
             overrides = lower
             progress(
                 f"{len(eased)} of {len(gates)} gates and decays get 8 bits: that costs each {GATE_LOSS:g} nats at most"
             )
-    problem = stated(scores, request.formats, overrides)
+    problem = problem_for(scores, request.formats, overrides)
     made = plan_within(problem, budget)
     loss = expected_loss(made, units)
     alone = {}
     for target in request.formats if len(request.formats) > 1 else ():
         own = scores if signed_scales((target,)) == signed else _with_signed_scales(scores, units)
-        ratio = loss / expected_loss(plan_within(stated(own, (target,), overrides), budget), units)
-        alone[target] = Alone(request.widths or common_bits((target,)), ratio)
+        ratio = loss / expected_loss(plan_within(problem_for(own, (target,), overrides), budget), units)
+        alone[target] = SingleTargetPlan(request.widths or common_bits((target,)), ratio)
     baseline = uniform(problem, budget)
     measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
     made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))

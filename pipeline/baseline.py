@@ -28,7 +28,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleTargetPlan:
     """What the plan could be for one target alone, at the same budget: the price of carrying one plan to several.
 
     widths: those it stores whole. loss_ratio: the joint plan's expected loss (importance * weights * expected relative

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..bundle import Generation
-from ..calibration.embedding_hessians import lookup_hessians
-from ..calibration.forward import CHUNK_WEIGHTS, Walk
-from ..calibration.hessians import Factors
+from ..calibration.embedding_hessians import embedding_hessians
+from ..calibration.forward import CHUNK_WEIGHTS, CalibrationForward
+from ..calibration.hessians import InputHessians
 from ..calibration.samples import Call, Sample
 from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..errors import UserError
@@ -92,7 +92,7 @@ def quantize_layerwise(
 ) -> list[str]:
     """Fill `store` with the codes of every weight that `plan` gives to GPTQ; returns those no data reached, left to RTN.
 
-    model: built on the meta device, of no use afterwards. samples, calls: see `Walk`. Raises UserError for weights or
+    model: built on the meta device, of no use afterwards. samples, calls: see `CalibrationForward`. Raises UserError for weights or
     activations that are not finite.
     """
     wanted = {n: e for n, e in plan.entries.items() if e.quantizer == "gptq" and e.bits != UNQUANTIZED}
@@ -112,23 +112,23 @@ def quantize_layerwise(
         if tenth > told:
             told = tenth
             progress(f"gptq: {10 * tenth}% ({name})")
-        store.write(name, quantize_rows(checkpoint, name, factors.of(name, inputs), entry, workers))
+        store.write(name, quantize_rows(checkpoint, name, hessians.of(name, inputs), entry, workers))
         done += 1
 
-    def provide(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    def transform(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
         entry = wanted.get(name)
         if entry is None or not isinstance(module, Linear):
             return value
         found = store.read(name, (int(value.shape[0]), int(value.shape[1])), entry)
         return value if found is None else found.dequantize()
 
-    lookups = lookup_hessians(model, checkpoint, spec, samples, wanted)
-    walk = Walk(model, checkpoint, spec, samples, calls, provide, visit, folder=store.folder)
-    factors = Factors(walk, model, lookups)
+    embeddings = embedding_hessians(model, checkpoint, spec, samples, wanted)
+    forward = CalibrationForward(model, checkpoint, spec, samples, calls, transform, visit, folder=store.folder)
+    hessians = InputHessians(forward, model, embeddings)
     with workers.running():
-        walk.to_head()
+        forward.to_head()
         for name in [n for n in wanted if not store.has(n)]:
-            made = factors.of_lookups(name)
+            made = hessians.of_embedding(name)
             if made is not None:
                 progress(f"gptq: {name}, from what the first layer makes of it")
                 store.write(name, quantize_rows(checkpoint, name, made, wanted[name], workers))

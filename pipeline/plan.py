@@ -17,7 +17,7 @@ from ..calibration.prompts import random_contexts, random_prompts, read_task, te
 from ..calibration.samples import MOST_TOKENS, Sample, digest, digest_calls, read_samples
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
-from ..importance.score import Probes
+from ..importance.score import CalibrationInputs
 from ..models.registry import build, shorten
 from ..models.user_module.checkpoint import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan, Quantizer
@@ -25,8 +25,8 @@ from ..quant.units import quantizable_units
 from ..system.memory import require_available
 from ..system.reading import one_line
 from ..targets.storage import signed_scales
-from .allocate import allocated, by_gptq
-from .baseline import Alone
+from .allocate import allocate_bits, by_gptq
+from .baseline import SingleTargetPlan
 from .generation import generation_of
 from .planned import Planned
 from .request import Progress, Request
@@ -75,16 +75,16 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     prompts, contexts = _prompts(request, checkpoint, generation)
     examples = _examples(model, generation, prompts)
     samples = _samples(request, data, checkpoint, model, generation)
-    probes = Probes(prompts if request.task or request.calibration else [], contexts, examples)
+    probes = CalibrationInputs(prompts if request.task or request.calibration else [], contexts, examples)
     found: dict[str, Any] = {}
     if request.plan is not None:
         made = request.plan.validate(units)
         _refuse_signed(made, request.formats)
         scores: dict[tuple[str, int], float] = {}
-        alone: dict[str, Alone] = {}
+        alone: dict[str, SingleTargetPlan] = {}
     else:
         quantizer: Quantizer = request.quantizer if request.quantizer != "auto" else "rtn" if data is None else "gptq"
-        made, importance, alone, problem, baseline = allocated(
+        made, importance, alone, problem, baseline = allocate_bits(
             request, checkpoint, config, units, other, generation, probes, samples, quantizer, progress
         )
         scores, found = importance.layers, {"problem": problem, "baseline": baseline, "importance": importance}

@@ -15,7 +15,7 @@ from ..quant.allocator import Problem
 from ..quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from ..targets import libraries
 from ..targets.storage import TIED_TWICE, stored_bytes
-from .baseline import Alone, Baseline
+from .baseline import Baseline, SingleTargetPlan
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Planned:
     generation: Generation
     prompts: list[list[int]]
     formats: tuple[str, ...]
-    alone: dict[str, Alone] = field(default_factory=dict)
+    alone: dict[str, SingleTargetPlan] = field(default_factory=dict)
     contexts: list[list[int]] = field(default_factory=list)
     examples: list[tuple[str, dict[str, torch.Tensor]]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)

@@ -16,14 +16,14 @@ from ..models.registry import build
 from ..quant.quantize_checkpoint import quantize_checkpoint
 from ..quant.tensor import QuantizedTensor
 from ..system.memory import available_bytes, require_available
-from ..system.resumable import Unfinished
+from ..system.resumable import ResumableExport
 from .gptq import CodeStore, load_rounded, quantize_layerwise
 from .planned import Planned
 from .request import Progress, Request
 from .tune_norms import enough, tune_norms, tuning_bytes
 
 
-def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Progress) -> None:
+def _quantize(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> None:
     """The quantized checkpoint, unless an earlier run made it."""
     directory = run.path / CHECKPOINT
     if run.found("checkpoint") is not None:
@@ -75,7 +75,7 @@ def _quantize(planned: Planned, request: Request, run: Unfinished, progress: Pro
     run.finish("checkpoint", {})
 
 
-def _tuning_fits(planned: Planned, run: Unfinished, progress: Progress) -> bool:
+def _tuning_fits(planned: Planned, run: ResumableExport, progress: Progress) -> bool:
     """Whether norms can be tuned in the memory there is; decided once, so that a killed run ends as it would have."""
     if not enough(planned.samples):
         progress("norms: kept, as there are too few calibration data to tune them on")
@@ -94,7 +94,7 @@ def _tuning_fits(planned: Planned, run: Unfinished, progress: Progress) -> bool:
     return bool(found["fits"])
 
 
-def _tuned(planned: Planned, run: Unfinished, store: CodeStore, progress: Progress) -> dict[str, torch.Tensor]:
+def _tuned(planned: Planned, run: ResumableExport, store: CodeStore, progress: Progress) -> dict[str, torch.Tensor]:
     """Norms tuned to the finished codes, by stored name; those of an earlier run if there are any."""
     file = run.work / "norms.safetensors"
     if run.found("norms") is None:

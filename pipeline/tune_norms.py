@@ -1,4 +1,4 @@
-"""Norms tuned to the codes: gains that bring a model's predictions back to the original's. Top-level: walk, models enter.
+"""Norms tuned to the codes: gains that bring a model's predictions back to the original's. Top-level: forward, models enter.
 
 GPTQ makes each linear right for its own inputs; what the errors of all of them together do to the predictions nobody looks
 at. The gains of norms are a few numbers a layer that no target quantizes, so they are free to make up for some of
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..bundle import Generation
 from ..calibration.backward import GradientSession, backward_bytes
-from ..calibration.forward import PART_TOKENS, Walk, parted
+from ..calibration.forward import PART_TOKENS, CalibrationForward, parted
 from ..calibration.samples import Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
 from ..models.registry import build, stored_name
@@ -98,11 +98,13 @@ def tune_norms(
     def original(part: list[Sample]) -> torch.Tensor:
         """Log-probabilities [P, V] of the original, its weights read when their module runs."""
         fresh = build(config)
-        found, real = Walk(fresh, checkpoint, spec, part, session=EagerSession(fresh.graphs())).logits(most)
+        found, real = CalibrationForward(fresh, checkpoint, spec, part, session=EagerSession(fresh.graphs())).logits(
+            most
+        )
         return torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
 
     def divergence(part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
-        found, real = Walk(model, checkpoint, spec, part, session=session).logits(most)
+        found, real = CalibrationForward(model, checkpoint, spec, part, session=session).logits(most)
         logits = torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
         return nn.functional.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 

@@ -24,7 +24,7 @@ from ..exporters.artefact import Artefact, Options
 from ..models.kv_cache import stored_as
 from ..models.user_module.module import is_factory
 from ..system.memory import PeakAnonymous
-from ..system.resumable import WORK, Unfinished
+from ..system.resumable import WORK, ResumableExport
 from ..targets import libraries
 from .lower import lower, lower_apart
 from .planned import Planned
@@ -40,7 +40,9 @@ class Cost:
     peak_anonymous: int
 
 
-def _write(planned: Planned, request: Request, run: Unfinished, progress: Progress) -> tuple[Manifest, dict[str, Cost]]:
+def _write(
+    planned: Planned, request: Request, run: ResumableExport, progress: Progress
+) -> tuple[Manifest, dict[str, Cost]]:
     """Quantized checkpoint, artefacts, tokenizer and manifest into the run's folder; what is there whole is kept."""
     _quantize(planned, request, run, progress)
     folder, checkpoint_dir = run.path, run.path / CHECKPOINT
@@ -88,7 +90,9 @@ def _write(planned: Planned, request: Request, run: Unfinished, progress: Progre
     return manifest, costs
 
 
-def _lower(name: str, request: Request, run: Unfinished, options: Options, progress: Progress) -> tuple[Artefact, Cost]:
+def _lower(
+    name: str, request: Request, run: ResumableExport, options: Options, progress: Progress
+) -> tuple[Artefact, Cost]:
     """One target's artefact, unless an earlier run made it."""
     found = run.found(name)
     if found is not None:

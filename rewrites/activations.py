@@ -18,7 +18,7 @@ from torch import nn
 from ..bundle import Generation
 from ..calibration.forward import padded
 from ..calibration.prompts import read_task, text_windows
-from ..calibration.streamed_weights import WeightsOnDemand
+from ..calibration.streamed_weights import StreamedWeights
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.eugen import gated_mlps
@@ -39,13 +39,13 @@ Visit = Callable[[str, GatedMLP, torch.Tensor, torch.Tensor], torch.Tensor]
 class _Visited(nn.Module):
     """Stands in a block's place while the text goes through: hands the rows that are no padding to `visit`."""
 
-    def __init__(self, path: str, block: GatedMLP, weights: WeightsOnDemand, walk: Walk, visit: Visit) -> None:
+    def __init__(self, path: str, block: GatedMLP, weights: StreamedWeights, pass_: BlockForward, visit: Visit) -> None:
         super().__init__()
-        self.path, self.walk, self.visit, self.weights = path, walk, visit, weights
+        self.path, self.pass_, self.visit, self.weights = path, pass_, visit, weights
         self.block = (block,)  # in a tuple: registered, its parameters would have two names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept = self.walk.real
+        kept = self.pass_.real
         sequence = torch.arange(len(kept)).unsqueeze(1).expand_as(kept)[kept]
         with self.weights.holding(self.block[0]):
             rows = self.visit(self.path, self.block[0], x[kept], sequence)
@@ -54,7 +54,7 @@ class _Visited(nn.Module):
         return out
 
 
-class Walk:
+class BlockForward:
     """One pass of prompts through every graph of a model, `visit` called at each block of `paths` as it is reached.
 
     model: built on the meta device. prompts: token ids, each of at least one token. An encoder-decoder's decoder is fed
@@ -73,7 +73,7 @@ class Walk:
         self.model, self.spec, self.prompts = model, spec, [list(p) for p in prompts]
         self.session = EagerSession(model.graphs())
         self.real = torch.zeros(0, 0, dtype=torch.bool)
-        self._weights = WeightsOnDemand(model, checkpoint)
+        self._weights = StreamedWeights(model, checkpoint)
         self._answers = self._generate() if spec.task == "seq2seq" else []
         blocks = gated_mlps(model)
         for path in paths:

@@ -23,7 +23,7 @@ from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
 from ..errors import UserError
-from ..models.config import Section
+from ..models.config import ConfigReader
 from ..models.families.t5gemma2 import EMBEDDING, END_OF_IMAGE
 from ..models.registry import build
 from ..system.reading import one_line
@@ -138,7 +138,7 @@ def _config(encoder: Checkpoint, decoder: Checkpoint) -> dict[str, Any]:
         key: second[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size") if key in second
     }
     both |= {
-        "decoder_start_token_id": Section(second, "").token("bos_token_id", 2),
+        "decoder_start_token_id": ConfigReader(second, "").token("bos_token_id", 2),
         "dropout_rate": 0.0,
         "is_encoder_decoder": True,
         "tie_word_embeddings": True,
@@ -163,7 +163,7 @@ def _kind(source: Checkpoint) -> str:
         )
     if source.config.get("use_bidirectional_attention"):
         raise UserError(f"{source.source}: use_bidirectional_attention is set; give a decoder-only checkpoint")
-    if not Section(source.config, "").boolean("tie_word_embeddings", True):
+    if not ConfigReader(source.config, "").boolean("tie_word_embeddings", True):
         raise UserError(f"{source.source}: tie_word_embeddings is false; a head of its own has no place here")
     return kind
 
@@ -177,7 +177,7 @@ def _stack(source: Checkpoint) -> dict[str, Any]:
 def _origins(config: dict[str, Any], encoder: Checkpoint, decoder: Checkpoint) -> dict[str, _Origin]:
     """For every tensor of the new model where it comes from. Raises UserError for one that a source lacks or has otherwise."""
     model = build(config)
-    section = Section(config["decoder"], "decoder.")
+    section = ConfigReader(config["decoder"], "decoder.")
     std = section.number("initializer_range", 0.02)
     alike = config["encoder"].get("hidden_size") == config["decoder"].get("hidden_size")
     found: dict[str, _Origin] = {}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bundle import Generation
-from ..calibration.forward import Walk
+from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, read_samples
 from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..checkpoints.opening import open_checkpoint
@@ -237,11 +237,11 @@ def _search(
     watch = _Watch(model, checkpoint, bits, group_size)
 
     def visit(name: str, linear: Linear, inputs: list[torch.Tensor]) -> None:
-        watch.measure(name, linear, inputs[0], torch.cat(list(walk.all_rows(inputs))))
+        watch.measure(name, linear, inputs[0], torch.cat(list(forward.all_rows(inputs))))
 
-    walk = Walk(model, checkpoint, spec, samples, visit=visit)
+    forward = CalibrationForward(model, checkpoint, spec, samples, visit=visit)
     with torch.no_grad():
-        walk.to_head()
+        forward.to_head()
     uses = Counter(stored_name(model, f"{path}.weight") for path, m in model.named_modules() if hasattr(m, "weight"))
     left: dict[str, str] = {}
     for source, fold in watch.folds.items():
@@ -320,12 +320,12 @@ def _checked(
 def _logits(
     checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], made: Mapping[str, Change]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    def provide(name: str, _: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    def transform(name: str, _: nn.Module, value: torch.Tensor) -> torch.Tensor:
         return made[name].apply(value) if name in made else value
 
     with torch.no_grad():
-        walk = Walk(build(checkpoint.config), checkpoint, spec, samples, provide=provide)
-        return walk.logits(sum(s.size for s in samples) * len(samples))
+        forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples, transform=transform)
+        return forward.logits(sum(s.size for s in samples) * len(samples))
 
 
 def _write(checkpoint: Checkpoint, made: Mapping[str, Change], output: Path) -> tuple[int, tuple[str, ...]]:

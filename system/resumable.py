@@ -29,7 +29,7 @@ WORK = ".work"
 _SUFFIX = ".partial"
 
 
-class Unfinished:
+class ResumableExport:
     """The folder of `job` for `output`, new or found again. job: what decides the result, as JSON.
 
     Raises UserError when the disk refuses or another run of the same command is at it.

@@ -19,7 +19,7 @@ class _Abandoned(BaseException):
     """Another computation failed: this one has nothing left to do."""
 
 
-class Lockstep(Generic[T]):
+class RoundRobin(Generic[T]):
     """Runs `works`, which must all call `meet` equally often. current: the index of the one that runs.
 
     The first runs until it meets, then the second, up to the last; then the first goes on. So when the last one arrives at a
@@ -67,7 +67,7 @@ class Lockstep(Generic[T]):
             raise self._failure
         return [self._results[i] for i in range(len(self._works))]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Let the others come to this point. To be called by what `run` runs."""
         if len(self._works) == 1:
             return

@@ -88,7 +88,7 @@ def translate(item: Shaped, store: WeightStore) -> Function:
         else:
             placeholders[p.name] = Placeholder(shape, dtype=_type(p))
     with Function(placeholders, opset_version=ct.target.iOS18) as function:
-        outputs = _Walk(item, program, function, Constants(store)).run(ports)
+        outputs = _Translation(item, program, function, Constants(store)).run(ports)
         names = [p.name for p in graph.outputs] + [p.name + OUT for p in graph.states if _is_wide(p)]
         function.set_outputs([mb.identity(x=v, name=n) for v, n in zip(outputs, names, strict=True)])
     function.set_input_types(tuple(_input_type(p, graph) for p in given if not _in_place(p)))
@@ -137,7 +137,7 @@ def _input_type(port: Port | State, graph: Graph) -> Any:
     return ct.TensorType(name=port.name, shape=dims, dtype=_type(port))
 
 
-class _Walk:
+class _Translation:
     """Lowering the nodes of one exported program in order. Equal calls are emitted once."""
 
     def __init__(

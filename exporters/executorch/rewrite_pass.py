@@ -64,7 +64,7 @@ class Rewriter:
         return found
 
     def constant(self, key: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> fx.Node:
-        """The node of a constant, made once for each key. Alone in its storage: ExecuTorch stores storages whole."""
+        """The node of a constant, made once for each key. SingleTargetPlan in its storage: ExecuTorch stores storages whole."""
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
             self.module.register_buffer(name, _owned(make().detach()))

@@ -26,7 +26,7 @@ from .weight_file import content_key
 
 MASKED = -30000.0  # far below any score, and added to one it is still a finite float16
 
-Lower = Callable[["Standard", ir.Node], None]
+Lower = Callable[["StandardLowering", ir.Node], None]
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Dialect:
 
     linear: Lower
     embedding: Lower
-    write_cache: Callable[[Standard, ir.Node, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
+    write_cache: Callable[[StandardLowering, ir.Node, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
     half: bool = False
     all_half: bool = False
 
 
 @dataclass(kw_only=True)
-class Standard(Lowering):
+class StandardLowering(Lowering):
     """One graph being lowered in a dialect."""
 
     dialect: Dialect
@@ -98,7 +98,7 @@ def rows(dialect: Dialect) -> frozenset[str]:
     return frozenset(_table(dialect))
 
 
-def lower_standard(model: ir.Model, low: Standard) -> dict[str, int]:
+def lower_standard(model: ir.Model, low: StandardLowering) -> dict[str, int]:
     """Rewrite every private node of `model`, float weights last; returns op -> nodes. Raises ValueError if one is left."""
     table = _table(low.dialect)
     for op, lowering in table.items():
@@ -127,12 +127,12 @@ def _dims(value: ir.Value | None) -> tuple[int, int]:
     return int(value.shape[2]), int(value.shape[3])  # type: ignore[arg-type]
 
 
-def _heads_first(low: Standard, node: ir.Node, value: ir.Value | None) -> ir.Value:
+def _heads_first(low: StandardLowering, node: ir.Node, value: ir.Value | None) -> ir.Value:
     """[B, S, heads, D] as [B, heads, S, D] in the matrix type."""
     return low.narrow(node, low.one(node, "Transpose", [value], perm=[0, 2, 1, 3]))
 
 
-def _bias(low: Standard, node: ir.Node, allowed: ir.Value) -> ir.Value:
+def _bias(low: StandardLowering, node: ir.Node, allowed: ir.Value) -> ir.Value:
     """A bool mask as what is added to the scores, made once for each mask."""
     return low.built(
         ("bias", allowed),
@@ -144,7 +144,7 @@ Part = tuple[ir.Value, ir.Value, ir.Value]
 """Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T]."""
 
 
-def _attend(low: Standard, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
+def _attend(low: StandardLowering, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
     """Attention of q [B, S, H, D] to all `parts` under one softmax. Gives float32 [B, S, H * D]."""
     heads, dim = _dims(q)
     scale = float(attr(node, "scale"))
@@ -174,7 +174,7 @@ def _attend(low: Standard, node: ir.Node, q: ir.Value | None, kv_heads: int, par
     return low.widen(node, low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)]))
 
 
-def _split(low: Standard, node: ir.Node, weights: ir.Value, keys: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+def _split(low: StandardLowering, node: ir.Node, weights: ir.Value, keys: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
     """Attention weights [B, KV, …, T] as those of each of `keys`, which make up T."""
     if len(keys) == 1:
         return (weights,)
@@ -187,13 +187,13 @@ def _split(low: Standard, node: ir.Node, weights: ir.Value, keys: Sequence[ir.Va
     return low.emit(node, "Split", [weights, sizes], outputs=len(keys), axis=3)
 
 
-def _cached_attention(low: Standard, node: ir.Node) -> None:
+def _cached_attention(low: StandardLowering, node: ir.Node) -> None:
     past = node.inputs[5]
     assert past is not None
     _over_its_cache(low, node, past, [])
 
 
-def _merged_attention(low: Standard, node: ir.Node) -> None:
+def _merged_attention(low: StandardLowering, node: ir.Node) -> None:
     cross_k, cross_v, mask, past = node.inputs[5:9]
     assert cross_k is not None
     assert cross_v is not None
@@ -202,13 +202,13 @@ def _merged_attention(low: Standard, node: ir.Node) -> None:
     _over_its_cache(low, node, past, [(_narrowed(low, node, cross_k), _narrowed(low, node, cross_v), mask)])
 
 
-def _narrowed(low: Standard, node: ir.Node, value: ir.Value) -> ir.Value:
+def _narrowed(low: StandardLowering, node: ir.Node, value: ir.Value) -> ir.Value:
     narrow = low.narrow(node, value)
     narrow.shape = value.shape
     return narrow
 
 
-def _over_its_cache(low: Standard, node: ir.Node, past: ir.Value, others: Sequence[Part]) -> None:
+def _over_its_cache(low: StandardLowering, node: ir.Node, past: ir.Value, others: Sequence[Part]) -> None:
     """Write the new keys and values into the caches, attend to these and to `others`."""
     q, k, v, k_cache, v_cache = node.inputs[:5]
     assert q is not None
@@ -229,7 +229,7 @@ def _over_its_cache(low: Standard, node: ir.Node, past: ir.Value, others: Sequen
         cache.type = source.type
 
 
-def _positions(low: Standard, node: ir.Node, q: ir.Value, past: ir.Value) -> ir.Value:
+def _positions(low: StandardLowering, node: ir.Node, q: ir.Value, past: ir.Value) -> ir.Value:
     """past + 0, 1, 2 … for each token of q [B, S, H, D], int64 [S]."""
     assert q.shape is not None
     count = q.shape[1]
@@ -242,7 +242,7 @@ def _positions(low: Standard, node: ir.Node, q: ir.Value, past: ir.Value) -> ir.
     return low.one(node, "Add", [past, counted])
 
 
-def _shared_attention(low: Standard, node: ir.Node) -> None:
+def _shared_attention(low: StandardLowering, node: ir.Node) -> None:
     q, k_cache, v_cache, positions = node.inputs[:4]
     assert k_cache is not None
     assert k_cache.shape is not None
@@ -253,12 +253,12 @@ def _shared_attention(low: Standard, node: ir.Node) -> None:
     low.replace(node, [_attend(low, node, q, int(k_cache.shape[1]), [(keys, values, allowed)])])  # type: ignore[arg-type]
 
 
-def _causal(low: Standard, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
+def _causal(low: StandardLowering, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
     """Which slots of a cache each position sees, bool [S, capacity]: those up to its own, the last `window` of them."""
     return low.built(("causal", positions, window), lambda: _up_to(low, node, cache, positions, window))
 
 
-def _up_to(low: Standard, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
+def _up_to(low: StandardLowering, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
     assert cache.shape is not None
     capacity = cache.shape[2]
     if isinstance(capacity, int):
@@ -275,7 +275,7 @@ def _up_to(low: Standard, node: ir.Node, cache: ir.Value, positions: ir.Value, w
     return allowed
 
 
-def _bidirectional_attention(low: Standard, node: ir.Node) -> None:
+def _bidirectional_attention(low: StandardLowering, node: ir.Node) -> None:
     q, k, v, mask = node.inputs[:4]
     assert mask is not None
     kv_heads, _ = _dims(k)
@@ -283,7 +283,7 @@ def _bidirectional_attention(low: Standard, node: ir.Node) -> None:
     low.replace(node, [_attend(low, node, q, kv_heads, [(keys, values, mask)])])
 
 
-def _cross_attention(low: Standard, node: ir.Node) -> None:
+def _cross_attention(low: StandardLowering, node: ir.Node) -> None:
     q, k, v, mask = node.inputs[:4]
     assert k is not None
     assert k.shape is not None
@@ -294,7 +294,7 @@ def _cross_attention(low: Standard, node: ir.Node) -> None:
     low.replace(node, [_attend(low, node, q, kv_heads, [part])])
 
 
-def _rope(low: Standard, node: ir.Node) -> None:
+def _rope(low: StandardLowering, node: ir.Node) -> None:
     """Rotated halves in float32, cosines and sines from tables: float16 cannot tell large angles apart."""
     x, positions, inv_freq = node.inputs[:3]
     _, dim = _dims(x)
@@ -320,7 +320,7 @@ def _rope(low: Standard, node: ir.Node) -> None:
 
 
 def scatter_slots(
-    low: Standard, node: ir.Node, cache: ir.Value, new: ir.Value, past: ir.Value, positions: ir.Value
+    low: StandardLowering, node: ir.Node, cache: ir.Value, new: ir.Value, past: ir.Value, positions: ir.Value
 ) -> ir.Value:
     """A cache written with ScatterElements: rows `positions` of axis 2 of `cache` become those of `new` [B, KV, S, D]."""
 
@@ -336,7 +336,7 @@ def scatter_slots(
 # ---- pointwise and float weights ------------------------------------------------------------------------------------
 
 
-def _rms_norm(low: Standard, node: ir.Node) -> None:
+def _rms_norm(low: StandardLowering, node: ir.Node) -> None:
     x, weight = node.inputs[:2]
     gamma = torch_tensor(weight).to(torch.float32) + float(attr(node, "offset"))
     scale = low.float_tensor(f"{weight.name}.gamma", gamma)  # type: ignore[union-attr]
@@ -350,11 +350,11 @@ def _rms_norm(low: Standard, node: ir.Node) -> None:
     return low.replace(node, [low.one(node, "Reshape", [normed, low.ints(0, -1, heads, dim)])])
 
 
-def _gelu_tanh(low: Standard, node: ir.Node) -> None:
+def _gelu_tanh(low: StandardLowering, node: ir.Node) -> None:
     low.replace(node, [low.one(node, "Gelu", [node.inputs[0]], approximate="tanh")])
 
 
-def _float_weights(low: Standard) -> None:
+def _float_weights(low: StandardLowering) -> None:
     """Matrices that stayed 16-bit (bfloat16 in the checkpoint) go to the file as bfloat16 and are cast in the graph.
 
     torch.onnx may have folded cast and transposition of small ones into a float32 constant.
@@ -378,7 +378,7 @@ def _float_weights(low: Standard) -> None:
         low.replace(node, [low.widen(node, product)])
 
 
-def _narrow_everything(low: Standard) -> None:
+def _narrow_everything(low: StandardLowering) -> None:
     """Float32 constants that are left, types and casts become float16. Raises UserError for one beyond its range."""
     half = ir.TensorType(ir.DataType.FLOAT16)
     for value in [*low.graph.initializers.values(), *low.graph.inputs, *(o for n in low.graph for o in n.outputs)]:

@@ -24,7 +24,7 @@ from ...targets.qnn.context import NAME, PROGRAMS, Program, Programs, compiled
 from ...targets.storage import container
 from ..artefact import Artefact, Options, Progress
 from ..onnx.lowering import MS, Stack, nodes, parameter, torch_tensor, weight_name
-from ..onnx.standard_ops import MASKED, Dialect, Standard, lower_standard, scatter_slots
+from ..onnx.standard_ops import MASKED, Dialect, StandardLowering, lower_standard, scatter_slots
 from ..onnx.standard_ops import rows as private_rows
 from ..onnx.translate import translate
 from ..onnx.weight_file import WeightFile, codes_chunks, content_key, scales_chunks
@@ -106,7 +106,7 @@ def fixed(graph: Graph, stem: str, program: Program) -> Graph:
 def dialect(rows: WeightFile) -> Dialect:
     """How HTP wants the standard's ops: everything float16, linears as MatMulNBits; the embedding's rows go to `rows`."""
 
-    def embedding(low: Standard, node: ir.Node) -> None:
+    def embedding(low: StandardLowering, node: ir.Node) -> None:
         _embedding(low, node, rows)
 
     return Dialect(linear=_linear, embedding=embedding, write_cache=scatter_slots, all_half=True)
@@ -122,7 +122,7 @@ def _stack(node: ir.Node) -> Stack:
     return stack
 
 
-def _codes(low: Standard, stack: Stack, suffix: str, shape: tuple[int, ...]) -> ir.Value:
+def _codes(low: StandardLowering, stack: Stack, suffix: str, shape: tuple[int, ...]) -> ir.Value:
     wide = container("qnn", stack.bits)
     return low.weight(
         f"{stack.name}.q{wide}{suffix}",
@@ -133,7 +133,7 @@ def _codes(low: Standard, stack: Stack, suffix: str, shape: tuple[int, ...]) -> 
     )
 
 
-def _scales(low: Standard, stack: Stack, suffix: str) -> ir.Value:
+def _scales(low: StandardLowering, stack: Stack, suffix: str) -> ir.Value:
     """float16 [N, blocks]; one scale per channel is repeated for each block."""
     blocks = stack.columns // stack.block
     repeat = blocks // stack.scales[0].shape[1]
@@ -150,7 +150,7 @@ def _half(name: str, scales: np.ndarray) -> np.ndarray:
     return exact
 
 
-def _linear(low: Standard, node: ir.Node) -> None:
+def _linear(low: StandardLowering, node: ir.Node) -> None:
     stack, wide = _stack(node), container("qnn", int(attr(node, "bits")))
     data = _codes(low, stack, "", (stack.rows, stack.columns // stack.block, stack.block * wide // 8))
     sizes = {"K": stack.columns, "N": stack.rows, "bits": wide, "block_size": stack.block}
@@ -168,7 +168,7 @@ def _linear(low: Standard, node: ir.Node) -> None:
     low.replace(node, [out])
 
 
-def _embedding(low: Standard, node: ir.Node, rows: WeightFile) -> None:
+def _embedding(low: StandardLowering, node: ir.Node, rows: WeightFile) -> None:
     stack, wide = _stack(node), container("qnn", int(attr(node, "bits")))
     weights, low.weights = low.weights, rows
     data = _codes(low, stack, ".rows", (stack.rows, stack.columns * wide // 8))
@@ -180,7 +180,7 @@ def _embedding(low: Standard, node: ir.Node, rows: WeightFile) -> None:
     low.replace(node, [out])
 
 
-def shrink_residual(low: Standard) -> None:
+def shrink_residual(low: StandardLowering) -> None:
     """Let the residual run at `SHRINK` of its size: norms alone read it, and what they give does not depend on its size.
 
     What is added to it, its beginning too, is multiplied by `SHRINK`, a power of two; a norm's epsilon by its square. A graph whose
@@ -230,7 +230,7 @@ def _residual(value: ir.Value | None) -> ir.Node | None:
     )
 
 
-def mask_before_exp(low: Standard) -> None:
+def mask_before_exp(low: StandardLowering) -> None:
     """`exp(x) * mask` of zeros and ones becomes `exp(x + bias)`: `lay_out_factors` would make the mask large."""
     for node in [n for n in low.graph if n.domain == "" and n.op_type == "Mul"]:
         x, mask = node.inputs
@@ -242,7 +242,7 @@ def mask_before_exp(low: Standard) -> None:
         low.replace(node, [low.one(node, "Exp", [low.one(node, "Add", [exp.inputs[0], bias])])])
 
 
-def lay_out_factors(low: Standard) -> None:
+def lay_out_factors(low: StandardLowering) -> None:
     """A constant factor of a product that is multiplied again is laid out as large as the product, vectors excepted.
 
     Where it is broadcast HTP reads what is not there, and the process may die (tests/test_qnn_facts.py).
@@ -265,7 +265,7 @@ def lay_out_factors(low: Standard) -> None:
             node.replace_input_with(i, low.constant(spread.contiguous().numpy()))
 
 
-def part_linears(low: Standard) -> None:
+def part_linears(low: StandardLowering) -> None:
     """Linears whose outputs are laid side by side come there through two negations.
 
     HTP's compiler makes one product of them and runs out of memory (tests/test_qnn_facts.py); what changes nothing it leaves out.
@@ -283,7 +283,7 @@ def part_linears(low: Standard) -> None:
 def _lower(graph: Graph, weights: WeightFile, rows: WeightFile, options: Options, directory: Path) -> dict[str, int]:
     """Write `<graph>.onnx`, all float16. Returns op -> nodes."""
     model = translate(graph, private_rows(dialect(rows)))
-    low = Standard(model.graph, weights, options.max_positions, dialect=dialect(rows))
+    low = StandardLowering(model.graph, weights, options.max_positions, dialect=dialect(rows))
     shrink_residual(low)
     mask_before_exp(low)
     lay_out_factors(low)

@@ -29,7 +29,7 @@ from ...targets.storage import container, scale_block
 from ...targets.tensorrt.engine_file import HALF_STATES
 from ..artefact import Artefact, Options, Progress
 from ..onnx.lowering import torch_tensor, weight_name
-from ..onnx.standard_ops import Dialect, Standard, lower_standard, rows, scatter_slots
+from ..onnx.standard_ops import Dialect, StandardLowering, lower_standard, rows, scatter_slots
 from ..onnx.translate import translate
 from ..onnx.weight_file import WeightFile, codes_chunks, content_key
 
@@ -49,7 +49,7 @@ LIBRARIES = ("tensorrt_rtx_bindings", "tensorrt")
 # ---- lowering -------------------------------------------------------------------------------------------------------
 
 
-def _dequantized(low: Standard, node: ir.Node) -> ir.Value:
+def _dequantized(low: StandardLowering, node: ir.Node) -> ir.Value:
     """The weight of a quantized node: INT4 or INT8 codes and float16 scales through DequantizeLinear, [N, K] float16."""
     codes_in, scales_in = node.inputs[1], node.inputs[2]
     codes, scales = torch_tensor(codes_in), torch_tensor(scales_in)
@@ -104,7 +104,7 @@ def _half(scales: torch.Tensor) -> np.ndarray:
     return np.asarray(exact.numpy())
 
 
-def _linear(low: Standard, node: ir.Node) -> None:
+def _linear(low: StandardLowering, node: ir.Node) -> None:
     weight = _dequantized(low, node)
     turned = low.built(("turned", weight), lambda: low.one(node, "Transpose", [weight], perm=[1, 0]))
     x = node.inputs[0]
@@ -115,7 +115,7 @@ def _linear(low: Standard, node: ir.Node) -> None:
     low.replace(node, [out])
 
 
-def _embedding(low: Standard, node: ir.Node) -> None:
+def _embedding(low: StandardLowering, node: ir.Node) -> None:
     rows = low.one(node, "Gather", [_dequantized(low, node), node.inputs[0]], axis=0)
     low.replace(node, [low.widen(node, rows)])
 
@@ -137,7 +137,7 @@ def _lower(
     for value in model.graph.inputs:
         if value.name in states:
             value.type = half
-    low = Standard(model.graph, weights, options.max_positions, dialect=DIALECT)
+    low = StandardLowering(model.graph, weights, options.max_positions, dialect=DIALECT)
     lower_standard(model, low)
     for i, value in enumerate(model.graph.outputs):
         if value.name in states and value.dtype != ir.DataType.FLOAT16:

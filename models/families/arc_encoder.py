@@ -23,7 +23,7 @@ from torch import nn
 
 from ...graph import Graph, Port
 from ..causal import kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..layers.attention import AttentionSpec, BidirectionalAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
@@ -40,7 +40,7 @@ WINDOWS = 8
 class StackConfig:
     """The Llama keys of one stack."""
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
@@ -48,7 +48,7 @@ class StackConfig:
         self.heads = section.integer("num_attention_heads", most=4096)
         self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
         if self.heads % self.kv_heads:
-            raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
         self.head_dim = section.head_dim(self.hidden // self.heads)
         self.eps = section.number("rms_norm_eps", 1e-6)
         self.act = section.text("hidden_act", "silu")
@@ -74,7 +74,7 @@ class StackConfig:
 class MemoryConfig:
     """How a context becomes a memory, and what stands before it in the prompt."""
 
-    def __init__(self, section: Section, encoder: StackConfig, main: StackConfig) -> None:
+    def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
         self.factor = section.integer("pooling_factor", 8, least=2, most=1024)
         self.bridge = section.integer("bridge_hidden_size", 2048)
         most = min(encoder.max_positions, main.max_positions)
@@ -83,7 +83,7 @@ class MemoryConfig:
         prefix = section.values.get("prompt_prefix", [])
         whole = isinstance(prefix, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prefix)
         if not whole or len(prefix) > 1024 or not all(0 <= i < main.vocab for i in prefix):
-            raise section._fail("prompt_prefix", f"{prefix!r:.60}", f"a list of token ids below {main.vocab}")
+            raise section.error("prompt_prefix", f"{prefix!r:.60}", f"a list of token ids below {main.vocab}")
         self.prefix = tuple(prefix)
 
 
@@ -202,7 +202,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.main, self.source = StackConfig(section), StackConfig(section.section("encoder_config"))
         self.memory = MemoryConfig(section, self.source, self.main)
         self.encoder = Encoder(self.source)

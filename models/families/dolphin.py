@@ -24,7 +24,7 @@ from torch import nn
 
 from ...graph import Graph, Port, State
 from ..causal import CausalStep, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..layers.linear import Linear
 from ..reader import MemoryStep, memory_graph
 from .qwen2 import Stack, StackConfig, shorten_stack
@@ -49,34 +49,34 @@ WINDOWS = 8
 class MemoryConfig:
     """How the context becomes a memory and where the memory goes in the prompt."""
 
-    def __init__(self, section: Section, encoder: StackConfig, main: StackConfig) -> None:
+    def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
         self.tokens = section.integer("num_memory_tokens", 32, least=2, most=1024)
         self.ids = _ids(section, "memory_token_ids", range(FIRST_MEMORY_ID, FIRST_MEMORY_ID + self.tokens), encoder)
         if len(self.ids) != self.tokens:
-            raise section._fail("memory_token_ids", f"{len(self.ids)} ids", f"{self.tokens}, as num_memory_tokens says")
+            raise section.error("memory_token_ids", f"{len(self.ids)} ids", f"{self.tokens}, as num_memory_tokens says")
         self.prefix = _ids(section, "prompt_prefix", (SPACE_ID,), main)
         self.splice = section.text("splice", "released")
         if self.splice not in ("released", "exact"):
-            raise section._fail("splice", self.splice, "'released' or 'exact'")
+            raise section.error("splice", self.splice, "'released' or 'exact'")
         if self.splice == "released" and not self.prefix:
-            raise section._fail("prompt_prefix", [], "at least one id, which the released splice overwrites")
+            raise section.error("prompt_prefix", [], "at least one id, which the released splice overwrites")
         self.projector = section.text("projector", "linear")
         if self.projector not in ("linear", "mlp"):
-            raise section._fail("projector", self.projector, "'linear' or 'mlp'")
+            raise section.error("projector", self.projector, "'linear' or 'mlp'")
         room = encoder.max_positions - self.tokens
         if room < 1:
-            raise section._fail("num_memory_tokens", self.tokens, f"fewer than {encoder.max_positions} positions")
+            raise section.error("num_memory_tokens", self.tokens, f"fewer than {encoder.max_positions} positions")
         self.window = section.integer("context_window", room, most=room)
 
 
-def _ids(section: Section, key: str, default: Sequence[int], stack: StackConfig) -> tuple[int, ...]:
+def _ids(section: ConfigReader, key: str, default: Sequence[int], stack: StackConfig) -> tuple[int, ...]:
     """The list of token ids under `key`, each in the vocabulary of `stack`."""
     value = section.values.get(key)
     ids = list(default) if value is None else value
     whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     if not whole or len(ids) > 1024 or not all(0 <= i < stack.vocab for i in ids):
         shown = "absent" if value is None else f"{value!r:.60}"
-        raise section._fail(key, shown, f"a list of at most 1024 token ids below {stack.vocab}")
+        raise section.error(key, shown, f"a list of at most 1024 token ids below {stack.vocab}")
     return tuple(ids)
 
 
@@ -131,9 +131,9 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.main = StackConfig(section)
-        encoder = section.section("encoder_config") if _has_encoder(config) else Section(QWEN2_HALF_BILLION, "")
+        encoder = section.section("encoder_config") if _has_encoder(config) else ConfigReader(QWEN2_HALF_BILLION, "")
         self.encoder = StackConfig(encoder)
         self.memory = MemoryConfig(section, self.encoder, self.main)
         self.model = Main(self.main, self.encoder, self.memory.projector)

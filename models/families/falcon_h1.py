@@ -14,7 +14,7 @@ from torch import nn
 
 from ...graph import Graph, State
 from ..causal import CausalStep, causal_graph, conv_state, kv_states, recurrent_state
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import activation, silu, softplus
 from ..layers.attention import AttentionSpec, CachedAttention
@@ -157,7 +157,7 @@ class Multipliers:
 
 
 class Layer(nn.Module):
-    def __init__(self, spec: AttentionSpec, mamba: MambaSpec, section: Section, by: Multipliers) -> None:
+    def __init__(self, spec: AttentionSpec, mamba: MambaSpec, section: ConfigReader, by: Multipliers) -> None:
         super().__init__()
         intermediate, act = section.integer("intermediate_size"), section.text("hidden_act", "silu")
         self.by = by
@@ -184,7 +184,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, section: Section, vocab: int) -> None:
+    def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
         heads = section.integer("num_attention_heads", most=4096)
@@ -224,34 +224,34 @@ class Decoder(nn.Module):
         ]
 
 
-def multiplier(section: Section, key: str) -> float:
+def multiplier(section: ConfigReader, key: str) -> float:
     return section.number(key, 1.0, least=-1e6)
 
 
-def multipliers(section: Section, key: str, count: int) -> tuple[float, ...]:
+def multipliers(section: ConfigReader, key: str, count: int) -> tuple[float, ...]:
     """A list of `count` numbers; ones where the key is absent."""
     values = section.values.get(key)
     if values is None:
         values = [1.0] * count
     if not isinstance(values, list | tuple) or len(values) != count:
-        raise section._fail(key, values, f"a list of {count} numbers")
-    return tuple(Section({key: v}, section.where).number(key, least=-1e6) for v in values)
+        raise section.error(key, values, f"a list of {count} numbers")
+    return tuple(ConfigReader({key: v}, section.where).number(key, least=-1e6) for v in values)
 
 
-def read_mamba(section: Section, hidden: int) -> MambaSpec:
+def read_mamba(section: ConfigReader, hidden: int) -> MambaSpec:
     """The `mamba_…` and `ssm_…` keys. Raises UserError for a bad value or a time step that is clamped."""
     heads = section.integer("mamba_n_heads", 128, most=4096)
     inner = section.values.get("mamba_d_ssm", 1024)
     if inner is None:
         inner = section.integer("mamba_expand", 2, most=64) * hidden
     if isinstance(inner, bool) or not isinstance(inner, int) or not heads <= inner <= 1 << 24 or inner % heads:
-        raise section._fail("mamba_d_ssm", inner, f"a multiple of {heads} heads")
+        raise section.error("mamba_d_ssm", inner, f"a multiple of {heads} heads")
     if section.values.get("mamba_d_head", "auto") not in ("auto", None, inner // heads):
-        raise section._fail("mamba_d_head", section.values["mamba_d_head"], f"'auto' or {inner // heads}")
+        raise section.error("mamba_d_head", section.values["mamba_d_head"], f"'auto' or {inner // heads}")
     norm = "before" if section.boolean("mamba_norm_before_gate", True) else "after"
     groups = section.divisor("mamba_n_groups", heads, 1)
     if groups > 64:
-        raise section._fail("mamba_n_groups", groups, "at most 64")
+        raise section.error("mamba_n_groups", groups, "at most 64")
     _refuse_clamp(section)
     return MambaSpec(
         hidden,
@@ -271,7 +271,7 @@ def read_mamba(section: Section, hidden: int) -> MambaSpec:
     )
 
 
-def _refuse_clamp(section: Section) -> None:
+def _refuse_clamp(section: ConfigReader) -> None:
     """Raises UserError unless `time_step_limit` is absent, null or from 0 to infinity."""
     limit = section.values.get("time_step_limit")
     if limit is None:
@@ -283,7 +283,7 @@ def _refuse_clamp(section: Section) -> None:
         or limit[0] != 0
         or limit[1] not in (float("inf"), tagged)
     ):
-        raise section._fail("time_step_limit", limit, "nothing: a clamped time step is not supported")
+        raise section.error("time_step_limit", limit, "nothing: a clamped time step is not supported")
 
 
 class Model(nn.Module):
@@ -293,7 +293,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.vocab = section.integer("vocab_size")
         self.model = Decoder(section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)

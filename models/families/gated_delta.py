@@ -13,7 +13,7 @@ from torch import nn
 
 from ...graph import State
 from ..causal import conv_state, recurrent_state
-from ..config import Section
+from ..config import ConfigReader
 from ..layers.activations import activation, l2_normalise, softplus
 from ..layers.norm import CausalConv
 from ..layers.ops import EW
@@ -53,13 +53,13 @@ class DeltaSpec:
 
 
 def read_delta(
-    section: Section, hidden: int, heads: tuple[int, int], key_dim: int, value_dim: int | None, rate: float = 1.0
+    section: ConfigReader, hidden: int, heads: tuple[int, int], key_dim: int, value_dim: int | None, rate: float = 1.0
 ) -> DeltaSpec:
     """The `linear_…` keys; `heads` (key, value), `key_dim` and `value_dim` (None: twice the keys') are the defaults."""
     key_heads = section.integer("linear_num_key_heads", heads[0], most=4096)
     value_heads = section.integer("linear_num_value_heads", heads[1], most=4096)
     if value_heads % key_heads:
-        raise section._fail("linear_num_value_heads", value_heads, f"a multiple of {key_heads} key heads")
+        raise section.error("linear_num_value_heads", value_heads, f"a multiple of {key_heads} key heads")
     width = section.integer("linear_key_head_dim", key_dim, most=4096)
     return DeltaSpec(
         hidden,

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import UserError
 from ...graph import Graph
 from ..causal import CausalStep, causal_graph, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import softcap
 from ..layers.attention import AttentionSpec, CachedAttention
@@ -41,13 +41,13 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, section: Section, vocab: int) -> None:
+    def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         hidden, heads = section.integer("hidden_size"), section.integer("num_attention_heads", most=4096)
         head_dim = section.head_dim(256)
         kv_heads = section.integer("num_key_value_heads", heads, most=4096)
         if heads % kv_heads:
-            raise section._fail("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
+            raise section.error("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
         layers = section.integer("num_hidden_layers", most=1024)
         types = section.layer_types(layers, section.integer("sliding_window_pattern", 6))
         eps, intermediate = section.number("rms_norm_eps", 1e-6), section.integer("intermediate_size")
@@ -101,7 +101,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         if config.get("use_bidirectional_attention"):
             raise UserError(
                 "config.json: use_bidirectional_attention is set; EmbeddingGemma encoders are not supported"

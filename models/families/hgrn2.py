@@ -13,7 +13,7 @@ from torch import nn
 
 from ...graph import Graph, State
 from ..causal import causal_graph, kv_states, recurrent_state
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import silu, softplus, twice_atanh
 from ..layers.attention import AttentionSpec, CachedAttention
@@ -88,14 +88,14 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, section: Section, vocab: int) -> None:
+    def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         section.absent("use_short_conv")
         self.hidden = hidden = section.integer("hidden_size")
         layers = section.integer("num_hidden_layers", most=1024)
         self.heads, eps = read_heads(section, hidden), section.number("norm_eps", 1e-6)
         if not section.boolean("elementwise_affine", True):
-            raise section._fail("elementwise_affine", False, "true")
+            raise section.error("elementwise_affine", False, "true")
         self.attending, self.spec = read_attention(section, hidden, layers)
         intermediate, act = intermediate_size(section, hidden), section.text("hidden_act", "swish")
         self.embeddings = Embedding(vocab, hidden)
@@ -131,14 +131,14 @@ class Decoder(nn.Module):
         ]
 
 
-def read_heads(section: Section, hidden: int) -> int:
+def read_heads(section: ConfigReader, hidden: int) -> int:
     """Heads of the linear attention: `expand_ratio` is the width of one, and where it is null `num_heads` counts."""
     if "expand_ratio" in section.values and section.values["expand_ratio"] is None:
         return section.divisor("num_heads", hidden)
     return hidden // section.divisor("expand_ratio", hidden, min(128, hidden))
 
 
-def read_attention(section: Section, hidden: int, layers: int) -> tuple[list[int], AttentionSpec | None]:
+def read_attention(section: ConfigReader, hidden: int, layers: int) -> tuple[list[int], AttentionSpec | None]:
     """Which layers are plain attention, and of what shape, by the object `attn`."""
     if section.values.get("attn") is None:
         return [], None
@@ -146,11 +146,11 @@ def read_attention(section: Section, hidden: int, layers: int) -> tuple[list[int
     attn.absent("qk_norm")
     which = attn.values.get("layers")
     if not isinstance(which, list) or not all(type(i) is int and 0 <= i < layers for i in which):
-        raise attn._fail("layers", which, f"a list of layers from 0 to {layers - 1}")
+        raise attn.error("layers", which, f"a list of layers from 0 to {layers - 1}")
     heads = attn.divisor("num_heads", hidden)
     kv_heads = attn.divisor("num_kv_heads", heads, heads)
     if hidden // heads % 8 or hidden // heads > 4096:
-        raise attn._fail("num_heads", heads, f"heads of {hidden} dimensions in all, each a multiple of 8 up to 4096")
+        raise attn.error("num_heads", heads, f"heads of {hidden} dimensions in all, each a multiple of 8 up to 4096")
     head_dim = hidden // heads
     return which, AttentionSpec(
         hidden,
@@ -164,7 +164,7 @@ def read_attention(section: Section, hidden: int, layers: int) -> tuple[list[int
     )
 
 
-def intermediate_size(section: Section, hidden: int) -> int:
+def intermediate_size(section: ConfigReader, hidden: int) -> int:
     """`intermediate_size`, or two thirds of `hidden_ratio` times hidden, rounded up to a multiple of 256."""
     if section.values.get("intermediate_size") is not None:
         return section.integer("intermediate_size")
@@ -203,7 +203,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.vocab = section.integer("vocab_size")
         self.model = Decoder(section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)

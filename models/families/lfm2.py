@@ -12,7 +12,7 @@ from torch import nn
 
 from ...graph import Graph, State
 from ..causal import CausalStep, causal_graph, conv_state, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, rotary_frequencies
@@ -107,7 +107,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, section: Section, vocab: int) -> None:
+    def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
         heads = section.integer("num_attention_heads", 32, most=4096)
@@ -138,19 +138,19 @@ class Decoder(nn.Module):
         ]
 
 
-def layer_types(section: Section) -> list[str]:
+def layer_types(section: ConfigReader) -> list[str]:
     """`layer_types`, or attention in the layers of `full_attn_idxs`, in all where that is absent too."""
     layers = section.integer("num_hidden_layers", most=1024)
     attending = section.values.get("full_attn_idxs")
     if attending is None:
         attending = list(range(layers))
     if not isinstance(attending, list):
-        raise section._fail("full_attn_idxs", attending, "a list of layers")
+        raise section.error("full_attn_idxs", attending, "a list of layers")
     default = ["full_attention" if i in attending else "conv" for i in range(layers)]
     return section.kinds(layers, ("conv", "full_attention"), default)
 
 
-def intermediate_size(section: Section) -> int:
+def intermediate_size(section: ConfigReader) -> int:
     """The width of the MLP: two thirds of what the config says, rounded up, where `block_auto_adjust_ff_dim` is on."""
     wide = section.integer("block_ff_dim" if "block_ff_dim" in section.values else "intermediate_size", 12288)
     if not section.boolean("block_auto_adjust_ff_dim", True):
@@ -170,7 +170,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.vocab = section.integer("vocab_size")
         self.model = Decoder(section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
@@ -183,7 +183,7 @@ class Model(nn.Module):
     def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
         """The config with at most `layers` layers (a rehearsal)."""
         kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(Section(config, ""))[:kept]}
+        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"decoder": self.model.layers}

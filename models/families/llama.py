@@ -9,7 +9,7 @@ from torch import nn
 
 from ...graph import Graph
 from ..causal import CausalStep, causal_graph, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.attention import AttentionSpec, CachedAttention
 from ..layers.linear import Embedding, Linear
@@ -34,7 +34,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, spec: AttentionSpec, section: Section, vocab: int, eps: float) -> None:
+    def __init__(self, spec: AttentionSpec, section: ConfigReader, vocab: int, eps: float) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab, spec.hidden)
         intermediate = section.integer("intermediate_size")
@@ -53,12 +53,12 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         hidden, heads = section.integer("hidden_size"), section.integer("num_attention_heads", most=4096)
         head_dim = section.head_dim(hidden // heads)
         kv_heads = section.integer("num_key_value_heads", heads, most=4096)
         if heads % kv_heads:
-            raise section._fail("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
+            raise section.error("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
         theta, factor = section.rope(10000.0)
         bias = section.boolean("attention_bias", False)
         spec = AttentionSpec(hidden, heads, kv_heads, head_dim, head_dim**-0.5, theta, factor, bias=bias, out_bias=bias)

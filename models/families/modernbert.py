@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...graph import Graph, Port
-from ..config import Section
+from ..config import ConfigReader
 from ..layers.activations import activation
 from ..layers.attention import rotary_frequencies
 from ..layers.linear import Embedding, Linear
@@ -38,14 +38,14 @@ class Config:
     """What config.json says of the stack that the encoder and the decoder share."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        section = Section(values, "")
+        section = ConfigReader(values, "")
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
         self.layers = section.integer("num_hidden_layers", most=1024)
         self.heads = section.integer("num_attention_heads", most=4096)
         if self.hidden % self.heads or self.hidden // self.heads % 8:
-            raise section._fail("num_attention_heads", self.heads, f"{self.hidden} / heads to be a multiple of 8")
+            raise section.error("num_attention_heads", self.heads, f"{self.hidden} / heads to be a multiple of 8")
         self.head_dim = self.hidden // self.heads
         self.eps = section.number("norm_eps", 1e-5)
         self.norm_bias = section.boolean("norm_bias", False)
@@ -60,12 +60,12 @@ class Config:
         self.layer_types = _layer_types(section, self.layers)
         # Half of `local_attention`: the tokens an encoder sees on each side, and the decoder in all.
         if values.get("local_attention", 128) is None:
-            raise section._fail("local_attention", None, "an integer of at least 2")
+            raise section.error("local_attention", None, "an integer of at least 2")
         self.half_window = section.integer("local_attention", 128, least=2) // 2
         if values.get("rope_scaling") is not None:
-            raise section._fail("rope_scaling", values["rope_scaling"], "nothing")
+            raise section.error("rope_scaling", values["rope_scaling"], "nothing")
         older = {"rope_theta": values.get("global_rope_theta"), "rope_local_base_freq": values.get("local_rope_theta")}
-        ropes = Section(values | older, "")
+        ropes = ConfigReader(values | older, "")
         self.bases = {kind: ropes.rope(base, kind) for kind, base in zip(KINDS, (160_000.0, 10_000.0), strict=True)}
 
     def norm(self) -> LayerNorm:
@@ -83,7 +83,7 @@ class Config:
         return short
 
 
-def _layer_types(section: Section, layers: int) -> list[str]:
+def _layer_types(section: ConfigReader, layers: int) -> list[str]:
     """`layer_types`, or the first layer and every n-th after it full, the others sliding."""
     every = section.integer("global_attn_every_n_layers", 3, most=1024)
     return section.kinds(layers, KINDS, ["sliding_attention" if i % every else "full_attention" for i in range(layers)])

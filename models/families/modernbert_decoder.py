@@ -12,7 +12,7 @@ from torch import nn
 
 from ...graph import Graph
 from ..causal import CausalStep, causal_graph, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention
 from ..layers.linear import Linear
 from ..layers.ops import EW
@@ -75,7 +75,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = Config(config)
         if config.get("sliding_window") is not None:  # transformers writes it beside `local_attention`, twice as large
-            self.config.half_window = Section(config, "").integer("sliding_window")
+            self.config.half_window = ConfigReader(config, "").integer("sliding_window")
         self.model = Stack(self.config, Layer)
         self.lm_head = PredictionHead(self.config)
         self.decoder = Linear(self.config.hidden, self.config.vocab, self.config.decoder_bias)

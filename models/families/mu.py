@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...graph import Graph, Port, State
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention, cross_attention
 from ..layers.activations import gelu_tanh
 from ..layers.attention import rotary_frequencies
@@ -30,7 +30,7 @@ class Config:
     """config.json, read and bounded."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        section = Section(values, "")
+        section = ConfigReader(values, "")
         self.vocab = section.integer("vocab_size", 32128)
         self.hidden = section.integer("d_model", 1024)
         self.intermediate = section.integer("d_ff", 4096)
@@ -39,15 +39,15 @@ class Config:
         self.heads = section.integer("num_heads", 6, most=4096)
         self.kv_heads = section.integer("num_key_value_heads", 3, most=4096)
         if self.heads % self.kv_heads:
-            raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
         self.head_dim = section.integer("d_kv", 64, most=4096)
         if self.head_dim % 8:
-            raise section._fail("d_kv", self.head_dim, "a multiple of 8")
+            raise section.error("d_kv", self.head_dim, "a multiple of 8")
         self.eps = section.number("layer_norm_epsilon", 1e-6)
         self.theta = section.number("rope_theta", 10000.0, least=1.0)
         self.max_positions = section.integer("n_positions", 1024)
         if not section.boolean("tie_word_embeddings", True):
-            raise section._fail("tie_word_embeddings", False, "true, as Mu has one embedding")
+            raise section.error("tie_word_embeddings", False, "true, as Mu has one embedding")
 
     def norm(self) -> RMSNorm:
         return RMSNorm(self.hidden, self.eps, offset=0.0)
@@ -258,7 +258,7 @@ class Model(nn.Module):
         self.transformer = Transformer(self.config)
         self.lm_head = Linear(self.config.hidden, self.config.vocab)
         self.tied = {"lm_head.weight": "transformer.wte.weight"}
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         start = section.token("decoder_start_token_id", section.token("bos_token_id", 0))
         self.decoder_start = 0 if start is None else start
         self.max_context = self.config.max_positions

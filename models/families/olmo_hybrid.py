@@ -13,7 +13,7 @@ from torch import nn
 
 from ...graph import Graph, State
 from ..causal import CausalStep, causal_graph, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, CachedAttention
@@ -84,7 +84,7 @@ class AttentionLayer(nn.Module):
         return h + self.post_feedforward_layernorm(self.mlp(h)), k, v
 
 
-def layer_types(section: Section) -> list[str]:
+def layer_types(section: ConfigReader) -> list[str]:
     """`layer_types`, or full attention every fourth layer and in the last of fewer than four."""
     layers = section.integer("num_hidden_layers", most=1024)
     default = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
@@ -94,7 +94,7 @@ def layer_types(section: Section) -> list[str]:
 
 
 class Decoder(nn.Module):
-    def __init__(self, section: Section, vocab: int) -> None:
+    def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
         heads = section.integer("num_attention_heads", most=4096)
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         ]
 
 
-def rotary(section: Section) -> tuple[float, float, int | None]:
+def rotary(section: ConfigReader) -> tuple[float, float, int | None]:
     """(theta, factor, rotated dimensions): none rotate where the config gives no rope_theta."""
     params = section.values.get("rope_parameters")
     given = params.get("rope_theta") if isinstance(params, dict) else params
@@ -156,7 +156,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.vocab = section.integer("vocab_size")
         self.model = Decoder(section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
@@ -169,7 +169,7 @@ class Model(nn.Module):
     def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
         """The config with at most `layers` layers (a rehearsal)."""
         kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(Section(config, ""))[:kept]}
+        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"decoder": self.model.layers}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...graph import Graph
 from ..causal import CausalStep, causal_graph, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..layers.attention import AttentionSpec
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import RMSNorm
@@ -21,7 +21,7 @@ from .llama import Layer
 class StackConfig:
     """The keys of one Qwen2 stack, as transformers reads them."""
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
@@ -29,7 +29,7 @@ class StackConfig:
         self.heads = section.integer("num_attention_heads", most=4096)
         self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
         if self.heads % self.kv_heads:
-            raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
         self.head_dim = section.head_dim(self.hidden // self.heads)
         self.eps = section.number("rms_norm_eps", 1e-6)
         self.act = section.text("hidden_act", "silu")
@@ -51,13 +51,13 @@ class StackConfig:
         )
 
 
-def _windows(section: Section, layers: int) -> list[int]:
+def _windows(section: ConfigReader, layers: int) -> list[int]:
     """The window of each layer, 0 where it attends to everything: `use_sliding_window` turns them on."""
     on = section.boolean("use_sliding_window", False) and section.values.get("sliding_window", 0) is not None
     if section.values.get("layer_types") is not None:
         types = section.layer_types(layers, 1)
         if not on and "sliding_attention" in types:
-            raise section._fail("use_sliding_window", section.values.get("use_sliding_window"), "true for these layers")
+            raise section.error("use_sliding_window", section.values.get("use_sliding_window"), "true for these layers")
     else:
         first = section.integer("max_window_layers", 28, least=0) if on else layers
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
@@ -93,7 +93,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.stack = StackConfig(section)
         self.model = Stack(self.stack)
         self.lm_head = Linear(self.stack.hidden, self.stack.vocab)

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import UserError
 from ...graph import Graph, State
 from ..causal import CausalStep, causal_graph, kv_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, GatedCachedAttention
@@ -111,7 +111,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, section: Section, vocab: int) -> None:
+    def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
         heads = section.integer("num_attention_heads", 16, most=4096)
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         ]
 
 
-def layer_types(section: Section) -> list[str]:
+def layer_types(section: ConfigReader) -> list[str]:
     """`layer_types`, or full attention every `full_attention_interval`-th layer."""
     layers = section.integer("num_hidden_layers", most=1024)
     every = section.integer("full_attention_interval", 4, most=1024)
@@ -165,13 +165,13 @@ def layer_types(section: Section) -> list[str]:
     return section.kinds(layers, ("linear_attention", "full_attention"), default)
 
 
-def _refuse_experts(section: Section) -> None:
+def _refuse_experts(section: ConfigReader) -> None:
     """Raises UserError if a layer of a Qwen3-Next config is a mixture of experts."""
     experts = section.integer("num_experts", 512, least=0)
     step = section.integer("decoder_sparse_step", 1, most=1024)
     dense = section.values.get("mlp_only_layers") or []
     if not isinstance(dense, list):
-        raise section._fail("mlp_only_layers", dense, "a list of layers")
+        raise section.error("mlp_only_layers", dense, "a list of layers")
     layers = range(section.integer("num_hidden_layers", most=1024))
     sparse = [i for i in layers if i not in dense and (i + 1) % step == 0]
     if experts and sparse:
@@ -188,7 +188,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         if section.text("model_type") == "qwen3_next":
             _refuse_experts(section)
         self.vocab = section.integer("vocab_size")
@@ -203,7 +203,7 @@ class Model(nn.Module):
     def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
         """The config with at most `layers` layers (a rehearsal)."""
         kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(Section(config, ""))[:kept]}
+        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"decoder": self.model.layers}

@@ -20,7 +20,7 @@ from torch import nn
 
 from ...graph import Graph, State
 from ..causal import causal_graph, conv_state, kv_states, recurrent_state, window_states
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention, shared_attention
 from ..layers.activations import activation, silu, softplus
 from ..layers.attention import window_attention
@@ -34,24 +34,24 @@ SUBLAYER_NORM_EPS = 1e-5  # of the norm inside differential attention, whatever 
 class Sizes:
     """The keys of config.json, checked."""
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
         self.layers = section.integer("num_hidden_layers", most=1024)
         if self.layers % 4:
-            raise section._fail("num_hidden_layers", self.layers, "a multiple of 4")
+            raise section.error("num_hidden_layers", self.layers, "a multiple of 4")
         if section.integer("mb_per_layer", 2, least=0) != 2:
-            raise section._fail(
+            raise section.error(
                 "mb_per_layer", section.values["mb_per_layer"], "2: every second layer a Mamba or a GMU"
             )
         self.kept = section.integer("num_kept_layers", self.layers, most=self.layers)
         self.heads = section.integer("num_attention_heads", most=4096)
         self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
         if self.kv_heads % 2 or self.heads % self.kv_heads:
-            raise section._fail("num_key_value_heads", self.kv_heads, f"an even divisor of {self.heads} heads")
+            raise section.error("num_key_value_heads", self.kv_heads, f"an even divisor of {self.heads} heads")
         if self.hidden % (8 * self.heads):
-            raise section._fail("hidden_size", self.hidden, f"a multiple of 8 x {self.heads} heads")
+            raise section.error("hidden_size", self.hidden, f"a multiple of 8 x {self.heads} heads")
         self.head_dim = self.hidden // self.heads
         self.window = section.integer("sliding_window", least=2) if "sliding_window" in section.values else 2047
         self.inner = self.hidden * section.integer("mamba_expand", 2, most=64)
@@ -61,7 +61,7 @@ class Sizes:
         self.dt_rank = -(-self.hidden // 16) if auto else section.integer("mamba_dt_rank", most=1 << 20)
         section.absent("mamba_proj_bias", "mlp_bias", "lm_head_bias")
         if not section.boolean("mamba_conv_bias", True):
-            raise section._fail("mamba_conv_bias", False, "true, as in the released code")
+            raise section.error("mamba_conv_bias", False, "true, as in the released code")
         self.eps = section.number("layer_norm_eps", 1e-5)
         self.act = section.text("hidden_act", "silu")
         self.gmu_norm = section.boolean("gmu_norm", False)
@@ -322,7 +322,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.sizes = Sizes(section)
         self.model = Decoder(self.sizes)
         self.lm_head = Linear(self.sizes.hidden, self.sizes.vocab)

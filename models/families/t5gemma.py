@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...graph import Graph, Port, State
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import softcap
 from ..layers.attention import AttentionSpec, BidirectionalAttention, CachedAttention, CrossAttention
@@ -24,7 +24,7 @@ from ..layers.norm import RMSNorm
 class StackConfig:
     """One stack's section of config.json."""
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
@@ -43,7 +43,7 @@ class StackConfig:
         self.bias = section.boolean("attention_bias", False)
         self.max_positions = section.integer("max_position_embeddings", 8192)
         if self.heads % self.kv_heads:
-            raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
 
     def norm(self) -> RMSNorm:
         return RMSNorm(self.hidden, self.eps, offset=1.0)
@@ -64,7 +64,7 @@ class StackConfig:
         )
 
 
-def _set(section: Section, which: str) -> bool:
+def _set(section: ConfigReader, which: str) -> bool:
     return section.values.get(f"{which}_logit_softcapping") is not None
 
 
@@ -200,7 +200,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         self.encoder_config = StackConfig(section.section("encoder"))
         self.decoder_config = StackConfig(section.section("decoder"))
         self.model = Stacks(self.encoder_config, self.decoder_config)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...graph import Graph, Port, State
-from ..config import Section
+from ..config import ConfigReader
 from ..kv_cache import Cache, merged_attention
 from ..layers.activations import softcap
 from ..layers.attention import AttentionSpec, BidirectionalAttention, rotary_frequencies
@@ -30,7 +30,7 @@ END_OF_IMAGE = 256_000  # transformers' default of `eoi_token_index`
 class StackConfig:
     """One stack's section of config.json: `encoder.text_config` or `decoder`."""
 
-    def __init__(self, section: Section, end_of_image: int) -> None:
+    def __init__(self, section: ConfigReader, end_of_image: int) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
@@ -38,7 +38,7 @@ class StackConfig:
         self.heads = section.integer("num_attention_heads", most=4096)
         self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
         if self.heads % self.kv_heads:
-            raise section._fail("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
         self.head_dim = section.head_dim(256)
         self.eps = section.number("rms_norm_eps", 1e-6)
         self.act = section.text("hidden_activation", "gelu_pytorch_tanh")
@@ -277,7 +277,7 @@ class Model(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        section = Section(config, "")
+        section = ConfigReader(config, "")
         whole = section.section("encoder")
         text = whole.section("text_config") if "text_config" in whole.values else whole
         end = whole.token("eoi_token_index", section.token("eoi_token_index", END_OF_IMAGE))
@@ -291,7 +291,7 @@ class Model(nn.Module):
                     f"config.json: the encoder's {what}_size is {here}, the decoder's {there}; T5Gemma 2 shares one embedding"
                 )
         if not section.boolean("tie_word_embeddings", True):
-            raise section._fail("tie_word_embeddings", False, "true, as T5Gemma 2 has one embedding")
+            raise section.error("tie_word_embeddings", False, "true, as T5Gemma 2 has one embedding")
         self.model = Stacks(self.encoder_config, self.decoder_config)
         self.lm_head = Head(self.decoder_config.hidden, self.decoder_config.vocab)
         self.tied = {

@@ -21,14 +21,14 @@ from ...checkpoints.checkpoint import Checkpoint, check_finite
 from ...checkpoints.opening import open_checkpoint
 from ...checkpoints.safetensors_writer import NAMES, StreamingWriter
 from ...errors import UserError
-from ...models.config import Section
+from ...models.config import ConfigReader
 from ...models.eugen import CONFIG, KEY, EUGen, EUGenSize, eugen_for, gated_mlps
 from ...models.layers.linear import Embedding, Linear
 from ...models.layers.mlp import GatedMLP
 from ...models.registry import build
 from ...system.memory import require_available
 from ...system.reading import one_line
-from ..activations import Walk, read_prompts
+from ..activations import BlockForward, read_prompts
 from ..write_checkpoint import new_checkpoint, write_side_files
 from .directions import KINDS
 from .least_squares import CHUNK
@@ -68,7 +68,7 @@ class EUGenSpec:
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"--eugen: {one_line(regex, 80)!r} is not a regular expression: {error}") from None
         try:
-            size = EUGenSize.read(Section({"m": int(found[1]), "k": int(found[2])}, ""))
+            size = EUGenSize.read(ConfigReader({"m": int(found[1]), "k": int(found[2])}, ""))
         except UserError as error:
             raise UserError(str(error).replace("config.json:", "--eugen:")) from None
         return EUGenSpec(regex, size, g)
@@ -148,7 +148,7 @@ def rewrite_eugen(
         return torch.cat([flowing(rows) for rows in torch.split(x, CHUNK)])
 
     progress(f"eugen: {len(prompts)} calibration sequences, {len(paths)} of {len(blocks)} feed-forward blocks")
-    tokens = Walk(model, checkpoint, generation, prompts, paths, visit).run()
+    tokens = BlockForward(model, checkpoint, generation, prompts, paths, visit).run()
     before = sum(path.stat().st_size for path in checkpoint.files)
     after = _write(checkpoint, asked.size, made, output_dir)
     return EUGenReport(output_dir, tuple(reports), len(prompts), tokens, (before, after))

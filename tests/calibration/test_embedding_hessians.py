@@ -12,9 +12,9 @@ from helpers import tiny
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 
-from edgewright.calibration.embedding_hessians import DRAWS, lookup_bytes, lookup_hessians
-from edgewright.calibration.forward import Walk
-from edgewright.calibration.hessians import LOOKUP_SHARE, Factors, hessian
+from edgewright.calibration.embedding_hessians import DRAWS, embedding_hessian_bytes, embedding_hessians
+from edgewright.calibration.forward import CalibrationForward
+from edgewright.calibration.hessians import EMBEDDING_SHARE, InputHessians, hessian
 from edgewright.calibration.samples import Sample
 from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.importance import fisher
@@ -51,24 +51,24 @@ def test_every_familys_tables_are_reached(family: str, tmp_path: Path) -> None:
         pytest.skip("no loop, and so no samples")
     model = build(checkpoint.config)
     names = {n for n, _ in model.named_parameters()}
-    found = lookup_hessians(model, checkpoint, spec, samples_of(spec, 3), names)
+    found = embedding_hessians(model, checkpoint, spec, samples_of(spec, 3), names)
     assert found.keys() == {
         model.tied.get(f"{p}.weight", f"{p}.weight") for p, m in model.named_modules() if isinstance(m, Embedding)
     }
     assert tied(model) <= found.keys()
-    assert all(lookup_bytes(model, 9))
+    assert all(embedding_hessian_bytes(model, 9))
     for name, (value, draws) in found.items():
         assert draws >= DRAWS
         assert value.shape == (checkpoint.info(name).shape[1],) * 2
         assert float(value.trace()) == pytest.approx(1.0, rel=1e-4)
         assert float(torch.linalg.eigvalsh(value.double()).min()) > -1e-6
     for name, (value, draws) in found.items():  # a run that goes on asks for fewer, and gives the same
-        alone = lookup_hessians(model, checkpoint, spec, samples_of(spec, 3), {name})
+        alone = embedding_hessians(model, checkpoint, spec, samples_of(spec, 3), {name})
         assert alone.keys() == {name}
         assert alone[name][1] == draws
         assert torch.equal(alone[name][0], value)
-    assert lookup_hessians(model, checkpoint, spec, samples_of(spec, 3), set()) == {}
-    assert lookup_hessians(model, checkpoint, spec, [], names) == {}
+    assert embedding_hessians(model, checkpoint, spec, samples_of(spec, 3), set()) == {}
+    assert embedding_hessians(model, checkpoint, spec, [], names) == {}
 
 
 def outputs_of(checkpoint: Checkpoint, tokens: tuple[int, ...], row: int, error: torch.Tensor) -> list[torch.Tensor]:
@@ -99,7 +99,7 @@ def test_it_says_what_an_error_does_to_the_first_layer(tmp_path: Path, monkeypat
     model = build(checkpoint.config)
     name = next(iter(tied(model)))
     samples = [Sample((7, 5, 9, 11)), Sample((8,))]
-    found = lookup_hessians(model, checkpoint, spec, samples, {name})[name][0]
+    found = embedding_hessians(model, checkpoint, spec, samples, {name})[name][0]
     torch.manual_seed(1)
     errors = 1e-3 * torch.randn(6, len(found)) * checkpoint.tensor(name).float().std()
     plain = {s: outputs_of(checkpoint, s.tokens, 0, torch.zeros(len(found))) for s in samples}
@@ -117,13 +117,13 @@ def test_it_says_what_an_error_does_to_the_first_layer(tmp_path: Path, monkeypat
 
 
 def test_one_long_sample_does_not_decide_how_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("walk", "lookups"):
-        monkeypatch.setattr(f"edgewright.{room}.PART_TOKENS", 40)
+    for file in ("forward", "embedding_hessians"):
+        monkeypatch.setattr(f"edgewright.calibration.{file}.PART_TOKENS", 40)
     checkpoint, spec = opened("gemma3_text", tmp_path)
     model = build(checkpoint.config)
     name = next(iter(tied(model)))
     samples = [Sample((7,) * 39), *[Sample((i, i + 1, i + 2)) for i in range(4, 44)]]
-    _, draws = lookup_hessians(model, checkpoint, spec, samples, {name})[name]
+    _, draws = embedding_hessians(model, checkpoint, spec, samples, {name})[name]
     assert 8 * DRAWS <= draws <= 40 * DRAWS
 
 
@@ -156,7 +156,7 @@ def test_an_encoder_whose_only_layer_is_never_called(tmp_path: Path) -> None:
     samples = samples_of(planned.generation, 3)
     model = build(planned.config)
     names = ("encoder.embed_tokens.weight", "model.embed_tokens.weight")
-    found = lookup_hessians(model, planned.checkpoint, planned.generation, samples, names)
+    found = embedding_hessians(model, planned.checkpoint, planned.generation, samples, names)
     assert names[1] in found
 
 
@@ -173,22 +173,22 @@ def test_gptq_of_a_tied_table_counts_its_lookups(tmp_path: Path) -> None:
     got = store.read(name, shape, entry)  # type: ignore[arg-type]
     assert got is not None
 
-    lookups = lookup_hessians(model, checkpoint, spec, samples, {name})
+    embeddings = embedding_hessians(model, checkpoint, spec, samples, {name})
     seen: dict[bool, torch.Tensor] = {}
 
     def visit(visited: str, _: Linear, inputs: list[torch.Tensor]) -> None:
         if visited != name:
             return
-        plain, tokens = hessian(walk, inputs)
+        plain, tokens = hessian(forward, inputs)
         more = factors.of(name, inputs)
-        want = plain + LOOKUP_SHARE * plain.trace() * lookups[name][0]
+        want = plain + EMBEDDING_SHARE * plain.trace() * embeddings[name][0]
         torch.testing.assert_close(more.hessian, want, rtol=1e-5, atol=1e-6)
         for by_lookups, made_of in ((False, factor(plain, damping_for(len(plain), tokens))), (True, more)):
             seen[by_lookups] = quantize_gptq(checkpoint.tensor(name), made_of, 4, 32).codes
 
-    walk = Walk(model, checkpoint, spec, samples, visit=visit)
-    factors = Factors(walk, model, lookups)
-    walk.to_head()
+    forward = CalibrationForward(model, checkpoint, spec, samples, visit=visit)
+    factors = InputHessians(forward, model, embeddings)
+    forward.to_head()
     assert torch.equal(got.codes, seen[True])
     assert not torch.equal(seen[True], seen[False])
 
@@ -204,7 +204,7 @@ def test_gptq_of_a_table_that_no_linear_multiplies(tmp_path: Path) -> None:
     assert quantize_layerwise(checkpoint, build(checkpoint.config), made, spec, samples, (), store) == []
     got = store.read(name, tuple(checkpoint.info(name).shape), entry)  # type: ignore[arg-type]
     assert got is not None
-    value, draws = lookup_hessians(build(checkpoint.config), checkpoint, spec, samples, {name})[name]
+    value, draws = embedding_hessians(build(checkpoint.config), checkpoint, spec, samples, {name})[name]
     weight = checkpoint.tensor(name).float()
     want = quantize_gptq(weight, factor(value, damping_for(len(value), draws)), 3, 32)
     assert torch.equal(got.codes, want.codes)

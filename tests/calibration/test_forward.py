@@ -11,8 +11,8 @@ import torch
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 
-from edgewright.calibration import forward as walks
-from edgewright.calibration.forward import PART_TOKENS, Walk, merged, padded, parted
+from edgewright.calibration import forward as calibration_forward
+from edgewright.calibration.forward import PART_TOKENS, CalibrationForward, merged, padded, parted
 from edgewright.calibration.hessians import hessian
 from edgewright.calibration.memory_estimate import PROCESS_BYTES, tokens_within, walk_bytes
 from edgewright.calibration.samples import MOST_TOKENS, Sample, digest, read_samples
@@ -32,7 +32,7 @@ from edgewright.runtimes.generate import Stream, read_context
 def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
     family: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walks, "PART_TOKENS", part)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", part)
     checkpoint, spec = opened(family, tmp_path)
     if spec.task == "module":
         pytest.skip("no generate loop: the walk runs its example inputs, tested below")
@@ -40,10 +40,10 @@ def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
     seen: dict[str, int] = {}
 
     def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
-        seen[name] = sum(len(rows) for rows in walk.all_rows(inputs))
+        seen[name] = sum(len(rows) for rows in forward.all_rows(inputs))
 
-    walk = Walk(model := build(checkpoint.config), checkpoint, spec, samples, visit=visit)
-    walk.to_head()
+    forward = CalibrationForward(model := build(checkpoint.config), checkpoint, spec, samples, visit=visit)
+    forward.to_head()
     linears = {
         model.tied.get(f"{path}.weight", f"{path}.weight")
         for path, module in model.named_modules()
@@ -54,7 +54,7 @@ def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
     decoded = sum(len(s.decoded if spec.task == "seq2seq" else s.tokens) for s in samples)
     assert max(seen.values()) >= decoded
 
-    logits, real = Walk(build(checkpoint.config), checkpoint, spec, samples).logits(10**6)
+    logits, real = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples).logits(10**6)
     whole = build(checkpoint.config)
     load_original(whole, checkpoint)
     session = EagerSession(whole.graphs())
@@ -89,20 +89,22 @@ def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, mon
         found: dict[str, tuple[torch.Tensor, int]] = {}
 
         def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
-            found[name] = hessian(walk, inputs)
+            found[name] = hessian(forward, inputs)
 
-        def provide(name: str, module: torch.nn.Module, value: torch.Tensor) -> torch.Tensor:
+        def transform(name: str, module: torch.nn.Module, value: torch.Tensor) -> torch.Tensor:
             reads[name] = reads.get(name, 0) + isinstance(module, Linear)
             return value
 
-        walk = Walk(build(checkpoint.config), checkpoint, spec, samples_of(spec, 5), (), provide, visit)
-        walk.to_head()
+        forward = CalibrationForward(
+            build(checkpoint.config), checkpoint, spec, samples_of(spec, 5), (), transform, visit
+        )
+        forward.to_head()
         return found
 
     together = seen()
     once = dict(reads)
     reads.clear()
-    monkeypatch.setattr(walks, "PART_TOKENS", 1)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 1)
     apart = seen()
     assert reads == once  # a weight is read for all parts together
     for name, (found, tokens) in together.items():
@@ -113,8 +115,8 @@ def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, mon
 def test_logits_at_few_positions_are_some_of_them(tmp_path: Path) -> None:
     checkpoint, spec = opened("llama", tmp_path)
     samples = samples_of(spec)
-    every, _ = Walk(build(checkpoint.config), checkpoint, spec, samples).logits(10**6)
-    few, real = Walk(build(checkpoint.config), checkpoint, spec, samples).logits(3 * len(samples))
+    every, _ = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples).logits(10**6)
+    few, real = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples).logits(3 * len(samples))
     assert few.shape[1] == 3
     assert real.shape == few.shape[:2]
     np.testing.assert_allclose(few[:, 0], every[:, 0], rtol=1e-4, atol=1e-5)

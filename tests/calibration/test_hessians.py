@@ -10,8 +10,8 @@ import torch
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 
-from edgewright.calibration import forward as walks
-from edgewright.calibration.forward import Walk
+from edgewright.calibration import forward as calibration_forward
+from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.hessians import KEY_VALUE_SHARE, hessian, key_value_hessian
 from edgewright.calibration.samples import Sample
 from edgewright.importance import fisher
@@ -43,23 +43,23 @@ def test_means_and_first_tokens_are_added(
     family: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of samples of different lengths: padding is neither in a mean nor a first token."""
-    monkeypatch.setattr(walks, "PART_TOKENS", part)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", part)
     checkpoint, spec = opened(family, tmp_path)
     seen: dict[str, tuple[np.ndarray, int, np.ndarray, int]] = {}
 
     def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
         rows = [
             x[i][part.real[i]].double().numpy()
-            for x, part in zip(inputs, walk._parts, strict=True)
+            for x, part in zip(inputs, forward._parts, strict=True)
             for i in range(len(x) if x.shape[:-1] == part.real.shape else 0)
         ]
         if name in keys_values:
-            found, count = key_value_hessian(walk, inputs)
+            found, count = key_value_hessian(forward, inputs)
             seen[name] = (found.numpy(), count, plainly(rows), sum(map(len, rows)))
 
-    walk = Walk(model := build(checkpoint.config), checkpoint, spec, samples_of(spec, 4), visit=visit)
+    forward = CalibrationForward(model := build(checkpoint.config), checkpoint, spec, samples_of(spec, 4), visit=visit)
     keys_values = key_value_weights(model)
-    walk.to_head()
+    forward.to_head()
     assert seen.keys() == keys_values
     for got, count, want, tokens in seen.values():
         assert count == tokens
@@ -69,15 +69,15 @@ def test_means_and_first_tokens_are_added(
 def test_padding_anywhere_and_no_mask_at_all(tmp_path: Path) -> None:
     """What a module's own inputs may bring: tokens that are not real before or between those that are."""
     checkpoint, spec = opened("llama", tmp_path)
-    walk = Walk(build(checkpoint.config), checkpoint, spec, samples_of(spec, 2))
+    forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples_of(spec, 2))
     x = torch.randn(3, 5, 8)
     real = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
     for mask, rows in ((real, [xs[r] for xs, r in zip(x, real, strict=True)]), (torch.zeros(0, 0).bool(), list(x))):
-        walk._parts[0].real = mask
-        found, count = key_value_hessian(walk, [x])
+        forward._parts[0].real = mask
+        found, count = key_value_hessian(forward, [x])
         assert count == sum(map(len, rows))
         np.testing.assert_allclose(found.numpy(), plainly([r.double().numpy() for r in rows]), rtol=1e-4, atol=1e-5)
-    assert torch.equal(key_value_hessian(walk, [x[0]])[0], hessian(walk, [x[0]])[0])  # no sequence
+    assert torch.equal(key_value_hessian(forward, [x[0]])[0], hessian(forward, [x[0]])[0])  # no sequence
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -109,11 +109,11 @@ def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: py
         if name in names:
             want[name] = [
                 quantize_gptq(checkpoint.tensor(name), factor(h, damping_for(len(h), n)), 4, 32).codes
-                for h, n in (hessian(walk, inputs), key_value_hessian(walk, inputs))
+                for h, n in (hessian(forward, inputs), key_value_hessian(forward, inputs))
             ]
 
-    walk = Walk(build(checkpoint.config), checkpoint, spec, samples, visit=visit)
-    walk.to_head()
+    forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples, visit=visit)
+    forward.to_head()
     for name in names:
         got = store.read(name, tuple(checkpoint.info(name).shape), entries[name])  # type: ignore[arg-type]
         assert got is not None

@@ -12,10 +12,10 @@ import torch
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 
-from edgewright.calibration import forward as walks
+from edgewright.calibration import forward as calibration_forward
 from edgewright.calibration import spilled_caches
-from edgewright.calibration.forward import Walk
-from edgewright.calibration.spilled_caches import FiledSession, Files, scratch
+from edgewright.calibration.forward import CalibrationForward
+from edgewright.calibration.spilled_caches import DiskCacheSession, Files, scratch
 from edgewright.errors import UserError
 from edgewright.models.layers.linear import Linear
 from edgewright.models.registry import build
@@ -65,7 +65,7 @@ def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.M
     if spec.task == "module":
         pytest.skip("no caches")
     monkeypatch.setattr(spilled_caches, "SMALLEST", 1)
-    monkeypatch.setattr(walks, "PART_TOKENS", 1)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 1)
     kept: list[tuple[int, ...]] = []
     keep = Files.keep
 
@@ -78,9 +78,9 @@ def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.M
     for filed in (False, True):
         model = build(checkpoint.config)
         session = None if filed else EagerSession(model.graphs())
-        walk = Walk(model, checkpoint, spec, samples_of(spec), session=session)
-        assert isinstance(walk._session, FiledSession) == filed
-        found.append(walk.logits(10**6)[0])
+        forward = CalibrationForward(model, checkpoint, spec, samples_of(spec), session=session)
+        assert isinstance(forward._session, DiskCacheSession) == filed
+        found.append(forward.logits(10**6)[0])
     assert np.array_equal(*found)
     layers = sum(isinstance(m, Linear) for m in model.modules())
     if family in ("llama", "gemma3", "t5gemma", "t5gemma2", "mu"):

@@ -88,10 +88,10 @@ def test_a_random_error_costs_the_divergence_that_is_predicted(leaf: str, tmp_pa
     for _ in range(4):
         error = 0.05 * weight.square().mean().sqrt() * torch.randn_like(weight)
 
-        def provide(stored: str, _: nn.Module, value: torch.Tensor, error: torch.Tensor = error) -> torch.Tensor:
+        def transform(stored: str, _: nn.Module, value: torch.Tensor, error: torch.Tensor = error) -> torch.Tensor:
             return value.float() + error if stored == name else value
 
-        (measured,) = measured_kl(checkpoint, checkpoint.config, [provide], spec, samples)
+        (measured,) = measured_kl(checkpoint, checkpoint.config, [transform], spec, samples)
         predicted = sum(float((u.rows * ((error @ u.inputs) * error).sum(1)).sum()) / 2 for u in found.weights[name])
         ratios.append(predicted / measured)
     assert 0.6 < float(np.mean(ratios)) < 1.6, ratios

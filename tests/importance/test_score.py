@@ -17,7 +17,7 @@ from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.errors import UserError
 from edgewright.importance.lim_zd import importance_weights, lim, zd
-from edgewright.importance.score import REFERENCE, Probes, Scores, lim_streamed, score_layers, unit_weights
+from edgewright.importance.score import REFERENCE, CalibrationInputs, Scores, lim_streamed, score_layers, unit_weights
 from edgewright.importance.score import score as score_by
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
@@ -45,7 +45,7 @@ def opened(writer: Callable[[Path], Path], folder: Path) -> tuple[Checkpoint, An
 
 def score(method: str, parts: tuple[Checkpoint, Any, list[Unit], Generation], prompts: list[list[int]]) -> Any:
     checkpoint, model, units, spec = parts
-    return score_layers(method, model, checkpoint, units, Probes(prompts), spec, lambda _: None)
+    return score_layers(method, model, checkpoint, units, CalibrationInputs(prompts), spec, lambda _: None)
 
 
 # ---- LIM ----
@@ -285,7 +285,7 @@ CHOICES = [Choice(3, 32), Choice(4, 32), Choice(3, 32, "gptq"), Choice(8, 0), Ch
 def scored(method: str, folder: Path, samples: Sequence[Sample] = SAMPLES, **changes: Any) -> tuple[Scores, list[str]]:
     checkpoint, _, units, spec = opened(write_tiny_llama, folder)
     said: list[str] = []
-    probes = Probes(PROMPTS if samples else [])
+    probes = CalibrationInputs(PROMPTS if samples else [])
     found = score_by(
         method, checkpoint, checkpoint.config, units, CHOICES, spec, probes, samples, progress=said.append, **changes
     )
@@ -359,6 +359,6 @@ def test_auto_takes_what_data_and_memory_allow_and_says_so(tmp_path: Path) -> No
 def test_lim_with_weights_on_demand_is_lim(tmp_path: Path) -> None:
     checkpoint, model, units, spec = opened(write_tiny_llama, tmp_path)
     prompts = [list(s.tokens) for s in SAMPLES[:3]] + [[5, 9, 40]]  # a short one: padding
-    whole = score_layers("lim", model, checkpoint, units, Probes(prompts), spec, lambda _: None)
+    whole = score_layers("lim", model, checkpoint, units, CalibrationInputs(prompts), spec, lambda _: None)
     samples = [Sample(tuple(p)) for p in prompts]
     assert lim_streamed(checkpoint, checkpoint.config, spec, samples) == pytest.approx(whole, abs=1e-6)

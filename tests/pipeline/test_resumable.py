@@ -25,7 +25,7 @@ from edgewright.errors import UserError, VerificationFailure
 from edgewright.pipeline import gptq
 from edgewright.pipeline.request import Request
 from edgewright.quant.plan import BitPlan
-from edgewright.system.resumable import Unfinished
+from edgewright.system.resumable import ResumableExport
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -41,7 +41,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         write(self, name, made)
 
     monkeypatch.setattr(gptq.CodeStore, "write", dying)
-    monkeypatch.setattr(Unfinished, "discard", Unfinished.leave)
+    monkeypatch.setattr(ResumableExport, "discard", ResumableExport.leave)
 
 
 @pytest.mark.parametrize("example", ["t5gemma-g2p", "dolphin-packages", "deltanet-g2p"])
@@ -78,7 +78,7 @@ def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pyte
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compiler, "lower_apart", dying)
-        patched.setattr(Unfinished, "discard", Unfinished.leave)
+        patched.setattr(ResumableExport, "discard", ResumableExport.leave)
         with pytest.raises(Killed):
             export(asked, tmp_path / "killed", check=False)
     told: list[str] = []
@@ -112,7 +112,7 @@ def test_two_runs_of_one_command_do_not_mix(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     asked = request("deltanet-g2p")
     checkpoint = compiler.open_model(asked.model)
-    first = Unfinished(tmp_path / "bundle", compiler._job(asked, checkpoint))
+    first = ResumableExport(tmp_path / "bundle", compiler._job(asked, checkpoint))
     with pytest.raises(UserError, match="another run of this command is writing"):
         export(asked, tmp_path / "bundle", check=False)
     assert first.path.exists()

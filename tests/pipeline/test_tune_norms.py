@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from edgewright import compiler
 from edgewright.bundle import CHECKPOINT, Bundle
-from edgewright.calibration import forward as walks
+from edgewright.calibration import forward as calibration_forward
 from edgewright.calibration.backward import GradientSession, backward_bytes
 from edgewright.calibration.samples import Sample
 from edgewright.checkpoints.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from edgewright.pipeline.gptq import CodeStore, load_rounded
 from edgewright.pipeline.tune_norms import tune_norms
 from edgewright.quant.plan import BitPlan, Budget, Entry
 from edgewright.quant.rtn import quantize_rtn
-from edgewright.system.resumable import Unfinished
+from edgewright.system.resumable import ResumableExport
 
 
 def vectors(model: Any) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def detuned(checkpoint: Checkpoint, share: float) -> Any:
 
 @pytest.fixture
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walks, "PART_TOKENS", 32)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 32)
 
 
 @pytest.mark.usefixtures("_small_parts")
@@ -146,18 +146,18 @@ def test_equal_parts_are_apart_and_learnt_from_alike(tmp_path: Path) -> None:
 def test_a_large_vocabulary_thins_out_samples_before_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All positions of the samples that are left: were it one a sample, it would be the first, which is like no other."""
     checkpoint, spec = opened("llama", tmp_path)
-    monkeypatch.setattr(walks, "PART_TOKENS", 200)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 200)
     monkeypatch.setattr(tuning, "FEWEST_POSITIONS", 32)
     monkeypatch.setattr(tuning, "LOGITS", 1)
     asked: list[tuple[int, int]] = []
-    logits = walks.Walk.logits
+    logits = calibration_forward.CalibrationForward.logits
 
-    def watched(self: walks.Walk, most: int) -> Any:
+    def watched(self: calibration_forward.CalibrationForward, most: int) -> Any:
         found, real = logits(self, most)
         asked.append((len(found), int(real.sum())))
         return found, real
 
-    monkeypatch.setattr(walks.Walk, "logits", watched)
+    monkeypatch.setattr(calibration_forward.CalibrationForward, "logits", watched)
     made = tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, many(spec) * 4)
     assert made is not None
     assert {rows for rows, _ in asked} == {2}
@@ -188,9 +188,9 @@ def test_what_a_backward_pass_keeps_is_within_the_estimate(
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        logits, _ = walks.Walk(model, checkpoint, spec, [sample], session=GradientSession(model.graphs())).logits(
-            length
-        )
+        logits, _ = calibration_forward.CalibrationForward(
+            model, checkpoint, spec, [sample], session=GradientSession(model.graphs())
+        ).logits(length)
         torch.as_tensor(logits).sum().backward()  # what is saved lives until here: no address comes twice
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(size for place, size in held.items() if place not in weights)
@@ -229,7 +229,7 @@ def test_a_model_is_loaded_as_its_codes_and_scales_have_it(tmp_path: Path) -> No
 
 @pytest.fixture
 def _enough_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walks, "PART_TOKENS", 64)
+    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 64)
     monkeypatch.setattr(plan, "MOST_TOKENS", 1200)
 
 
@@ -266,9 +266,9 @@ def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
     asked = request("deltanet-g2p")
     whole = export(asked, tmp_path / "whole", check=False)
     assert whole.manifest.tuned_norms is not None
-    finish = Unfinished.finish
+    finish = ResumableExport.finish
 
-    def dying(self: Unfinished, stage: str, facts: Any) -> None:
+    def dying(self: ResumableExport, stage: str, facts: Any) -> None:
         if stage == "norms":
             raise Killed
         finish(self, stage, facts)
@@ -278,9 +278,9 @@ def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
             raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Unfinished, "discard", Unfinished.leave)
+        patched.setattr(ResumableExport, "discard", ResumableExport.leave)
         if moment == "written, not marked":
-            patched.setattr(Unfinished, "finish", dying)
+            patched.setattr(ResumableExport, "finish", dying)
         elif moment == "before the checkpoint":
             patched.setattr(compiler, "quantize_checkpoint", _killed)
         with pytest.raises(Killed):

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgewright.system.round_robin import Lockstep
+from edgewright.system.round_robin import RoundRobin
 
 
-def stepping(said: list[tuple[int, int]], index: int, meetings: int, step: list[Lockstep[int]]) -> Callable[[], int]:
+def stepping(said: list[tuple[int, int]], index: int, meetings: int, step: list[RoundRobin[int]]) -> Callable[[], int]:
     def work() -> int:
         for at in range(meetings):
             assert step[0].current == index
             said.append((at, index))
-            step[0].meet()
+            step[0].barrier()
         return index
 
     return work
@@ -28,8 +28,8 @@ def stepping(said: list[tuple[int, int]], index: int, meetings: int, step: list[
 @given(st.integers(1, 5), st.integers(0, 4))
 def test_all_come_to_a_meeting_before_any_goes_on(count: int, meetings: int) -> None:
     said: list[tuple[int, int]] = []
-    held: list[Lockstep[int]] = []
-    held.append(Lockstep([stepping(said, i, meetings, held) for i in range(count)]))
+    held: list[RoundRobin[int]] = []
+    held.append(RoundRobin([stepping(said, i, meetings, held) for i in range(count)]))
     assert held[0].run() == list(range(count))
     assert said == [(at, i) for at in range(meetings) for i in range(count)]
 
@@ -39,9 +39,9 @@ def test_the_last_one_is_known() -> None:
 
     def work() -> None:
         lasts.append(step.last)
-        step.meet()
+        step.barrier()
 
-    step = Lockstep([work] * 3)
+    step = RoundRobin([work] * 3)
     step.run()
     assert lasts == [False, False, True]
 
@@ -53,15 +53,15 @@ def test_a_failure_is_raised_and_the_others_are_given_up(where: int) -> None:
 
     def work(index: int) -> Callable[[], None]:
         def go() -> None:
-            step.meet()
+            step.barrier()
             if index == where:
                 raise ValueError(f"work {index}")
-            step.meet()
+            step.barrier()
             after.append(index)
 
         return go
 
-    step = Lockstep([work(i) for i in range(3)])
+    step = RoundRobin([work(i) for i in range(3)])
     with pytest.raises(ValueError, match=f"work {where}"):
         step.run()
     assert not after
@@ -87,9 +87,9 @@ def test_an_interrupt_by_another_thread_is_not_kept_for_the_end(interruptible: N
                 _thread.interrupt_main()
             time.sleep(0.01)
             done.append(at)
-            step.meet()
+            step.barrier()
 
-    step = Lockstep([work] * 2)
+    step = RoundRobin([work] * 2)
     with pytest.raises(KeyboardInterrupt):
         step.run()
     assert len(done) < 600  # of 1,200
@@ -104,9 +104,9 @@ def test_an_interrupt_ends_all(interruptible: None) -> None:
         for at in range(10_000_000):
             if at == 100 and step.current == 0:
                 _thread.interrupt_main()
-            step.meet()
+            step.barrier()
 
-    step = Lockstep([work] * 2)
+    step = RoundRobin([work] * 2)
     with pytest.raises(KeyboardInterrupt):
         step.run()
     assert threading.active_count() == before
