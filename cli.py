@@ -10,9 +10,8 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -46,27 +45,19 @@ def main() -> None:
 )
 @cli_options.strict
 @cli_options.as_json
-def export(
-    model: str,
-    output: Path | None,
-    dry_run: bool,
-    no_verify: bool,
-    norms: Literal["tuned", "kept"],
-    strict_placement: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def export(model: str, output: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Compile MODEL into a bundle.
 
-    A run that ends early keeps the codes that calibration found, hidden beside the bundle: the same command goes on from there.
+    A run that ends early keeps the codes that calibration found and the targets that are finished, hidden beside the bundle: the
+    same command goes on from there.
     """
     from . import compiler
     from .reports import plan as plan_report
     from .reports import verify as verify_report
     from .targets import libraries
 
-    request = replace(cli_options.request(model, options, note), norms=norms)
-    if strict_placement and no_verify:
+    request = cli_options.request(model, options, note)
+    if options["strict_placement"] and options["no_verify"]:
         raise UserError("--strict-placement judges what --no-verify skips; leave one of them out")
     if dry_run:
         for name in request.formats:
@@ -77,8 +68,8 @@ def export(
     if output is None:
         raise UserError("say where the bundle goes: -o BUNDLE (or --dry-run)")
     with cleaning_up():
-        made = compiler.export(request, output, check=not no_verify, progress=note, strict=strict_placement)
-    _print(verify_report.export_json(made), verify_report.export_text(made), as_json)
+        exported = compiler.export(request, output, note)
+    _print(verify_report.export_json(exported), verify_report.export_text(exported), as_json)
 
 
 @main.command()

@@ -24,7 +24,7 @@ from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.models.layers.linear import Linear
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
+from edgewright.pipeline.request import BudgetOptions, CalibrationOptions, Request
 from edgewright.quant.gptq import quantize_gptq
 from edgewright.quant.hessian import damping_for, factor
 from edgewright.quant.rtn import quantize_rtn
@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of the calibration text; half as many for the test")
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
-    spec = plan(Request(options.model, quantizer="rtn", importance="uniform")).generation
+    spec = plan(
+        Request(options.model, BudgetOptions(importance="uniform"), CalibrationOptions(quantizer="rtn"))
+    ).generation
     fitted = inputs(checkpoint, spec, options.calibration, options.tokens, options.layers)
     unseen = inputs(checkpoint, spec, options.text, options.tokens // 2, options.layers)
     print("| bits | quantizer | error | with bias | with norm |\n|---|---|---|---|---|")

@@ -35,7 +35,7 @@ from edgewright.models.layers.mlp import GatedMLP
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
-from edgewright.pipeline.request import Request
+from edgewright.pipeline.request import BudgetOptions, CheckOptions, Request
 from edgewright.quant.rtn import quantize_rtn
 from edgewright.rewrites.activations import BlockForward, read_prompts
 from edgewright.rewrites.eugen.least_squares import Sums, solve
@@ -233,8 +233,12 @@ def speed(model: str, calibration: Path, regex: str, sizes: str, rounds: int) ->
         report = rewrite_eugen(model, f"{regex}:{sizes}", prompts[: len(prompts) // 4], new)  # speed needs no good fit
         bundles = {}
         for name, path in (("original", model), ("EUGen", str(new))):
-            request = Request(path, widths=(4, 8), bits=4.6, groups=(64,), importance="uniform")
-            export(request, Path(folder) / name, check=False)
+            request = Request(
+                path,
+                BudgetOptions(widths=(4, 8), bits=4.6, groups=(64,), importance="uniform"),
+                checks=CheckOptions(verify=False),
+            )
+            export(request, Path(folder) / name)
             bundles[name] = Bundle.open(Path(folder) / name)
         sessions = {name: open_session(b, "onnx", 1) for name, b in bundles.items()}
         steps: dict[str, list[float]] = {name: [] for name in sessions}

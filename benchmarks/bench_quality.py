@@ -28,7 +28,7 @@ from edgewright.models.registry import build
 from edgewright.pipeline.gptq import CodeStore, load_rounded, quantize_layerwise
 from edgewright.pipeline.plan import plan
 from edgewright.pipeline.planned import Planned
-from edgewright.pipeline.request import Request
+from edgewright.pipeline.request import BudgetOptions, CalibrationOptions, Request
 from edgewright.pipeline.tune_norms import tune_norms
 from edgewright.quant.allocator import Problem, plan_within
 from edgewright.quant.frontier import uniform
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
-    planned = plan(Request(options.model, quantizer="rtn", importance="uniform"))
+    planned = plan(Request(options.model, BudgetOptions(importance="uniform"), CalibrationOptions(quantizer="rtn")))
     spec, units, config = planned.generation, planned.units, planned.config
     samples = read_samples(options.calibration, checkpoint, spec, 512, options.tokens)
     reference = Reference(checkpoint, options.text, options.windows)

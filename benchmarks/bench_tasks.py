@@ -25,7 +25,7 @@ from edgewright.compiler import export
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
+from edgewright.pipeline.request import BudgetOptions, CalibrationOptions, CheckOptions, Request
 from edgewright.quant.allocator import plan_within
 from edgewright.quant.frontier import uniform
 from edgewright.quant.plan import BitPlan, Budget
@@ -87,7 +87,13 @@ def plans(source: Path, calibration: Path, budgets: list[float]) -> Iterator[tup
     for method in METHODS:
         importance, quantizer = method.split()
         asked = "zd" if importance == "uniform" else importance
-        made = plan(Request(str(source), bits=max(budgets), importance=asked, quantizer="gptq", task=calibration))
+        made = plan(
+            Request(
+                str(source),
+                BudgetOptions(bits=max(budgets), importance=asked),
+                CalibrationOptions(quantizer="gptq", task=calibration),
+            )
+        )
         assert made.problem is not None
         for bits in budgets:
             budget = Budget("bits", bits)
@@ -112,7 +118,15 @@ def _measure(name: str, options: argparse.Namespace, held: dict[str, Any], work:
             continue
         out = work / f"{method}-{bits}"
         data = calibration if "gptq" in method else None
-        export(Request(str(EXAMPLES / name), plan=made, task=data, norms=options.norms), out, check=False)
+        export(
+            Request(
+                str(EXAMPLES / name),
+                BudgetOptions(plan=made),
+                CalibrationOptions(task=data, norms=options.norms),
+                checks=CheckOptions(verify=False),
+            ),
+            out,
+        )
         bundle = Bundle.open(out)
         spec = bundle.manifest.generation
         task = read_task(test, None, spec.task == "memory")

@@ -140,7 +140,7 @@ def planning(command: Any) -> Any:
 
 def request(model: str, options: dict[str, Any], note: Callable[[str], None]) -> Request:
     """What the options of `planning` ask for; `note` is told of targets left out. Raises UserError for contradictions."""
-    from ..pipeline.request import Request
+    from ..pipeline.request import BudgetOptions, CalibrationOptions, CheckOptions, Request, TargetOptions
     from ..quant.overrides import Override
     from ..quant.plan import BitPlan
     from ..system.workers import Workers
@@ -168,23 +168,33 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         raise UserError("--cluster needs --workers N as well: how many pieces at once, 2 or more")
     return Request(
         model=model,
-        formats=formats,
-        bits=options["bits"],
-        size=options["size"],
-        latency_ms=options["latency"],
-        device=options["device"],
-        plan=BitPlan.read(plan_file) if plan_file is not None else None,
-        overrides=tuple(Override.parse(text) for text in options["overrides"]),
-        widths=options["widths"],
-        groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
-        importance=options["importance"],
-        quantizer=options["quantizer"],
-        kv_cache=options["kv_cache"],
-        memory_limit=options["memory_limit"],
-        workers=Workers(options["workers"], options["cluster"]),
-        calibration=options["calibration"],
-        task=options["task"],
+        budget=BudgetOptions(
+            bits=options["bits"],
+            size=options["size"],
+            latency_ms=options["latency"],
+            device=options["device"],
+            plan=BitPlan.read(plan_file) if plan_file is not None else None,
+            overrides=tuple(Override.parse(text) for text in options["overrides"]),
+            widths=options["widths"],
+            groups=(32, 64, 128) if group is None else (0,) if group == "channel" else (int(group),),
+            importance=options["importance"],
+        ),
+        calibration=CalibrationOptions(
+            text=options["calibration"],
+            task=options["task"],
+            quantizer=options["quantizer"],
+            norms=options.get("norms", "tuned"),
+        ),
+        targets=TargetOptions(
+            formats=formats,
+            kv_cache=options["kv_cache"],
+            **{key: options[name] for key, name in _HARDWARE.items() if options[name]},
+        ),
+        checks=CheckOptions(
+            verify=not options.get("no_verify", False), strict_placement=options.get("strict_placement", False)
+        ),
         num_layers=options["num_layers"],
         max_context=options["max_context"],
-        **{key: options[name] for key, name in _HARDWARE.items() if options[name]},
+        memory_limit=options["memory_limit"],
+        workers=Workers(options["workers"], options["cluster"]),
     )

@@ -6,14 +6,13 @@ import csv
 import html
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, Generation
 from ..errors import UserError
+from ..system.subprocesses import ChildFailed, run_child
 from ..targets.libraries import BACKENDS
 
 FORMATS = ("md", "json", "csv", "html")
@@ -95,18 +94,10 @@ def _lengths(
 
 
 def _in_a_process(path: str | Path, request: dict[str, Any]) -> dict[str, Any]:
-    child = subprocess.run(
-        [sys.executable, "-m", "edgewright.runtimes.benchmark"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode:
-        last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-        raise UserError(f"measuring {path} ({request['format']}) failed: {last[0]}")
-    result: dict[str, Any] = json.loads(child.stdout)
-    return result
+    try:
+        return run_child("edgewright.runtimes.benchmark", request)
+    except ChildFailed as error:
+        raise UserError(f"measuring {path} ({request['format']}) failed: {error}") from None
 
 
 def render(result: dict[str, Any], form: str) -> str:

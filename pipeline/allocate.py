@@ -53,27 +53,27 @@ def allocate_bits(
     model = build(config)
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
     # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user or the data say otherwise.
-    gates = _free_gates(units, protected_weights(model), request.overrides)
-    overrides = whole = (*request.overrides, *_kept(gates, UNQUANTIZED))
+    gates = _free_gates(units, protected_weights(model), request.budget.overrides)
+    overrides = whole = (*request.budget.overrides, *_kept(gates, UNQUANTIZED))
     step = None
-    if request.latency_ms is not None:
-        step = decode_step(model, units, load(request.device or "host"), request.formats)
+    if request.budget.latency_ms is not None:
+        step = decode_step(model, units, load(request.budget.device or "host"), request.formats)
 
     def problem_for(scores: Scores, targets: tuple[str, ...], overrides: tuple[Override, ...] = whole) -> Problem:
-        widths = request.widths or common_bits(targets)
-        head = (units, scores.weights, other_bytes, widths, request.groups, overrides, targets, scores.method)
+        widths = request.budget.widths or common_bits(targets)
+        head = (units, scores.weights, other_bytes, widths, request.budget.groups, overrides, targets, scores.method)
         return Problem(*head, losses=scores.losses, step=step)
 
     even = Scores("uniform", {}, unit_weights(units, {}, "uniform"))
     budget = _budget(request, problem_for(even, request.formats))
     plan_within(problem_for(even, request.formats), budget)
-    if request.importance == "lim" and not samples:
+    if request.budget.importance == "lim" and not samples:
         require_available(
             4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
         )
     choices = _choices(request, (*overrides, *_kept(gates, 8)), quantizer)
     memory, workers = request.memory_limit, request.workers
-    method = request.importance
+    method = request.budget.importance
     if method == "auto" and all(len(offer.options) == 1 for offer in offers(problem_for(even, request.formats))):
         method = "uniform"  # one choice for each unit: there is nothing to weigh
     with workers.running():
@@ -84,8 +84,8 @@ def allocate_bits(
         by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
         losses = {u: by_gptq[u] or of for u, of in scores.losses.items()}
         scores = replace(scores, losses=losses)
-        eased = _eased(gates, scores) if 8 in (request.widths or common_bits(request.formats)) else []
-        lower = (*request.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
+        eased = _eased(gates, scores) if 8 in (request.budget.widths or common_bits(request.formats)) else []
+        lower = (*request.budget.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
         if eased and _holds(problem_for(scores, request.formats, lower), budget):
             overrides = lower
             progress(
@@ -98,7 +98,7 @@ def allocate_bits(
     for target in request.formats if len(request.formats) > 1 else ():
         own = scores if signed_scales((target,)) == signed else _with_signed_scales(scores, units)
         ratio = loss / expected_loss(plan_within(problem_for(own, (target,), overrides), budget), units)
-        alone[target] = SingleTargetPlan(request.widths or common_bits((target,)), ratio)
+        alone[target] = SingleTargetPlan(request.budget.widths or common_bits((target,)), ratio)
     baseline = uniform(problem, budget)
     measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
     made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))
@@ -144,12 +144,12 @@ def _kept(units: Sequence[Unit], bits: int) -> list[Override]:
 
 def _budget(request: Request, problem: Problem) -> Budget:
     """What was asked for; without, the default average, or what comes nearest to it."""
-    if request.latency_ms is not None:
-        return Budget("latency", float(request.latency_ms), request.device)
-    if request.size is not None:
-        return Budget("size", float(request.size))
-    if request.bits is not None:
-        return Budget("bits", float(request.bits))
+    if request.budget.latency_ms is not None:
+        return Budget("latency", float(request.budget.latency_ms), request.budget.device)
+    if request.budget.size is not None:
+        return Budget("size", float(request.budget.size))
+    if request.budget.bits is not None:
+        return Budget("bits", float(request.budget.bits))
     low, high = reach(
         problem.units,
         widths=problem.widths,
@@ -164,9 +164,11 @@ def _choices(request: Request, overrides: Sequence[Override], quantizer: Quantiz
     """Every choice that a unit could be given: for all targets together, for each alone, and by an override."""
     pairs: dict[tuple[int, int], None] = {}
     for targets in (request.formats, *((t,) for t in request.formats)):
-        pairs |= dict.fromkeys(legal_choices(targets, request.widths or common_bits(targets), request.groups))
+        pairs |= dict.fromkeys(
+            legal_choices(targets, request.budget.widths or common_bits(targets), request.budget.groups)
+        )
         for override in (o for o in overrides if o.bits != UNQUANTIZED):
-            groups = request.groups if override.group is None else (override.group,)
+            groups = request.budget.groups if override.group is None else (override.group,)
             pairs |= dict.fromkeys(legal_choices(targets, (override.bits,), groups))
     by: list[Quantizer] = ["rtn", "gptq"] if quantizer == "gptq" else ["rtn"]
     return [Choice(bits, group, q) for bits, group in pairs for q in by]

@@ -9,18 +9,19 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.layers.linear import Embedding
 from ..system.reading import one_line
-from .request import Request
 
 DEFAULT_CONTEXT = 4096
 
 
-def generation_of(model: Any, checkpoint: Checkpoint, config: dict[str, Any], request: Request) -> Generation:
+def generation_of(
+    model: Any, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None
+) -> Generation:
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):
         if isinstance(source, dict):
             eos |= _token_ids("eos_token_id", source.get("eos_token_id"))
-    wanted = DEFAULT_CONTEXT if request.max_context is None else request.max_context
+    wanted = DEFAULT_CONTEXT if max_context is None else max_context
     if wanted < 2:
         raise UserError(f"--max-context {wanted} is too short; give at least 2")
     context = min(model.max_context, wanted)

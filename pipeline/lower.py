@@ -6,10 +6,6 @@ crashes ends as one line. `python -m edgewright.pipeline.lower JOB RESULT` is th
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,8 @@ import torch
 
 from ..errors import UserError
 from ..exporters.artefact import Artefact, Options, Progress
-from ..system.reading import one_line
+from ..system.subprocesses import ChildFailed, run_child, serve
 from ..targets.storage import SIGNED
-
-_SAID = "edgewright: "
-"""How a line of progress begins on the process's standard output; libraries print there too."""
 
 
 def lower(format: str, checkpoint: Path, directory: Path, options: Options, progress: Progress) -> Artefact:
@@ -65,52 +58,24 @@ def lower_apart(
 
     Raises UserError for what `lower` raises, and if the process dies.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job, result, errors = (Path(folder, name) for name in ("job.json", "result.json", "errors.txt"))
-        request = {"format": format, "checkpoint": str(checkpoint.resolve()), "directory": str(directory.resolve())}
-        job.write_text(json.dumps(request | {"code": code, "options": asdict(options)}))
-        command = [sys.executable, "-m", f"{__package__}.lower", str(job), str(result)]
-        with errors.open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    said = line.decode("utf-8", "replace").rstrip("\n")
-                    if said.startswith(_SAID):
-                        progress(said.removeprefix(_SAID))
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode or not result.is_file():
-            told = [one_line(line) for line in errors.read_text("utf-8", "replace").splitlines() if line.strip()]
-            how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-            raise UserError(
-                f"--format {format}: lowering ended with {how} ({told[-1] if told else 'it said nothing'}); "
-                "leave this target out, or ask for it alone to see more"
-            )
-        found = json.loads(result.read_text())
-    if "error" in found:
-        raise UserError(found["error"])
-    return Artefact(tuple(found["files"]), found["ops"], found["facts"])
+    job = {"format": format, "checkpoint": str(checkpoint.resolve()), "directory": str(directory.resolve())}
+    try:
+        result = run_child(__name__, job | {"code": code, "options": asdict(options)}, progress)
+    except ChildFailed as error:
+        raise UserError(
+            f"--format {format}: lowering {error}; leave this target out, or ask for it alone to see more"
+        ) from None
+    return Artefact(tuple(result["files"]), result["ops"], result["facts"])
 
 
-def main(job: Path, result: Path) -> None:
-    request = json.loads(job.read_text())
-    given: dict[str, Any] = {key: _tuple(value) for key, value in request["options"].items()}
-
-    if request["code"] is not None:
+def _lower_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """`lower` in the process of its own."""
+    if job["code"] is not None:
         from ..models.user_module.module import allow
 
-        allow(request["code"])
-
-    def say(message: str) -> None:
-        print(f"{_SAID}{message}", flush=True)
-
-    try:
-        made = lower(request["format"], Path(request["checkpoint"]), Path(request["directory"]), Options(**given), say)
-    except UserError as error:
-        result.write_text(json.dumps({"error": str(error)}))
-    else:
-        result.write_text(json.dumps(asdict(made)))
+        allow(job["code"])
+    options = Options(**{key: _tuple(value) for key, value in job["options"].items()})
+    return asdict(lower(job["format"], Path(job["checkpoint"]), Path(job["directory"]), options, progress))
 
 
 def _tuple(value: Any) -> Any:
@@ -119,4 +84,4 @@ def _tuple(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    serve(_lower_job)

@@ -53,7 +53,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     budget or the options.
     """
     checkpoint = checkpoint or open_model(request.model)
-    data = request.calibration or request.task
+    data = request.calibration.file
     request = _with_own_task(request, checkpoint, progress)
     config = checkpoint.config
     if request.num_layers is not None:
@@ -66,7 +66,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
         raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
     planned_names = {w.name for u in units for w in u.weights}
     other = [n for n in _parameters(model) if n not in planned_names]
-    generation = generation_of(model, checkpoint, config, request)
+    generation = generation_of(model, checkpoint, config, request.max_context)
     if generation.context is not None and generation.context.window < model.context_spec()["window"]:
         progress(
             f"a context is read in parts of {generation.context.window} tokens, not {model.context_spec()['window']}: "
@@ -75,15 +75,15 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     prompts, contexts = _prompts(request, checkpoint, generation)
     examples = _examples(model, generation, prompts)
     samples = _samples(request, data, checkpoint, model, generation)
-    probes = CalibrationInputs(prompts if request.task or request.calibration else [], contexts, examples)
+    probes = CalibrationInputs(prompts if request.calibration.file else [], contexts, examples)
     found: dict[str, Any] = {}
-    if request.plan is not None:
-        made = request.plan.validate(units)
+    if request.budget.plan is not None:
+        made = request.budget.plan.validate(units)
         _refuse_signed(made, request.formats)
         scores: dict[tuple[str, int], float] = {}
         alone: dict[str, SingleTargetPlan] = {}
     else:
-        quantizer: Quantizer = request.quantizer if request.quantizer != "auto" else "rtn" if data is None else "gptq"
+        quantizer = _quantizer(request, data)
         made, importance, alone, problem, baseline = allocate_bits(
             request, checkpoint, config, units, other, generation, probes, samples, quantizer, progress
         )
@@ -100,6 +100,13 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     )
 
 
+def _quantizer(request: Request, data: Path | None) -> Quantizer:
+    """What rounds the weights: GPTQ where the user gave data, unless one is asked for by name."""
+    if request.calibration.quantizer != "auto":
+        return request.calibration.quantizer
+    return "rtn" if data is None else "gptq"
+
+
 def _refuse_signed(plan: BitPlan, formats: tuple[str, ...]) -> None:
     """Raise UserError for a plan whose scales may be negative where a target does not hold such."""
     name = next((n for n, e in plan.entries.items() if e.signed), None)
@@ -112,8 +119,8 @@ def _refuse_signed(plan: BitPlan, formats: tuple[str, ...]) -> None:
 
 def _samples(request: Request, data: Path | None, checkpoint: Checkpoint, model: Any, spec: Generation) -> list[Sample]:
     """What GPTQ and the scores calibrate on, within the memory given. Raises UserError where there is too little of either."""
-    measured = request.plan is None and request.importance in ("auto", "fisher", "kl")
-    if data is None or spec.task == "module" or (request.quantizer == "rtn" and not measured):
+    measured = request.budget.plan is None and request.budget.importance in ("auto", "fisher", "kl")
+    if data is None or spec.task == "module" or (request.calibration.quantizer == "rtn" and not measured):
         return []
     decoder = next(g for g in model.graphs() if g.name == "decoder")
     longest = min(decoder.bounds["sequence"][1], spec.max_context)
@@ -145,10 +152,10 @@ def _calibrated(plan: BitPlan, samples: list[Sample], examples: list[tuple[str, 
 def _with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress) -> Request:
     """A checkpoint's directory may bring its task file, `task.tsv`: better prompts than random ids."""
     own = Path(request.model).expanduser() / TASK  # a factory's name is no such path
-    if request.task or request.calibration or checkpoint.tokenizer is None or not own.is_file():
+    if request.calibration.file or checkpoint.tokenizer is None or not own.is_file():
         return request
     progress(f"prompts from the checkpoint's own {TASK}")
-    return replace(request, task=own)
+    return replace(request, calibration=replace(request.calibration, task=own))
 
 
 def _parameters(model: Any) -> list[str]:
@@ -192,15 +199,17 @@ def _prompts(request: Request, checkpoint: Checkpoint, spec: Generation) -> tupl
     With a context for each where the model reads one: the task's, pieces of the text, or random ids.
     """
     tokenizer = checkpoint.tokenizer
-    if (request.task or request.calibration) and tokenizer is None:
+    if request.calibration.file and tokenizer is None:
         raise UserError(f"{request.model} has no tokenizer, which --task and --calibration need")
     contexts: list[list[int]] = []
-    if request.task is not None and tokenizer is not None:
-        task = read_task(request.task, VERIFY_PROMPTS, spec.task == "memory")
+    if request.calibration.task is not None and tokenizer is not None:
+        task = read_task(request.calibration.task, VERIFY_PROMPTS, spec.task == "memory")
         prompts = [tokenizer.encode(p) for p in task.prompts]
         contexts = [tokenizer.encode(c, special=False) for c in task.contexts]
-    elif request.calibration is not None and tokenizer is not None:
-        prompts = text_windows(request.calibration, tokenizer, min(64, max(2, spec.max_context // 2)), VERIFY_PROMPTS)
+    elif request.calibration.text is not None and tokenizer is not None:
+        prompts = text_windows(
+            request.calibration.text, tokenizer, min(64, max(2, spec.max_context // 2)), VERIFY_PROMPTS
+        )
         if spec.context is not None:
             contexts, prompts = prompts, [p[: max(1, len(p) // 4)] for p in prompts]
     elif spec.task == "module" and spec.vocab == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from ..targets.storage import TIED_TWICE, stored_bytes
 from .baseline import Baseline, SingleTargetPlan
 
 
-@dataclass
+@dataclass(frozen=True)
 class Planned:
     """The model opened and the plan made; nothing has been written yet. alone: for each target of several.
 
-    checkpoint: the source; once it is quantized, the quantized checkpoint. contexts: of a model that reads one, a context for
+    checkpoint: the source. contexts: of a model that reads one, a context for
     each of `prompts`. examples: (graph, inputs) of a model without a generate loop. samples: what GPTQ calibrates on.
     """
 
@@ -43,6 +44,11 @@ class Planned:
     problem: Problem | None = None
     baseline: Baseline | None = None
     importance: Scores | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the source checkpoint."""
+        return self.checkpoint.fingerprint()
 
     @property
     def weights(self) -> int:

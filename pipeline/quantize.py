@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import safetensors.torch
@@ -22,57 +23,81 @@ from .planned import Planned
 from .request import Progress, Request
 from .tune_norms import enough, tune_norms, tuning_bytes
 
+ReadCodes = Callable[[str], QuantizedTensor | None]
+"""A weight's name -> its finished codes, None where it has none."""
 
-def _quantize(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> None:
-    """The quantized checkpoint, unless an earlier run made it."""
-    directory = run.path / CHECKPOINT
+
+def quantize(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> Planned:
+    """Write the quantized checkpoint into the run's folder, unless an earlier run did. Returns the plan as it was carried out.
+
+    A weight that the calibration data do not reach is rounded to nearest, whatever the plan says.
+    """
     if run.found("checkpoint") is not None:
         progress("quantized already")
-        return
-    ready, norms = None, {}
+        return planned
+    codes: ReadCodes | None = None
+    norms: dict[str, torch.Tensor] = {}
     if planned.plan.calibration is not None:
-        tuning = request.norms == "tuned" and _tuning_fits(planned, run, progress)
-        store = CodeStore(run.work / "codes")
-        entries = planned.plan.entries
-        left = quantize_layerwise(
-            planned.checkpoint,
-            build(planned.config),
-            planned.plan,
-            planned.generation,
-            planned.samples,
-            planned.examples,
-            store,
-            progress,
-            request.workers,
+        planned, codes, norms = _calibrated(planned, request, run, progress)
+    _write_checkpoint(planned, run, codes, norms, progress)
+    run.finish("checkpoint", {})
+    return planned
+
+
+def _calibrated(
+    planned: Planned, request: Request, run: ResumableExport, progress: Progress
+) -> tuple[Planned, ReadCodes, dict[str, torch.Tensor]]:
+    """The plan as GPTQ could carry it out, its codes by weight name, and the norms tuned to them."""
+    tune = request.calibration.norms == "tuned" and _tuning_fits(planned, run, progress)
+    store = CodeStore(run.work / "codes")
+    entries = planned.plan.entries
+    unreached = quantize_layerwise(
+        planned.checkpoint,
+        build(planned.config),
+        planned.plan,
+        planned.generation,
+        planned.samples,
+        planned.examples,
+        store,
+        progress,
+        request.workers,
+    )
+    if unreached:
+        progress(
+            f"gptq: the calibration data do not reach {len(unreached)} weights ({unreached[0]}): rounded to nearest"
         )
-        if left:
-            progress(f"gptq: the calibration data do not reach {len(left)} weights ({left[0]}): rounded to nearest")
-            rounded = {n: replace(entries[n], quantizer="rtn") for n in left}
-            planned.plan = replace(planned.plan, entries=entries | rounded)
-        norms = _tuned(planned, run, store, progress) if tuning else {}
-        shapes = {w.name: w.shape for u in planned.units for w in u.weights}
+        rounded = {n: replace(entries[n], quantizer="rtn") for n in unreached}
+        planned = replace(planned, plan=replace(planned.plan, entries=entries | rounded))
+    norms = _tuned(planned, run, store, progress) if tune else {}
+    shapes = {w.name: w.shape for u in planned.units for w in u.weights}
+    entries = planned.plan.entries
+    return planned, lambda name: store.read(name, shapes[name], entries[name]), norms
 
-        def ready(name: str) -> QuantizedTensor | None:
-            return store.read(name, shapes[name], planned.plan.entries[name])
 
-    told = -1
+def _write_checkpoint(
+    planned: Planned,
+    run: ResumableExport,
+    codes: ReadCodes | None,
+    norms: dict[str, torch.Tensor],
+    progress: Progress,
+) -> None:
+    reported = -1
 
     def count(name: str, done: int, total: int) -> None:
-        nonlocal told
+        nonlocal reported
         tenth = 10 * done // max(1, total)
-        if tenth > told:  # a line for every tenth, not for every tensor
-            told = tenth
+        if tenth > reported:  # a line for every tenth, not for every tensor
+            reported = tenth
             progress(f"quantizing: {10 * tenth}% ({name})")
 
-    run.fresh_folder(CHECKPOINT)
+    directory = run.fresh_folder(CHECKPOINT)
     tied = planned.model.tied
-    quantize_checkpoint(planned.checkpoint, planned.plan, tied, directory, planned.other, count, ready, norms)
+    quantize_checkpoint(planned.checkpoint, planned.plan, tied, directory, planned.other, count, codes, norms)
     # The planned config: a rehearsal's has fewer layers than the source.
     (directory / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
     if planned.examples:
         named = {f"{i}.{g}.{n}": v.contiguous() for i, (g, e) in enumerate(planned.examples) for n, v in e.items()}
         safetensors.torch.save_file(named, directory / EXAMPLES)
-    run.finish("checkpoint", {})
 
 
 def _tuning_fits(planned: Planned, run: ResumableExport, progress: Progress) -> bool:
@@ -80,18 +105,18 @@ def _tuning_fits(planned: Planned, run: ResumableExport, progress: Progress) -> 
     if not enough(planned.samples):
         progress("norms: kept, as there are too few calibration data to tune them on")
         return False
-    found = run.found("tuning")
-    if found is None:
+    decision = run.found("tuning")
+    if decision is None:
         needed = tuning_bytes(planned.model, planned.generation, planned.samples)
         available = available_bytes()
-        found = {"fits": needed <= available}
-        if not found["fits"]:
+        decision = {"fits": needed <= available}
+        if not decision["fits"]:
             progress(
                 f"norms: kept, as tuning them would take about {needed / 2**30:.1f} GiB of the "
                 f"{available / 2**30:.1f} there are"
             )
-        run.finish("tuning", found)
-    return bool(found["fits"])
+        run.finish("tuning", decision)
+    return bool(decision["fits"])
 
 
 def _tuned(planned: Planned, run: ResumableExport, store: CodeStore, progress: Progress) -> dict[str, torch.Tensor]:
@@ -105,8 +130,8 @@ def _tuned(planned: Planned, run: ResumableExport, store: CodeStore, progress: P
         )
         model = build(planned.config)
         load_rounded(model, planned.checkpoint, planned.plan, store)
-        made = tune_norms(model, planned.checkpoint, planned.config, planned.generation, planned.samples, progress)
-        values, facts = ({}, {}) if made is None else (made.values, made.facts())
+        tuned = tune_norms(model, planned.checkpoint, planned.config, planned.generation, planned.samples, progress)
+        values, facts = ({}, {}) if tuned is None else (tuned.values, tuned.facts())
         safetensors.torch.save_file(values, file)
         run.finish("norms", facts)
     return safetensors.torch.load_file(file)

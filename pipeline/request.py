@@ -1,9 +1,9 @@
-"""What a user asks of `export` or `plan`. A leaf: plan, overrides and workers enter."""
+"""What a user asks of `export` or `plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,33 +16,90 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user asks of `export` or `plan`.
+class BudgetOptions:
+    """How many bits there are and where they may go. Of `bits`, `size` and `latency_ms` one at most is given.
 
-    quantizer: auto is gptq where the user gave calibration data, else rtn. norms: whether they are tuned to the codes where there
-    are calibration data. memory_limit: bytes of anonymous memory.
+    bits: average bits a weight, scales counted. size: bytes of the quantized checkpoint. latency_ms: predicted milliseconds of
+    a decode step on `device`. plan: taken as it is, instead of an allocation. overrides: the first regex that matches a
+    weight's name decides its bits. widths: the widths to choose from; None: those that every target stores whole. groups: the
+    group sizes to choose from, 0 for one scale per output channel. importance: as `--importance`.
     """
 
-    model: str
-    formats: tuple[str, ...] = ("onnx",)
     bits: float | None = None
     size: int | None = None
+    latency_ms: float | None = None
+    device: str | None = None
     plan: BitPlan | None = None
     overrides: tuple[Override, ...] = ()
     widths: tuple[int, ...] | None = None
     groups: tuple[int, ...] = (32, 64, 128)
     importance: str = "auto"
-    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The calibration data, a text or a task file, and what is done with them.
+
+    quantizer: auto is gptq where there are data, else rtn. norms: whether they are tuned to GPTQ's codes.
+    """
+
+    text: Path | None = None
     task: Path | None = None
     quantizer: Literal["auto", "rtn", "gptq"] = "auto"
     norms: Literal["tuned", "kept"] = "tuned"
-    latency_ms: float | None = None
-    device: str | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the data, whichever it is."""
+        return self.text or self.task
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """The targets and what each of them is told.
+
+    kv_cache: how KV caches are stored. sms: compute capabilities of TensorRT engines. htp: versions of Qualcomm's NPU.
+    ethos_u: Vela's names of NPU configurations.
+    """
+
+    formats: tuple[str, ...] = ("onnx",)
     kv_cache: Literal["float32", "int8"] = "float32"
-    memory_limit: int | None = None
-    workers: Workers = ONE
-    num_layers: int | None = None
-    max_context: int | None = None
     sms: tuple[int, ...] = (86, 89, 120)
     htp: tuple[int, ...] = (75,)
     ethos_u: tuple[str, ...] = ("ethos-u85-256",)
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What is checked before a bundle appears.
+
+    verify: every artefact is reloaded and compared with the reference. strict_placement: an op that fell back to another unit
+    than the target's is a failure, too.
+    """
+
+    verify: bool = True
+    strict_placement: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of `export` or `plan`.
+
+    model: a directory, a .gguf file, a hub id, or "package.module:factory". num_layers: layers of each stack to keep, for a
+    rehearsal. max_context: tokens that a prompt and its answer may take. memory_limit: bytes of anonymous memory.
+    """
+
+    model: str
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    targets: TargetOptions = field(default_factory=TargetOptions)
+    checks: CheckOptions = field(default_factory=CheckOptions)
+    num_layers: int | None = None
+    max_context: int | None = None
+    memory_limit: int | None = None
+    workers: Workers = ONE
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The targets' names."""
+        return self.targets.formats

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import shutil
 import time
@@ -19,7 +18,6 @@ from ..bundle import (
     hash_files,
     write_manifest,
 )
-from ..checkpoints.opening import open_checkpoint
 from ..exporters.artefact import Artefact, Options
 from ..models.kv_cache import stored_as
 from ..models.user_module.module import is_factory
@@ -28,7 +26,6 @@ from ..system.resumable import WORK, ResumableExport
 from ..targets import libraries
 from .lower import lower, lower_apart
 from .planned import Planned
-from .quantize import _quantize
 from .request import Progress, Request
 
 
@@ -40,75 +37,80 @@ class Cost:
     peak_anonymous: int
 
 
-def _write(
-    planned: Planned, request: Request, run: ResumableExport, progress: Progress
-) -> tuple[Manifest, dict[str, Cost]]:
-    """Quantized checkpoint, artefacts, tokenizer and manifest into the run's folder; what is there whole is kept."""
-    _quantize(planned, request, run, progress)
-    folder, checkpoint_dir = run.path, run.path / CHECKPOINT
-    if (checkpoint_dir / "tokenizer.json").exists():
-        shutil.copyfile(checkpoint_dir / "tokenizer.json", folder / "tokenizer.json")
-    fingerprint = planned.checkpoint.fingerprint()
-    planned.checkpoint = open_checkpoint(str(checkpoint_dir))  # the source is done with: a GGUF's vocabulary is large
-    gc.collect()
-    targets: list[TargetEntry] = []
-    costs: dict[str, Cost] = {}
+@dataclass(frozen=True)
+class Lowered:
+    """One target's artefact and what it cost."""
+
+    artefact: Artefact
+    cost: Cost
+
+
+def lower_targets(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> dict[str, Lowered]:
+    """Every target's artefact in the run's folder, by target; those of an earlier run are kept."""
     prompts = tuple(tuple(p) for p in planned.prompts)
-    options = Options(
-        planned.generation.max_context, request.sms, request.htp, request.ethos_u, prompts, request.kv_cache
-    )
-    for name in request.formats:
-        made, costs[name] = _lower(name, request, run, options, progress)
-        targets.append(
-            TargetEntry(
-                format=name,
-                files=tuple(f"{name}/{f}" for f in made.files),
-                ops=made.ops,
-                facts=made.facts,
-                stored_bytes=planned.true_bytes(name),
-                ideal_bytes=planned.ideal_bytes(name),
-            )
-        )
+    asked = request.targets
+    options = Options(planned.generation.max_context, asked.sms, asked.htp, asked.ethos_u, prompts, asked.kv_cache)
+    return {name: _lower(name, request, run, options, progress) for name in request.formats}
+
+
+def write_bundle(
+    planned: Planned, request: Request, run: ResumableExport, lowered: dict[str, Lowered], progress: Progress
+) -> Manifest:
+    """Tokenizer and manifest, beside the quantized checkpoint and the artefacts."""
+    folder = run.path
+    tokenizer = folder / CHECKPOINT / "tokenizer.json"
+    if tokenizer.exists():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
     progress("hashing")
+    norms = run.found("norms")
     manifest = Manifest(
         source=_source_name(request.model),
-        source_fingerprint=fingerprint,
+        source_fingerprint=planned.fingerprint,
         model_type=str(planned.config["model_type"]),
-        graphs=tuple(GraphSpec.of(g) for g in stored_as(planned.model.graphs(), request.kv_cache)),
+        graphs=tuple(GraphSpec.of(g) for g in stored_as(planned.model.graphs(), request.targets.kv_cache)),
         generation=planned.generation,
         average_bits=planned.plan.average_bits,
         weights=planned.weights,
-        targets=tuple(targets),
-        prompts=prompts,
+        targets=tuple(_entry(planned, name, made.artefact) for name, made in lowered.items()),
+        prompts=tuple(tuple(p) for p in planned.prompts),
         contexts=tuple(tuple(c) for c in planned.contexts),
-        kv_cache=request.kv_cache,
-        tuned_norms=TunedNorms(**norms) if (norms := run.found("norms")) else None,
+        kv_cache=request.targets.kv_cache,
+        tuned_norms=TunedNorms(**norms) if norms else None,
         files=hash_files(folder, WORK),
-        tools=_tools(request.formats),
+        tools=tool_versions(request.formats),
     )
     write_manifest(folder, manifest)
-    return manifest, costs
+    return manifest
 
 
-def _lower(
-    name: str, request: Request, run: ResumableExport, options: Options, progress: Progress
-) -> tuple[Artefact, Cost]:
+def _entry(planned: Planned, name: str, artefact: Artefact) -> TargetEntry:
+    return TargetEntry(
+        format=name,
+        files=tuple(f"{name}/{file}" for file in artefact.files),
+        ops=artefact.ops,
+        facts=artefact.facts,
+        stored_bytes=planned.true_bytes(name),
+        ideal_bytes=planned.ideal_bytes(name),
+    )
+
+
+def _lower(name: str, request: Request, run: ResumableExport, options: Options, progress: Progress) -> Lowered:
     """One target's artefact, unless an earlier run made it."""
-    found = run.found(name)
-    if found is not None:
+    finished = run.found(name)
+    if finished is not None:
         progress(f"{name}: lowered already")
-        return Artefact(tuple(found["files"]), found["ops"], found["facts"]), Cost(**found["cost"])
+        return Lowered(Artefact(tuple(finished["files"]), finished["ops"], finished["facts"]), Cost(**finished["cost"]))
     folder = run.fresh_folder(name)
     start = time.perf_counter()
     with PeakAnonymous() as peak:
         if len(request.formats) == 1:
-            made = lower(name, run.path / CHECKPOINT, folder, options, progress)
+            artefact = lower(name, run.path / CHECKPOINT, folder, options, progress)
         else:
             code = request.model if is_factory(request.model) else None
-            made = lower_apart(name, run.path / CHECKPOINT, folder, options, progress, code)
+            artefact = lower_apart(name, run.path / CHECKPOINT, folder, options, progress, code)
     cost = Cost(time.perf_counter() - start, peak.bytes)
-    run.finish(name, asdict(made) | {"cost": asdict(cost)})
-    return made, cost
+    run.finish(name, asdict(artefact) | {"cost": asdict(cost)})
+    return Lowered(artefact, cost)
 
 
 def _source_name(model: str) -> str:
@@ -116,7 +118,8 @@ def _source_name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
-def _tools(formats: tuple[str, ...]) -> dict[str, str]:
+def tool_versions(formats: tuple[str, ...]) -> dict[str, str]:
+    """The versions of the libraries that decide the bytes of a bundle, by distribution."""
     packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
     tools = {"edgewright": __version__} | {p: importlib.metadata.version(p) for p in packages}
     for name in formats:

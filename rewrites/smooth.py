@@ -30,7 +30,6 @@ from ..models.layers.linear import Linear
 from ..models.layers.mlp import GatedMLP
 from ..models.registry import build, stored_name
 from ..pipeline.generation import generation_of
-from ..pipeline.request import Request
 from ..quant.rtn import effective_group, quantize_rtn
 from ..system.reading import one_line
 from .write_checkpoint import new_checkpoint, write_side_files
@@ -130,7 +129,7 @@ def rewrite_smooth(
     model = build(checkpoint.config)
     if model.task == "module":
         raise UserError(f"{checkpoint.source}: a {kind} has no logits to compare by; --smooth is for language models")
-    spec = generation_of(model, checkpoint, checkpoint.config, Request(model_dir))
+    spec = generation_of(model, checkpoint, checkpoint.config)
     if isinstance(calibration, Path):
         decoder = next(g for g in model.graphs() if g.name == "decoder")
         samples = read_samples(calibration, checkpoint, spec, min(decoder.bounds["sequence"][1], spec.max_context))

@@ -1,14 +1,12 @@
 """Measuring one artefact in a process of its own: load times, llama-bench rows, peak memory, time by op. No torch enters.
 
-Run as `python -m edgewright.runtimes.benchmark`, a JSON request on standard input and the result on standard output, so that
-peak memory is the artefact's and not the compiler's.
+Peak memory is then the artefact's and not the compiler's (see `system.subprocesses`).
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -19,6 +17,7 @@ import numpy as np
 
 from ..bundle import Bundle, Generation
 from ..system.memory import anonymous_bytes, peak_resident_bytes
+from ..system.subprocesses import Progress, serve
 from .example_inputs import Call, read_examples
 from .generate import Stream, read_context
 from .registry import open_session
@@ -172,10 +171,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    json.dump(measure(**request), sys.stdout)
+def _measure_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    return measure(**job)
 
 
 if __name__ == "__main__":
-    main()
+    serve(_measure_job)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,10 @@ class ResumableExport:
         shutil.rmtree(self.path, ignore_errors=True)
         self._release()
 
-    def worth_keeping(self) -> bool:
-        """Whether work of more than minutes lies here: codes found by calibration."""
-        return any((self.work / "codes").glob("*.safetensors"))
+    def worth_keeping(self, stages: Iterable[str]) -> bool:
+        """Whether work that cost time lies here: codes found by calibration, or one of `stages` finished."""
+        codes = any((self.work / "codes").glob("*.safetensors"))
+        return codes or any((self.work / f"{stage}.json").is_file() for stage in stages)
 
     def leave(self) -> None:
         """Keep the folder for the next run."""

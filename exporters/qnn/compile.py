@@ -1,4 +1,4 @@
-"""The QNN compiler in a process of its own: `python -m edgewright.exporters.qnn.compile JOB RESULT`, two JSON files.
+"""The QNN compiler in a process of its own (see `system.subprocesses`).
 
 It writes to standard output, a graph it cannot compile may end it, and where the vendor's simulator has run no context
 binary can run any more. What may enter: the leaves `runtimes.qnn_provider` and `memory`; never torch.
@@ -6,9 +6,6 @@ binary can run any more. What may enter: the leaves `runtimes.qnn_provider` and 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +16,11 @@ import onnx
 from ...errors import UserError
 from ...system.memory import PeakAnonymous
 from ...system.reading import one_line
+from ...system.subprocesses import ChildFailed, Progress, run_child, serve
 from ...targets.qnn.context import compiled, session, units
 
 SOC = "72"
 """The `soc_model` of the vendor's estimates: an automotive part."""
-SAID = "edgewright: "
-"""How a line of progress begins on the process's standard output."""
 
 
 def compile_programs(
@@ -36,71 +32,45 @@ def compile_programs(
     program -> provider -> op -> nodes), `contexts` (version -> program -> context nodes), `estimates` (see `estimate`) and
     `peak_anonymous` (bytes, of the compiling process). Raises UserError if a program does not compile.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job, result, errors = (Path(folder, name) for name in ("job.json", "result.json", "errors.txt"))
-        job.write_text(
-            json.dumps({"directory": str(directory), "stems": [*stems], "versions": [*versions], "rows": rows})
-        )
-        # -P: a folder the user happens to be in must not shadow a library
-        command = [sys.executable, "-P", "-m", f"{__package__}.compile", str(job), str(result)]
-        stage = "the compiler"
-        with errors.open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    said = line.decode("utf-8", "replace").strip()
-                    if said.startswith(SAID):
-                        stage = said.removeprefix(SAID)
-                        progress(f"qnn: {stage}")
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode or not result.is_file():
-            told = [one_line(line) for line in errors.read_text("utf-8", "replace").splitlines() if line.strip()]
-            how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-            raise UserError(
-                f"--format qnn: {stage}: the compiler ended with {how} ({told[-1] if told else 'it said nothing'}); "
-                "leave this target out"
-            )
-        found: dict[str, Any] = json.loads(result.read_text())
-    if "error" in found:
-        raise UserError(found["error"])
-    return found
+    stage = "the compiler"
+
+    def report(text: str) -> None:
+        nonlocal stage
+        stage = text
+        progress(f"qnn: {text}")
+
+    job = {"directory": str(directory), "stems": [*stems], "versions": [*versions], "rows": rows}
+    try:
+        return run_child(__name__, job, report)
+    except ChildFailed as error:
+        raise UserError(f"--format qnn: {stage}: the compiler {error}; leave this target out") from None
 
 
 # ---- in the process of its own --------------------------------------------------------------------------------------
 
 
-def _say(text: str) -> None:
-    print(f"{SAID}{text}", flush=True)
-
-
-def _main(job_path: str, result_path: str) -> None:
-    job = json.loads(Path(job_path).read_text())
+def _compile_job(job: dict[str, Any], say: Progress) -> dict[str, Any]:
     directory, stems, rows = Path(job["directory"]), list(job["stems"]), str(job["rows"])
-    found: dict[str, Any] = {"placement": {}, "contexts": {}, "estimates": {}}
+    result: dict[str, Any] = {"placement": {}, "contexts": {}, "estimates": {}}
     with PeakAnonymous() as peak:
-        try:
-            for version in job["versions"]:
-                found["placement"][str(version)] = {
-                    stem: _compile(directory / f"{stem}.onnx", int(version)) for stem in stems
-                }
-                found["contexts"][str(version)] = {
-                    stem: _share_rows(directory / compiled(stem, int(version)), directory / f"{stem}.onnx", rows)
-                    for stem in stems
-                }
-            for stem in stems:
-                _say(f"{stem}: the vendor's simulator")
-                found["estimates"][stem] = estimate(directory / f"{stem}.onnx")
-        except UserError as error:
-            found = {"error": str(error)}
-    found["peak_anonymous"] = peak.bytes
-    Path(result_path).write_text(json.dumps(found))
+        for version in job["versions"]:
+            result["placement"][str(version)] = {
+                stem: _compile(directory / f"{stem}.onnx", int(version), say) for stem in stems
+            }
+            result["contexts"][str(version)] = {
+                stem: _share_rows(directory / compiled(stem, int(version)), directory / f"{stem}.onnx", rows)
+                for stem in stems
+            }
+        for stem in stems:
+            say(f"{stem}: the vendor's simulator")
+            result["estimates"][stem] = estimate(directory / f"{stem}.onnx")
+    result["peak_anonymous"] = peak.bytes
+    return result
 
 
-def _compile(path: Path, version: int) -> dict[str, dict[str, int]]:
+def _compile(path: Path, version: int, say: Progress) -> dict[str, dict[str, int]]:
     """Write the compiled file and its context binary. Returns provider -> op -> nodes."""
-    _say(f"{path.stem}: context binary for HTP v{version}")
+    say(f"{path.stem}: context binary for HTP v{version}")
     config = _context(path.with_name(compiled(path.stem, version)))
     try:
         return units(session(path, {"htp_arch": str(version)}, config))
@@ -176,4 +146,4 @@ def read_profile(profile: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2])
+    serve(_compile_job)

@@ -11,6 +11,7 @@ import torch
 from helpers import tiny
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
+from helpers.requests import asking
 
 from edgewright.calibration.embedding_hessians import DRAWS, embedding_hessian_bytes, embedding_hessians
 from edgewright.calibration.forward import CalibrationForward
@@ -24,7 +25,6 @@ from edgewright.models.registry import build
 from edgewright.pipeline.allocate import by_gptq
 from edgewright.pipeline.gptq import CodeStore, quantize_layerwise
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.quant.gptq import hessian_error, quantize_gptq
 from edgewright.quant.hessian import Factor, damping_for, factor
 from edgewright.quant.plan import BitPlan, Budget, Entry
@@ -152,7 +152,7 @@ def test_an_encoder_whose_only_layer_is_never_called(tmp_path: Path) -> None:
     encoder = next(v for k, v in config.items() if isinstance(v, dict) and "num_hidden_layers" in v and "encoder" in k)
     encoder["num_hidden_layers"] = 1
     path = tiny.write(tmp_path / "model", config)
-    planned = plan(Request(str(path), bits=6.0, max_context=48))
+    planned = plan(asking(str(path), bits=6.0, max_context=48))
     samples = samples_of(planned.generation, 3)
     model = build(planned.config)
     names = ("encoder.embed_tokens.weight", "model.embed_tokens.weight")

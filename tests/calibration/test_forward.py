@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
+from helpers.requests import asking
 
 from edgewright.calibration import forward as calibration_forward
 from edgewright.calibration.forward import PART_TOKENS, CalibrationForward, merged, padded, parted
@@ -22,7 +23,6 @@ from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.ops import recurrence
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
 
@@ -146,7 +146,7 @@ def test_samples_of_texts_and_tasks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no tokenizer, which calibration data need"):
         read_samples(text, checkpoint, spec, 16)
     example = Path(__file__).parent.parent.parent / "examples" / "t5gemma-g2p"
-    planned = plan(Request(str(example), bits=6.0))
+    planned = plan(asking(str(example), bits=6.0))
     read = read_samples(example / "task.tsv", planned.checkpoint, planned.generation, 64, 500)
     assert 400 < sum(s.size for s in read) <= 500
     assert all(s.decoded[0] == planned.generation.decoder_start for s in read)
@@ -154,7 +154,7 @@ def test_samples_of_texts_and_tasks(tmp_path: Path) -> None:
     assert all(len(s.tokens) > 0 and len(s.decoded) > 1 for s in halves)
     assert digest(read) != digest(read[:-1])
     assert digest(read) == digest(list(read))
-    causal = plan(Request(str(example.parent / "deltanet-g2p"), bits=6.0))
+    causal = plan(asking(str(example.parent / "deltanet-g2p"), bits=6.0))
     windows = read_samples(text, causal.checkpoint, causal.generation, 8, 40)
     assert [len(s.tokens) for s in windows] == [8] * 5
     (tmp_path / "empty.txt").write_text("a")

@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import pytest
 from helpers.cli_runner import edgewright, passed, process, refused
+from helpers.requests import asking
 from helpers.tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
 from safetensors import safe_open
 
@@ -206,7 +207,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
     model = write_tiny_t5gemma(tmp_path / "model")
     out = tmp_path / "deep" / "bundle"
     with pytest.raises(type(error)):
-        compiler.export(compiler.Request(str(model)), out)
+        compiler.export(asking(str(model)), out)
     assert [name.endswith(".partial") for name in seen] == [True]
     assert list(out.parent.iterdir()) == []
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers.requests import asking
 from helpers.tiny import merged, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright import compiler
@@ -49,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of one layer of each stack. Must not be written to."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
-    compiler.export(compiler.Request(str(model), num_layers=1), path)
+    compiler.export(asking(str(model), num_layers=1), path)
     return path
 
 
@@ -98,7 +99,7 @@ def test_the_shortest_context_a_graph_is_traced_with_exports(model: Path, tmp_pa
     changes = {"encoder": {"max_position_embeddings": 5}, "decoder": {"max_position_embeddings": 7}}
     config = merged(json.loads((short / "config.json").read_text()), changes)
     (short / "config.json").write_text(json.dumps(config))
-    made = compiler.export(compiler.Request(str(short), num_layers=1, max_context=2), tmp_path / "bundle")
+    made = compiler.export(asking(str(short), num_layers=1, max_context=2), tmp_path / "bundle")
     assert made.report is not None
     assert made.report.passed
     assert made.manifest.generation.max_context == 2
@@ -270,7 +271,7 @@ def test_doctor_knows_a_module_without_its_distribution(monkeypatch: pytest.Monk
 
 def test_a_size_is_the_size_of_the_file(model: Path, tmp_path: Path) -> None:
     for size in (120_000, 150_001, 200_000, 299_999):
-        planned = compiler.plan(compiler.Request(str(model), size=size))
+        planned = compiler.plan(asking(str(model), size=size))
         out = tmp_path / str(size)
         quantize_checkpoint(planned.checkpoint, planned.plan, planned.model.tied, out, planned.other)
         assert 0.97 * size < (out / "model.safetensors").stat().st_size <= size
@@ -318,7 +319,7 @@ def test_an_interrupted_export_is_no_failed_verification(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compiler, "_write", interrupt)
+    monkeypatch.setattr(compiler, "quantize", interrupt)
     result = edgewright("export", "-m", model, "-o", tmp_path / "bundle")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"

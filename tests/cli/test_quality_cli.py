@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers.requests import asking
 
 from edgewright.cli import main
 from edgewright.pipeline import allocate
@@ -144,9 +145,8 @@ def test_a_checkpoint_with_negative_scales_is_not_lowered_where_they_are_not_hel
     from edgewright.errors import UserError
     from edgewright.exporters.artefact import Options
     from edgewright.pipeline.lower import lower
-    from edgewright.pipeline.request import Request
 
-    export(Request(str(HYBRID), bits=4.0, importance="zd", max_context=64), tmp_path / "bundle", check=False)
+    export(asking(str(HYBRID), bits=4.0, importance="zd", max_context=64, verify=False), tmp_path / "bundle")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"--format executorch: .* has negative scales, which it does not hold"):
         lower("executorch", tmp_path / "bundle" / "checkpoint", tmp_path / "out", Options(64), lambda _: None)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from helpers.requests import asking
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -71,7 +72,7 @@ def test_the_dolphin_s_script_makes_its_config(train: ModuleType) -> None:
 
 
 def test_the_deltanet_spells_through_the_product(tmp_path: Path) -> None:
-    report = compiler.export(compiler.Request(str(DELTANET)), tmp_path / "bundle").report
+    report = compiler.export(asking(str(DELTANET)), tmp_path / "bundle").report
     assert report is not None
     assert report.passed
     result = CliRunner().invoke(main, ["run", str(tmp_path / "bundle"), "--prompt", "k n i g h t"])
@@ -82,6 +83,6 @@ def test_the_deltanet_spells_through_the_product(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("example", "right"), [(DOLPHIN, 580 / 899), (DELTANET, 0.645)], ids=["dolphin", "deltanet"])
 def test_the_product_scores_what_the_readme_says(example: Path, right: float, tmp_path: Path) -> None:
     """At 8 bits everywhere, which the README's own rounding moves by no more than three words."""
-    compiler.export(compiler.Request(str(example), widths=(8,)), tmp_path / "bundle", check=False)
+    compiler.export(asking(str(example), widths=(8,), verify=False), tmp_path / "bundle")
     (target,) = verify(tmp_path / "bundle", task=example / "task.tsv").targets
     assert target.task_accuracy == pytest.approx(right, abs=0.015)

@@ -9,14 +9,14 @@ from edgewright.bundle import Generation
 from edgewright.calibration.samples import Sample
 from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from helpers import tiny
 from helpers.family_table import CONFIGS
+from helpers.requests import asking
 
 
 def opened(family: str, folder: Path) -> tuple[Checkpoint, Generation]:
     path = tiny.write(folder / "model", CONFIGS[family])
-    planned = plan(Request(str(path), bits=6.0, max_context=48))
+    planned = plan(asking(str(path), bits=6.0, max_context=48))
     return planned.checkpoint, planned.generation
 
 

@@ -11,6 +11,7 @@ from edgewright import compiler
 from edgewright.pipeline import plan
 from edgewright.verification.report import Report
 from helpers import tiny
+from helpers.requests import asking
 from helpers.tiny_families import FAMILIES
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "families.md"
@@ -46,7 +47,7 @@ def verified(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(plan, "CONTEXTS", 2)
     model = MODULE if family == "module" else str(tiny.write(folder / "model", CONFIGS[family]))
     context = None if family == "module" else 48
-    made = compiler.export(compiler.Request(model, (form,), bits=6.0, max_context=context), folder / "bundle")
+    made = compiler.export(asking(model, (form,), bits=6.0, max_context=context), folder / "bundle")
     widths = {entry.bits for entry in made.planned.plan.entries.values()}
     assert len(widths) > 1, widths  # mixed bits
     assert made.report is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgewright.bundle import REPORTS
 from edgewright.pipeline.request import Request
+from helpers.requests import asking
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -23,4 +24,4 @@ def contents(bundle: Path) -> dict[str, str]:
 
 def request(example: str, **changes: Any) -> Request:
     folder = EXAMPLES / example
-    return Request(str(folder), bits=4.5, importance="zd", task=folder / "task.tsv", max_context=64, **changes)
+    return asking(str(folder), bits=4.5, importance="zd", task=folder / "task.tsv", max_context=64, **changes)

@@ -12,6 +12,7 @@ import torch
 from helpers import tiny
 from helpers.family_table import CONFIGS
 from helpers.gguf_files import write_gguf
+from helpers.requests import asking
 from torch import nn
 
 from edgewright.bundle import Generation
@@ -24,7 +25,6 @@ from edgewright.importance.kl import kl_of_each, measured_kl
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.quant.allocator import allocate
 from edgewright.quant.hessian import factor
 from edgewright.quant.plan import Choice, Unit, WeightSpec
@@ -38,7 +38,7 @@ LOGIT_FAMILIES = [family for family in CONFIGS if build(CONFIGS[family]).task !=
 
 def opened(family: str, folder: Path, **changes: object) -> tuple[Checkpoint, Generation]:
     path = tiny.write(folder / "model", tiny.merged(CONFIGS[family], changes))
-    planned = plan(Request(str(path), bits=6.0, max_context=48))
+    planned = plan(asking(str(path), bits=6.0, max_context=48))
     return planned.checkpoint, planned.generation
 
 
@@ -281,7 +281,7 @@ def test_a_model_behind_a_link_is_measured(tmp_path: Path) -> None:
     """As in caches of downloads, where what `m.gguf` leads to has a hash for a name."""
     write_gguf(tmp_path / "blob", "llama")
     (tmp_path / "m.gguf").symlink_to("blob")
-    planned = plan(Request(str(tmp_path / "m.gguf"), quantizer="rtn", importance="uniform", max_context=64))
+    planned = plan(asking(str(tmp_path / "m.gguf"), quantizer="rtn", importance="uniform", max_context=64))
     parts = [{planned.units[0].weights[0].name: (2, 32, False)}]
     samples = [Sample(tuple(range(4, 20)))]
     (found,) = kl_of_each(planned.checkpoint, planned.config, parts, planned.generation, samples)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.requests import asking
 from torch import nn
 
 from edgewright import compiler
@@ -92,7 +93,7 @@ def test_shared_modules_stay_shared() -> None:
 
 @pytest.mark.parametrize("factory", ["helpers.user_modules:unet", "helpers.user_modules:speech"])
 def test_export_verify_and_profile(factory: str, tmp_path: Path) -> None:
-    made = compiler.export(compiler.Request(factory, bits=5.0), tmp_path / "bundle")
+    made = compiler.export(asking(factory, bits=5.0), tmp_path / "bundle")
     assert made.report is not None
     (target,) = made.report.targets
     assert target.passed
@@ -124,7 +125,7 @@ def test_the_original_is_what_the_factory_made() -> None:
 
 
 def test_a_bundle_never_runs_the_code_that_it_names(tmp_path: Path) -> None:
-    compiler.export(compiler.Request("helpers.user_modules:speech", bits=6.0), tmp_path / "bundle", check=False)
+    compiler.export(asking("helpers.user_modules:speech", bits=6.0, verify=False), tmp_path / "bundle")
     command = [sys.executable, "-m", "edgewright.cli", "verify", str(tmp_path / "bundle")]
     for extra, code in (([], 2), (["-m", "helpers.user_modules:unet"], 2), (["-m", "helpers.user_modules:speech"], 0)):
         done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False)

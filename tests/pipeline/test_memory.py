@@ -162,15 +162,17 @@ import json, sys
 from pathlib import Path
 import onnx, torch, torch.onnx, onnx_ir, onnxscript
 from edgewright import compiler
+from edgewright.pipeline.request import CheckOptions, Request
 from edgewright.exporters.registry import exporter
 from edgewright.system.memory import PeakAnonymous, anonymous_bytes
 torch.set_num_threads(1)
 exporter("onnx")
 tiny, large, out = map(Path, sys.argv[1:])
-compiler.export(compiler.Request(str(tiny)), out / "tiny", check=False)  # loads what torch.onnx loads on first use
+unchecked = CheckOptions(verify=False)
+compiler.export(Request(str(tiny), checks=unchecked), out / "tiny")  # loads what torch.onnx loads on first use
 before = anonymous_bytes()
 with PeakAnonymous() as peak:
-    compiler.export(compiler.Request(str(large)), out / "large", check=False)
+    compiler.export(Request(str(large), checks=unchecked), out / "large")
 print(json.dumps({"before": before, "peak": peak.bytes}))
 """
 

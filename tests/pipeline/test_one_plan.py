@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers.requests import asking, changed
 from helpers.tiny import EXAMPLE
 
 from edgewright import compiler
@@ -41,8 +42,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def made(folder: Path, **options: Any) -> Path:
-    request = compiler.Request(str(EXAMPLE), FORMATS, max_context=CONTEXT, **options)
-    compiler.export(request, folder / "bundle", check=False)
+    request = asking(str(EXAMPLE), FORMATS, max_context=CONTEXT, **options)
+    compiler.export(changed(request, verify=False), folder / "bundle")
     return folder / "bundle"
 
 

@@ -16,6 +16,7 @@ import pytest
 from helpers import tiny
 from helpers.cli_runner import edgewright
 from helpers.killed_export import EXAMPLES, Killed, contents, request
+from helpers.requests import asking, changed
 
 from edgewright import compiler
 from edgewright.bundle import CHECKPOINT
@@ -23,7 +24,6 @@ from edgewright.calibration import samples
 from edgewright.compiler import export
 from edgewright.errors import UserError, VerificationFailure
 from edgewright.pipeline import gptq
-from edgewright.pipeline.request import Request
 from edgewright.quant.plan import BitPlan
 from edgewright.system.resumable import ResumableExport
 
@@ -47,7 +47,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 @pytest.mark.parametrize("example", ["t5gemma-g2p", "dolphin-packages", "deltanet-g2p"])
 def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) -> None:
     told: list[str] = []
-    whole = export(request(example), tmp_path / "whole", check=False)
+    whole = export(changed(request(example), verify=False), tmp_path / "whole")
     entries = whole.planned.plan.entries.values()
     by_gptq = sum(e.quantizer == "gptq" and e.bits < 16 for e in entries)
     assert by_gptq > 20
@@ -55,11 +55,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) ->
         with pytest.MonkeyPatch.context() as patched:
             killed_at(patched, max(0, count - len(list(tmp_path.glob(".killed.*/.work/codes/*.safetensors")))))
             with pytest.raises(Killed):
-                export(request(example), tmp_path / "killed", check=False)
+                export(changed(request(example), verify=False), tmp_path / "killed")
         assert not (tmp_path / "killed").exists()
         (partial,) = tmp_path.glob(".killed.*.partial")
         assert len(list(partial.glob(".work/codes/*.safetensors"))) == count
-    export(request(example), tmp_path / "killed", check=False, progress=told.append)
+    export(changed(request(example), verify=False), tmp_path / "killed", progress=told.append)
     assert any("weights are done already" in line for line in told)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
@@ -67,8 +67,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) ->
 
 def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Core ML's and TensorRT's own files differ from build to build
-    asked = Request(str(tiny.write_tiny_llama(tmp_path / "model")), ("executorch", "onnx"), max_context=64)
-    export(asked, tmp_path / "whole", check=False)
+    asked = asking(str(tiny.write_tiny_llama(tmp_path / "model")), ("executorch", "onnx"), max_context=64)
+    export(changed(asked, verify=False), tmp_path / "whole")
     lower_apart = compiler.lower_apart
 
     def dying(name: str, *rest: Any) -> Any:
@@ -80,9 +80,9 @@ def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pyte
         patched.setattr(compiler, "lower_apart", dying)
         patched.setattr(ResumableExport, "discard", ResumableExport.leave)
         with pytest.raises(Killed):
-            export(asked, tmp_path / "killed", check=False)
+            export(changed(asked, verify=False), tmp_path / "killed")
     told: list[str] = []
-    export(asked, tmp_path / "killed", check=False, progress=told.append)
+    export(changed(asked, verify=False), tmp_path / "killed", progress=told.append)
     assert {"quantized already", "executorch: lowered already"} <= set(told)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -114,7 +114,7 @@ def test_two_runs_of_one_command_do_not_mix(tmp_path: Path) -> None:
     checkpoint = compiler.open_model(asked.model)
     first = ResumableExport(tmp_path / "bundle", compiler._job(asked, checkpoint))
     with pytest.raises(UserError, match="another run of this command is writing"):
-        export(asked, tmp_path / "bundle", check=False)
+        export(changed(asked, verify=False), tmp_path / "bundle")
     assert first.path.exists()
     first.discard()
 
@@ -147,14 +147,14 @@ def test_a_run_that_ends_early_keeps_codes_and_says_so(
     monkeypatch.setattr(gptq.CodeStore, "write", interrupt)
     told: list[str] = []
     with pytest.raises(seen, match=line) as raised:
-        export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+        export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle")
     (partial,) = tmp_path.glob(".bundle.*.partial")
     assert raised.value.__notes__ == [f"what is done is kept in {partial}: the same command goes on from there"]
     monkeypatch.setattr(gptq.CodeStore, "write", write)
-    export(request("deltanet-g2p", num_layers=1), tmp_path / "bundle", check=False, progress=told.append)
+    export(changed(request("deltanet-g2p", num_layers=1), verify=False), tmp_path / "bundle", progress=told.append)
     assert f"{partial} is left from another run; remove it if it is not wanted" in told
     shutil.rmtree(tmp_path / "bundle")
-    export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle", progress=told.append)
     assert any(re.fullmatch(r"gptq: 3 of \d+ weights are done already", line) for line in told)
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
 
@@ -187,10 +187,10 @@ def test_an_output_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compiler, "_refuse_too_large", meanwhile)
         with pytest.raises(UserError, match=r"bundle cannot be written .*File exists"):
-            export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+            export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle")
     (tmp_path / "bundle").rmdir()
     told: list[str] = []
-    export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle", progress=told.append)
     assert {"quantized already", "onnx: lowered already"} <= set(told)
 
 
@@ -203,7 +203,7 @@ def test_a_target_that_fails_its_check_is_lowered_anew(tmp_path: Path) -> None:
         with pytest.raises(VerificationFailure):
             export(request("deltanet-g2p"), tmp_path / "bundle")
     told: list[str] = []
-    export(request("deltanet-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle", progress=told.append)
     assert "quantized already" in told
     assert "onnx: lowered already" not in told
 
@@ -212,14 +212,14 @@ def test_codes_of_another_plan_are_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.MonkeyPatch.context() as patched:
         killed_at(patched, 6)
         with pytest.raises(Killed):
-            export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+            export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle")
     for path in tmp_path.glob(".bundle.*/.work/codes/*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"not the codes of .*; remove .* and start anew"):
-        export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+        export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle")
     (left,) = tmp_path.glob(".bundle.*.partial")
     shutil.rmtree(left / ".work" / "codes")  # as it says
-    export(request("deltanet-g2p"), tmp_path / "bundle", check=False)
+    export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
 
 
@@ -229,7 +229,7 @@ def test_gptq_is_better_than_rounding_and_verified(tmp_path: Path) -> None:
     right = {}
     for quantizer in ("rtn", "gptq"):
         made = export(
-            Request(
+            asking(
                 str(folder),
                 bits=2.6,
                 groups=(64,),
@@ -250,16 +250,16 @@ def test_a_plan_that_needs_data_says_so(tmp_path: Path) -> None:
     planned = compiler.plan(request("deltanet-g2p"))
     assert planned.plan.calibration is not None
     folder = EXAMPLES / "deltanet-g2p"
-    again = compiler.plan(Request(str(folder), plan=planned.plan, task=folder / "task.tsv", max_context=64))
+    again = compiler.plan(asking(str(folder), plan=planned.plan, task=folder / "task.tsv", max_context=64))
     assert again.plan == planned.plan
     text = tmp_path / "other.tsv"
     text.write_text("\n".join((folder / "task.tsv").read_text().splitlines()[5:50]) + "\n")
     with pytest.raises(UserError, match="planned on other calibration data; give the same --calibration"):
-        compiler.plan(Request(str(folder), plan=planned.plan, task=text, max_context=64))
+        compiler.plan(asking(str(folder), plan=planned.plan, task=text, max_context=64))
     with pytest.raises(UserError, match="gptq needs data: give --calibration FILE"):
-        compiler.plan(Request(str(folder), plan=planned.plan, max_context=64))
+        compiler.plan(asking(str(folder), plan=planned.plan, max_context=64))
     with pytest.raises(UserError, match="gptq needs data"):
-        compiler.plan(Request(str(tiny.write_tiny_llama(tmp_path / "llama")), quantizer="gptq", max_context=64))
+        compiler.plan(asking(str(tiny.write_tiny_llama(tmp_path / "llama")), quantizer="gptq", max_context=64))
     assert BitPlan.from_json(planned.plan.to_json()) == planned.plan
 
 
@@ -284,7 +284,7 @@ def test_a_memory_limit_is_refused_at_the_start(tmp_path: Path, quantizer: str, 
 
 
 def test_calibration_of_a_module_of_ones_own(tmp_path: Path) -> None:
-    made = export(Request("helpers.user_modules:unet", bits=5.0, quantizer="gptq"), tmp_path / "bundle")
+    made = export(asking("helpers.user_modules:unet", bits=5.0, quantizer="gptq"), tmp_path / "bundle")
     assert made.report is not None
     assert made.planned.plan.calibration is not None
     assert (tmp_path / "bundle" / CHECKPOINT / "plan.json").read_text().count('"gptq"') > 3

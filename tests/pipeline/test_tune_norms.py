@@ -15,6 +15,7 @@ from helpers.calibration import opened, samples_of
 from helpers.cli_runner import edgewright
 from helpers.family_table import CONFIGS
 from helpers.killed_export import Killed, contents, request
+from helpers.requests import changed
 from safetensors.torch import save_file
 
 from edgewright import compiler
@@ -235,24 +236,24 @@ def _enough_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_enough_data")
 def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
-    asked = dataclasses.replace(request("deltanet-g2p"), bits=3.0)
+    asked = changed(request("deltanet-g2p"), bits=3.0)
     told: list[str] = []
     made = export(asked, tmp_path / "tuned", progress=told.append)  # verified: the artefact holds them
     facts = Bundle.open(tmp_path / "tuned").manifest.tuned_norms
     assert facts is not None
     assert 0.0 < facts.after < 0.9 * facts.before
     assert any(line.startswith("norms: tuned, from 0.") for line in told)
-    kept = export(dataclasses.replace(asked, norms="kept"), tmp_path / "kept", check=False)
+    kept = export(changed(asked, norms="kept", verify=False), tmp_path / "kept")
     assert Bundle.open(tmp_path / "kept").manifest.tuned_norms is None
     source = open_checkpoint(asked.model)
     stored = {n: open_checkpoint(str(tmp_path / n / CHECKPOINT)) for n in ("tuned", "kept")}
-    changed = set()
+    differing = set()
     for name in made.planned.other:
         original = source.tensor(name)
         assert torch.equal(stored["kept"].tensor(name), original)
         assert stored["tuned"].info(name).dtype == original.dtype
-        changed |= set() if torch.equal(stored["tuned"].tensor(name), original) else {name}
-    assert changed == {n for n in vectors(build(source.config)) if source.tensor(n).any()}
+        differing |= set() if torch.equal(stored["tuned"].tensor(name), original) else {name}
+    assert differing == {n for n in vectors(build(source.config)) if source.tensor(n).any()}
     codes = [n for n in stored["kept"].names() if n.endswith(".codes")]
     assert all(torch.equal(stored["kept"].tensor(n), stored["tuned"].tensor(n)) for n in codes)
     assert kept.planned.plan == made.planned.plan
@@ -264,7 +265,7 @@ def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request("deltanet-g2p")
-    whole = export(asked, tmp_path / "whole", check=False)
+    whole = export(changed(asked, verify=False), tmp_path / "whole")
     assert whole.manifest.tuned_norms is not None
     finish = ResumableExport.finish
 
@@ -284,10 +285,12 @@ def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
         elif moment == "before the checkpoint":
             patched.setattr(compiler, "quantize_checkpoint", _killed)
         with pytest.raises(Killed):
-            export(asked, tmp_path / "killed", check=False, progress=half_way if moment == "half way" else str)
+            export(
+                changed(asked, verify=False), tmp_path / "killed", progress=half_way if moment == "half way" else str
+            )
     if moment == "before the checkpoint":
         monkeypatch.setattr(compiler, "tune_norms", _killed)  # what is found is not looked for again
-    export(asked, tmp_path / "killed", check=False)
+    export(changed(asked, verify=False), tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -299,7 +302,7 @@ def _killed(*_: Any) -> Any:
 def test_norms_are_kept_where_memory_does_not_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: 1 << 50)
     told: list[str] = []
-    made = export(request("t5gemma-g2p"), tmp_path / "bundle", check=False, progress=told.append)
+    made = export(changed(request("t5gemma-g2p"), verify=False), tmp_path / "bundle", progress=told.append)
     assert made.manifest.tuned_norms is None
     assert any(line.startswith("norms: kept, as tuning them would take about 1048576.0 GiB") for line in told)
 
@@ -311,7 +314,7 @@ def test_memory_that_is_gone_by_then_is_said_and_codes_are_kept(
     sizes = iter([1, 1 << 50])
     monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: next(sizes))
     with pytest.raises(UserError, match=r"tuning norms takes memory: about 1048576.0 GiB") as caught:
-        export(request("t5gemma-g2p"), tmp_path / "bundle", check=False)
+        export(changed(request("t5gemma-g2p"), verify=False), tmp_path / "bundle")
     assert "the same command goes on from there" in caught.value.__notes__[0]
 
 

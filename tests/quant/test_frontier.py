@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from helpers import tiny
 from helpers.random_plans import random_case
+from helpers.requests import asking
 
 from edgewright.cli import main
 from edgewright.errors import UserError
 from edgewright.pipeline.plan import plan
 from edgewright.pipeline.planned import Planned
-from edgewright.pipeline.request import Request
 from edgewright.quant.allocator import Problem, expected_loss, plan_within
 from edgewright.quant.frontier import better, frontier, uniform
 from edgewright.quant.overrides import Override
@@ -140,10 +140,10 @@ def test_table_json_and_plot(tmp_path: Path) -> None:
 
 def test_losses_a_linear_are_shown_where_they_were_measured(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.LLAMA)
-    planned = plan(Request(str(folder), bits=5.0, importance="uniform"))
+    planned = plan(asking(str(folder), bits=5.0, importance="uniform"))
     assert "nats" not in plan_report.plan_text(planned)
     entries = {name: replace(e, loss=0.001 * (1 + i)) for i, (name, e) in enumerate(planned.plan.entries.items())}
-    planned.plan = replace(planned.plan, entries=entries)
+    planned = replace(planned, plan=replace(planned.plan, entries=entries))
     shown = plan_report.plan_text(planned)
     total = sum(entry.loss or 0.0 for entry in entries.values())
     assert f"predicted loss of the plan: {total:.4g} nats a token" in shown

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.requests import asking
 from helpers.tiny import EXAMPLE, LLAMA, write_tiny_gemma3, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright.calibration.prompts import random_prompts
@@ -18,7 +19,6 @@ from edgewright.models.layers.activations import ACTIVATIONS, gelu_tanh
 from edgewright.models.layers.mlp import GatedMLP
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build, shorten
-from edgewright.pipeline.request import Request
 from edgewright.rewrites.eugen.features import augment, bernstein, closed_form, draw, gaussian, gaussian_orthogonal
 from edgewright.rewrites.eugen.rewrite import EUGenSpec, rewrite_eugen
 from edgewright.rewrites.eugen.transfer import HELD, TRAIN, TUNE, transfer
@@ -176,7 +176,7 @@ def test_a_rewritten_model_exports_and_verifies(name, tmp_path):
         assert layer.flops[1] == 2 * (3 * 32 * hidden + 64 * hidden) < layer.flops[0]
         assert layer.bytes == (2 * layer.parameters[0], 2 * layer.parameters[1])
         assert 0 < layer.fit.error < 1
-    exported = export(Request(str(tmp_path / "new"), widths=(4, 8)), tmp_path / "bundle")
+    exported = export(asking(str(tmp_path / "new"), widths=(4, 8)), tmp_path / "bundle")
     assert exported.report is not None  # compared, or it would have raised
     planned = set(exported.planned.plan.entries)
     assert {f"{layer.path}.{part}.weight" for layer in report.layers for part in ("features", "out")} <= planned
@@ -292,7 +292,7 @@ def test_the_example_still_spells(tmp_path):
     report = rewrite_eugen(str(EXAMPLE), r"(en|de)coder\.layers\.1\.mlp:m=128,k=2", task, tmp_path / "new")
     assert [layer.path for layer in report.layers] == ["model.encoder.layers.1.mlp", "model.decoder.layers.1.mlp"]
     assert report.layers[0].fit.error < 0.25
-    exported = export(Request(str(tmp_path / "new"), widths=(4, 8)), tmp_path / "bundle")
+    exported = export(asking(str(tmp_path / "new"), widths=(4, 8)), tmp_path / "bundle")
     assert exported.report is not None  # compared, or it would have raised
     (tmp_path / "held.tsv").write_text("\n".join(lines[400:500]) + "\n")
     from edgewright.verification.verify import verify

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from helpers import tiny
 from helpers.family_table import CONFIGS
+from helpers.requests import asking
 from helpers.tiny_families import FAMILIES
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,6 @@ from edgewright.models.layers.norm import RMSNorm
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.quant.rtn import quantize_rtn
 from edgewright.rewrites.smooth import Change, SmoothReport, rewrite_smooth, scales
 from edgewright.runtimes.eager import EagerSession
@@ -52,7 +52,7 @@ def planted(folder: Path, family: str, **options: Any) -> Path:
 
 
 def spec_of(path: Path) -> Generation:
-    return plan(Request(str(path), bits=6.0, importance="uniform", max_context=48)).generation
+    return plan(asking(str(path), bits=6.0, importance="uniform", max_context=48)).generation
 
 
 def samples_of(spec: Generation, seed: int, count: int = 4) -> list[Sample]:
@@ -160,7 +160,7 @@ def test_gains_held_less_one_become_float32_and_export(tmp_path: Path, monkeypat
     report, _ = smoothed(planted(tmp_path, "gemma3_text"), tmp_path)
     assert report.widened
     assert all("norm" in name for name in report.widened)
-    request = compiler.Request(str(tmp_path / "smooth"), ("onnx",), bits=6.0, max_context=48)
+    request = asking(str(tmp_path / "smooth"), ("onnx",), bits=6.0, max_context=48)
     made = compiler.export(request, tmp_path / "bundle")
     assert made.report is not None
     assert made.report.targets[0].passed

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner
 from helpers import tiny
+from helpers.requests import asking
 from helpers.tiny_families import FAMILIES
 
 from edgewright import compiler
@@ -111,7 +112,7 @@ def test_refusals() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("dolphin") / "bundle"
-    report = compiler.export(compiler.Request(str(EXAMPLE), bits=6.0), made).report
+    report = compiler.export(asking(str(EXAMPLE), bits=6.0), made).report
     assert report is not None
     assert report.passed
     return made
@@ -150,7 +151,7 @@ def test_run_answers_from_a_context_and_from_its_kept_memory(bundle: Path, tmp_p
 
 def test_other_models_keep_no_memory(tmp_path: Path) -> None:
     model = tiny.write_tiny_t5gemma(tmp_path / "model")
-    compiler.export(compiler.Request(str(model), bits=6.0), tmp_path / "bundle", check=False)
+    compiler.export(asking(str(model), bits=6.0, verify=False), tmp_path / "bundle")
     (tmp_path / "text").write_text("text")
     result = edgewright("run", tmp_path / "bundle", "--prompt", "k n", "--context", tmp_path / "text")
     assert result.exit_code == 2
@@ -193,4 +194,4 @@ def test_a_manifest_whose_contexts_do_not_fit_is_refused(bundle: Path, tmp_path:
 def test_more_context_than_the_prompt_holds_is_refused(tmp_path: Path) -> None:
     model = tiny.write(tmp_path / "model", FAMILIES["dolphin"])
     with pytest.raises(UserError, match="leaves no room for a context"):
-        compiler.plan(compiler.Request(str(model), max_context=4))
+        compiler.plan(asking(str(model), max_context=4))

@@ -10,13 +10,13 @@ from pathlib import Path
 import joblib  # type: ignore[import-untyped]
 import pytest
 import torch
+from helpers.requests import asking
 
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.errors import UserError
 from edgewright.importance.kl import kl_of_each
 from edgewright.pipeline.gptq import quantize_rows
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.quant.hessian import factor
 from edgewright.quant.plan import Entry
 from edgewright.system.workers import Workers
@@ -67,7 +67,7 @@ def codes(workers: Workers) -> list[torch.Tensor]:
 def divergences(workers: Workers) -> list[float]:
     """Of three weights rounded each alone: what a sweep of plans and `--importance kl` are made of."""
     checkpoint = open_checkpoint(str(EXAMPLE))
-    planned = plan(Request(str(EXAMPLE), task=EXAMPLE / "task.tsv", importance="zd", max_context=64))
+    planned = plan(asking(str(EXAMPLE), task=EXAMPLE / "task.tsv", importance="zd", max_context=64))
     parts = [{unit.weights[0].name: (3, 32, False)} for unit in planned.units[:3]]
     with workers.running():
         return kl_of_each(checkpoint, planned.config, parts, planned.generation, planned.samples[:4], workers)

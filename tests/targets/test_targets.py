@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.requests import asking
 from helpers.tiny import write_tiny_llama
 
 from edgewright import compiler
@@ -82,7 +83,7 @@ def test_an_unknown_format_names_the_known_ones() -> None:
 def test_a_plan_for_several_targets_uses_what_all_of_them_store_whole(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "model")
     formats = ("onnx", "executorch", "coreml", "tensorrt", "qnn")
-    planned = compiler.plan(compiler.Request(str(model), formats, bits=5.5))
+    planned = compiler.plan(asking(str(model), formats, bits=5.5))
     assert common_bits(formats) == (4, 8)
     assert {e.bits for e in planned.plan.entries.values()} <= {4, 8}
     assert set(planned.alone) == set(formats)
@@ -91,7 +92,7 @@ def test_a_plan_for_several_targets_uses_what_all_of_them_store_whole(tmp_path: 
         assert alone.loss_ratio >= 1 - 1e-9
     # Core ML alone has 3 and 6 bits besides: at this budget they are worth something.
     assert planned.alone["coreml"].loss_ratio > 1.05
-    single = compiler.plan(compiler.Request(str(model), ("coreml",), bits=5.5))
+    single = compiler.plan(asking(str(model), ("coreml",), bits=5.5))
     assert single.alone == {}
     ratio = expected_loss(planned.plan, planned.units) / expected_loss(single.plan, single.units)
     assert planned.alone["coreml"].loss_ratio == pytest.approx(ratio)
@@ -105,7 +106,7 @@ def test_a_plan_for_several_targets_uses_what_all_of_them_store_whole(tmp_path: 
 @pytest.mark.parametrize("data", [None, "task.tsv"])
 def test_the_negative_scales_that_one_of_several_targets_forgoes_are_in_its_price(data: str | None) -> None:
     model = Path(__file__).parent.parent.parent / "examples" / "deltanet-g2p"
-    request = compiler.Request(
+    request = asking(
         str(model), ("onnx", "executorch"), bits=4.5, widths=(4, 8), groups=(64,), task=data and model / data
     )
     price = {target: alone.loss_ratio for target, alone in compiler.plan(request).alone.items()}
@@ -146,7 +147,7 @@ def test_strict_placement_does_not_pass_what_nobody_knows() -> None:
 def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Path, without: Any) -> None:
     pytest.importorskip("coremltools")
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
-    compiler.export(compiler.Request(str(model), ("onnx", "coreml"), bits=6.0), tmp_path / "bundle", check=False)
+    compiler.export(asking(str(model), ("onnx", "coreml"), bits=6.0, verify=False), tmp_path / "bundle")
     without("coremltools")
     report = verify(tmp_path / "bundle")
     assert [t.format for t in report.targets] == ["onnx"]
@@ -164,8 +165,8 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
 def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
-    both = compiler.plan(compiler.Request(str(model), ("onnx", "tensorrt"), bits=6.0)).plan  # scales are positive
-    made = compiler.export(compiler.Request(str(model), plan=both), tmp_path / "bundle", check=False)
+    both = compiler.plan(asking(str(model), ("onnx", "tensorrt"), bits=6.0)).plan  # scales are positive
+    made = compiler.export(asking(str(model), plan=both, verify=False), tmp_path / "bundle")
     checkpoint, options, said = made.path / "checkpoint", Options(16, tensorrt_sms=(75,)), []
     for lowering in (lower, lower_apart):
         with pytest.raises(UserError, match=r"SM 75 is not supported"):
@@ -178,7 +179,7 @@ def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> 
 
 def test_an_exporter_that_dies_elsewhere_is_one_line(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
-    made = compiler.export(compiler.Request(str(model), bits=6.0), tmp_path / "bundle", check=False)
+    made = compiler.export(asking(str(model), bits=6.0, verify=False), tmp_path / "bundle")
     with pytest.raises(
         UserError, match=r"--format onnx: lowering ended with status 1 \(.*No such file.*leave this target"
     ):
@@ -190,11 +191,11 @@ def test_an_exporter_that_dies_elsewhere_is_one_line(tmp_path: Path) -> None:
 
 def test_without_a_budget_the_nearest_to_the_default_is_taken(tmp_path: Path) -> None:
     model = str(write_tiny_llama(tmp_path / "model", num_hidden_layers=1))
-    usual = compiler.plan(compiler.Request(model)).plan.average_bits
+    usual = compiler.plan(asking(model)).plan.average_bits
     assert 4.3 < usual <= 4.5
-    low = compiler.plan(compiler.Request(model, widths=(2,))).plan
+    low = compiler.plan(asking(model, widths=(2,))).plan
     assert {e.bits for e in low.entries.values()} == {2}
-    high = compiler.plan(compiler.Request(model, ("ethosu",), widths=(8,))).plan
+    high = compiler.plan(asking(model, ("ethosu",), widths=(8,))).plan
     assert {(e.bits, e.group_size) for e in high.entries.values()} <= {(8, 64), (8, 96)}
     with pytest.raises(UserError, match="above the ceiling"):
-        compiler.plan(compiler.Request(model, widths=(2,), bits=4.5))
+        compiler.plan(asking(model, widths=(2,), bits=4.5))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.formula_session import Formula, log_softmax, logits_after
+from helpers.requests import asking
 from helpers.tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright import compiler
@@ -59,7 +60,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_llama(root / "model", num_hidden_layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, model / name)
-    compiler.export(compiler.Request(str(model), bits=6.0), root / "bundle", check=False)
+    compiler.export(asking(str(model), bits=6.0, verify=False), root / "bundle")
     return root / "bundle"
 
 
@@ -67,7 +68,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def t5gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("t5gemma")
     model = write_tiny_t5gemma(root / "model")
-    compiler.export(compiler.Request(str(model), bits=6.0), root / "bundle", check=False)
+    compiler.export(asking(str(model), bits=6.0, verify=False), root / "bundle")
     return root / "bundle"
 
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.formula_session import TABLE, VOCAB, Formula, log_softmax, logits_after
 from helpers.generations import CAUSAL, SEQ2SEQ
+from helpers.requests import asking
 from helpers.tiny import EXAMPLE, T5GEMMA, write, write_tiny_llama
 from helpers.tiny_families import FAMILIES
 
@@ -148,7 +149,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = write_tiny_llama(root / "model", num_hidden_layers=2)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, model / name)
-    compiler.export(compiler.Request(str(model), bits=6.0), root / "bundle", check=False)
+    compiler.export(asking(str(model), bits=6.0, verify=False), root / "bundle")
     return model, root / "bundle"
 
 
@@ -200,7 +201,7 @@ def test_text_and_task_through_encoders_and_contexts(family: str, tmp_path: Path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, model / name)
     path = tmp_path / "bundle"
-    compiler.export(compiler.Request(str(model), bits=6.0), path, check=False)
+    compiler.export(asking(str(model), bits=6.0, verify=False), path)
     text, task = tmp_path / "text.txt", tmp_path / "task.tsv"
     text.write_text(" ".join("knightoughwbcde" * 20))
     task.write_text(("k n o t\t" if family == "dolphin" else "") + "k n i g h t\tanswer\n")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny
+from helpers.requests import asking, changed
 from safetensors.torch import load_file, save_file
 
 from edgewright.bundle import CHECKPOINT, Bundle
@@ -23,7 +24,6 @@ from edgewright.exporters.coreml import export as coreml
 from edgewright.models.loading import quantized_parts
 from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
-from edgewright.pipeline.request import Request
 from edgewright.quant.overrides import Override
 from edgewright.runtimes.coreml.evaluator import Evaluator, _updates_in_place, through_half
 from edgewright.runtimes.coreml.session import ACCELERATOR, CoremlEvaluator, open_coreml
@@ -37,7 +37,7 @@ WIDTHS |= {"layers.1.mlp.(gate|up)": 8, "layers.1.mlp.down": 16, "lm_head": 16, 
 
 
 def _export(model: Path, out: Path, **options: object) -> Exported:
-    return export(Request(str(model), formats=("coreml",), **options), out)  # type: ignore[arg-type]
+    return export(asking(str(model), formats=("coreml",), **options), out)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_weights_that_are_alike_keep_all_their_names(tmp_path: Path) -> None:
     for name in [n for n in tensors if ".layers.1." in n]:
         tensors[name] = tensors[name.replace(".layers.1.", ".layers.0.")].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    exported = export(Request(str(model), formats=("coreml",), bits=4.5, importance="uniform"), tmp_path / "out")
+    exported = export(asking(str(model), formats=("coreml",), bits=4.5, importance="uniform"), tmp_path / "out")
     assert exported.report is not None
     assert exported.report.targets[0].passed
     assert set(tensors) == set(dict(coreml.read_weights(exported.path / "coreml")))
@@ -152,8 +152,8 @@ def test_size_is_within_three_percent_of_codes_and_scales(tmp_path: Path) -> Non
     widths = {r"layers\.0\..*(gate|up)_proj": 2, r"layers\.1\..*(gate|up)_proj": 3, r"layers\.2\..*(gate|up)_proj": 6}
     widths |= {r"layers\.3\..*(gate|up)_proj": 8}
     overrides = tuple(Override(name, bits) for name, bits in widths.items())
-    request = Request(str(tiny.EXAMPLE), formats=("coreml",), bits=4.5, widths=(2, 3, 4, 6, 8), overrides=overrides)
-    exported = export(request, tmp_path / "out", check=False)
+    request = asking(str(tiny.EXAMPLE), formats=("coreml",), bits=4.5, widths=(2, 3, 4, 6, 8), overrides=overrides)
+    exported = export(changed(request, verify=False), tmp_path / "out")
     blob = exported.path / "coreml" / PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     other = sum(_quantized(exported).tensor(n).numel() * 2 for n in exported.planned.other)
     ideal = exported.planned.plan.total_bytes + other
@@ -180,8 +180,8 @@ def test_shapes_are_static_or_bounded(mixed: Exported) -> None:
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     model = tiny.write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
-    request = Request(str(model), formats=("coreml",), bits=4.5)
-    hashes = [export(request, tmp_path / name, check=False).manifest.files for name in ("a", "b")]
+    request = asking(str(model), formats=("coreml",), bits=4.5)
+    hashes = [export(changed(request, verify=False), tmp_path / name).manifest.files for name in ("a", "b")]
     assert hashes[0] == hashes[1]
     assert all(p.stat().st_mode & 0o444 == 0o444 for p in (tmp_path / "a" / "coreml").rglob("*") if p.is_file())
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.requests import asking, changed
 
 from edgewright.bundle import Bundle
 from edgewright.compiler import export
-from edgewright.pipeline.request import Request
 from edgewright.runtimes.coreml import session as coreml
 from edgewright.runtimes.coreml.device import ACCELERATORS, CoremlDevice
 from edgewright.runtimes.coreml.evaluator import Evaluator
@@ -53,8 +53,8 @@ class FakeModel:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
-    request = Request(str(tiny.write_tiny_t5gemma(folder / "model")), formats=("coreml",), bits=4.5)
-    return export(request, folder / "out", check=False).path
+    request = asking(str(tiny.write_tiny_t5gemma(folder / "model")), formats=("coreml",), bits=4.5)
+    return export(changed(request, verify=False), folder / "out").path
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.onnx_cases import quantize
+from helpers.requests import asking
 from helpers.tiny import EXAMPLE, write_tiny_gemma3, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright.bundle import Generation, GraphSpec
@@ -339,10 +340,9 @@ def _any_key(case: Case) -> str:
 @pytest.mark.slow
 def test_the_example_exports_and_verifies(tmp_path: Path) -> None:
     from edgewright.compiler import export
-    from edgewright.pipeline.request import Request
     from edgewright.verification.verify import verify
 
-    made = export(Request(str(EXAMPLE), ("executorch",), task=EXAMPLE / "task.tsv"), tmp_path / "bundle")
+    made = export(asking(str(EXAMPLE), ("executorch",), task=EXAMPLE / "task.tsv"), tmp_path / "bundle")
     (target,) = verify(made.path).targets
     assert target.passed
     assert target.lowering.top1 >= 0.99

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from helpers import tiny
+from helpers.requests import asking, changed
 from safetensors.torch import load_file, save_file
 
 from edgewright.bundle import Bundle, GraphSpec
@@ -27,7 +28,6 @@ from edgewright.exporters.artefact import Options
 from edgewright.models.loading import CODES, load_dequantized, quantized_parts
 from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
-from edgewright.pipeline.request import Request
 from edgewright.quant.overrides import Override
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.qnn.session import QnnSession
@@ -65,7 +65,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     changes = {"max_position_embeddings": 160} if name == "llama" else {}
     getattr(tiny, f"write_tiny_{name}")(folder / "model", **changes)
-    wanted = Request(
+    wanted = asking(
         str(folder / "model"),
         formats=("qnn",),
         bits=5.0,
@@ -75,7 +75,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         max_context=CONTEXT[name],
         htp=VERSIONS[name],
     )
-    export(wanted, folder / "bundle", check=False)
+    export(changed(wanted, verify=False), folder / "bundle")
     checkpoint = open_checkpoint(str(folder / "bundle" / "checkpoint"))
     plain = build(checkpoint.config)
     load_dequantized(plain, checkpoint)
@@ -212,8 +212,8 @@ def test_a_residual_beyond_float16_is_computed_right(tmp_path: Path) -> None:
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             tensor *= 1e4
     save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    wanted = Request(str(tmp_path / "model"), formats=("qnn",), bits=8.0, widths=(4, 8), max_context=32)
-    export(wanted, tmp_path / "bundle", check=False)
+    wanted = asking(str(tmp_path / "model"), formats=("qnn",), bits=8.0, widths=(4, 8), max_context=32)
+    export(changed(wanted, verify=False), tmp_path / "bundle")
     checkpoint = open_checkpoint(str(tmp_path / "bundle" / "checkpoint"))
     plain = build(checkpoint.config)
     load_dequantized(plain, checkpoint)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from helpers import tiny
+from helpers.requests import asking
 from onnx import TensorProto, helper
 
 from edgewright.bundle import GraphSpec
@@ -23,7 +24,6 @@ from edgewright.models.loading import load_dequantized, load_quantized
 from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.quant.overrides import Override
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.tensorrt.cuda import Device
@@ -58,8 +58,8 @@ class Made:
 def quantize(folder: Path, write: Any, overrides: tuple[Override, ...]) -> Path:
     """The checkpoint of a plan for TensorRT, whose scales are positive; no engine is built."""
     model = str(write(folder / "model"))
-    wanted = Request(model, ("tensorrt",), bits=5.0, groups=(32,), widths=(2, 3, 4, 5, 6, 8), overrides=overrides)
-    export(Request(model, plan=plan(wanted).plan), folder / "bundle", check=False)
+    wanted = asking(model, ("tensorrt",), bits=5.0, groups=(32,), widths=(2, 3, 4, 5, 6, 8), overrides=overrides)
+    export(asking(model, plan=plan(wanted).plan, verify=False), folder / "bundle")
     return folder / "bundle" / "checkpoint"
 
 

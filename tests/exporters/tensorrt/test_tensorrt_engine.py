@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from helpers import tiny
+from helpers.requests import asking
 
 from edgewright.bundle import GraphSpec
 from edgewright.checkpoints.opening import open_checkpoint
@@ -24,7 +25,6 @@ from edgewright.graph import Graph
 from edgewright.models.loading import load_quantized
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.request import Request
 from edgewright.runtimes.tensorrt import engine
 from edgewright.runtimes.tensorrt.network import NetworkSession
 from edgewright.runtimes.tensorrt.session import here, open_tensorrt
@@ -119,8 +119,8 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Graph
 
     folder = tmp_path_factory.mktemp("engines")
     source = str(tiny.write_tiny_t5gemma(folder / "model"))
-    made = plan(Request(source, ("tensorrt",), bits=5.0, groups=(32,)))
-    export(Request(source, plan=made.plan), folder / "bundle", check=False)
+    made = plan(asking(source, ("tensorrt",), bits=5.0, groups=(32,)))
+    export(asking(source, plan=made.plan, verify=False), folder / "bundle")
     checkpoint = open_checkpoint(str(folder / "bundle" / "checkpoint"))
     model = build(checkpoint.config)
     load_quantized(model, checkpoint)

@@ -1,0 +1,55 @@
+"""Every artefact of a new bundle against its reference, before the bundle appears."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from ..bundle import Bundle, Manifest
+from ..errors import VerificationFailure
+from ..system.memory import anonymous_bytes, require_available
+from ..system.resumable import ResumableExport
+from ..targets import libraries
+from ..verification.report import Report, require, require_placement
+from ..verification.verify import require_memory, verify
+from .planned import Planned
+from .request import Progress, Request
+from .write_bundle import Cost
+
+
+def refuse_too_large(planned: Planned, request: Request) -> None:
+    """Refuse before hours of work what memory cannot hold: the lowering of each target, and the check. Raises UserError."""
+    stored = {name: planned.true_bytes(name) for name in planned.formats}
+    for name, size in stored.items():
+        require_available(
+            libraries.BACKENDS[name].peak_bytes(size) - anonymous_bytes(),
+            f"--format {name}: its library takes memory",
+            "leave this target out, or give more",
+        )
+    if request.checks.verify:
+        require_memory(planned.weights, stored, original=False)
+
+
+def check_bundle(
+    request: Request, run: ResumableExport, manifest: Manifest, costs: Mapping[str, Cost], progress: Progress
+) -> Report | None:
+    """Reload and compare as `request.checks` says; the report goes into the bundle.
+
+    Raises VerificationFailure for a target that does not match its reference. The report then stays beside where the bundle
+    would have been.
+    """
+    if not request.checks.verify:
+        return None
+    report = verify(run.path, progress=progress)
+    try:
+        require(report)
+        if request.checks.strict_placement:
+            require_placement(report)
+    except VerificationFailure:
+        file = run.output.with_name(f"{run.output.name}.verification.json")
+        file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        raise
+    costed = {"costs": {name: asdict(cost) for name, cost in costs.items()}}
+    Bundle(run.path, manifest).write_report("export", report.to_json() | costed)
+    return report
