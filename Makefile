@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLE := examples/t5gemma-g2p
-FORMATS := onnx executorch coreml tensorrt qnn
+FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
 .PHONY: demo test test-slow lint clean
@@ -28,7 +28,7 @@ demo: $(VENV)/.product
 	$(BIN)/edgewright verify demo/bundle -m $(EXAMPLE) --format onnx --task $(EXAMPLE)/task.tsv
 	$(BIN)/edgewright profile demo/bundle -p 16 -n 32 -d 16 -r 5
 	@for word in $(WORDS); do echo "$$word -> $$($(BIN)/edgewright run demo/bundle --prompt "$$word")"; done
-	@for form in $(FORMATS); do echo "$$form: knight -> $$($(BIN)/edgewright run demo/bundle --format $$form --prompt "k n i g h t")"; done
+	@for target in $(FORMATS); do echo "$$target: knight -> $$($(BIN)/edgewright run demo/bundle --format $$target --prompt "k n i g h t")"; done
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile

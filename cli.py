@@ -54,14 +54,14 @@ def export(model: str, output: Path | None, dry_run: bool, as_json: bool, **opti
     from . import compiler
     from .reports import plan as plan_report
     from .reports import verify as verify_report
-    from .targets import libraries
+    from .targets.registry import require
 
     request = cli_options.request(model, options, note)
     if options["strict_placement"] and options["no_verify"]:
         raise UserError("--strict-placement judges what --no-verify skips; leave one of them out")
     if dry_run:
         for name in request.formats:
-            libraries.require(name)
+            require(name)
         planned = compiler.plan(request, note)
         _print(plan_report.plan_json(planned), plan_report.plan_text(planned), as_json)
         return

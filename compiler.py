@@ -11,7 +11,6 @@ import torch
 from .bundle import Manifest
 from .checkpoints.checkpoint import Checkpoint
 from .errors import UserError
-from .exporters.registry import require_kv_cache
 from .models.kv_cache import stored_as
 from .models.user_module.checkpoint import open_model
 from .pipeline.check import check_bundle, refuse_too_large
@@ -24,7 +23,7 @@ from .pipeline.write_bundle import Cost, lower_targets, write_bundle
 from .quant.plan import BitPlan
 from .system.reading import one_line
 from .system.resumable import ResumableExport
-from .targets import libraries
+from .targets.registry import require, require_kv_cache
 from .verification.report import Report
 
 __all__ = ["Cost", "Exported", "Planned", "Request", "export", "plan"]
@@ -50,7 +49,7 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
     """
     _refuse_existing(output)
     for name in request.formats:
-        libraries.require(name)  # a missing library is refused before any work
+        require(name)  # a missing library is refused before any work
     require_kv_cache(request.formats, request.targets.kv_cache)
     checkpoint = open_model(request.model)
     with resumable(request, output, checkpoint, progress) as run:

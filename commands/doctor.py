@@ -6,22 +6,21 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..targets.libraries import BACKENDS
+from ..targets.registry import TARGETS
 
 
 def doctor() -> dict[str, Any]:
     """Each target: whether its library is installed, in which version, what it can do on this machine, how to get it."""
     targets: dict[str, dict[str, Any]] = {}
-    for name, backend in BACKENDS.items():
+    for name, target in TARGETS.items():
         targets[name] = {
-            "installed": backend.installed,
-            "version": backend.version if backend.installed else None,
-            "here": HERE[name]() if backend.installed else None,
-            "get": None if backend.installed else backend.install,
+            "installed": target.installed,
+            "version": target.version if target.installed else None,
+            "here": target.describe() if target.installed else None,
+            "get": None if target.installed else target.install,
         }
     return {
         "python": platform.python_version(),
@@ -33,48 +32,9 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def _native() -> str:
-    return "exports, runs and verifies"
-
-
-def _coreml() -> str:
-    from ..runtimes.coreml.session import here
-
-    return here()
-
-
-def _tensorrt() -> str:
-    from ..runtimes.tensorrt.session import here
-
-    return here()
-
-
-def _qnn() -> str:
-    from ..runtimes.qnn.session import here
-
-    return here()
-
-
-def _ethosu() -> str:
-    return "exports encoders; verifies them through Arm's TOSA reference model on this CPU (the NPU itself is not here)"
-
-
-HERE: dict[str, Callable[[], str]] = {
-    "onnx": _native,
-    "executorch": _native,
-    "coreml": _coreml,
-    "tensorrt": _tensorrt,
-    "qnn": _qnn,
-    "ethosu": _ethosu,
-}
-
-
-"""What a target whose library is installed can do on this machine, in words."""
-
-
-def doctor_text(found: dict[str, Any]) -> str:
-    lines = [f"python {found['python']}, torch {found['torch']}, {found['cores']} cores, {found['platform']}"]
-    for name, t in found["targets"].items():
-        said = f"{t['here']} ({t['version'] or 'of unknown version'})" if t["installed"] else f"missing: {t['get']}"
-        lines.append(f"{name:<11} {said}")
+def doctor_text(result: dict[str, Any]) -> str:
+    lines = [f"python {result['python']}, torch {result['torch']}, {result['cores']} cores, {result['platform']}"]
+    for name, t in result["targets"].items():
+        state = f"{t['here']} ({t['version'] or 'of unknown version'})" if t["installed"] else f"missing: {t['get']}"
+        lines.append(f"{name:<11} {state}")
     return "\n".join(lines)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..pipeline.request import Request
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_HARDWARE = {"sms": "sm", "htp": "htp", "ethos_u": "ethos_u"}
 
 
 class SizeType(click.ParamType[int]):
@@ -124,18 +123,33 @@ def planning(command: Any) -> Any:
         click.option("--memory-limit", type=SizeType(), help="Most anonymous memory to take, such as 4g."),
         click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
         click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
-        click.option("--sm", type=IntList(), help="TensorRT: compute capabilities. Default: 86,89,120."),
-        click.option("--htp", type=IntList(), help="Qualcomm: HTP versions. Default: 75."),
-        click.option(
-            "--ethos-u",
-            multiple=True,
-            metavar="CONFIG",
-            help="Arm: configurations; repeatable. Default: ethos-u85-256.",
-        ),
+        *_target_options(),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _target_options() -> list[Any]:
+    """A target's own option, of each that has one."""
+    from ..targets.registry import TARGETS
+
+    own = [target.option for target in TARGETS.values() if target.option is not None]
+    return [
+        click.option(o.flag, type=IntList(), help=o.help)
+        if o.kind == "numbers"
+        else click.option(o.flag, multiple=True, metavar="CONFIG", help=o.help)
+        for o in own
+    ]
+
+
+def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
+    """What was given of the targets' own options, by target."""
+    from ..targets.registry import TARGETS
+
+    flags = {name: target.option.flag for name, target in TARGETS.items() if target.option is not None}
+    given = {name: options[flag.removeprefix("--").replace("-", "_")] for name, flag in flags.items()}
+    return {name: values for name, values in given.items() if values}
 
 
 def request(model: str, options: dict[str, Any], note: Callable[[str], None]) -> Request:
@@ -144,10 +158,10 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
     from ..quant.overrides import Override
     from ..quant.plan import BitPlan
     from ..system.workers import Workers
-    from ..targets.libraries import chosen
+    from ..targets.registry import choose
 
-    formats, left = chosen(options["formats"])
-    for line in left:
+    formats, left_out = choose(options["formats"])
+    for line in left_out:
         note(line)
     group = options["group_size"]
     plan_file: Path | None = options["plan_file"]
@@ -188,7 +202,7 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         targets=TargetOptions(
             formats=formats,
             kv_cache=options["kv_cache"],
-            **{key: options[name] for key, name in _HARDWARE.items() if options[name]},
+            own=_own_choices(options),
         ),
         checks=CheckOptions(
             verify=not options.get("no_verify", False), strict_placement=options.get("strict_placement", False)

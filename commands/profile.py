@@ -13,7 +13,7 @@ from typing import Any
 from ..bundle import Bundle, Generation
 from ..errors import UserError
 from ..system.subprocesses import ChildFailed, run_child
-from ..targets.libraries import BACKENDS
+from ..targets.registry import TARGETS
 
 FORMATS = ("md", "json", "csv", "html")
 
@@ -45,8 +45,8 @@ def profile(
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name in asked_for or held:
-        if not (asked_for or (name in BACKENDS and BACKENDS[name].installed)):
-            missing[name] = f"its runtime is not installed: {BACKENDS[name].install if name in BACKENDS else name}"
+        if not (asked_for or (name in TARGETS and TARGETS[name].installed)):
+            missing[name] = f"its runtime is not installed: {TARGETS[name].install if name in TARGETS else name}"
             continue
         request = {"path": str(path), "format": name, "prompts": list(prompts), "new": new, "depths": list(depths)}
         found = _in_a_process(path, request | {"repeats": repeats, "threads": threads})

@@ -1,4 +1,4 @@
-"""What every exporter takes and gives. A leaf: nothing of a backend enters."""
+"""What every exporter takes and gives."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say of targets.
+    """What a user may say of a target.
 
-    max_positions bounds rotary tables and KV caches, in tokens. tensorrt_sms: compute capabilities an engine is built
-    for. qnn_htp: HTP versions. ethosu: accelerator configurations. prompts: token ids that calibrate static activation
-    ranges, where a target has them. kv_cache: "float32" or "int8" (`models.kv_cache`).
+    max_positions bounds rotary tables and KV caches, in tokens. choices: what is asked of this target alone, such as compute
+    capabilities (`targets.target.TargetOption`). prompts: token ids that calibrate static activation ranges, where a target
+    has them. kv_cache: "float32" or "int8" (`models.kv_cache`).
     """
 
     max_positions: int
-    tensorrt_sms: tuple[int, ...] = (86, 89, 120)
-    qnn_htp: tuple[int, ...] = (75,)
-    ethosu: tuple[str, ...] = ("ethos-u85-256",)
+    choices: tuple[int, ...] | tuple[str, ...] = ()
     prompts: tuple[tuple[int, ...], ...] = ()
     kv_cache: Literal["float32", "int8"] = "float32"
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The choices of a target whose option takes whole numbers."""
+        return tuple(int(choice) for choice in self.choices)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The choices of a target whose option takes names."""
+        return tuple(str(choice) for choice in self.choices)
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,37 @@
-"""One file a target, each a table of lowerings. What may enter: `ops`, `graph`, `bundle`, `backends`.
+"""From a target's name to its exporter: `exporters/<name>/export.py`, or the file `exporters/<name>.py`.
 
-An exporter module bears its target's name and has `export(graphs, directory, options, progress) -> Artefact`, which stores
-the codes and scales that the graphs' quantized modules carry and never quantizes, and `read_weights(directory)`, which
-reads them back from the files. Its library is imported inside it, when it is asked for.
+It has `export(graphs, directory, options, progress) -> Artefact`, which stores the codes and scales that the graphs' quantized
+modules carry and never quantizes, and `read_weights(directory)`, which reads them back from the files.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, cast
 
-from ..errors import UserError
-from ..targets import libraries
+import torch
 
-INT8_CACHES = ("onnx", "executorch")
-"""The formats whose lowerings know KV caches in int8."""
-
-
-def exporter(format: str) -> Any:
-    """The exporter module of a format. Raises UserError for an unknown format or a library that is not installed."""
-    libraries.require(format)
-    return importlib.import_module(f".{format}.export", __package__)
+from ..graph import Graph
+from ..targets.registry import require
+from .artefact import Artefact, Options, Progress
 
 
-def require_kv_cache(formats: Iterable[str], stored: str) -> None:
-    """Raise UserError for a format that cannot keep its KV caches as asked: "float32" or "int8" (`models.kv_cache`)."""
-    lacking = [name for name in formats if stored == "int8" and name not in INT8_CACHES]
-    if lacking:
-        raise UserError(f"--kv-cache int8: {lacking[0]} keeps float caches; export it without")
+class Exporter(Protocol):
+    """What an exporter module offers."""
+
+    def export(
+        self, graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = ...
+    ) -> Artefact: ...
+
+    def read_weights(self, directory: Path) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+def exporter(name: str) -> Exporter:
+    """The exporter of a target. Raises UserError for an unknown target or a library that is not installed."""
+    require(name)
+    module = importlib.import_module(f".{name}", __package__)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(".export", module.__name__)
+    return cast(Exporter, module)

@@ -10,7 +10,7 @@ from ..bundle import Bundle, Manifest
 from ..errors import VerificationFailure
 from ..system.memory import anonymous_bytes, require_available
 from ..system.resumable import ResumableExport
-from ..targets import libraries
+from ..targets.registry import TARGETS
 from ..verification.report import Report, require, require_placement
 from ..verification.verify import require_memory, verify
 from .planned import Planned
@@ -23,7 +23,7 @@ def refuse_too_large(planned: Planned, request: Request) -> None:
     stored = {name: planned.true_bytes(name) for name in planned.formats}
     for name, size in stored.items():
         require_available(
-            libraries.BACKENDS[name].peak_bytes(size) - anonymous_bytes(),
+            TARGETS[name].peak_bytes(size) - anonymous_bytes(),
             f"--format {name}: its library takes memory",
             "leave this target out, or give more",
         )

@@ -15,7 +15,7 @@ import torch
 from ..errors import UserError
 from ..exporters.artefact import Artefact, Options, Progress
 from ..system.subprocesses import ChildFailed, run_child, serve
-from ..targets.storage import SIGNED
+from ..targets.registry import TARGETS
 
 
 def lower(format: str, checkpoint: Path, directory: Path, options: Options, progress: Progress) -> Artefact:
@@ -31,15 +31,14 @@ def lower(format: str, checkpoint: Path, directory: Path, options: Options, prog
     load_quantized(model, quantized)
     _refuse_signed(format, model)
     graphs = stored_as(model.graphs(), options.kv_cache)
-    made: Artefact = exporter(format).export(graphs, directory, options, progress)
-    return made
+    return exporter(format).export(graphs, directory, options, progress)
 
 
 def _refuse_signed(format: str, model: Any) -> None:
     """Raise UserError for a checkpoint of another plan: its scales may be negative where the target does not hold such."""
     from ..models.layers.linear import QuantizedEmbedding, QuantizedLinear
 
-    if format in SIGNED:
+    if TARGETS[format].signed_scales:
         return
     for path, module in model.named_modules():
         if (

@@ -14,8 +14,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..importance.score import Scores
 from ..quant.allocator import Problem
 from ..quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
-from ..targets import libraries
-from ..targets.storage import TIED_TWICE, stored_bytes
+from ..targets.registry import TARGETS
+from ..targets.storage import stored_bytes
 from .baseline import Baseline, SingleTargetPlan
 
 
@@ -56,14 +56,14 @@ class Planned:
 
     def held_by(self, target: str) -> list[WeightSpec]:
         """The planned weights that an artefact of `target` holds: all, but for a target of some graphs."""
-        part = libraries.BACKENDS[target].graphs
+        part = TARGETS[target].graphs
         names = {n for g in self.model.graphs() if g.name in part for n in g.parameters()}
         return [w for u in self.units for w in u.weights if not part or w.name in names]
 
     def true_bytes(self, target: str) -> int:
         """Bytes the planned weights take in an artefact of `target`, containers and scale types counted."""
         entries = self.plan.entries
-        twice = set(self.model.tied.values()) if target in TIED_TWICE else set()
+        twice = set(self.model.tied.values()) if TARGETS[target].tied_twice else set()
         return sum(
             stored_bytes(target, entries[w.name].bits, entries[w.name].group_size, *w.shape)
             * (2 if w.name in twice else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 from ..quant.overrides import Override
 from ..quant.plan import BitPlan
 from ..system.workers import ONE, Workers
+from ..targets.registry import TARGETS
 
 DEFAULT_BITS = 4.5
 Progress = Callable[[str], None]
@@ -58,15 +59,17 @@ class CalibrationOptions:
 class TargetOptions:
     """The targets and what each of them is told.
 
-    kv_cache: how KV caches are stored. sms: compute capabilities of TensorRT engines. htp: versions of Qualcomm's NPU.
-    ethos_u: Vela's names of NPU configurations.
+    kv_cache: how KV caches are stored. own: target -> what is asked of it alone (`Target.option`); without, its default.
     """
 
     formats: tuple[str, ...] = ("onnx",)
     kv_cache: Literal["float32", "int8"] = "float32"
-    sms: tuple[int, ...] = (86, 89, 120)
-    htp: tuple[int, ...] = (75,)
-    ethos_u: tuple[str, ...] = ("ethos-u85-256",)
+    own: Mapping[str, tuple[int, ...] | tuple[str, ...]] = field(default_factory=dict)
+
+    def choices(self, name: str) -> tuple[int, ...] | tuple[str, ...]:
+        """What is asked of the target alone: what was given, or the default of its option."""
+        option = TARGETS[name].option
+        return self.own.get(name, () if option is None else option.default)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..models.kv_cache import stored_as
 from ..models.user_module.module import is_factory
 from ..system.memory import PeakAnonymous
 from ..system.resumable import WORK, ResumableExport
-from ..targets import libraries
+from ..targets.registry import TARGETS
 from .lower import lower, lower_apart
 from .planned import Planned
 from .request import Progress, Request
@@ -49,8 +49,9 @@ def lower_targets(planned: Planned, request: Request, run: ResumableExport, prog
     """Every target's artefact in the run's folder, by target; those of an earlier run are kept."""
     prompts = tuple(tuple(p) for p in planned.prompts)
     asked = request.targets
-    options = Options(planned.generation.max_context, asked.sms, asked.htp, asked.ethos_u, prompts, asked.kv_cache)
-    return {name: _lower(name, request, run, options, progress) for name in request.formats}
+    length = planned.generation.max_context
+    options = {name: Options(length, asked.choices(name), prompts, asked.kv_cache) for name in request.formats}
+    return {name: _lower(name, request, run, options[name], progress) for name in request.formats}
 
 
 def write_bundle(
@@ -123,6 +124,6 @@ def tool_versions(formats: tuple[str, ...]) -> dict[str, str]:
     packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
     tools = {"edgewright": __version__} | {p: importlib.metadata.version(p) for p in packages}
     for name in formats:
-        distribution, _, version = (libraries.BACKENDS[name].version or f"{name} unknown").partition(" ")
+        distribution, _, version = (TARGETS[name].version or f"{name} unknown").partition(" ")
         tools[distribution] = version
     return tools

@@ -15,7 +15,8 @@ from fractions import Fraction
 
 from ..errors import UserError
 from ..ops.packing import WIDTHS, period
-from ..targets.storage import GROUP_SIZES, PER_CHANNEL, legal_choices, legal_group, signed_scales
+from ..targets.storage import PER_CHANNEL, legal_choices, legal_group, signed_scales
+from ..targets.target import GROUP_SIZES
 from .expected_error import expected_error
 from .knapsack import Option, solve, undominated
 from .latency import PICOSECONDS, DecodeStep

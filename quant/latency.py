@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from ..errors import UserError
 from ..graph import Graph, State
 from ..models.layers.linear import Embedding
 from ..models.registry import stored_name
-from ..targets.storage import form, stored_bytes
+from ..targets.registry import TARGETS
+from ..targets.storage import stored_bytes, weight_storage
 from .plan import UNQUANTIZED, BitPlan, Unit, WeightSpec
 
 PICOSECONDS = 10**9
@@ -29,14 +30,6 @@ PICOSECONDS = 10**9
 
 DEPTH = 512
 """Tokens that the caches hold in the step predicted."""
-
-_UNIT: dict[str, Literal["cpu", "gpu", "npu"]] = {
-    "onnx": "cpu",
-    "executorch": "cpu",
-    "coreml": "npu",
-    "tensorrt": "gpu",
-    "qnn": "npu",
-}
 
 
 @dataclass(frozen=True)
@@ -57,12 +50,14 @@ class Rates:
     @staticmethod
     def of(device: DeviceProfile, target: str) -> Rates:
         """The rates of the unit that runs the target. Raises UserError where the profile has none, or not that target."""
-        if target not in _UNIT:
-            raise UserError(f"no decode step is predicted for {target}; give --latency with one of {', '.join(_UNIT)}")
+        kind = TARGETS[target].unit
+        if kind is None:
+            known = ", ".join(name for name, other in TARGETS.items() if other.unit is not None)
+            raise UserError(f"no decode step is predicted for {target}; give --latency with one of {known}")
         if device.target(target) is None:
             known = ", ".join(t.name for t in device.targets) or "no target"
             raise UserError(f"device {device.name} is not known to run {target}, but {known}; choose another --device")
-        unit = device.unit(_UNIT[target])
+        unit = device.unit(kind)
         read = unit.weight_stream or device.memory.bandwidth
         if read is None:
             raise UserError(
@@ -123,7 +118,7 @@ def decode_step(
     """
     if len(targets) != 1:
         raise UserError(f"--latency is of one target, not of {', '.join(targets)}; give one --format")
-    form(targets[0], 4)  # a target that exists
+    weight_storage(targets[0], 4)  # a target that exists
     rates = Rates.of(device, targets[0])
     decoder = next((graph for graph in model.graphs() if graph.name == "decoder"), None)
     if decoder is None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from ..ops.packing import WIDTHS
-from ..targets.storage import GROUP_SIZES, PER_CHANNEL
+from ..targets.storage import PER_CHANNEL
+from ..targets.target import GROUP_SIZES
 from .plan import UNQUANTIZED
 
 

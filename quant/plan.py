@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from ..errors import UserError
 from ..ops.packing import WIDTHS, packed_bytes, period
 from ..system.reading import MEBIBYTE, one_line, read_text
-from ..targets.storage import GROUP_SIZES
+from ..targets.target import GROUP_SIZES
 
 UNQUANTIZED = 16
 """The width that means: kept, as bfloat16."""

@@ -1,112 +1,67 @@
-"""From an artefact's format to the session that runs it: the tables of runtimes. No torch enters."""
+"""From a target's name to its session: `open_session` of `runtimes/<name>/session.py`, or of the file `runtimes/<name>.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ..bundle import Bundle, GraphSpec
 from ..errors import UserError
 from ..system.reading import one_line
-from ..targets.libraries import require
+from ..targets.registry import TARGETS, require
 from .session import PlacedSession
 
-Opener = Callable[[Path, Sequence[GraphSpec], int], PlacedSession]
-"""(the target's folder, the bundle's graphs, threads) -> a session; its library is imported inside."""
+
+class Opener(Protocol):
+    """What a runtime offers: a session over the target's folder. exact: with float32 activations, where it has such."""
+
+    def __call__(self, folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession: ...
 
 
-def open_session(bundle: Bundle, format: str, threads: int = 0) -> PlacedSession:
-    """The artefact of `format` as it ships, reloaded from disk. threads 0: all cores.
+def has_runtime(name: str) -> bool:
+    """Whether anything here can run artefacts of this target."""
+    return name in TARGETS and importlib.util.find_spec(f".{name}", __package__) is not None
+
+
+def open_session(bundle: Bundle, name: str, threads: int = 0) -> PlacedSession:
+    """The artefact of a target as it ships, reloaded from disk. threads 0: all cores.
 
     Raises UserError if the bundle has no such artefact, its runtime is not installed, or its files cannot be loaded.
     """
-    return _open(SHIPPED, bundle, format, threads)
+    return _open(bundle, name, threads, exact=False)
 
 
-def open_exact(bundle: Bundle, format: str, threads: int = 0) -> PlacedSession | None:
+def open_exact(bundle: Bundle, name: str, threads: int = 0) -> PlacedSession | None:
     """The same artefact with float32 activations, which judges the lowering alone; None where the runtime has none.
 
     Raises UserError as `open_session` does.
     """
-    return _open(EXACT, bundle, format, threads) if format in EXACT else None
+    return _open(bundle, name, threads, exact=True) if name in TARGETS and TARGETS[name].exact else None
 
 
-def _open(table: dict[str, Opener], bundle: Bundle, format: str, threads: int) -> PlacedSession:
-    bundle.target(format)
-    if format not in table:
-        raise UserError(f"no runtime here runs {format} artefacts; choose from {', '.join(table)}")
-    require(format)
+def _open(bundle: Bundle, name: str, threads: int, exact: bool) -> PlacedSession:
+    bundle.target(name)
+    if not has_runtime(name):
+        known = ", ".join(n for n in TARGETS if has_runtime(n))
+        raise UserError(f"no runtime here runs {name} artefacts; choose from {known}")
+    require(name)
     try:
-        return table[format](bundle.path / format, bundle.manifest.graphs, threads)
+        return _opener(name)(bundle.path / name, bundle.manifest.graphs, threads, exact)
     except UserError:
         raise
     except Exception as error:  # the runtimes raise a dozen types that share no base
         reason = one_line(error)[:200]
         raise UserError(
-            f"{bundle.path}: the {format} artefact does not load ({reason}); run 'edgewright verify'"
+            f"{bundle.path}: the {name} artefact does not load ({reason}); run 'edgewright verify'"
         ) from error
 
 
-def _onnx(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .onnx.session import OnnxSession
-
-    return OnnxSession(folder, graphs, threads)
-
-
-def _onnx_exact(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .onnx.session import OnnxSession
-
-    return OnnxSession(folder, graphs, threads, "float32")
-
-
-def _executorch(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .executorch.session import ExecuTorchSession
-
-    return ExecuTorchSession(folder, graphs, threads)
-
-
-def _coreml(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .coreml.session import open_coreml
-
-    return open_coreml(folder, graphs, exact=False)
-
-
-def _coreml_exact(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .coreml.session import open_coreml
-
-    return open_coreml(folder, graphs, exact=True)
-
-
-def _tensorrt(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .tensorrt.session import open_tensorrt
-
-    return open_tensorrt(folder, graphs, threads)
-
-
-def _tensorrt_exact(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .tensorrt.session import open_tensorrt
-
-    return open_tensorrt(folder, graphs, threads, exact=True)
-
-
-def _qnn(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .qnn.session import QnnSession
-
-    return QnnSession(folder, graphs, threads)
-
-
-def _ethosu(folder: Path, graphs: Sequence[GraphSpec], threads: int) -> PlacedSession:
-    from .ethosu.session import EthosUSession
-
-    return EthosUSession(folder, graphs)
-
-
-SHIPPED: dict[str, Opener] = {
-    "onnx": _onnx,
-    "executorch": _executorch,
-    "coreml": _coreml,
-    "tensorrt": _tensorrt,
-    "qnn": _qnn,
-    "ethosu": _ethosu,
-}
-EXACT: dict[str, Opener] = {"onnx": _onnx_exact, "coreml": _coreml_exact, "tensorrt": _tensorrt_exact}
+def _opener(name: str) -> Opener:
+    module = importlib.import_module(f".{name}", __package__)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(".session", module.__name__)
+    opener: Opener = module.open_session
+    return opener

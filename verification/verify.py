@@ -29,15 +29,9 @@ from ..runtimes.registry import open_exact, open_session
 from ..runtimes.session import Joined, PlacedSession, Session
 from ..system.memory import require_available
 from ..system.reading import one_line
-from ..targets.libraries import BACKENDS
+from ..targets.registry import TARGETS
 from .compare import Probe, probe_of, score_text, task_accuracy
 from .report import Report, TargetReport, TextScore
-
-FEWER_PROMPTS = {"qnn": 8, "ethosu": 8}
-"""Prompts compared on a target whose device is emulated here: an emulator is hundreds of times slower than the device."""
-
-BESIDES = {"coreml": 8, "tensorrt": 16}
-"""Bytes a weight that what stands in for a target's device holds beside its artefact (measured)."""
 
 TEXT_WINDOWS = 16
 """Windows of a text that are scored unless another number is asked for."""
@@ -91,7 +85,7 @@ def verify(
         before = _eager(quantized.config, original, load_original)
     for entry in _asked(bundle, formats, report):
         target, shipped = _target(bundle, entry, quantized, (reference, rounded, plain), probe, threads, progress)
-        if entry.format in FEWER_PROMPTS and (examples is not None or passages):
+        if TARGETS[entry.format].emulated_prompts is not None and (examples is not None or passages):
             report.notes.append(f"{entry.format}: task accuracy and text are not measured in an emulator")
             report.targets.append(target)
             continue
@@ -115,10 +109,10 @@ def _asked(bundle: Bundle, formats: Sequence[str], report: Report) -> list[Targe
     """The targets to check. Raises UserError if one was asked for that is not there, or none can be checked here."""
     if formats:
         return [bundle.target(name) for name in dict.fromkeys(formats)]
-    entries = [e for e in bundle.manifest.targets if e.format in BACKENDS and BACKENDS[e.format].installed]
+    entries = [e for e in bundle.manifest.targets if e.format in TARGETS and TARGETS[e.format].installed]
     for entry in bundle.manifest.targets:
         if entry not in entries:
-            known = BACKENDS.get(entry.format)
+            known = TARGETS.get(entry.format)
             way = known.install if known is not None else "this edgewright does not know it"
             report.notes.append(f"{entry.format} was not checked here: {way}")
     if not entries:
@@ -147,12 +141,12 @@ def _target(
         weights = check_weights(bundle, entry.format, quantized)
     except VerificationFailure as error:
         wrong = str(error)
-    probe = probe.first(FEWER_PROMPTS.get(entry.format))
+    probe = probe.first(TARGETS[entry.format].emulated_prompts)
     progress(f"{entry.format}: reloading, comparing on {probe.what}")
     shipped = open_session(bundle, entry.format, threads)
     exact = open_exact(bundle, entry.format, threads)
     sessions = [shipped] if exact is None else [exact, shipped]
-    part = BACKENDS[entry.format].graphs
+    part = TARGETS[entry.format].graphs
     compared: list[Session] = [Joined(s, part, reference) for s in sessions] if part else [*sessions]
     beside = rounded if exact is None and shipped.activations == "int8" else plain
     found = probe.compare(reference, [*compared, *([] if beside is None else [beside])])
@@ -192,9 +186,9 @@ def check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
 def _check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
     model = build(quantized.config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    held = {n for g in model.graphs() if g.name in BACKENDS[format].graphs for n in g.parameters()}
+    held = {n for g in model.graphs() if g.name in TARGETS[format].graphs for n in g.parameters()}
     stored = (n.removesuffix(CODES) for n in quantized.names() if n.endswith(CODES))
-    wanted = {n for n in stored if n in held or not BACKENDS[format].graphs}
+    wanted = {n for n in stored if n in held or not TARGETS[format].graphs}
     seen: set[str] = set()
     for found, values in exporter(format).read_weights(bundle.path / format):
         name = stored_name(model, found)
@@ -217,7 +211,7 @@ def require_memory(weights: int, stored: Mapping[str, int], original: bool) -> N
 
     With `original` the original's float32 weights come on top. Raises UserError.
     """
-    held = [2 * size + BESIDES.get(target, 0) * weights for target, size in stored.items()]
+    held = [2 * size + TARGETS[target].stand_in_bytes * weights for target, size in stored.items()]
     needed = (8 if original else 4) * weights + max(held, default=0)
     require_available(
         needed, "verifying this model takes memory", "export with --no-verify and verify on a larger machine"

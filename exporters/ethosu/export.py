@@ -40,7 +40,7 @@ _RANDOM_PROMPTS = 32
 
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
-    """Write `encoder.<configuration>.pte` and `.tosa` for each of `options.ethosu`, and `weights.json`.
+    """Write `encoder.<configuration>.pte` and `.tosa` for each of `options.names`, and `weights.json`.
 
     The program takes sources of `min(options.max_positions, 64)` tokens, padded. Ranges of activations come from
     `options.prompts`, from random ids where there are none. Raises UserError for a model without an encoder, an unknown
@@ -50,9 +50,9 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     encoder = next((g for g in graphs if g.name == GRAPH), None)
     if encoder is None:
         raise UserError("Ethos-U runs encoders, and this model has none; choose another --format")
-    if not options.ethosu:
+    if not options.names:
         raise UserError("no Ethos-U configuration was given; for example ethos-u85-256")
-    families = {accelerator: vela.family(accelerator) for accelerator in options.ethosu}
+    families = {accelerator: vela.family(accelerator) for accelerator in options.names}
     files: list[str] = [NAMES]
     ops: dict[str, dict[str, int]] = {}
     estimates: dict[str, object] = {}

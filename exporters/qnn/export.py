@@ -308,11 +308,11 @@ def check_htp(versions: Sequence[int]) -> tuple[int, ...]:
 
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
-    """Write the static ONNX files, their weights, `programs.json` and a context binary for each of `options.qnn_htp`.
+    """Write the static ONNX files, their weights, `programs.json` and a context binary for each of `options.numbers`.
 
     Raises UserError for an HTP version that is not known, or for which a graph does not compile.
     """
-    versions = check_htp(options.qnn_htp)
+    versions = check_htp(options.numbers)
     weights, rows = WeightFile(directory / WEIGHTS), WeightFile(directory / ROWS)
     made: dict[str, Program] = {}
     ops: dict[str, dict[str, int]] = {}

@@ -275,12 +275,12 @@ def profiles(graph: Graph, max_positions: int) -> list[dict[str, tuple[Shape, Sh
 
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
-    """Write `<graph>.onnx`, `<graph>.engine` and `weights.bin` into `directory`, engines for `options.tensorrt_sms`.
+    """Write `<graph>.onnx`, `<graph>.engine` and `weights.bin` into `directory`, engines for `options.numbers`.
 
     `options.max_positions` bounds sources and caches. Raises UserError for an SM or a library that is not there, and for
     what TensorRT refuses.
     """
-    check_sms(options.tensorrt_sms)
+    check_sms(options.numbers)
     trt = library()
     states = {s.name for g in graphs for s in g.states if s.kind in HALF_STATES}
     weights = WeightFile(directory / WEIGHTS)
@@ -293,14 +293,14 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     finally:
         weights.close()
     rtx = hasattr(trt, "ComputeCapability")
-    made_for = f"SM {', '.join(map(str, options.tensorrt_sms))}" if rtx else "the GPU of this machine"
+    made_for = f"SM {', '.join(map(str, options.numbers))}" if rtx else "the GPU of this machine"
     sizes: dict[str, int] = {}
     for graph in graphs:
         progress(f"tensorrt: {graph.name}: engine for {made_for}")
         path = directory / f"{graph.name}.engine"
         onnx_path = directory / f"{graph.name}.onnx"
         shapes = profiles(graph, options.max_positions)
-        path.write_bytes(build_engine(onnx_path, options.tensorrt_sms, shapes, idle[graph.name]))
+        path.write_bytes(build_engine(onnx_path, options.numbers, shapes, idle[graph.name]))
         sizes[graph.name] = path.stat().st_size
     progress("tensorrt: looking for the codes in the engines")
     found = [codes_in_engine(directory / f"{g.name}.onnx", directory / f"{g.name}.engine") for g in graphs]

@@ -22,13 +22,6 @@ from .evaluator import Evaluator
 ACCELERATOR = "Neural Engine or GPU"
 
 
-def here() -> str:
-    """What this machine can do with Core ML artefacts, in words."""
-    if sys.platform == "darwin":
-        return "exports, runs and verifies in Core ML"
-    return "exports; verifies with Edgewright's numpy evaluator of the saved package (no Mac: Core ML does not run)"
-
-
 def open_coreml(directory: Path, graphs: Sequence[GraphSpec], exact: bool) -> PlacedSession:
     """The session for a bundle's `coreml` folder: the device on a Mac, else (and for `exact`) the evaluator.
 
@@ -81,3 +74,8 @@ class CoremlEvaluator:
             package = self._batch.package
             self._programs[name] = Evaluator(package, name, rounding=self.activations == "float16")
         return self._programs[name]
+
+
+def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:
+    """As `runtimes.registry` asks for it."""
+    return open_coreml(folder, graphs, exact)

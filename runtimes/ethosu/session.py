@@ -22,7 +22,7 @@ from ...errors import UserError
 from ...system.reading import one_line
 from ...targets.ethosu.files import DELEGATE, DTYPES, Program, TosaFile
 from ...targets.ethosu.names import GRAPH, HOST_OPS
-from ..session import Array, Placement, StateBuffers, place
+from ..session import Array, PlacedSession, Placement, StateBuffers, place
 
 ATEN = torch.ops.aten
 QD = torch.ops.quantized_decomposed
@@ -136,3 +136,8 @@ class EthosUSession:
             return [self._program.plan.values[i].val.int_val for i in held.items]
         number = next(v for n, v in vars(held).items() if n.endswith("_val"))
         return DTYPES[int(number)] if is_type else number
+
+
+def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:
+    """As `runtimes.registry` asks for it. There is no exact one."""
+    return EthosUSession(folder, graphs)

@@ -22,7 +22,7 @@ import torch
 from ...bundle import GraphSpec
 from ...system.quiet import quiet_stderr, quiet_torchao
 from ...targets.executorch.names import EXACT, POSITIONS, PROGRAM, STEP
-from ..session import Array, Placement, StateBuffers, place
+from ..session import Array, PlacedSession, Placement, StateBuffers, place
 
 HOST_OPS = {
     "llama::update_cache.out": "writes the KV cache in place",
@@ -176,3 +176,8 @@ def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
 
 def _tensor(value: Array, row: int | None) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(value if row is None else value[row : row + 1]))
+
+
+def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:
+    """As `runtimes.registry` asks for it. There is no exact one."""
+    return ExecuTorchSession(folder, graphs, threads)

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ...bundle import GraphSpec, StateSpec
-from ..session import DTYPES, Array, Placement, StateBuffers, place, sized
+from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, sized
 
 Activations = Literal["int8", "float32"]
 """int8: as shipped (MatMulNBits quantizes its input row by row); float32: exact arithmetic, for checking the lowering."""
@@ -155,3 +155,8 @@ def _with_float_activations(path: Path) -> bytes:
                 attribute.i = 1
     serialised: bytes = model.SerializeToString()
     return serialised
+
+
+def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:
+    """As `runtimes.registry` asks for it."""
+    return OnnxSession(folder, graphs, threads, "float32" if exact else "int8")

@@ -15,15 +15,9 @@ import numpy as np
 
 from ...bundle import GraphSpec, PortSpec, StateSpec
 from ...errors import UserError
-from ...targets.qnn.context import HOST_OPS, NAME, PROGRAMS, Program, Programs, compiled, emulated, session
-from ..session import DTYPES, Array, Placement, StateBuffers, place, sized
-
-
-def here() -> str:
-    """What this machine can do with the target, in words."""
-    return (
-        "exports; runs and verifies in Qualcomm's emulator" if emulated() else "exports, runs and verifies on the NPU"
-    )
+from ...targets.qnn import emulated
+from ...targets.qnn.context import HOST_OPS, NAME, PROGRAMS, Program, Programs, compiled, session
+from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, sized
 
 
 class QnnSession:
@@ -242,3 +236,8 @@ def check_inside(path: Path) -> None:
     for name in named:
         if Path(name).name != name or not (path.parent / name).is_file():
             raise UserError(f"{path}: it points at {name!r:.80}, which is not in its folder; export again")
+
+
+def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:
+    """As `runtimes.registry` asks for it. There is no exact one."""
+    return QnnSession(folder, graphs, threads)

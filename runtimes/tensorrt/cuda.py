@@ -12,18 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ...targets.tensorrt.driver import driver
 from ..session import Array
-
-_NAMES = ("libcuda.so.1", "nvcuda.dll")
-
-
-def _library() -> Any:
-    for name in _NAMES:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
 
 
 class Buffer:
@@ -48,7 +38,7 @@ class Device:
     """The first GPU, its primary context current in this thread. Raises RuntimeError if the driver refuses."""
 
     def __init__(self) -> None:
-        self._cuda = _library()
+        self._cuda: Any = driver()
         if self._cuda is None:
             raise RuntimeError("no NVIDIA driver on this host")
         self.call("cuInit", 0)
@@ -56,18 +46,6 @@ class Device:
         self.call("cuDeviceGet", ctypes.byref(number), 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
         self.call("cuCtxSetCurrent", context)
-
-    @staticmethod
-    def available() -> bool:
-        """Whether there is a driver and at least one GPU."""
-        cuda = _library()
-        count = ctypes.c_int()
-        return bool(
-            cuda is not None
-            and cuda.cuInit(0) == 0
-            and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
-            and count.value > 0
-        )
 
     def call(self, function: str, *arguments: Any) -> None:
         """Call the driver. Raises RuntimeError with its error code."""

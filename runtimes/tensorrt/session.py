@@ -6,16 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...bundle import GraphSpec
-from .cuda import Device
+from ...targets.tensorrt.driver import gpu_available
+from ..session import PlacedSession
 from .engine import EngineSession
 from .network import NetworkSession
-
-
-def here() -> str:
-    """What this machine can do with TensorRT artefacts, in words."""
-    if Device.available():
-        return "exports, runs the engines on this NVIDIA GPU and verifies them"
-    return "exports engines; verifies the network they are built from on this CPU (no NVIDIA GPU: they are not run)"
 
 
 def open_tensorrt(
@@ -25,6 +19,11 @@ def open_tensorrt(
 
     Raises UserError if a file is damaged, or does not have the inputs and outputs that the bundle names.
     """
-    if Device.available() and not exact:
+    if gpu_available() and not exact:
         return EngineSession(directory, graphs)
     return NetworkSession(directory, graphs, threads, exact)
+
+
+def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:
+    """As `runtimes.registry` asks for it."""
+    return open_tensorrt(folder, graphs, threads, exact)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import UserError
 from ...system.reading import one_line, read_json_object
+from . import emulated
 
 NAME = "QNNExecutionProvider"
 HOST_OPS = ("GatherBlockQuantized",)
@@ -76,11 +76,6 @@ class Programs(_Strict):
 def compiled(stem: str, version: int) -> str:
     """The file name of a program for an HTP version."""
     return f"{stem}.v{version}.onnx"
-
-
-def emulated() -> bool:
-    """Whether the backend is the emulator: the one that comes for x86 always is."""
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def session(path: Path, options: Mapping[str, str], config: Mapping[str, str], threads: int = 0) -> Any:

@@ -18,7 +18,7 @@ from edgewright.bundle import Generation, GraphSpec, PortSpec, StateSpec
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.errors import UserError
 from edgewright.exporters.artefact import Options
-from edgewright.exporters.registry import INT8_CACHES, exporter, require_kv_cache
+from edgewright.exporters.registry import exporter
 from edgewright.graph import Graph, Port, State
 from edgewright.models.kv_cache import Int8Cache, cached_attention, merged_attention, stored_as
 from edgewright.models.loading import load_original
@@ -26,6 +26,7 @@ from edgewright.models.registry import build
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.onnx.session import OnnxSession
 from edgewright.runtimes.session import DTYPES, Session
+from edgewright.targets.registry import TARGETS, require_kv_cache
 from edgewright.verification.compare import Prompts
 from edgewright.verification.report import Agreement
 
@@ -184,7 +185,7 @@ def test_a_model_without_a_cache_is_refused() -> None:
 
 def test_formats_with_float_caches_are_refused_before_any_work() -> None:
     require_kv_cache(("onnx", "coreml", "tensorrt"), "float32")
-    require_kv_cache(INT8_CACHES, "int8")
+    require_kv_cache(tuple(name for name, target in TARGETS.items() if target.int8_cache), "int8")
     for form in ("coreml", "tensorrt", "qnn", "ethosu"):
         with pytest.raises(UserError, match=f"--kv-cache int8: {form} keeps float caches; export it without"):
             require_kv_cache(("onnx", form), "int8")

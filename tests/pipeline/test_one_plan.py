@@ -28,7 +28,7 @@ from edgewright.quant.overrides import Override
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import generate_batch
 from edgewright.runtimes.registry import open_exact, open_session
-from edgewright.targets.libraries import BACKENDS
+from edgewright.targets.registry import TARGETS
 from edgewright.verification.verify import check_weights
 
 FORMATS = ("onnx", "executorch", "coreml", "tensorrt", "qnn")
@@ -37,7 +37,7 @@ WORDS = 200
 MIXED = {r"encoder\.layers\.0\.": 2, r"encoder\.layers\.1\.": 3, r"decoder\.layers\.0\.": 6, r"decoder\.layers\.1\.": 8}
 
 pytestmark = pytest.mark.skipif(
-    not all(BACKENDS[name].installed for name in FORMATS), reason="not every target's library is installed"
+    not all(TARGETS[name].installed for name in FORMATS), reason="not every target's library is installed"
 )
 
 

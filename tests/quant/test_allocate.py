@@ -20,7 +20,8 @@ from edgewright.quant.expected_error import EXPECTED_ERROR, SIGNED_ERROR, expect
 from edgewright.quant.overrides import Override
 from edgewright.quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from edgewright.quant.rtn import effective_group, quantize_rtn
-from edgewright.targets.storage import TARGETS, container, legal_choices, legal_group, native_bits, stored_bytes
+from edgewright.targets.registry import TARGETS
+from edgewright.targets.storage import container, legal_choices, legal_group, native_bits, stored_bytes
 
 
 def single(name: str, rows: int, columns: int, layer: int | None = None) -> Unit:

@@ -9,7 +9,7 @@ import pytest
 from helpers import family_table
 
 from edgewright.errors import UserError, VerificationFailure
-from edgewright.targets.libraries import BACKENDS
+from edgewright.targets.registry import TARGETS
 
 SOME = [
     ("qwen3_5_text", "coreml"),
@@ -46,7 +46,7 @@ def found(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("family", "form"), SOME)
 def test_a_family_through_a_target(family: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not BACKENDS[form].installed:
+    if not TARGETS[form].installed:
         pytest.skip(f"{form} is not installed")
     assert found(family, form, tmp_path, monkeypatch) == family_table.documented()[family, form]
 

@@ -16,13 +16,13 @@ from edgewright.exporters.artefact import Options
 from edgewright.pipeline.lower import lower, lower_apart
 from edgewright.quant.allocator import expected_loss
 from edgewright.runtimes.session import Placement, place
-from edgewright.targets import libraries
-from edgewright.targets.libraries import BACKENDS, chosen, require
-from edgewright.targets.storage import TARGETS, common_bits, native_bits, stored_bytes
+from edgewright.targets import target as target_module
+from edgewright.targets.registry import NAMES, TARGETS, choose, require
+from edgewright.targets.storage import common_bits, native_bits, stored_bytes
 from edgewright.verification.report import Agreement, Report, TargetReport, require_placement
 from edgewright.verification.verify import verify
 
-NAMED = tuple(name for name, backend in BACKENDS.items() if not backend.graphs)
+NAMED = tuple(name for name, target in TARGETS.items() if not target.graphs)
 
 
 @pytest.fixture
@@ -34,33 +34,33 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Any:
     def find(name: str, package: str | None = None) -> Any:
         return None if name in hidden else real(name, package)
 
-    monkeypatch.setattr(libraries.importlib.util, "find_spec", find)
+    monkeypatch.setattr(target_module.importlib.util, "find_spec", find)
     return lambda *names: hidden.update(names)
 
 
-def test_every_target_of_the_table_of_bits_has_a_backend() -> None:
-    assert set(TARGETS) == set(BACKENDS)
-    for name, backend in BACKENDS.items():
-        assert backend.install.startswith("pip install ")
-        assert name == "onnx" or f"edgewright[{name}]" in backend.install
+def test_every_target_is_complete() -> None:
+    assert tuple(TARGETS) == NAMES
+    for name, target in TARGETS.items():
+        assert target.install.startswith("pip install ")
+        assert name == "onnx" or f"edgewright[{name}]" in target.install
 
 
 def test_formats_are_kept_in_order_and_once() -> None:
-    assert chosen(()) == (("onnx",), [])
-    assert chosen(("qnn", "onnx", "qnn")) == (("qnn", "onnx"), [])
+    assert choose(()) == (("onnx",), [])
+    assert choose(("qnn", "onnx", "qnn")) == (("qnn", "onnx"), [])
 
 
 def test_all_leaves_out_what_is_not_installed_and_says_so(without: Any) -> None:
     without("coremltools", "tensorrt_rtx_bindings", "tensorrt")
-    formats, left = chosen(("all",))
-    assert formats == tuple(n for n in NAMED if n not in ("coreml", "tensorrt") and BACKENDS[n].installed)
+    formats, left = choose(("all",))
+    assert formats == tuple(n for n in NAMED if n not in ("coreml", "tensorrt") and TARGETS[n].installed)
     assert "coreml is left out: pip install 'edgewright[coreml]'" in left
     assert any(line.startswith("tensorrt is left out") for line in left)
 
 
 def test_a_target_asked_for_by_name_is_never_left_out(without: Any) -> None:
     without("coremltools")
-    formats, left = chosen(("all", "coreml"))
+    formats, left = choose(("all", "coreml"))
     assert "coreml" in formats
     assert not any(line.startswith("coreml") for line in left)
     with pytest.raises(UserError, match=r"--format coreml needs coremltools.*pip install 'edgewright\[coreml\]'"):
@@ -69,7 +69,7 @@ def test_a_target_asked_for_by_name_is_never_left_out(without: Any) -> None:
 
 def test_either_tensorrt_will_do(without: Any) -> None:
     without("tensorrt_rtx_bindings")
-    assert BACKENDS["tensorrt"].installed == (importlib.util.find_spec("tensorrt") is not None)
+    assert TARGETS["tensorrt"].installed == (importlib.util.find_spec("tensorrt") is not None)
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:
@@ -167,7 +167,7 @@ def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> 
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
     both = compiler.plan(asking(str(model), ("onnx", "tensorrt"), bits=6.0)).plan  # scales are positive
     made = compiler.export(asking(str(model), plan=both, verify=False), tmp_path / "bundle")
-    checkpoint, options, said = made.path / "checkpoint", Options(16, tensorrt_sms=(75,)), []
+    checkpoint, options, said = made.path / "checkpoint", Options(16, choices=(75,)), []
     for lowering in (lower, lower_apart):
         with pytest.raises(UserError, match=r"SM 75 is not supported"):
             lowering("tensorrt", checkpoint, tmp_path, options, said.append)

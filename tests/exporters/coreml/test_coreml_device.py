@@ -18,6 +18,7 @@ from edgewright.runtimes.coreml import session as coreml
 from edgewright.runtimes.coreml.device import ACCELERATORS, CoremlDevice
 from edgewright.runtimes.coreml.evaluator import Evaluator
 from edgewright.targets.coreml.package import PACKAGE, Package
+from edgewright.targets.registry import TARGETS
 
 pytestmark = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")
 
@@ -89,7 +90,7 @@ def test_a_mac_runs_the_artefact_with_one_state_for_each_row(bundle: Bundle) -> 
     assert not shipped.stand_in
     assert shipped.activations == "float16"
     np.testing.assert_array_equal(answer(shipped), answer(coreml.CoremlEvaluator(folder, graphs, "float16")))
-    assert coreml.here() == "exports, runs and verifies in Core ML"
+    assert TARGETS["coreml"].describe() == "exports, runs and verifies in Core ML"
     assert isinstance(coreml.open_coreml(folder, graphs, exact=True), coreml.CoremlEvaluator)
 
 

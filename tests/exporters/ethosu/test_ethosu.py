@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = root / "ethosu"
     folder.mkdir()
     graphs = model.graphs()
-    artefact = export.export(graphs, folder, Options(CONTEXT, ethosu=(SMALL, LARGE)))
+    artefact = export.export(graphs, folder, Options(CONTEXT, choices=(SMALL, LARGE)))
     return Made(folder, graphs, [GraphSpec.of(g) for g in graphs], EagerSession(plain.graphs()), artefact)
 
 
@@ -249,13 +249,13 @@ def test_weights_that_the_npu_cannot_hold_are_refused_by_name(
 ) -> None:
     model = quantized(write_tiny_t5gemma(tmp_path / "source"), tmp_path / "checkpoint", **fixed)
     with pytest.raises(UserError, match=said):
-        export.export(model.graphs(), tmp_path, Options(CONTEXT, ethosu=(LARGE,)))
+        export.export(model.graphs(), tmp_path, Options(CONTEXT, choices=(LARGE,)))
 
 
 def test_a_model_without_an_encoder_is_refused(tmp_path: Path) -> None:
     model = quantized(write_tiny_llama(tmp_path / "source"), tmp_path / "checkpoint")
     with pytest.raises(UserError, match="this model has none"):
-        export.export(model.graphs(), tmp_path, Options(CONTEXT))
+        export.export(model.graphs(), tmp_path, Options(CONTEXT, choices=(LARGE,)))
 
 
 @pytest.mark.parametrize("asked", [(), ("ethos-u77-128",), (LARGE, "ethos-u85-100"), ("",)])
@@ -263,7 +263,7 @@ def test_an_unknown_configuration_is_refused_before_any_work(
     made: Made, asked: tuple[str, ...], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="Ethos-U configuration"):
-        export.export(made.graphs, tmp_path, Options(CONTEXT, ethosu=asked))
+        export.export(made.graphs, tmp_path, Options(CONTEXT, choices=asked))
     assert not list(tmp_path.iterdir())
 
 

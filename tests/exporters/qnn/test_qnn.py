@@ -73,7 +73,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         widths=(2, 3, 4, 5, 6, 8),
         overrides=tuple(Override(pattern, bits) for pattern, bits in WIDTHS.items()),
         max_context=CONTEXT[name],
-        htp=VERSIONS[name],
+        own={"qnn": VERSIONS[name]},
     )
     export(changed(wanted, verify=False), folder / "bundle")
     checkpoint = open_checkpoint(str(folder / "bundle" / "checkpoint"))
@@ -289,7 +289,7 @@ def test_an_unknown_htp_version_is_refused_before_any_work(asked: tuple[int, ...
     from edgewright.exporters.qnn.export import export as export_qnn
 
     with pytest.raises(UserError, match=said):
-        export_qnn([], tmp_path, Options(32, qnn_htp=asked))
+        export_qnn([], tmp_path, Options(32, choices=asked))
     assert not list(tmp_path.iterdir())
 
 

@@ -72,7 +72,7 @@ def test_an_engine_builds_and_its_network_is_the_reference(name: str, tmp_path: 
     from edgewright.targets.tensorrt.engine_file import read_header
 
     graphs = blocks.BLOCKS[name](CONTEXT)
-    export.export(graphs, tmp_path, Options(CONTEXT, tensorrt_sms=(86,)))
+    export.export(graphs, tmp_path, Options(CONTEXT, choices=(86,)))
     header = read_header(tmp_path / "decoder.engine")
     assert header.profiles == 2
     assert header.ports == {*graphs[0].input_names, *graphs[0].output_names}  # with a past_length that no layer reads
@@ -93,7 +93,7 @@ def test_engines_of_merged_attention_and_of_a_memory(tmp_path: Path) -> None:
     for name, graphs in (("merged", blocks.merged(CONTEXT, 5, 9.0)), ("memory", blocks.remembering(CONTEXT, 16))):
         folder = tmp_path / name
         folder.mkdir()
-        export.export(graphs, folder, Options(CONTEXT, tensorrt_sms=(86,)))
+        export.export(graphs, folder, Options(CONTEXT, choices=(86,)))
         for exact, limit in ((True, 2e-5), (False, 2e-2)):
             sessions = EagerSession(graphs), network(graphs, folder, exact)
             if name == "merged":
@@ -122,7 +122,7 @@ def compiled(graphs: list[Graph], folder: Path) -> Any:
     from edgewright.exporters.qnn import export
     from edgewright.runtimes.qnn.session import QnnSession
 
-    artefact = export.export(graphs, folder, Options(CONTEXT))
+    artefact = export.export(graphs, folder, Options(CONTEXT, choices=(75,)))
     assert artefact.facts["not_on_npu_measured_at_build"] == {}
     for contexts in artefact.facts["context_nodes_measured_at_build"].values():  # type: ignore[attr-defined]
         assert set(contexts.values()) == {1}

@@ -77,7 +77,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     graphs = model.graphs()
     target = folder / "tensorrt"
     target.mkdir()
-    artefact = tensorrt.export(graphs, target, Options(CONTEXT, tensorrt_sms=SMS))
+    artefact = tensorrt.export(graphs, target, Options(CONTEXT, choices=SMS))
     return Made(target, graphs, EagerSession(plain.graphs()), artefact)
 
 
@@ -298,7 +298,7 @@ def test_an_sm_that_cannot_run_it_is_refused_before_any_work(sms: tuple[int, ...
     from edgewright.exporters.tensorrt.export import export as export_tensorrt
 
     with pytest.raises(UserError, match=said):
-        export_tensorrt([], tmp_path, Options(CONTEXT, tensorrt_sms=sms))
+        export_tensorrt([], tmp_path, Options(CONTEXT, choices=sms))
     assert not list(tmp_path.iterdir())
 
 

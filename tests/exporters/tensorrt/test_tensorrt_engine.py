@@ -26,8 +26,11 @@ from edgewright.models.loading import load_quantized
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
 from edgewright.runtimes.tensorrt import engine
+from edgewright.runtimes.tensorrt import session as sessions
 from edgewright.runtimes.tensorrt.network import NetworkSession
-from edgewright.runtimes.tensorrt.session import here, open_tensorrt
+from edgewright.runtimes.tensorrt.session import open_tensorrt
+from edgewright.targets import tensorrt as target
+from edgewright.targets.registry import TARGETS
 
 LIBRARY = "tensorrt_rtx_bindings"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec(LIBRARY) is None, reason="TensorRT-RTX is not installed")
@@ -47,8 +50,6 @@ class FakeBuffer:
 
 class FakeDevice:
     """`cuda.Device`; what is empty holds rubbish until it is written."""
-
-    available = staticmethod(lambda: True)
 
     def synchronize(self) -> None: ...
 
@@ -126,7 +127,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Graph
     load_quantized(model, checkpoint)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "build_engine", lambda path, *_: path.stem.encode())
-        exporter.export(model.graphs(), folder, Options(64))
+        exporter.export(model.graphs(), folder, Options(64, choices=(86, 89, 120)))
     return folder, model.graphs()
 
 
@@ -155,6 +156,8 @@ def made(
     fake.__spec__ = importlib.util.find_spec(LIBRARY)
     monkeypatch.setitem(sys.modules, LIBRARY, fake)
     monkeypatch.setattr(engine, "Device", FakeDevice)
+    monkeypatch.setattr(target, "gpu_available", lambda: True)
+    monkeypatch.setattr(sessions, "gpu_available", lambda: True)
     return tmp_path, [GraphSpec.of(g) for g in graphs], loaded
 
 
@@ -182,7 +185,7 @@ def test_engines_carry_their_states_from_call_to_call(made: tuple[Path, list[Gra
     assert engines[-1].ran == [64, 1, 1]  # prefill in its profile, steps in theirs
     assert "runs on this GPU" in session.placement().source
     assert session.placement().accelerated == network.placement().accelerated
-    assert here() == "exports, runs the engines on this NVIDIA GPU and verifies them"
+    assert TARGETS["tensorrt"].describe() == "exports, runs the engines on this NVIDIA GPU and verifies them"
 
 
 def test_what_an_engine_was_not_built_for_is_refused(made: tuple[Path, list[GraphSpec], list[FakeEngine]]) -> None:
