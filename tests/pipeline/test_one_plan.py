@@ -28,7 +28,7 @@ from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import generate_batch
 from edgewright.runtimes.registry import open_exact, open_session
 from edgewright.targets.libraries import BACKENDS
-from edgewright.verification.verify import check_weights
+from edgewright.verification.lowering import check_weights
 
 FORMATS = ("onnx", "executorch", "coreml", "tensorrt", "qnn")
 CONTEXT = 32

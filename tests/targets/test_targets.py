@@ -19,7 +19,7 @@ from edgewright.targets import libraries
 from edgewright.targets.libraries import BACKENDS, chosen, require
 from edgewright.targets.storage import TARGETS, common_bits, native_bits, stored_bytes
 from edgewright.verification.report import Agreement, Report, TargetReport, require_placement
-from edgewright.verification.verify import verify
+from edgewright.verification.verify import VerifyOptions, verify
 
 NAMED = tuple(name for name, backend in BACKENDS.items() if not backend.graphs)
 
@@ -152,7 +152,7 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
     assert [t.format for t in report.targets] == ["onnx"]
     assert report.notes == ["coreml was not checked here: pip install 'edgewright[coreml]'"]
     with pytest.raises(UserError, match="--format coreml needs coremltools"):
-        verify(tmp_path / "bundle", formats=("coreml",))
+        verify(tmp_path / "bundle", VerifyOptions(formats=("coreml",)))
     without("onnxruntime")
     with pytest.raises(UserError, match="none of its targets can be checked here"):
         verify(tmp_path / "bundle")
