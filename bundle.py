@@ -1,7 +1,7 @@
-"""The bundle on disk: manifest, hashes, opening and checking. No torch enters: an app-side tool must open one in a blink.
+"""The bundle on disk: its manifest, opened and checked. No torch is imported, so that a tool opens a bundle fast.
 
-A bundle is a folder: `manifest.json`, `tokenizer.json`, `checkpoint/` (the quantized checkpoint, source of every
-artefact and reference of every check), a folder per target, `reports/`.
+A bundle is a folder: `manifest.json`, `checkpoint/` (the quantized checkpoint with its tokenizer, from which every artefact is
+made and with which it is compared), a folder for each target, `reports/`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PortSpec(_Strict):
 
 
 class StateSpec(PortSpec):
-    """What a graph carries from call to call; only a batch, a cache and a source have a size that is not fixed."""
+    """What a graph carries from call to call; only the sizes of a batch, a cache and a source may vary."""
 
     shape: tuple[Size | Literal["batch", "capacity", "source"], ...]
     kind: str
@@ -55,15 +55,22 @@ class StateSpec(PortSpec):
 
 
 class GraphSpec(_Strict):
-    """A graph's ports and states, as `graph.Graph` has them, without the program."""
+    """The ports and states of a `graph.Graph`, without its program."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     inputs: tuple[PortSpec, ...]
     outputs: tuple[PortSpec, ...]
     states: tuple[StateSpec, ...] = ()
 
+    @property
+    def updated_states(self) -> tuple[StateSpec, ...]:
+        """The states that the graph writes."""
+        return tuple(s for s in self.states if s.updated)
+
     @staticmethod
     def of(graph: Graph) -> GraphSpec:
+        """The description of a graph."""
+
         def port(p: Port | State) -> dict[str, Any]:
             return {"name": p.name, "dtype": str(p.dtype).removeprefix("torch."), "shape": p.shape}
 
@@ -78,17 +85,19 @@ class GraphSpec(_Strict):
 
 
 PREFILL_CHUNK = 128
-"""Tokens of a prompt fed at once: a causal kernel skips what lies ahead of a chunk, and activations stay small
-(benchmarks/RESULTS.md). Recurrences take fewer (`ops.recurrence`)."""
+"""Tokens of a prompt fed in one call, so that activations stay small and a causal kernel skips later tokens.
+
+Recurrences take fewer (`ops.recurrence`); benchmarks/RESULTS.md has the measurements.
+"""
 
 
 class ContextSpec(_Strict):
-    """How a decoder-decoder (arXiv 2408.15518) turns a context into memory, rows of `hidden` numbers in a prompt's place.
+    """How a decoder-decoder (arXiv 2408.15518) turns a context into memory: rows of `hidden` numbers before the prompt.
 
-    window: the most context tokens of one memory; a longer context gives several, one after the other, at most `rows` rows.
-    vocab: of its tokens. tokens: read after each part, in chunks, and what they become is memory; without, the graph `context`
-    takes a part whole. prefix: tokens before the memory. splice: "exact", or "released" as the published Dolphin code does it:
-    one position early, over the prefix's last token, so that token 0 stands behind it.
+    window: the most context tokens of one memory; a longer context gives several, joined, with at most `rows` rows in all.
+    vocab: of the context's tokens. tokens: memory tokens read after each part, whose outputs are the memory; without them the
+    graph `context` takes a part in one call. prefix: tokens before the memory. splice: "exact", or "released" as in the
+    published Dolphin code: one position early, in place of the prefix's last token, with token 0 after the memory.
     """
 
     window: Size
@@ -101,9 +110,9 @@ class ContextSpec(_Strict):
 
 
 class Generation(_Strict):
-    """What the generate loop needs: the kind of loop, where it starts, where it stops, and how far it can go.
+    """What the generate loop needs: the kind of loop, where it starts and stops, and its limits.
 
-    task: "module" has no loop: its graphs are run as they are (vocab and max_context are then what its inputs allow).
+    task: a "module" has no loop, its graphs run as they are; vocab and max_context are then the limits of its inputs.
     prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task.
     """
 
@@ -124,11 +133,14 @@ NEEDED: dict[str, set[str]] = {
     "memory": {"context", "decoder"},
     "module": set(),
 }
-"""Task -> the graphs that its loop runs."""
+"""Task -> the graphs that its generate loop runs."""
 
 
 class TargetEntry(_Strict):
-    """One artefact: its files, op counts and sizes. `stored_bytes` are the weight bytes it really takes."""
+    """One artefact: its files, ops and sizes.
+
+    ops: graph -> op -> number of nodes. ideal_bytes: of the weights' codes and scales. stored_bytes: as the artefact stores them.
+    """
 
     format: str
     files: tuple[str, ...]
@@ -139,8 +151,10 @@ class TargetEntry(_Strict):
 
 
 class TunedNorms(_Strict):
-    """Divergence from the original in nats a token, before and after, on calibration data that the norms were not tuned on, but
-    which GPTQ has seen. tokens: of the data they were tuned on."""
+    """Divergence from the original, nats a token, before and after the norms were tuned.
+
+    It is measured on calibration data that GPTQ has seen but the tuning has not. tokens: how many the norms were tuned on.
+    """
 
     before: float
     after: float
@@ -148,10 +162,10 @@ class TunedNorms(_Strict):
 
 
 class Manifest(_Strict):
-    """`manifest.json`. Paths are relative to the bundle and cannot leave it.
+    """`manifest.json`. Paths are relative to the bundle and cannot lead out of it.
 
-    contexts: of a "memory" task, one for each of `prompts`. kv_cache: how the graphs' KV caches are stored. tuned_norms: where
-    norms are not the source's but tuned to the codes.
+    prompts: the token ids that artefacts are compared on. contexts: of a "memory" task, one for each of `prompts`. files: path ->
+    SHA-256. kv_cache: how the KV caches are stored. tuned_norms: only where norms were tuned to the codes.
     """
 
     schema_version: Literal[1] = 1
@@ -182,11 +196,11 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        """Every file that is read has a hash, and the loop finds its graphs and tokens."""
+        """Check that every file to be read has a hash, and that the generate loop has its graphs and tokens."""
         needed = [f for t in self.targets for f in t.files] + [f"{CHECKPOINT}/{n}" for n in _READ_BY_VERIFY]
-        bare = sorted(set(needed) - set(self.files))
-        if bare:
-            raise ValueError(f"{bare[0]} has no hash")
+        without_hash = sorted(set(needed) - set(self.files))
+        if without_hash:
+            raise ValueError(f"{without_hash[0]} has no hash")
         spec = self.generation
         lacking = NEEDED[spec.task] - {g.name for g in self.graphs}
         if lacking:
@@ -202,9 +216,11 @@ class Manifest(_Strict):
         lists = [*self.prompts, spec.context.prefix if spec.context is not None else ()]
         largest = max(spec.decoder_start or 0, spec.pad_id, *(token for tokens in lists for token in tokens))
         if spec.context is not None:
-            read = [t for tokens in (*self.contexts, spec.context.tokens) for t in tokens]
-            if max(read, default=0) >= spec.context.vocab:
-                raise ValueError(f"a context's token {max(read)} is not below its vocabulary of {spec.context.vocab}")
+            context_tokens = [t for tokens in (*self.contexts, spec.context.tokens) for t in tokens]
+            if max(context_tokens, default=0) >= spec.context.vocab:
+                raise ValueError(
+                    f"a context's token {max(context_tokens)} is not below its vocabulary of {spec.context.vocab}"
+                )
         if largest >= spec.vocab:
             raise ValueError(f"token {largest} is not below the vocabulary of {spec.vocab}")
         return self
@@ -218,7 +234,7 @@ class Bundle:
 
     @staticmethod
     def open(path: str | Path) -> Bundle:
-        """Read and validate the manifest. Raises UserError if there is none, it is damaged, or of another version."""
+        """Read and check the manifest. Raises UserError if there is none, or it is damaged or of another version."""
         root = Path(path)
         file = root / MANIFEST
         if not file.is_file():
@@ -248,7 +264,7 @@ class Bundle:
         return next(g for g in self.manifest.graphs if g.name == name)
 
     def target(self, format: str) -> TargetEntry:
-        """The artefact of a format. Raises UserError naming those the bundle has."""
+        """The artefact of a format. Raises UserError, naming those that the bundle has, if it lacks this one."""
         for entry in self.manifest.targets:
             if entry.format == format:
                 return entry
@@ -256,24 +272,24 @@ class Bundle:
         raise UserError(f"{self.path} holds no {format} artefact; it has: {have}")
 
     def check_files(self) -> None:
-        """Raise VerificationFailure naming the first file that is missing or does not match its hash."""
+        """Raise VerificationFailure naming the first file that is missing or has another hash."""
         for name, digest in sorted(self.manifest.files.items()):
             file = self.path / name
             try:
                 inside = file.resolve().is_relative_to(self.path.resolve())
-                there = inside and file.is_file()
-                same = there and sha256(file) == digest
+                exists = inside and file.is_file()
+                same = exists and sha256(file) == digest
             except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
                 raise VerificationFailure(f"{one_line(name, 80)}: cannot be read ({one_line(error, 80)})") from None
             if not inside:
                 raise VerificationFailure(f"{name}: a link leads out of the bundle")
-            if not there:
+            if not exists:
                 raise VerificationFailure(f"{name}: missing from the bundle")
             if not same:
                 raise VerificationFailure(f"{name}: the file is not what was exported (its SHA-256 differs)")
 
     def write_report(self, name: str, report: dict[str, Any]) -> Path:
-        """Write `reports/<name>.json` beside the artefacts (reports are not hashed: they change with every check)."""
+        """Write `reports/<name>.json`; reports have no hash, as every check writes them. Raises UserError if it cannot."""
         folder = self.path / REPORTS
         path, temporary = folder / f"{name}.json", folder / f".{name}.json.partial"
         if folder.is_symlink() or temporary.is_symlink():
@@ -288,18 +304,18 @@ class Bundle:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write manifest.json through a temporary name."""
+    """Write manifest.json under a temporary name and rename it, so that it appears complete."""
     temporary = root / f".{MANIFEST}.partial"
     temporary.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
     temporary.replace(root / MANIFEST)
 
 
 def hash_files(root: Path, besides: str = REPORTS) -> dict[str, str]:
-    """SHA-256 of every file under `root` but the manifest, the reports and the folder `besides`, by relative POSIX path."""
-    found = sorted(p for p in root.rglob("*") if p.is_file())
-    names = {p.relative_to(root).as_posix(): p for p in found}
-    left_out = (f"{REPORTS}/", f"{besides}/")
-    return {n: sha256(p) for n, p in names.items() if n != MANIFEST and not n.startswith(left_out)}
+    """Relative POSIX path -> SHA-256, of every file under `root` but the manifest, reports and the folder `besides`."""
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    names = {p.relative_to(root).as_posix(): p for p in paths}
+    excluded = (f"{REPORTS}/", f"{besides}/")
+    return {n: sha256(p) for n, p in names.items() if n != MANIFEST and not n.startswith(excluded)}
 
 
 def sha256(path: Path) -> str:

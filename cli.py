@@ -238,13 +238,22 @@ def verify(
     from .bundle import Bundle
     from .reports import verify as verify_report
     from .verification.report import require, require_placement
-    from .verification.verify import TEXT_WINDOWS
+    from .verification.verify import TEXT_WINDOWS, VerifyOptions
     from .verification.verify import verify as check
 
     if text_windows is not None and text is None:
         raise UserError("--text-windows says how much of a text is scored; give --text FILE")
     windows = text_windows or TEXT_WINDOWS
-    report = check(bundle, model, task, text, task_limit, threads, note, formats, windows)
+    options = VerifyOptions(
+        model=model,
+        task=task,
+        task_limit=task_limit,
+        text=text,
+        text_windows=windows,
+        formats=formats,
+        threads=threads,
+    )
+    report = check(bundle, options, note)
     Bundle.open(bundle).write_report("verify", report.to_json())
     _print(report.to_json(), verify_report.verify_text(report), as_json)
     require(report)
@@ -285,7 +294,7 @@ def run(
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
-    from .commands.run import answer
+    from .commands.run import RunOptions, run_prompt
     from .runtimes.generate import Sampling
     from .system.reading import MEBIBYTE, read_text
 
@@ -296,9 +305,18 @@ def run(
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
     sampling = Sampling(temperature, top_p, seed)
-    read = None if context is None else read_text(context, 256 * MEBIBYTE)
-    asked = (bundle, text, form, chat, max_new_tokens, sampling, threads, note, read, memory, save_memory)
-    for piece in answer(*asked):
+    context_text = None if context is None else read_text(context, 256 * MEBIBYTE)
+    options = RunOptions(
+        format=form,
+        threads=threads,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        chat=chat,
+        context=context_text,
+        memory=memory,
+        save_memory=save_memory,
+    )
+    for piece in run_prompt(bundle, text, options, note):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -331,12 +349,13 @@ def profile(
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
     from .bundle import Bundle
+    from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
-    from .commands.profile import render
+    from .reports.profile import profile_text
 
-    result = measure(bundle, formats, prompts, new, depths, repeats, threads)
+    result = measure(bundle, formats, ProfileLengths(prompts, new, depths, repeats), threads)
     Bundle.open(bundle).write_report("profile", result)
-    click.echo(render(result, form))
+    click.echo(profile_text(result, form))
 
 
 @main.group()
@@ -388,7 +407,7 @@ def devices_measure(output: Path | None, seconds: float) -> None:
 def inspect(target: str, as_json: bool) -> None:
     """Say what a checkpoint or a bundle holds."""
     from .commands.inspect import inspect as look
-    from .commands.inspect import inspect_text
+    from .reports.inspect import inspect_text
 
     found = look(target)
     _print(found, inspect_text(found), as_json)

@@ -1,7 +1,8 @@
-"""`inspect` and `doctor`: what a checkpoint or bundle holds, and what works on this machine."""
+"""`inspect`: what a checkpoint or a bundle holds."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "source": target,
         "model_type": checkpoint.config.get("model_type"),
         "tensors": len(infos),
-        "parameters": sum(_count(i.shape) for i in infos),
+        "parameters": sum(math.prod(i.shape) for i in infos),
         "dtypes": dict(Counter(str(i.dtype).removeprefix("torch.") for i in infos)),
         "stacks": {name: len(layers) for name, layers in model.stacks().items()},
         "graphs": [g.name for g in model.graphs()],
@@ -72,32 +73,3 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "tied": model.tied,
         "tokenizer": checkpoint.tokenizer is not None,
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
-
-
-def inspect_text(found: dict[str, Any]) -> str:
-    """`inspect` as indented lines."""
-    lines: list[str] = []
-
-    def add(value: Any, depth: int) -> None:
-        for key, item in value.items():
-            if isinstance(item, dict) and item:
-                lines.append(f"{'  ' * depth}{key}:")
-                add(item, depth + 1)
-            elif isinstance(item, list) and item and all(isinstance(x, str) for x in item) and len(str(item)) > 80:
-                lines.append(f"{'  ' * depth}{key}:")
-                lines.extend(f"{'  ' * (depth + 1)}{x}" for x in item)
-            elif isinstance(item, list):
-                lines.append(f"{'  ' * depth}{key}: {', '.join(map(str, item)) or 'none'}")
-            else:
-                shown = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else item
-                lines.append(f"{'  ' * depth}{key}: {shown if shown != {} else 'none'}")
-
-    add(found, 0)
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The device profile: what a device can do, every number with its unit and where it comes from.
+"""The device profile: what a device can do, every number with its unit and its source.
 
-Part of the room `device_profiles`; only `errors` and `untrusted` enter. A profile is one TOML file, which strangers may have
-written: it is read size-limited, checked strictly, and refused in one line.
+A profile is a TOML file, which strangers may have written: its size is limited, it is checked strictly, and a faulty one is refused
+with one line.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..errors import UserError
 from ..system.reading import one_line, read_text
 
-# A profile is a few KiB; at this size the slowest TOML known to us (one key of 16,000 dots) still parses in two seconds.
+# A profile has a few KiB; of this size even the slowest TOML, one key of many dots, parses in seconds.
 _SIZE_LIMIT = 32 << 10
 _LIBRARY = Path(__file__).parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _printable(text: str) -> str:
-    # One printable line keeps terminal escapes out of `devices show`, and the TOML strings free of control characters.
+    # So no terminal escape gets into `devices show`, and no control character into a TOML string.
     if not text.isprintable() or not text.strip():
         raise ValueError("must be one printable line, not blank")
     return text
@@ -40,7 +40,7 @@ def _file_name(text: str) -> str:
 
 
 def _host(text: str) -> str:
-    # It becomes an argument of ssh or adb: a leading '-' would be read as an option.
+    # It is an argument of ssh or adb, which take a leading '-' as an option.
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]{0,254}", text):
         raise ValueError("a host is letters, digits and '_.@:-', and does not start with '-'")
     return text
@@ -54,10 +54,10 @@ Line = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 
 
 class Quantity(_Strict):
-    """One positive number: value, unit, where it comes from, and how it was come by.
+    """A positive number with its unit and its source.
 
-    `source` starts with "measured by …" (a tool run on this very device, with date and version), "vendor: …" or "public: …".
-    `kind` is measured, vendor, or derived (computed from other numbers; the source then says from which and how).
+    source: begins with "measured by …" (a tool run on this device, with date and version), "vendor: …" or "public: …".
+    kind: measured, vendor, or derived (computed from other numbers; the source says from which and how).
     """
 
     value: float = Field(gt=0, allow_inf_nan=False)
@@ -74,25 +74,25 @@ class Quantity(_Strict):
         return self
 
 
-def _in(unit: str, whole: bool = False) -> AfterValidator:
+def _in(unit: str, integer: bool = False) -> AfterValidator:
     def check(quantity: Quantity) -> Quantity:
         if quantity.unit != unit:
             raise ValueError(f"unit is {quantity.unit!r}, must be {unit!r}")
-        if whole and not quantity.value.is_integer():
+        if integer and not quantity.value.is_integer():
             raise ValueError(f"{quantity.value} is not a whole number of {unit}")
         return quantity
 
     return AfterValidator(check)
 
 
-Bytes = Annotated[Quantity, _in("bytes", whole=True)]
+Bytes = Annotated[Quantity, _in("bytes", integer=True)]
 BytesPerSecond = Annotated[Quantity, _in("bytes/s")]
 GigaFlops = Annotated[Quantity, _in("GFLOP/s")]
 GigaOps = Annotated[Quantity, _in("GOP/s")]
 JoulesPerByte = Annotated[Quantity, _in("J/byte")]
 JoulesPerOp = Annotated[Quantity, _in("J/op")]
-Cores = Annotated[Quantity, _in("cores", whole=True)]
-Threads = Annotated[Quantity, _in("threads", whole=True)]
+Cores = Annotated[Quantity, _in("cores", integer=True)]
+Threads = Annotated[Quantity, _in("threads", integer=True)]
 
 
 class Rates(_Strict):
@@ -114,10 +114,9 @@ class OpEnergy(_Strict):
 class ComputeUnit(_Strict):
     """A CPU, GPU or NPU. Rates are with all its threads, those named `one_thread` with one.
 
-    `weight_stream` is the rate at which 4-bit weights (codes and scales) are multiplied with one row of activations, in bytes/s of
-    weights: it bounds decoding. `prefill_rate` is what products of many rows with 4-bit weights reach, in GOP/s: it bounds prefill.
-    Measured on the kernel alone they are upper bounds of a whole model; derived from a whole model's tokens/s, lower bounds
-    of the kernel. `source` says which.
+    weight_stream: bytes/s of 4-bit weights (codes and scales) multiplied with one row of activations; it bounds decoding.
+    prefill_rate: GOP/s of products of many rows with 4-bit weights; it bounds prefill. Measured on the kernel alone they are upper
+    bounds for a model; derived from a model's tokens/s they are lower bounds for the kernel. `source` says which.
     """
 
     name: Line
@@ -134,7 +133,7 @@ class ComputeUnit(_Strict):
 
 
 class Memory(_Strict):
-    """Main memory: size, read bandwidth (all threads, one thread), copy rate (bytes read plus bytes written), energy."""
+    """Main memory. bandwidth: of reading. copy_rate: bytes read plus bytes written."""
 
     size: Bytes | None = None
     bandwidth: BytesPerSecond | None = None
@@ -144,16 +143,16 @@ class Memory(_Strict):
 
 
 class Target(_Strict):
-    """A target the device runs, and the weight widths it is known to hold natively; no `bits` means: not known."""
+    """A target that the device runs. bits: the weight widths that it is known to hold natively; None: not known."""
 
     name: Literal["onnx", "executorch", "coreml", "tensorrt", "qnn"]
-    # TOML gives lists; strict mode would refuse them as tuples.
+    # TOML has lists, which strict mode does not take as tuples.
     bits: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(strict=False, min_length=1)] | None = None
     source: Line
 
 
 class Reach(_Strict):
-    """How to reach the device. `host` is user@host for ssh (needed), the serial number for adb (optional)."""
+    """How to reach the device. host: for ssh user@host, which is required; for adb the serial number, which is not."""
 
     by: Literal["local", "adb", "ssh"]
     host: Annotated[str, AfterValidator(_host)] | None = None
@@ -168,7 +167,7 @@ class Reach(_Strict):
 
 
 class DeviceProfile(_Strict):
-    """What a device can do. Whatever has no honest source is absent (None), never guessed."""
+    """What a device can do. A number without a source is absent (None), never guessed."""
 
     name: Annotated[str, AfterValidator(_file_name)]
     kind: Literal["host", "phone", "board", "laptop"]
@@ -186,7 +185,7 @@ class DeviceProfile(_Strict):
         raise UserError(f"device {self.name} has no {kind}; it has {', '.join(u.kind for u in self.units)}")
 
     def target(self, name: str) -> Target | None:
-        """What the profile says about this target; None if the device is not known to run it."""
+        """The profile's entry of this target; None if the device is not known to run it."""
         return next((t for t in self.targets if t.name == name), None)
 
 
@@ -199,12 +198,12 @@ def load(name_or_path: str | Path) -> DeviceProfile:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or os.sep in text:
         return _read(Path(name_or_path))
-    found = _named()
-    if text not in found:
+    known = _named()
+    if text not in known:
         raise UserError(
-            f"unknown device {one_line(text, 80)!r}; known: {', '.join(sorted(found))}; or give the path of a .toml file"
+            f"unknown device {one_line(text, 80)!r}; known: {', '.join(sorted(known))}; or give the path of a .toml file"
         )
-    return _read_named(found[text])
+    return _read_named(known[text])
 
 
 def list_profiles() -> list[DeviceProfile]:
@@ -213,7 +212,7 @@ def list_profiles() -> list[DeviceProfile]:
 
 
 def parse(text: str, origin: str) -> DeviceProfile:
-    """The profile in this TOML text. `origin` names it in the UserError raised when it is not one."""
+    """The profile in a TOML text. Raises UserError, which names `origin`, if it is none."""
     try:
         return DeviceProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:
@@ -228,12 +227,12 @@ def parse(text: str, origin: str) -> DeviceProfile:
 
 
 def to_toml(profile: DeviceProfile) -> str:
-    """The profile as TOML; `parse` gives back an equal profile."""
+    """The profile as TOML; `parse` of it is an equal profile."""
     return "\n".join(_table(profile, "")).strip("\n") + "\n"
 
 
 def save(profile: DeviceProfile, path: Path) -> None:
-    """Write the profile to `path`, making its folder; the file appears whole or not at all. Raises UserError if it cannot."""
+    """Write the profile to `path`, and make its folder; the file appears complete or not at all. Raises UserError if it cannot."""
     path = Path(path)
     part: str | None = None
     try:
@@ -243,7 +242,7 @@ def save(profile: DeviceProfile, path: Path) -> None:
             file.write(to_toml(profile))
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes it readable by the owner alone; a profile is no secret.
+        # mkstemp makes it readable by the owner alone, but a profile is no secret.
         os.chmod(part, 0o644)
         os.replace(part, path)
     except OSError as error:
@@ -264,7 +263,7 @@ def user_path(name: str) -> Path:
 
 def _user_folder() -> Path:
     configured = os.environ.get("XDG_CONFIG_HOME", "")
-    # The XDG rules have a relative path ignored.
+    # By the XDG rules a relative path is ignored.
     if os.path.isabs(configured):
         return Path(configured) / "edgewright" / "devices"
     try:
@@ -274,7 +273,7 @@ def _user_folder() -> Path:
 
 
 def _named() -> dict[str, Path]:
-    """Name to file, of the library and of the user, whose files win."""
+    """Name -> file, of the library and of the user; the user's file is taken where both have one."""
     return {
         p.stem: p
         for folder in (_LIBRARY, _user_folder())
@@ -300,13 +299,13 @@ def _read(path: Path) -> DeviceProfile:
 
 
 def _table(model: BaseModel, path: str) -> list[str]:
-    """The lines of one table: first what fits on a line, then its sub-tables, as TOML wants them."""
+    """The lines of one table: first the values, then the sub-tables, as TOML requires."""
     lines: list[str] = []
     below: list[str] = []
     for key, value in model:
         full = f"{path}.{key}" if path else key
         if value == type(model).model_fields[key].default:
-            continue  # absent means the default, among them None and ()
+            continue  # an absent key means the default
         if isinstance(value, Quantity):
             inner = ", ".join(f"{k} = {_scalar(v)}" for k, v in value)
             lines.append(f"{key} = {{ {inner} }}")
@@ -324,7 +323,7 @@ def _table(model: BaseModel, path: str) -> list[str]:
 
 def _scalar(value: object) -> str:
     if isinstance(value, str):
-        # The models hold printable text only, so these two are all that needs escaping.
+        # The models hold printable text alone, so only these two need escaping.
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
     if isinstance(value, float) and value.is_integer() and value < 2**53:

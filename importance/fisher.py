@@ -26,6 +26,7 @@ from ..models.loading import load_original
 from ..models.registry import build, stored_name
 from ..quant.hessian import Factor
 from ..quant.plan import Choice, Unit
+from ..runtimes.logits import torch_log_softmax
 from .fisher_losses import Curvature, Gradients, WeightLosses, fill_unreached, unit_losses
 
 POSITIONS = 256
@@ -84,7 +85,7 @@ def _differentiate(forward: CalibrationForward, generator: torch.Generator) -> i
     logits = torch.as_tensor(found)[torch.as_tensor(real)]
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the model's logits are not finite on the calibration data; use --importance zd")
-    likelihood = torch.log_softmax(logits, -1)
+    likelihood = torch_log_softmax(logits)
     drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
     likelihood.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
     return len(logits)

@@ -25,6 +25,7 @@ from ..models.registry import build
 from ..models.user_module.checkpoint import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan
 from ..quant.rtn import effective_group, quantize_rtn
+from ..runtimes.logits import torch_divergence, torch_log_softmax
 from ..runtimes.session import Array
 from ..system.workers import ONE, Workers
 
@@ -159,7 +160,7 @@ def _divergence(reference: tuple[Array, Array], made: tuple[Array, Array]) -> fl
     total = 0.0
     for start in range(0, len(ours), _ROWS):
         p, q = (
-            torch.log_softmax(torch.from_numpy(np.array(x[start : start + _ROWS])).double(), -1) for x in (ours, theirs)
+            torch_log_softmax(torch.from_numpy(np.array(x[start : start + _ROWS])).double()) for x in (ours, theirs)
         )
-        total += float((p.exp() * (p - q)).sum())
+        total += float(torch_divergence(p, q))
     return max(0.0, total / max(1, len(ours)))

@@ -24,6 +24,7 @@ from ..calibration.samples import Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
 from ..models.registry import build, stored_name
 from ..runtimes.eager import EagerSession
+from ..runtimes.logits import torch_divergence, torch_log_softmax
 
 RATE = 1e-2
 """The largest step of a gain, as a share of it; the steps rise to it at first and fall to nothing."""
@@ -101,12 +102,12 @@ def tune_norms(
         found, real = CalibrationForward(fresh, checkpoint, spec, part, session=EagerSession(fresh.graphs())).logits(
             most
         )
-        return torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
+        return torch_log_softmax(torch.as_tensor(found)[torch.as_tensor(real)])
 
     def divergence(part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
         found, real = CalibrationForward(model, checkpoint, spec, part, session=session).logits(most)
-        logits = torch.log_softmax(torch.as_tensor(found)[torch.as_tensor(real)], -1)
-        return nn.functional.kl_div(logits, wanted, reduction="batchmean", log_target=True)
+        logits = torch_log_softmax(torch.as_tensor(found)[torch.as_tensor(real)])
+        return torch_divergence(wanted, logits) / len(wanted)
 
     def lost() -> float:
         total, count = 0.0, 0

@@ -10,25 +10,46 @@ from rich.table import Table
 
 from ..pipeline.planned import Planned
 from ..quant.frontier import Frontier, Point
-from ..quant.plan import BitPlan, Entry
+from ..quant.plan import BitPlan, Entry, WeightSpec
 from .tables import size, table, text
 
 
 def kinds(planned: Planned) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
-    """(stack and layer, part) -> its (bits, group, weights)."""
+    """(stack and layer, part) -> bits, group size (0: one scale a row) and number of its weights."""
     rows: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
     for unit in planned.units:
         for w in unit.weights:
             entry = planned.plan.entries[w.name]
-            place = f"{w.stack} {w.layer}" if w.layer is not None else w.name.removesuffix(".weight")
-            part = ".".join(w.name.split(".")[-3:-1]) if w.layer is not None else ""
             group = 0 if entry.group_size == w.shape[1] else entry.group_size
-            rows[place, part].append((entry.bits, group, w.numel))
+            rows[_place(w)].append((entry.bits, group, w.numel))
     return rows
 
 
+def scores_by_place(planned: Planned) -> dict[str, float]:
+    """Stack and layer -> its importance."""
+    return {f"{stack} {i}": score for (stack, i), score in planned.scores.items()}
+
+
+def losses_by_place(planned: Planned) -> dict[str, dict[str, float]]:
+    """Stack and layer -> part -> its predicted loss, nats a token; empty where none were measured."""
+    losses: dict[str, dict[str, float]] = defaultdict(dict)
+    for w in (w for unit in planned.units for w in unit.weights):
+        loss = planned.plan.entries[w.name].loss
+        if loss is not None:
+            place, part = _place(w)
+            losses[place][part] = loss
+    return losses
+
+
+def _place(weight: WeightSpec) -> tuple[str, str]:
+    """(stack and layer, part) of a weight; outside the layers its name, and no part."""
+    if weight.layer is None:
+        return weight.name.removesuffix(".weight"), ""
+    return f"{weight.stack} {weight.layer}", ".".join(weight.name.split(".")[-3:-1])
+
+
 def plan_text(planned: Planned) -> str:
-    """The plan: a row a layer with the bits of its parts, then the totals for every target."""
+    """The plan: a row for each layer with the bits of its parts, then the totals for every target."""
     places: dict[str, dict[str, str]] = defaultdict(dict)
     counts: Counter[str] = Counter()
     for (place, part), entries in kinds(planned).items():
@@ -36,9 +57,9 @@ def plan_text(planned: Planned) -> str:
         label = "16" if bits == 16 else f"{bits}" + (f"g{group}" if group else "c")
         places[place][part] = label
         counts[place] += sum(n for _, _, n in entries)
-    rows = table("layer", "weights", "score", "bits (g: a scale per group of inputs, c: per channel)")
-    rows.columns[-1].justify = "left"
-    scores = {f"{stack} {i}": value for (stack, i), value in planned.scores.items()}
+    bits_column = "bits (g: a scale per group of inputs, c: per channel)"
+    rows = table("layer", "weights", "score", bits_column, left=(bits_column,))
+    scores = scores_by_place(planned)
     for place, parts in places.items():
         by_label: dict[str, list[str]] = defaultdict(list)
         for part, label in parts.items():
@@ -50,19 +71,8 @@ def plan_text(planned: Planned) -> str:
     return text(rows, *_loss_table(planned), *_totals(planned))
 
 
-def losses_by_place(planned: Planned) -> dict[str, dict[str, float]]:
-    """Place -> part (blank outside the layers) -> its predicted loss; empty where none were measured."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for w in (w for unit in planned.units for w in unit.weights):
-        loss = planned.plan.entries[w.name].loss
-        if loss is not None:
-            place = f"{w.stack} {w.layer}" if w.layer is not None else w.name.removesuffix(".weight")
-            found[place][".".join(w.name.split(".")[-3:-1]) if w.layer is not None else ""] = loss
-    return found
-
-
 def _loss_table(planned: Planned) -> list[Table | str]:
-    """A row a layer and a column a linear; those that share a choice share their loss out by their size."""
+    """A row for each layer and a column for each linear; weights that share a choice have a share of its loss each."""
     losses = losses_by_place(planned)
     if not losses:
         return []
@@ -108,7 +118,7 @@ def _totals(planned: Planned) -> list[Table | str]:
 
 
 def _saved(ratio: float) -> str:
-    """How much less a target alone would lose; what the solver leaves open is nothing."""
+    """How much less a target alone would lose; a difference within the solver's tolerance is none."""
     return "the same" if ratio < 1.0005 else f"{1 - 1 / ratio:.1%} less (predicted)"
 
 
@@ -127,47 +137,47 @@ def plan_json(planned: Planned) -> dict[str, Any]:
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
-    shown: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size}
+    values: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size}
     if entry.quantizer != "rtn":
-        shown["quantizer"] = entry.quantizer
-    return shown if entry.loss is None else shown | {"loss": entry.loss}
+        values["quantizer"] = entry.quantizer
+    return values if entry.loss is None else values | {"loss": entry.loss}
 
 
-def frontier_text(found: Frontier) -> str:
-    """A row a budget: the best plan and the best uniform one within it."""
+def frontier_text(frontier: Frontier) -> str:
+    """A row for each budget: the best plan and the best uniform plan within it."""
     rows = table(
         "codes and scales", "bits a weight", "predicted loss", "uniform", "its bytes", "its loss", "ours of its"
     )
-    for point in found.points:
+    for point in frontier.points:
         ours = [size(point.plan.total_bytes), f"{point.plan.average_bits:.4f}", f"{point.loss:.4g}"]
-        even: list[str] = ["none is that small", "", "", ""]
+        uniform: list[str] = ["none is that small", "", "", ""]
         if point.uniform is not None and point.uniform_loss is not None:
             share = f"{point.loss / point.uniform_loss:.1%}" if point.uniform_loss > 0 else ""
-            even = [_common(point.uniform), size(point.uniform.total_bytes), f"{point.uniform_loss:.4g}", share]
-        rows.add_row(*ours, *even)
-    return text(rows, _measure(found))
+            uniform = [_common(point.uniform), size(point.uniform.total_bytes), f"{point.uniform_loss:.4g}", share]
+        rows.add_row(*ours, *uniform)
+    return text(rows, _measure(frontier))
 
 
-def _measure(found: Frontier) -> str:
-    if found.measured:
+def _measure(frontier: Frontier) -> str:
+    if frontier.measured:
         return "predicted loss: nats a token, from calibration data"
     return "predicted loss: importance x weights x expected relative squared error, without data"
 
 
 def _common(plan: BitPlan) -> str:
-    """What most weights of a uniform plan have."""
+    """The bits and group size that most weights of a uniform plan have."""
     bits, group = Counter((e.bits, e.group_size) for e in plan.entries.values()).most_common(1)[0][0]
     return "16 bits" if bits == 16 else f"{bits} bits, group {group}"
 
 
-def frontier_json(found: Frontier) -> dict[str, Any]:
-    def shown(plan: BitPlan, loss: float) -> dict[str, Any]:
+def frontier_json(frontier: Frontier) -> dict[str, Any]:
+    def summary(plan: BitPlan, loss: float) -> dict[str, Any]:
         return {"total_bytes": plan.total_bytes, "average_bits": plan.average_bits, "predicted_loss": loss}
 
     def row(point: Point) -> dict[str, Any]:
-        even = None
+        uniform = None
         if point.uniform is not None and point.uniform_loss is not None:
-            even = shown(point.uniform, point.uniform_loss) | {"choice": _common(point.uniform)}
-        return shown(point.plan, point.loss) | {"uniform": even}
+            uniform = summary(point.uniform, point.uniform_loss) | {"choice": _common(point.uniform)}
+        return summary(point.plan, point.loss) | {"uniform": uniform}
 
-    return {"measure": _measure(found), "points": [row(point) for point in found.points]}
+    return {"measure": _measure(frontier), "points": [row(point) for point in frontier.points]}

@@ -1,4 +1,4 @@
-"""What `plan --plot` draws: a plan by layer, and the frontier. What may enter: reporting, matplotlib inside the functions."""
+"""What `plan --plot` draws: a plan by layer, and the frontier. matplotlib is imported inside the functions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from ..errors import UserError
 from ..pipeline.planned import Planned
 from ..quant.frontier import Frontier
-from .plan import kinds, losses_by_place
+from .plan import kinds, losses_by_place, scores_by_place
 
 
 def plot_plan(planned: Planned, path: Path) -> None:
-    """Scores, average bits and, where measured, losses by layer, to a PNG, SVG or PDF.
+    """Draw scores, average bits and, where measured, losses by layer to a PNG, SVG or PDF file.
 
     Raises UserError if matplotlib is missing or the file cannot be written.
     """
@@ -26,7 +26,7 @@ def plot_plan(planned: Planned, path: Path) -> None:
     losses = losses_by_place(planned)
     figure = _figure(path, (max(6, 0.35 * len(places)), 7.5 if losses else 5))
     above, below, *lowest = figure.subplots(3 if losses else 2, 1, sharex=True)
-    scores = {f"{stack} {i}": s for (stack, i), s in planned.scores.items()}
+    scores = scores_by_place(planned)
     scored = [i for i, p in enumerate(places) if p in scores]
     above.bar(scored, [scores[places[i]] for i in scored], color="tab:blue")
     above.set_ylabel(f"{planned.plan.method} score")
@@ -34,9 +34,8 @@ def plot_plan(planned: Planned, path: Path) -> None:
     below.set_ylabel("code bits a weight")
     for number, part in enumerate(dict.fromkeys(part for row in losses.values() for part in row)):
         at = [i for i, place in enumerate(places) if part in losses.get(place, {})]
-        lowest[0].plot(
-            at, [losses[places[i]][part] for i in at], "osD^"[number // 10 % 4], markersize=4, label=part or "whole"
-        )
+        values = [losses[places[i]][part] for i in at]
+        lowest[0].plot(at, values, "osD^"[number // 10 % 4], markersize=4, label=part or "whole")
     if losses:
         lowest[0].set_yscale("log")
         lowest[0].set_ylabel("predicted loss, nats a token")
@@ -46,20 +45,20 @@ def plot_plan(planned: Planned, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_frontier(found: Frontier, name: str, path: Path) -> None:
-    """Predicted loss against bytes, uniform beside it, to a PNG, SVG or PDF. Raises UserError as `plot_plan` does."""
+def plot_frontier(frontier: Frontier, name: str, path: Path) -> None:
+    """Draw predicted loss against bytes, uniform plans beside it, to a PNG, SVG or PDF file. Errors as of `plot_plan`."""
     figure = _figure(path, (7, 5))
     axes = figure.subplots()
-    points = [(p.plan.total_bytes, p.loss) for p in found.points]
-    even = sorted(
-        {(p.uniform.total_bytes, p.uniform_loss) for p in found.points if p.uniform is not None and p.uniform_loss}
+    points = [(p.plan.total_bytes, p.loss) for p in frontier.points]
+    uniform = sorted(
+        {(p.uniform.total_bytes, p.uniform_loss) for p in frontier.points if p.uniform is not None and p.uniform_loss}
     )
     axes.plot([b / 1e6 for b, _ in points], [loss for _, loss in points], "o-", label="allocated")
-    axes.plot([b / 1e6 for b, _ in even], [loss for _, loss in even], "s", color="tab:gray", label="uniform")
+    axes.plot([b / 1e6 for b, _ in uniform], [loss for _, loss in uniform], "s", color="tab:gray", label="uniform")
     if all(loss > 0 for _, loss in points):
         axes.set_yscale("log")
     axes.set_xlabel("codes and scales, MB")
-    axes.set_ylabel("predicted loss" + (", nats a token" if found.measured else " (relative)"))
+    axes.set_ylabel("predicted loss" + (", nats a token" if frontier.measured else " (relative)"))
     axes.set_title(name)
     axes.legend()
     _save(figure, path)

@@ -1,8 +1,9 @@
-"""What the commands print: plans, exports and verifications as text and JSON. Reads results, computes nothing new."""
+"""Tables and sizes as plain text."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 
 def text(*parts: Table | str) -> str:
-    """Tables and lines as plain text, wide enough not to fold."""
+    """Tables and lines as plain text, so wide that no line folds."""
     out = io.StringIO()
     console = Console(file=out, width=200, no_color=True, highlight=False, markup=False)
     for part in parts:
@@ -18,11 +19,12 @@ def text(*parts: Table | str) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    made = Table(box=SIMPLE, title=title, title_justify="left", pad_edge=False)
+def table(*columns: str, left: Collection[str] = (), title: str | None = None) -> Table:
+    """An empty table. The first column and those named in `left` are set to the left, the others, numbers, to the right."""
+    empty = Table(box=SIMPLE, title=title, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return made
+        empty.add_column(column, justify="left" if i == 0 or column in left else "right", overflow="fold")
+    return empty
 
 
 def size(count: float) -> str:

@@ -14,32 +14,32 @@ from .plan import plan_json, plan_text
 from .tables import size, table, text
 
 
-def export_text(made: Exported) -> str:
-    """Plan, sizes, what the check found, and where the bundle is."""
+def export_text(exported: Exported) -> str:
+    """Plan, sizes, result of the check, and where the bundle is."""
     sizes = table("target", "weights in codes", "weights as stored", "files", "lowering", "peak anonymous memory")
-    for entry in made.manifest.targets:
-        total = sum((made.path / f).stat().st_size for f in entry.files)
-        cost = made.costs[entry.format]
+    for entry in exported.manifest.targets:
+        total = sum((exported.path / f).stat().st_size for f in entry.files)
+        cost = exported.costs[entry.format]
         taken = [f"{cost.seconds:.1f} s", f"{cost.peak_anonymous / 2**20:.0f} MiB"]
         sizes.add_row(entry.format, size(entry.ideal_bytes), size(entry.stored_bytes), size(total), *taken)
-    parts: list[Table | str] = [plan_text(made.planned), sizes]
-    if made.report is None:
+    parts: list[Table | str] = [plan_text(exported.planned), sizes]
+    if exported.report is None:
         parts.append("not verified (--no-verify): run 'edgewright verify' before shipping")
     else:
-        parts += [_lowering_table(made.report), _target_table(made.report), *_fell_back(made.report)]
-    parts.append(f"peak anonymous memory: {made.peak_anonymous / 2**20:.0f} MiB")
-    parts.append(f"bundle: {made.path}")
+        parts += [_lowering_table(exported.report), _target_table(exported.report), *_fell_back(exported.report)]
+    parts.append(f"peak anonymous memory: {exported.peak_anonymous / 2**20:.0f} MiB")
+    parts.append(f"bundle: {exported.path}")
     return text(*parts)
 
 
-def export_json(made: Exported) -> dict[str, Any]:
+def export_json(exported: Exported) -> dict[str, Any]:
     return {
-        "bundle": str(made.path),
-        "plan": plan_json(made.planned),
-        "targets": [t.model_dump(mode="json") for t in made.manifest.targets],
-        "verification": made.report.to_json() if made.report is not None else None,
-        "costs": {name: asdict(cost) for name, cost in made.costs.items()},
-        "peak_anonymous_bytes": made.peak_anonymous,
+        "bundle": str(exported.path),
+        "plan": plan_json(exported.planned),
+        "targets": [t.model_dump(mode="json") for t in exported.manifest.targets],
+        "verification": exported.report.to_json() if exported.report is not None else None,
+        "costs": {name: asdict(cost) for name, cost in exported.costs.items()},
+        "peak_anonymous_bytes": exported.peak_anonymous,
     }
 
 
@@ -52,8 +52,8 @@ def _agreement(a: Agreement) -> list[str]:
 def _lowering_table(report: Report) -> Table:
     rows = table("comparison", "max rel. error", "mean KL", "top-1", "prompts identical", "result")
     for t in report.targets:
-        verdict = f"ok ({t.allowed})" if t.passed else f"FAILED ({t.allowed})"
-        rows.add_row(f"{t.format}: lowering error ({t.activations} activations)", *_agreement(t.lowering), verdict)
+        result = f"ok ({t.allowed})" if t.passed else f"FAILED ({t.allowed})"
+        rows.add_row(f"{t.format}: lowering error ({t.activations} activations)", *_agreement(t.lowering), result)
         if t.arithmetic is not None:
             rows.add_row("the reference with such int8 activations (emulated)", *_agreement(t.arithmetic), "reported")
         if t.shipped is not t.lowering:  # one run where the runtime has no float32 activations
@@ -63,15 +63,13 @@ def _lowering_table(report: Report) -> Table:
     return rows
 
 
-_SHOWN = 6  # kinds of nodes on the CPU by choice; what fell back is shown whole
+_SHOWN = 6  # kinds of nodes in a line; all that fell back are shown
 
 
 def _target_table(report: Report) -> Table:
-    """What computed each target here, its weights, where its nodes run, and its bytes."""
-    rows = table(
-        "target", "computed here by", "weights bit for bit", "accelerated", "CPU by choice", "fell back", "bytes"
-    )
-    rows.columns[1].justify = "left"
+    """For each target what computed it on this machine, its weights, where its nodes run, and its bytes."""
+    placed = ("accelerated", "CPU by choice", "fell back")
+    rows = table("target", "computed here by", "weights bit for bit", *placed, "bytes", left=("computed here by",))
     for t in report.targets:
         p = t.placement
         nodes = [str(sum(map(_nodes, part.values()))) for part in (p.accelerated, p.host, p.fallback)]
@@ -86,7 +84,7 @@ def _nodes(ops: dict[str, int]) -> int:
 
 
 def _fell_back(report: Report) -> list[str]:
-    """A line for each target with nodes off its accelerator, by name, and for each whose placement is unknown."""
+    """A line for each target with nodes off its accelerator, and for each whose placement is unknown."""
     lines = []
     for t in report.targets:
         if not t.placement.known:
@@ -104,37 +102,35 @@ def _fell_back(report: Report) -> list[str]:
 
 def verify_text(report: Report) -> str:
     parts: list[Table | str] = [_lowering_table(report), _target_table(report), *_fell_back(report)]
-    placement = table("target", "graph", "on the accelerator", "nodes", "most frequent ops")
-    for column in (1, 2, 4):
-        placement.columns[column].justify = "left"
+    parts += [_task_line(t, report) for t in report.targets if t.task_accuracy is not None]
+    return text(*parts, *_text_table(report), _placement_table(report), *report.notes)
+
+
+def _placement_table(report: Report) -> Table:
+    """The unit that each graph runs on, and its most frequent ops there."""
+    rows = table(
+        *("target", "graph", "on the accelerator", "nodes", "most frequent ops"),
+        left=("graph", "on the accelerator", "most frequent ops"),
+    )
     for t in report.targets:
-        parts += _quality(t, report)
+        unit = t.placement.accelerator.removesuffix("ExecutionProvider")
         for graph, ops in t.placement.accelerated.items():
-            often = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=_by_count)[:6])
-            unit = t.placement.accelerator.removesuffix("ExecutionProvider")
-            placement.add_row(t.format, graph, unit, str(_nodes(ops)), often)
-    return text(*parts, *_text_table(report), placement, *report.notes)
+            frequent = ", ".join(f"{op} {n}" for op, n in Counter(ops).most_common(_SHOWN))
+            rows.add_row(t.format, graph, unit, str(_nodes(ops)), frequent)
+    return rows
 
 
-def _by_count(item: tuple[str, int]) -> int:
-    return -item[1]
-
-
-def _quality(t: TargetReport, report: Report) -> list[str]:
-    lines = []
-    if t.task_accuracy is not None:
-        before = report.original_task_accuracy
-        was = (
-            f"; original {before:.1%}, difference {100 * (t.task_accuracy - before):+.1f} points"
-            if before is not None
-            else ""
-        )
-        lines.append(f"{t.format}: task accuracy {t.task_accuracy:.1%} of {report.task_size} prompts{was}")
-    return lines
+def _task_line(t: TargetReport, report: Report) -> str:
+    assert t.task_accuracy is not None
+    line = f"{t.format}: task accuracy {t.task_accuracy:.1%} of {report.task_size} prompts"
+    original = report.original_task_accuracy
+    if original is None:
+        return line
+    return f"{line}; original {original:.1%}, difference {100 * (t.task_accuracy - original):+.1f} points"
 
 
 def _text_table(report: Report) -> list[Table | str]:
-    """Perplexity of each, and how far from the one it is measured against."""
+    """The perplexity of each, and how far its predictions are from those it is compared with."""
     if report.text_against is None:
         return []
     windows = f"{report.text_windows} window{'s' if report.text_windows > 1 else ''}"

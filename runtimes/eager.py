@@ -1,6 +1,7 @@
-"""The reference: the graphs' modules run by PyTorch, in float32. What may enter: `models`, `graph`, torch.
+"""The reference: the graphs' modules run by PyTorch, in float32.
 
-`Int8Session` is the reference with the activations some runtimes force on a linear: what that arithmetic costs by itself.
+`Int8Session` is the reference with int8 activations, which some runtimes force on linears: it shows what they cost by
+themselves.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import torch
 
 from ..graph import Graph
 from ..models.layers.linear import Linear
-from .session import Array, StateBuffers, sized
+from .session import Array, StateBuffers, keep_states, sized
 
 
 class EagerSession:
-    """Graphs of a model whose weights are loaded (see `models.loading`), run as they stand."""
+    """The graphs of a model whose weights are loaded (see `models.loading`)."""
 
     def __init__(self, graphs: Sequence[Graph]) -> None:
         self._graphs = {g.name: g for g in graphs}
@@ -31,18 +32,14 @@ class EagerSession:
         values = [torch.from_numpy(inputs[p.name]) for p in g.inputs] + [state[s.name] for s in g.states]
         with torch.no_grad():
             outputs = dict(zip(g.output_names, g.call(values), strict=True))
-        for s in g.states:
-            if s.updated:
-                state[s.name] = outputs.pop(f"{s.name}_out")
-        for name in [n for n in outputs if n in self._states]:
-            state[name] = outputs.pop(name)
+        keep_states(outputs, [s.name for s in g.states if s.updated], self._states, state)
         return {name: value.numpy() for name, value in outputs.items()}
 
 
 class Int8Session(EagerSession):
-    """The reference whose quantized linears see their input in int8, a scale and a zero point a row, as XNNPACK makes them.
+    """The reference with the inputs of quantized linears rounded to int8, with a scale and a zero point per row, as in XNNPACK.
 
-    linears: the checkpoint's names of those weights, such as "model.layers.0.mlp.up_proj.weight".
+    linears: names of those weights in the checkpoint, such as "model.layers.0.mlp.up_proj.weight".
     """
 
     def __init__(self, graphs: Sequence[Graph], linears: Collection[str]) -> None:
@@ -54,13 +51,13 @@ class Int8Session(EagerSession):
         hooks = [m.register_forward_pre_hook(_through_int8) for m in self._linears]
         try:
             return super().run(graph, inputs, state)
-        finally:  # the modules are the reference's own
+        finally:  # the reference runs the same modules without hooks
             for hook in hooks:
                 hook.remove()
 
 
 def _through_int8(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """x [..., K] rounded to 256 steps between the least and the largest of its row, zero among them."""
+    """x [..., K] rounded to 256 steps between the least and the largest value of its row; zero is one of the steps."""
     x = args[0]
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)

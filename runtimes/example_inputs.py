@@ -1,4 +1,4 @@
-"""The example inputs in a bundle of a module, which has no generate loop. No torch enters."""
+"""Example inputs in the bundle of a module, which has no generate loop. No torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..system.reading import one_line
 from .session import Array
 
 Call = tuple[str, dict[str, Array]]
-"""A graph and its inputs by name."""
+"""(graph, its inputs by name)."""
 
 
 def read_examples(bundle: Bundle) -> list[Call]:

@@ -1,8 +1,7 @@
-"""The generate loop over any `Session`: prefill, then a decode step a token. No torch enters.
+"""The generate loop over any `Session`: prefill, then one decode step per token. No torch is imported.
 
-`Stream` is one batch being decoded: it hides the difference between an encoder-decoder, whose prompt goes through the
-encoder, a decoder-only model, whose prompt fills the KV cache, and a decoder-decoder, whose prompt begins with the memory that
-`read_context` made of a context (and that serves any number of prompts).
+`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt with its
+encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context before it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .session import Array, Session
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass."""
+    """How a token is drawn. temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -40,7 +39,7 @@ class Sampling:
 
 
 class Stream:
-    """A batch of prompts being decoded. All rows advance together; prompts of a decoder-only batch are of one length."""
+    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length."""
 
     def __init__(
         self,
@@ -50,7 +49,10 @@ class Stream:
         new_tokens: int,
         memory: Array | None = None,
     ) -> None:
-        """memory: [batch, rows, hidden] of a "memory" task; without, the main decoder answers from the prompt alone."""
+        """memory: of a "memory" task, [batch, rows, hidden]; without it, the decoder reads the prompt alone.
+
+        Raises UserError for a prompt or memory that is empty or does not fit the context.
+        """
         if not prompts or not all(prompts):
             raise UserError("the prompt has no tokens; give some text")
         self.session, self.spec = session, spec
@@ -75,7 +77,7 @@ class Stream:
     def _splice(
         self, context: ContextSpec, prompts: Sequence[Sequence[int]], memory: Array | None
     ) -> list[Sequence[int]]:
-        """The prompts with a token 0 for each row of memory; `_slots` says which positions hold which row."""
+        """The prompts with a token 0 for each row of memory; `_slots` gives the row at each position, or -1."""
         rows = 0 if memory is None else memory.shape[1]
         early = context.splice == "released" and rows > 0
         lead = len(context.prefix) - early
@@ -108,7 +110,10 @@ class Stream:
         self.pending = np.full((self.batch, 1), self.spec.decoder_start, np.int64)
 
     def feed(self, tokens: Array, every: bool = False) -> Array:
-        """Append tokens [batch, n] and return the logits [batch, 1, vocab] of the last, or [batch, n, vocab] of all."""
+        """Append tokens [batch, n]; returns the logits [batch, 1, vocab] of the last one, with `every` [batch, n, vocab].
+
+        Raises UserError for more tokens than the context holds.
+        """
         n = tokens.shape[1]
         if self.past + n > self.capacity:
             raise UserError(f"{self.past + n} tokens do not fit the context of {self.capacity}")
@@ -129,15 +134,15 @@ class Stream:
         return self.session.run("decoder", inputs, self.state)["logits"]
 
     def prefill(self) -> Array:
-        """Feed the pending prompt (the start token of an encoder-decoder); logits [batch, 1, vocab] after it."""
+        """Feed the pending prompt (of an encoder-decoder the start token); returns the logits [batch, 1, vocab] after it."""
         return self.feed(self.pending)
 
 
 def read_context(session: Session, spec: Generation, ids: Sequence[int]) -> Array:
-    """The memory [1, rows, hidden] of a context of token ids: parts of `window` tokens, a memory each, side by side.
+    """The memory [1, rows, hidden] of a context of token ids.
 
-    One memory a part is the paper's (arXiv 2408.15518 trains on contexts of one window); splitting a longer context and
-    putting the memories side by side is ours. Raises UserError for an empty context.
+    The context is read in parts of at most `window` tokens, and their memories are joined. arXiv 2408.15518 reads contexts of one
+    part; more parts are an extension of it. Raises UserError for an empty context.
     """
     context = spec.context
     if context is None:
@@ -163,9 +168,9 @@ def _memory(session: Session, spec: Generation, context: ContextSpec, part: Sequ
             "past_length": np.array([at], np.int64),
             "logit_positions": wanted if len(wanted) else np.array([tokens.shape[1] - 1], np.int64),
         }
-        made = session.run("context", inputs, state)["memory"]
+        memory = session.run("context", inputs, state)["memory"]
         if len(wanted):
-            rows.append(made)
+            rows.append(memory)
     return np.concatenate(rows, 1)
 
 
@@ -177,9 +182,9 @@ def generate(
     sampling: Sampling | None = None,
     memory: Array | None = None,
 ) -> Iterator[int]:
-    """Tokens after `prompt`, one at a time, until an end token (not yielded), `new_tokens`, or the context is full.
+    """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: what `read_context` made, for a "memory" task.
+    memory: for a "memory" task, what `read_context` returned.
     """
     sampling = sampling or Sampling()
     rng = np.random.default_rng(sampling.seed)
@@ -202,9 +207,9 @@ def generate_batch(
     new_tokens: int,
     contexts: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
-    """Greedy tokens for each prompt. Encoder-decoder prompts run as one padded batch, others one after the other.
+    """Greedy tokens for each prompt. Prompts of an encoder-decoder run as one padded batch, others one by one.
 
-    contexts: of a "memory" task, one for each prompt, or none at all.
+    contexts: for a "memory" task, one for each prompt, or none.
     """
     if spec.task != "seq2seq":
         memories: list[Array | None] = [read_context(session, spec, c) for c in contexts]

@@ -1,8 +1,8 @@
-"""What every runtime offers: run a graph on arrays, with states carried from call to call. No torch enters."""
+"""What every runtime offers: a graph run on arrays, with states carried from call to call. No torch is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 StateBuffers = dict[str, Any]
-"""State name -> whatever the runtime keeps it in. Made by `new_state`, updated by `run`."""
+"""State name -> its buffer, of a type that the runtime chooses. `new_state` allocates it, `run` updates it."""
 
 
 class Session(Protocol):
@@ -38,8 +38,8 @@ class Placement:
     """Where an artefact's ops run.
 
     accelerated: on `accelerator`, the unit the target is for. host: on the CPU because the lowering put them there.
-    fallback: on the CPU because the accelerator did not take them; what `--strict-placement` fails on. source: who says
-    so. known False: nothing on this machine can say, and `source` tells where to ask.
+    fallback: on the CPU because the accelerator did not take them; `--strict-placement` fails on them. source: where this
+    comes from. known: False where nothing on this machine can say; `source` then names where to ask.
     """
 
     accelerator: str
@@ -51,7 +51,7 @@ class Placement:
 
 
 def place(units: Units, accelerators: Sequence[str], host: Collection[str], source: str) -> Placement:
-    """Sort what a runtime says by unit. host: the ops that the lowering itself keeps off the accelerators."""
+    """The placement from a runtime's report of each op's unit. host: ops that the lowering keeps off the accelerators."""
     sorted_: tuple[Counts, Counts, Counts] = ({}, {}, {})
     for graph, by_unit in units.items():
         for unit, ops in by_unit.items():
@@ -63,11 +63,11 @@ def place(units: Units, accelerators: Sequence[str], host: Collection[str], sour
 
 
 class PlacedSession(Session, Protocol):
-    """A session that tells where each op runs, in which arithmetic its activations are, and what computes them here.
+    """A session of an artefact, which knows where its ops run.
 
-    activations: "float32" (checked strictly against the reference), or what reduces them: "int8", "float16".
-    how: one line on what runs here. stand_in: it is not the artefact on its own device but something in its place: what
-    it computes can be compared, the time it takes says nothing.
+    activations: their arithmetic, "float32" (checked strictly against the reference), or reduced: "int8", "float16".
+    how: one line on what runs on this machine. stand_in: something else runs in place of the artefact on its device, so its
+    results can be compared and its speed means nothing.
     """
 
     activations: str
@@ -78,7 +78,7 @@ class PlacedSession(Session, Protocol):
 
 
 class Joined:
-    """A session that has some of the graphs, and another that runs the rest."""
+    """Two sessions as one: `part` runs the graphs that it has, `rest` the others."""
 
     def __init__(self, part: Session, graphs: Collection[str], rest: Session) -> None:
         self._part, self._graphs, self._rest = part, graphs, rest
@@ -103,3 +103,15 @@ DTYPES: dict[str, type[np.generic]] = {
 def sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A symbolic shape with its names replaced by `sizes`."""
     return tuple(d if isinstance(d, int) else sizes[d] for d in shape)
+
+
+def keep_states(outputs: dict[str, Any], updated: Iterable[str], states: Collection[str], state: StateBuffers) -> None:
+    """Move from a graph's outputs to `state` what belongs there.
+
+    updated: the states that the graph updates; the output of each is `<state>_out`. states: names of all states; an output with
+    such a name is one.
+    """
+    for name in updated:
+        state[name] = outputs.pop(f"{name}_out")
+    for name in [n for n in outputs if n in states]:
+        state[name] = outputs.pop(name)

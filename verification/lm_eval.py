@@ -1,8 +1,7 @@
-"""A bundle as a model of lm-evaluation-harness: likelihoods and greedy or sampled text from an artefact's session.
+"""A bundle as a model of lm-evaluation-harness: likelihoods, and greedy or sampled text.
 
-Nothing imports this file: importing it needs lm-eval (extra `eval`) and registers the model "edgewright".
-`python -m edgewright.verification.lm_eval` is lm-eval's command line with that model known. What may enter: `bundle`, `comparison`,
-`prompts`, `runtimes`, `tokenizer`.
+No module imports this file: it needs lm-eval (extra `eval`), and importing it registers the model "edgewright".
+`python -m edgewright.verification.lm_eval` is lm-eval's command line with that model.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..bundle import CHECKPOINT, Bundle
 from ..calibration.prompts import Passage, special_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..runtimes.generate import Sampling, generate
+from ..runtimes.logits import log_softmax
 from ..runtimes.registry import open_session
 from ..runtimes.session import Session
-from .compare import predictions
+from .scores import predictions
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -35,23 +33,23 @@ except ImportError:
 NEW_TOKENS = 256
 """Tokens generated where a task does not say how many."""
 
-_HEEDED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+_SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 _log = logging.getLogger(__name__)
 
 
 @register_model("edgewright")
 class BundleLM(TemplateLM):  # type: ignore[misc]
-    """One artefact of a bundle. An encoder-decoder reads a context with its encoder; any other has it before the continuation.
+    """One artefact of a bundle. An encoder-decoder reads a context with its encoder, any other model before the continuation.
 
-    Requests run one at a time, but continuations of one token behind the same context are one run.
+    Requests run one by one; continuations that differ in their last token alone share a run.
 
     Args:
         bundle: the bundle's folder.
         format: the artefact; without, the bundle's first.
         threads: 0 is all cores.
-        session: in the artefact's place, such as an eager reference of the same model.
-        batch_size, max_batch_size, device: what lm-eval gives every model; nothing here depends on them.
+        session: runs in the artefact's place, such as the eager reference of the same model.
+        batch_size, max_batch_size, device: lm-eval passes them to every model; they change nothing.
 
     Raises UserError for a bundle that does not generate, has no tokenizer, or whose artefact cannot be loaded.
     """
@@ -78,7 +76,7 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         self._name = f"{opened.path.name}-{opened.manifest.source_fingerprint}"
         self._before, self._after = special_tokens(self.tokenizer)
         if self.backend == "causal":
-            self._after = []  # what ends a text does not end a prompt that goes on
+            self._after = []  # a prompt goes on, so it has no end token
         if session is None:
             session = open_session(opened, format or opened.manifest.targets[0].format, int(threads))
             if session.stand_in:
@@ -94,7 +92,7 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in for an empty context: what the tokenizer makes of one, else begin of text, else an end."""
+        """The token for an empty context: the tokenizer's first special token, else begin of text, else an end token."""
         bos = self.tokenizer.bos_id
         return (*self._before, *self._after, *([] if bos is None else [bos]), self.eot_token_id)[0]
 
@@ -106,14 +104,14 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         return self.tokenizer.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt that the bundle's chat template makes of messages. Raises UserError if it has none."""
+        """The prompt that the bundle's chat template makes of messages. Raises UserError if there is no template."""
         text = self.tokenizer.apply_chat(chat_history, add_generation_prompt)
         if text is None:
             raise UserError("the bundle's tokenizer has no chat template; leave --apply_chat_template out")
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with the special tokens of a prompt unless told not to; a text that brings them keeps one set."""
+        """Token ids with the special tokens of a prompt, unless `add_special_tokens` is False; none is added twice."""
         ids = self.tokenizer.encode(string, special=False)
         if (worst := max(ids, default=0)) >= self.spec.vocab:
             raise UserError(
@@ -126,17 +124,17 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         return [*before, *ids, *after]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, in windows as long as the model takes, each token scored once."""
-        found = []
+        """Log-likelihood of each text, in windows as long as the model takes; each token is scored once."""
+        totals = []
         for request in tqdm(requests, desc="edgewright: texts", disable=disable_tqdm):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             longest = self.max_length - 1 - len(self._before)
             windows = get_rolling_token_windows(ids, self.prefix_token_id, max(1, longest), 1)
             parts = [make_disjoint_window(window) for window in windows]
             total = sum(self._score(tuple(before), [tuple(scored)])[0][0] for before, scored in parts)
-            found.append(total)
+            totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return found
+        return totals
 
     def _loglikelihood_tokens(
         self,
@@ -144,34 +142,34 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives just that) of each continuation behind its context."""
+        """(log-likelihood, whether greedy decoding gives exactly this) of each continuation after its context."""
         groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             groups.setdefault((tuple(context), tuple(continuation[:-1])), []).append(i)
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for (context, _), members in tqdm(groups.items(), desc="edgewright: contexts", disable=disable_tqdm):
             continuations = [tuple(requests[i][2]) for i in members]
             for i, value in zip(members, self._score(context, continuations), strict=True):
-                found[i] = value
+                scores[i] = value
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], value)
-        return found
+        return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text behind each context up to a stop string (left out), an end token, or as many tokens as the task allows."""
-        found = []
+        """Text after each context, up to a stop string (not in the text), an end token, or the task's limit of tokens."""
+        texts = []
         for i, request in enumerate(tqdm(requests, desc="edgewright: answers", disable=disable_tqdm)):
             context, asked = request.args[0], dict(normalize_gen_kwargs(request.args[1], NEW_TOKENS))
-            if unknown := sorted(set(asked) - _HEEDED):
+            if unknown := sorted(set(asked) - _SUPPORTED):
                 raise UserError(
-                    f"generation argument '{unknown[0]}' means nothing here; known: {', '.join(sorted(_HEEDED))}"
+                    f"generation argument '{unknown[0]}' means nothing here; known: {', '.join(sorted(_SUPPORTED))}"
                 )
             text = self._generate(context, asked, seed=i)
-            found.append(text)
+            texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
-        return found
+        return texts
 
     def _score(self, context: tuple[int, ...], continuations: Sequence[tuple[int, ...]]) -> list[tuple[float, bool]]:
-        """Of continuations that differ in their last token alone."""
+        """(log-likelihood, whether greedy) of continuations that differ in their last token alone."""
         first = continuations[0]
         if not first:
             return [(0.0, True)] * len(continuations)
@@ -184,15 +182,15 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         chunks = predictions(self._session, self.spec, Passage(first, self._fit(context, room)))
         rows = (row for logits, _ in chunks for row in logits)
         total, greedy = 0.0, True
-        for token, row in zip(first[:-1], rows):  # the last row is left
-            total += _log_probability(row, token)
+        for token, row in zip(first[:-1], rows):  # the last row stays in the iterator
+            total += float(log_softmax(row)[token])
             greedy = greedy and int(row.argmax()) == token
-        row = next(rows)
-        lasts = [c[-1] for c in continuations]
-        return [(total + _log_probability(row, last), greedy and int(row.argmax()) == last) for last in lasts]
+        last = next(rows)
+        likelihoods, best = log_softmax(last), int(last.argmax())
+        return [(total + float(likelihoods[c[-1]]), greedy and best == c[-1]) for c in continuations]
 
     def _fit(self, context: Sequence[int], room: int) -> tuple[int, ...]:
-        """The last `room` tokens of a context, its special tokens kept: a model may compute nonsense without them."""
+        """The last `room` tokens of a context with its special tokens, without which a model may compute nonsense."""
         before, after = self._before, self._after
         inner = list(context)
         if before and inner[: len(before)] == before:
@@ -211,7 +209,7 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         most = min(int(asked["max_gen_toks"]), self.max_length if seq2seq else self.max_length // 2)
         ids = self._fit(self.tok_encode(context), self.max_length - (0 if seq2seq else most))
         sampling = Sampling(float(asked.get("temperature") or 0.0), float(asked.get("top_p") or 1.0), seed)
-        # Special tokens decode to nothing, so a stop string that is one is found by its id.
+        # A special token decodes to no text, so a stop string that is one is compared by its id.
         ends = {self.tokenizer.token_id(stop) for stop in stops}
         stream, text = self.tokenizer.stream(), ""
         for token in generate(self._session, self.spec, ids, most, sampling):
@@ -222,13 +220,6 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
                 break
         text += stream.end()
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
-
-
-def _log_probability(logits: Any, token: int) -> float:
-    """Of one token by logits [vocab]."""
-    wide = logits.astype(np.float64)
-    top = wide.max()
-    return float(wide[token] - top - np.log(np.exp(wide - top).sum()))
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""What `verify` found of each artefact, and whether that passes. What may enter: `runtimes.session`, `errors`."""
+"""The results of `verify`, and what passes."""
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..errors import VerificationFailure
@@ -14,30 +15,34 @@ TOLERANCE = 1e-3
 """Largest error of any logit of an artefact with float32 activations, relative to the reference's largest logit."""
 
 AGREEMENT = 0.99
-"""Least top-1 agreement of an artefact whose runtime has no float32 activations, where its arithmetic leaves that much."""
+"""Top-1 agreement that is enough for an artefact whose runtime has no float32 activations."""
 
 NEAR_TIE = 1e-3
-"""Largest mean KL with which one position may differ though that is more than 1 % of them: two tokens as good as even."""
+"""Of fewer than 100 positions one may have another best token, if the mean KL is no larger: two tokens were nearly even."""
 
 SLACK = 0.03
-"""By how much its top-1 agreement may stay below that of the reference with the same int8 activations, or by two standard
-errors of the difference, at most 0.1, where that is more: of few positions a share tells little. Its mean KL may be twice
-that one's. Two runs that round alike drift apart at the first code that falls to the other side."""
+"""How far the top-1 agreement of such an artefact may lie below that of the reference with the same int8 activations.
+
+Of few positions a share says little, so two standard errors of the difference are allowed where they are more, up to
+_MOST_SLACK. The mean KL may be twice the reference's. Two runs that round alike drift apart at the first code that differs.
+"""
 
 _MOST_SLACK = 0.1
 
-
 MODULE_ERROR = 0.02
-"""Largest root mean square error of a module's outputs with reduced activations, relative to theirs; or twice that of the
-reference with the same int8 activations."""
+"""Largest root mean square error of a module's outputs with reduced activations, relative to the outputs.
+
+Twice the error of the reference with the same int8 activations is allowed too.
+"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Agreement:
-    """One session against another over teacher-forced positions and free-running greedy tokens.
+    """One session compared with another: the logits where both are fed the same tokens, and the tokens that each generates.
 
-    rms: of a module, which has no tokens: the outputs' root mean square error relative to theirs. Its prompts are the examples
-    it is run on, identical those within TOLERANCE.
+    max_relative_error: of any logit, relative to the reference's largest. mean_kl: KL(reference || session), nats a position.
+    top1: the share of positions with the same best token. rms: for a module, which has no tokens, the outputs' root mean square
+    error relative to the outputs; its prompts are then the examples, identical are those within TOLERANCE.
     """
 
     max_relative_error: float
@@ -49,17 +54,17 @@ class Agreement:
     rms: float | None = None
 
 
-def _agrees(found: Agreement) -> bool:
-    """At most one position in a hundred has another best token; of fewer positions one, if the two were nearly even."""
-    others = round((1 - found.top1) * found.positions)
-    return found.top1 >= AGREEMENT or (others <= 1 and found.mean_kl <= NEAR_TIE)
+def _agrees(agreement: Agreement) -> bool:
+    """Whether at most one position in a hundred has another best token; of fewer positions one, at a near tie."""
+    others = round((1 - agreement.top1) * agreement.positions)
+    return agreement.top1 >= AGREEMENT or (others <= 1 and agreement.mean_kl <= NEAR_TIE)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextScore:
-    """A session on the scored positions of a text: its perplexity, and how near its next-token distributions are to another's.
+    """A session on the scored positions of a text: its perplexity, and its next-token distributions beside the base's.
 
-    mean_kl: KL(other || this) in nats a position. top1: the share of positions with the same most likely token.
+    mean_kl: KL(base || session), nats a position. top1: the share of positions with the same most likely token.
     """
 
     perplexity: float
@@ -67,16 +72,21 @@ class TextScore:
     top1: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class TargetReport:
-    """What was found for one artefact. `shipped` is the artefact as it is; `lowering` has `activations`.
+    """The check of one artefact.
 
-    Where the runtime can compute with float32 activations, the lowering must be exact (TOLERANCE, same tokens); where it
-    cannot, both are the same run and top-1 agreement decides, beside that of `arithmetic`: the reference with the same int8
-    activations. So it does where KV caches are int8: last bits that differ round a code to the other side, and what follows
-    reads it; `arithmetic` is then the reference with float caches. on_device: `shipped` ran on the target's own device and
-    `lowering` in something else's place, so both are judged. how: what computed here. weights: those read back from the
-    artefact's files that are bit for bit the checkpoint's; wrong: what is said of the first that is not.
+    Where the runtime can compute with float32 activations, `lowering` must be exact: within TOLERANCE, the same tokens. Where
+    it cannot, `lowering` and `shipped` are one run, and its top-1 agreement is judged, beside that of `arithmetic`. With int8
+    KV caches it is judged so too: a last bit that differs can change a code, which all later tokens read.
+
+    activations: of the run `lowering`.
+    lowering: the artefact with float32 activations where its runtime has them, against the reference.
+    shipped: the artefact as it ships, against the reference.
+    how: what computed it on this machine.
+    weights: how many were read back from its files and are the checkpoint's bit for bit. wrong: the fault of the first other.
+    arithmetic: the reference with the same int8 activations, or with float KV caches where they are int8.
+    on_device: `shipped` ran on the target's own device and `lowering` did not, so both are judged.
     """
 
     format: str
@@ -123,13 +133,13 @@ class TargetReport:
         rounded = self.arithmetic.rms if self.arithmetic is not None else None
         return max(MODULE_ERROR, 2 * (rounded or 0.0))
 
-    def _near(self, found: Agreement) -> bool:
-        """Whether a run with reduced activations on the device is near enough, by itself."""
-        return _agrees(found) and (found.rms is None or found.rms <= self._module_limit)
+    def _near(self, agreement: Agreement) -> bool:
+        """Whether a run with reduced activations on the device agrees with the reference."""
+        return _agrees(agreement) and (agreement.rms is None or agreement.rms <= self._module_limit)
 
     @property
     def allowed(self) -> str:
-        """What `passed` asks of the lowering, in words."""
+        """What `passed` requires of the lowering, in words."""
         if self.activations == "float32" and self.arithmetic is None:
             return f"<= {TOLERANCE:g}"
         if self.lowering.rms is not None:
@@ -140,15 +150,15 @@ class TargetReport:
         return f"top-1 >= {self._least_top1:.2%}, KL <= {2 * self.arithmetic.mean_kl:.2g}: what int8 costs"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """The result of `verify`.
 
-    text_against: whose distributions the text scores are compared with: the "original" weights' where they were given, else
-    the "dequantized" ones'. text_positions: scored tokens, of text_windows windows.
+    quantization: the dequantized against the original weights. text_against: the weights whose distributions the text scores
+    are compared with. text_positions: scored tokens, in text_windows windows. notes: targets and measurements left out.
     """
 
-    targets: list[TargetReport]
+    targets: Sequence[TargetReport]
     quantization: Agreement | None = None
     original_task_accuracy: float | None = None
     task_size: int = 0
@@ -157,7 +167,7 @@ class Report:
     text_against: Literal["original", "dequantized"] | None = None
     text_windows: int = 0
     text_positions: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
@@ -171,7 +181,7 @@ class Report:
 
 
 def require_placement(report: Report) -> None:
-    """Raise VerificationFailure naming what fell back, or the target whose placement nothing here can tell."""
+    """Raise VerificationFailure naming the ops that fell back, or the target whose placement is not known on this machine."""
     for target in report.targets:
         placed = target.placement
         if not placed.known:
@@ -187,18 +197,18 @@ def require(report: Report) -> None:
         if target.wrong is not None:
             raise VerificationFailure(target.wrong)
         if not target.passed:
-            a = target.lowering
+            agreement = target.lowering
             if target.shipped.max_relative_error == sys.float_info.max:
                 raise VerificationFailure(f"{target.format}: as shipped its logits are not finite: it overflows")
             if target.on_device and not target._near(target.shipped):
-                a = target.shipped
-            if a.rms is not None:
+                agreement = target.shipped
+            if agreement.rms is not None:
                 raise VerificationFailure(
-                    f"{target.format}: outputs differ from the reference by up to {a.max_relative_error:.2g} of the "
-                    f"largest, rms {a.rms:.2g} (allowed: {target.allowed})"
+                    f"{target.format}: outputs differ from the reference by up to {agreement.max_relative_error:.2g} of the "
+                    f"largest, rms {agreement.rms:.2g} (allowed: {target.allowed})"
                 )
             raise VerificationFailure(
-                f"{target.format}: logits differ from the reference by up to {a.max_relative_error:.2g} of the largest, "
-                f"top-1 agreement {a.top1:.2%} (allowed: {target.allowed}); "
-                f"{a.prompts_identical} of {a.prompts} prompts give the same tokens"
+                f"{target.format}: logits differ from the reference by up to {agreement.max_relative_error:.2g} of the largest, "
+                f"top-1 agreement {agreement.top1:.2%} (allowed: {target.allowed}); "
+                f"{agreement.prompts_identical} of {agreement.prompts} prompts give the same tokens"
             )

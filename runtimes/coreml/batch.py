@@ -14,7 +14,7 @@ from ..session import Array, StateBuffers
 
 
 class Batch:
-    """What both kinds of session share: choosing a function, and running the rows of a batch one after the other."""
+    """What both kinds of session share: the choice of a function, and the rows of a batch run one by one."""
 
     def __init__(self, package: Package, graphs: Sequence[GraphSpec]) -> None:
         self.package = package
@@ -28,12 +28,12 @@ class Batch:
                     _expect(package, graph, name, package.functions[name])
 
     def own(self, graph: str) -> dict[str, tuple[int, ...]]:
-        """State that the functions of `graph` write themselves -> the static shape of one row."""
+        """State that the functions of `graph` write in place -> the static shape of one row."""
         return {n: shape for n, (_, shape) in self.package.functions[graph].states.items()}
 
     def carried(self, graph: str, batch: int) -> StateBuffers:
-        """A new stream's states that come in as inputs and go out as outputs: zeros, an array a row."""
-        updated = {s.name for s in self.graphs[graph].states if s.updated}
+        """A new stream's states that are inputs and outputs of the functions: an array of zeros for each row."""
+        updated = {s.name for s in self.graphs[graph].updated_states}
         inputs = self.package.functions[graph].inputs.items()
         return {n: [np.zeros(s, np.float32) for _ in range(batch)] for n, (_, s) in inputs if n in updated}
 
@@ -52,48 +52,48 @@ class Batch:
         state: StateBuffers,
         predict: Callable[[str, dict[str, Array], int], dict[str, Array]],
     ) -> dict[str, Array]:
-        """`predict(function, inputs of one row, row)` for every row; outputs that bear a state's name go into `state`.
+        """Call `predict(function, inputs of one row, row)` for every row; outputs with a state's name go into `state`.
 
-        A state that a function does not write itself is given to it and taken from it here.
+        A state that a function does not write in place is passed to it and read from its outputs.
         """
         spec = self.graphs[graph]
         batched = {p.name for p in (*spec.inputs, *spec.states) if p.shape[:1] == ("batch",)}
         rows = next((len(inputs[p.name]) for p in spec.inputs if p.name in batched), 1)
         step = graph + STEP
-        asked = list(inputs.get("logit_positions", [0]))
-        single = "input_ids" in inputs and inputs["input_ids"].shape[1] == 1 and asked == [0]
+        positions = list(inputs.get("logit_positions", [0]))
+        single = "input_ids" in inputs and inputs["input_ids"].shape[1] == 1 and positions == [0]
         function = step if single and step in self.package.functions else graph
         wanted = self.package.functions[function].inputs
-        given = dict(inputs) | {s.name: state[s.name] for s in spec.states if not s.updated}
-        carried = [s.name for s in spec.states if s.updated and s.name in wanted]
+        values = dict(inputs) | {s.name: state[s.name] for s in spec.states if not s.updated}
+        carried = [s.name for s in spec.updated_states if s.name in wanted]
         collected: dict[str, list[Array]] = {}
         for row in range(rows):
             one = {n: state[n][row] for n in carried}
-            one |= {n: given[n][row : row + 1] if n in batched else given[n] for n in wanted if n not in one}
-            made = predict(function, one, row)
+            one |= {n: values[n][row : row + 1] if n in batched else values[n] for n in wanted if n not in one}
+            outputs = predict(function, one, row)
             for name in carried:
-                state[name][row] = made.pop(name + OUT)
-            for name, value in made.items():
+                state[name][row] = outputs.pop(name + OUT)
+            for name, value in outputs.items():
                 collected.setdefault(name, []).append(value)
         results: dict[str, Array] = {}
-        for name, values in collected.items():
-            whole = np.concatenate(values).astype(np.float32, copy=False)
-            (state if name in self.states else results)[name] = whole
+        for name, parts in collected.items():
+            joined = np.concatenate(parts).astype(np.float32, copy=False)
+            (state if name in self.states else results)[name] = joined
         return results
 
 
 def _expect(package: Package, graph: GraphSpec, name: str, function: FunctionDef) -> None:
-    """Raise UserError unless a function has exactly the ports of its graph; a step has no `logit_positions`.
+    """Raise UserError unless a function has exactly the ports of its graph.
 
-    A recurrent state is an input and an output.
+    A function for a single token has no `logit_positions`. A recurrent state is an input and an output.
     """
     implied = {"logit_positions"} if name != graph.name else set()
-    given = {s.name for s in graph.states if not s.updated or s.kind == "recurrent"}
-    updated = {s.name for s in graph.states if s.updated}
+    passed = {s.name for s in graph.states if not s.updated or s.kind == "recurrent"}
+    updated = {s.name for s in graph.updated_states}
     ports = {
-        "input": ({p.name for p in graph.inputs} | given, set(function.inputs)),
-        "state": (updated - given, set(function.states)),
-        "output": ({p.name for p in graph.outputs} | {n + OUT for n in updated & given}, set(function.outputs)),
+        "input": ({p.name for p in graph.inputs} | passed, set(function.inputs)),
+        "state": (updated - passed, set(function.states)),
+        "output": ({p.name for p in graph.outputs} | {n + OUT for n in updated & passed}, set(function.outputs)),
     }
     for kind, (wanted, got) in ports.items():
         odd = sorted((wanted ^ got) - implied)

@@ -1,7 +1,7 @@
-"""One function of a saved Core ML package, computed in numpy. What may enter: the package reader, the table of operations.
+"""One function of a saved Core ML package, computed in numpy.
 
-Speed is that of numpy's BLAS: weights are dequantized once and shared, caches are written in place where nothing can
-tell, and only what an operation newly computes is rounded.
+It is as fast as numpy's BLAS: weights are dequantized once and shared, caches are written in place where nothing else reads
+them, and only newly computed values are rounded.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _FLOATS = ("FLOAT16", "FLOAT32")
 
 @dataclass(frozen=True)
 class _Step:
-    """An op ready to run: constants at hand, names of what comes from other ops, which outputs are rounded.
+    """An op ready to run: its constants, the names of inputs from other ops, and which outputs are rounded.
 
-    in_place: a slice_update whose target nothing else reads before the state is written.
+    in_place: a slice_update whose target is read by nothing else before the state is written.
     """
 
     kind: str
@@ -46,7 +46,7 @@ _dense: WeakValueDictionary[tuple[object, ...], Array] = WeakValueDictionary()
 class Evaluator:
     """One function of a package, in numpy. Raises UserError for an operation that the table lacks.
 
-    rounding: every tensor that the program declares float16 is rounded to it after its operation; else nothing is.
+    rounding: whether tensors that the program declares as float16 are rounded to it after their operation.
     """
 
     def __init__(self, package: Package, name: str, rounding: bool) -> None:
@@ -60,7 +60,7 @@ class Evaluator:
         self._last = self._last_uses()
 
     def run(self, inputs: Mapping[str, Array], states: dict[str, Array]) -> dict[str, Array]:
-        """Outputs by name; `states` is updated, its arrays may be written. Floats are float32, rounded where asked."""
+        """Outputs by name, floats as float32. `states` is updated, and its arrays may be written in place."""
         values: dict[str, Any] = {}
         for name, (dtype, shape) in self.function.inputs.items():
             value = np.asarray(inputs[name])
@@ -76,9 +76,9 @@ class Evaluator:
                 try:
                     self._compute(step, values, states)
                 except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
-                    said = one_line(error, 120)
+                    reason = one_line(error, 120)
                     raise UserError(
-                        f"{self.package.path}: {step.kind} {step.name} cannot be computed ({said})"
+                        f"{self.package.path}: {step.kind} {step.name} cannot be computed ({reason})"
                     ) from error
                 for name in self._last.get(index, ()):
                     values.pop(name, None)
@@ -91,17 +91,17 @@ class Evaluator:
         if step.kind == "write_state":
             states[str(step.names["input"])] = values[str(step.names["data"])]
             return
-        given = dict(step.constants)
+        inputs = dict(step.constants)
         for parameter, names in step.names.items():
-            given[parameter] = (
+            inputs[parameter] = (
                 [self._get(values, n) for n in names] if isinstance(names, list) else self._get(values, names)
             )
         try:
-            made = write_slice(given) if step.in_place else OPS[step.kind](given)
+            outputs = write_slice(inputs) if step.in_place else OPS[step.kind](inputs)
         except NotImplementedError as error:
             raise UserError(f"{self.package.path}: {step.name}: {error} is not understood by the evaluator") from error
         for name, value, rounded in zip(
-            step.outputs, made if isinstance(made, list) else [made], step.rounded, strict=True
+            step.outputs, outputs if isinstance(outputs, list) else [outputs], step.rounded, strict=True
         ):
             if isinstance(value, np.floating | np.ndarray) and value.dtype == np.float64:
                 value = value.astype(np.float32)
@@ -115,9 +115,9 @@ class Evaluator:
 
     def _prepare(self, op: Op, updates: frozenset[str]) -> None:
         if op.kind == "const":
-            (given,) = op.inputs["val"]
-            assert isinstance(given, Stored)
-            self._fixed[op.outputs[0][0]] = self._constant(given)
+            (stored,) = op.inputs["val"]
+            assert isinstance(stored, Stored)
+            self._fixed[op.outputs[0][0]] = self._constant(stored)
             return
         if op.kind.startswith("constexpr_"):
             self._fixed[op.outputs[0][0]] = self._weight(op)
@@ -126,46 +126,46 @@ class Evaluator:
             raise UserError(f"{self.package.path}: the evaluator does not know the operation '{op.kind}' ({op.name})")
         constants: dict[str, Any] = {}
         names: dict[str, str | list[str]] = {}
-        for parameter, given_list in op.inputs.items():
+        for parameter, arguments in op.inputs.items():
             if parameter == "values":
-                names[parameter] = [g for g in given_list if isinstance(g, str)]
+                names[parameter] = [a for a in arguments if isinstance(a, str)]
                 continue
-            (given,) = given_list
-            if isinstance(given, str) and given not in self._fixed:
-                names[parameter] = given
+            (argument,) = arguments
+            if isinstance(argument, str) and argument not in self._fixed:
+                names[parameter] = argument
             else:
-                constants[parameter] = self._fixed[given] if isinstance(given, str) else self._constant(given)
+                constants[parameter] = self._fixed[argument] if isinstance(argument, str) else self._constant(argument)
         outputs = tuple(name for name, _ in op.outputs)
-        # What only moves float16 values, or picks among them, leaves them float16.
+        # An operation that only moves or selects float16 values needs no rounding.
         rounded = tuple(dtype == "FLOAT16" and op.kind not in MOVES for _, dtype in op.outputs)
         in_place = outputs[:1] != () and outputs[0] in updates
         self._steps.append(_Step(op.kind, op.name, constants, names, outputs, rounded, in_place))
 
-    def _constant(self, given: Stored) -> Any:
-        if given.dtype == "STRING":
-            return given.inline[0]
-        value = self.package.read(given)
+    def _constant(self, stored: Stored) -> Any:
+        if stored.dtype == "STRING":
+            return stored.inline[0]
+        value = self.package.read(stored)
         return value.astype(np.float32) if value.dtype == np.float16 else value
 
     def _weight(self, op: Op) -> Array:
-        """Dequantized values. Rounding that changes nothing (up to 4 bits) keeps one copy for both kinds of session."""
+        """Dequantized values. Where rounding changes nothing (up to 4 bits) both kinds of session share one copy."""
         where = (self.package.identity, repr(sorted(op.inputs.items())), op.outputs[0][0])
-        made = _dense.get((*where, self.rounding))
-        if made is None:
+        values = _dense.get((*where, self.rounding))
+        if values is None:
             plain = _dense.get((*where, False))
-            made = plain if plain is not None else self.package.dequantized(op, self._fixed)
-            if made.dtype == np.float32 and self.rounding and op.outputs[0][1] == "FLOAT16":
-                rounded = self._round(made, True)
-                if not np.array_equal(rounded, made):
-                    made = rounded
+            values = plain if plain is not None else self.package.dequantized(op, self._fixed)
+            if values.dtype == np.float32 and self.rounding and op.outputs[0][1] == "FLOAT16":
+                rounded = self._round(values, True)
+                if not np.array_equal(rounded, values):
+                    values = rounded
                 else:
-                    _dense[(*where, False)] = made
-            if made.dtype == np.float32:
-                _dense[(*where, self.rounding)] = made
-        return made
+                    _dense[(*where, False)] = values
+            if values.dtype == np.float32:
+                _dense[(*where, self.rounding)] = values
+        return values
 
     def _last_uses(self) -> dict[int, list[str]]:
-        """Step -> values no later step reads, so that a prefill does not hold every activation."""
+        """Step -> values that no later step reads: they are dropped, so that a prefill does not keep every activation."""
         last: dict[str, int] = {}
         for index, step in enumerate(self._steps):
             for names in (*step.names.values(), list(step.outputs)):
@@ -178,60 +178,60 @@ class Evaluator:
         return uses
 
 
-_BLOCK = 1 << 15  # values whose bits are worked on at a time: they stay in the processor's cache
-_NORMAL, _OVERFLOW = (
-    0x38800000,
-    0x477FF000,
-)  # bits of 2^-14, the least normal float16, and of 65520, which rounds to inf
+_BLOCK = 1 << 15  # values rounded at a time: they stay in the processor's cache
+_NORMAL = 0x38800000  # float32 bits of 2^-14, the least normal float16
+_OVERFLOW = 0x477FF000  # float32 bits of 65520, which float16 rounds to infinity
 
 
 def through_half(values: Any) -> Any:
-    """float32 values rounded to float16, to the nearest and ties to even, and back; what numpy's casts do, sooner."""
+    """float32 values rounded to float16, to nearest with ties to even, and back; the same as numpy's casts, but faster."""
     if np.size(values) < 4 * _BLOCK:
         return values.astype(np.float16).astype(np.float32)
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     result = np.empty_like(flat)
     for start in range(0, flat.size, _BLOCK):
-        given, made = flat[start : start + _BLOCK], result[start : start + _BLOCK]
-        bits, rounded = given.view(np.uint32), made.view(np.uint32)
-        np.right_shift(bits, 13, out=rounded)  # 13 bits more than float16 has
+        source, target = flat[start : start + _BLOCK], result[start : start + _BLOCK]
+        bits, rounded = source.view(np.uint32), target.view(np.uint32)
+        np.right_shift(bits, 13, out=rounded)  # float32 has 13 bits more than float16
         rounded &= np.uint32(1)
         rounded += np.uint32(0x0FFF)
         rounded += bits
         rounded &= np.uint32(0xFFFFE000)
         size = bits & np.uint32(0x7FFFFFFF)
-        beyond = (size - np.uint32(_NORMAL)) >= np.uint32(_OVERFLOW - _NORMAL)  # those below wrap around
+        beyond = (size - np.uint32(_NORMAL)) >= np.uint32(_OVERFLOW - _NORMAL)  # smaller ones wrap around
         beyond &= size != 0
         if beyond.any():
-            made[beyond] = given[beyond].astype(np.float16)
+            target[beyond] = source[beyond].astype(np.float16)
     return result.reshape(values.shape)
 
 
 def _updates_in_place(function: FunctionDef) -> frozenset[str]:
-    """Outputs of the slice_updates that may write into the array of their state, as nothing sees the difference.
+    """Outputs of the slice_updates that may write into the array of their state without any effect on other ops.
 
-    Those are read_state -> slice_update -> write_state of one state, where the state is written once, is read before only
-    for this, and what was read goes nowhere else.
+    Such a slice_update stands in read_state -> slice_update -> write_state of one state, which is written once and, before
+    that, read only for this update.
     """
-    uses = Counter(g for op in function.ops for given in op.inputs.values() for g in given if isinstance(g, str))
+    uses = Counter(
+        a for op in function.ops for arguments in op.inputs.values() for a in arguments if isinstance(a, str)
+    )
     uses.update(function.outputs)
 
     def name(op: Op, parameter: str) -> str:
-        given = (op.inputs.get(parameter) or [""])[0]
-        return given if isinstance(given, str) else ""
+        argument = (op.inputs.get(parameter) or [""])[0]
+        return argument if isinstance(argument, str) else ""
 
-    made = {op.outputs[0][0]: op for op in function.ops if op.outputs}
+    producers = {op.outputs[0][0]: op for op in function.ops if op.outputs}
     written: dict[str, list[int]] = {}
     read: dict[str, list[int]] = {}
     for index, op in enumerate(function.ops):
         if op.kind in ("read_state", "write_state"):
             (read if op.kind == "read_state" else written).setdefault(name(op, "input"), []).append(index)
-    found = set()
+    in_place = set()
     for state, (first, *more) in written.items():
-        update = made.get(name(function.ops[first], "data"))
-        source = made.get(name(update, "x")) if update is not None and update.kind == "slice_update" else None
+        update = producers.get(name(function.ops[first], "data"))
+        source = producers.get(name(update, "x")) if update is not None and update.kind == "slice_update" else None
         before = [i for i in read.get(state, []) if i < first]
         alone = source is not None and [function.ops[i] for i in before] == [source] and uses[source.outputs[0][0]] == 1
         if update is not None and alone and not more:
-            found.add(update.outputs[0][0])
-    return frozenset(found)
+            in_place.add(update.outputs[0][0])
+    return frozenset(in_place)

@@ -1,7 +1,7 @@
-"""What each MIL operation computes, in numpy: the evaluator's table. A leaf: numpy enters, nothing of coremltools.
+"""What each MIL operation computes, in numpy: the evaluator's table.
 
-Written from Apple's description of the operations, not from ours, so that the table can judge what the exporter built.
-Floats are float32 arrays here; `coreml.py` rounds what the program declares to be float16.
+It follows Apple's description of the operations, not the exporter, so that it can judge what the exporter builds. Floats are
+float32 arrays; the evaluator rounds those that the program declares as float16.
 """
 
 from __future__ import annotations
@@ -14,57 +14,58 @@ import numpy as np
 
 from ..session import Array
 
-Given = Mapping[str, Any]
+Inputs = Mapping[str, Any]
+"""The named inputs of an operation."""
 
 
-def _axes(given: Given, x: Array) -> tuple[int, ...] | None:
-    axes = given.get("axes")
+def _axes(g: Inputs, x: Array) -> tuple[int, ...] | None:
+    axes = g.get("axes")
     return None if axes is None else tuple(int(a) for a in np.atleast_1d(axes))
 
 
-def _reduce(fn: Callable[..., Any]) -> Callable[[Given], Any]:
+def _reduce(fn: Callable[..., Any]) -> Callable[[Inputs], Any]:
     return lambda g: fn(g["x"], axis=_axes(g, g["x"]), keepdims=bool(g.get("keep_dims", False)))
 
 
-def _binary(fn: Callable[[Any, Any], Any]) -> Callable[[Given], Any]:
+def _binary(fn: Callable[[Any, Any], Any]) -> Callable[[Inputs], Any]:
     return lambda g: fn(g["x"], g["y"])
 
 
-def _unary(fn: Callable[[Any], Any]) -> Callable[[Given], Any]:
+def _unary(fn: Callable[[Any], Any]) -> Callable[[Inputs], Any]:
     return lambda g: fn(g["x"])
 
 
-def _linear(g: Given) -> Array:
+def _linear(g: Inputs) -> Array:
     out: Array = g["x"] @ g["weight"].T
     return out + g["bias"] if "bias" in g else out
 
 
-def _matmul(g: Given) -> Any:
+def _matmul(g: Inputs) -> Any:
     x = np.swapaxes(g["x"], -1, -2) if g.get("transpose_x", False) else g["x"]
     y = np.swapaxes(g["y"], -1, -2) if g.get("transpose_y", False) else g["y"]
     return np.matmul(x, y)
 
 
-def _softmax(g: Given) -> Any:
+def _softmax(g: Inputs) -> Any:
     x = g["x"] - g["x"].max(axis=int(g["axis"]), keepdims=True)
     e = np.exp(x)
     return e / e.sum(axis=int(g["axis"]), keepdims=True)
 
 
-def _gather(g: Given) -> Any:
+def _gather(g: Inputs) -> Any:
     if int(g.get("batch_dims", 0)):
         raise NotImplementedError("gather with batch_dims")
     return np.take(g["x"], np.asarray(g["indices"], np.int64), axis=int(g.get("axis", 0)))
 
 
-def _reshape(g: Given) -> Any:
+def _reshape(g: Inputs) -> Any:
     shape = [int(s) for s in g["shape"]]
     if 0 in shape:
         raise NotImplementedError("reshape with a size copied from the input (0)")
     return g["x"].reshape(shape)
 
 
-def _window(g: Given, x: Array) -> tuple[slice | int, ...]:
+def _window(g: Inputs, x: Array) -> tuple[slice | int, ...]:
     """The index tuple of slice_by_index and slice_update."""
     rank = x.ndim
     begin, end = (np.atleast_1d(g[k]).tolist() for k in ("begin", "end"))
@@ -80,12 +81,12 @@ def _window(g: Given, x: Array) -> tuple[slice | int, ...]:
     )
 
 
-def _slice_update(g: Given) -> Any:
+def _slice_update(g: Inputs) -> Any:
     return write_slice({**g, "x": np.array(g["x"])})
 
 
-def write_slice(g: Given) -> Any:
-    """slice_update that writes into `x` itself."""
+def write_slice(g: Inputs) -> Any:
+    """slice_update that writes into `x` in place."""
     out = g["x"]
     target = out[_window(g, out)]
     if target.shape != g["update"].shape:
@@ -94,31 +95,31 @@ def write_slice(g: Given) -> Any:
     return out
 
 
-def _split(g: Given) -> Any:
+def _split(g: Inputs) -> Any:
     axis = int(g["axis"])
     if "split_sizes" in g:
         return np.split(g["x"], np.cumsum(g["split_sizes"])[:-1], axis=axis)
     return np.split(g["x"], int(g["num_splits"]), axis=axis)
 
 
-def _concat(g: Given) -> Any:
+def _concat(g: Inputs) -> Any:
     if g.get("interleave", False):
         raise NotImplementedError("concat with interleave")
     return np.concatenate([np.atleast_1d(v) for v in g["values"]], axis=int(g["axis"]))
 
 
-def _pad(g: Given) -> Any:
+def _pad(g: Inputs) -> Any:
     if str(g.get("mode", "constant")) != "constant":
         raise NotImplementedError(f"pad with the mode {g['mode']}")
     pairs = np.asarray(g["pad"]).reshape(-1, 2).tolist()
-    whole = [(0, 0)] * (g["x"].ndim - len(pairs)) + [(before, after) for before, after in pairs]
-    return np.pad(g["x"], whole, constant_values=g.get("constant_val", 0.0))
+    widths = [(0, 0)] * (g["x"].ndim - len(pairs)) + [(before, after) for before, after in pairs]
+    return np.pad(g["x"], widths, constant_values=g.get("constant_val", 0.0))
 
 
 _KINDS = {"fp16": np.float32, "fp32": np.float32, "int32": np.int32, "bool": np.bool_, "int16": np.int16}
 
 
-def _cast(g: Given) -> Any:
+def _cast(g: Inputs) -> Any:
     kind = str(g["dtype"])
     if kind not in _KINDS:
         raise NotImplementedError(f"cast to {kind}")
@@ -130,7 +131,7 @@ def _erf(x: Array) -> Any:
     return np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype)
 
 
-def _gelu(g: Given) -> Any:
+def _gelu(g: Inputs) -> Any:
     x, mode = g["x"], str(g.get("mode", "EXACT"))
     if mode == "EXACT":
         return 0.5 * x * (1.0 + _erf(x / math.sqrt(2.0)))
@@ -139,7 +140,7 @@ def _gelu(g: Given) -> Any:
     return x / (1.0 + np.exp(-1.702 * x))
 
 
-def _sdpa(g: Given) -> Any:
+def _sdpa(g: Inputs) -> Any:
     q, k, v = g["query"], g["key"], g["value"]
     scores = np.matmul(q, np.swapaxes(k, -1, -2)) / math.sqrt(q.shape[-1])
     mask = g.get("attn_mask")
@@ -148,11 +149,11 @@ def _sdpa(g: Given) -> Any:
     return np.matmul(_softmax({"x": scores, "axis": -1}), v)
 
 
-def _mod(g: Given) -> Any:
+def _mod(g: Inputs) -> Any:
     return g["x"] - np.floor(g["x"] / g["y"]) * g["y"]
 
 
-OPS: dict[str, Callable[[Given], Any]] = {
+OPS: dict[str, Callable[[Inputs], Any]] = {
     "abs": _unary(np.abs),
     "add": _binary(np.add),
     "cast": _cast,
@@ -221,8 +222,8 @@ OPS: dict[str, Callable[[Given], Any]] = {
     "tile": lambda g: np.tile(g["x"], [int(r) for r in g["reps"]]),
     "transpose": lambda g: np.transpose(g["x"], [int(p) for p in g["perm"]]),
 }
-"""Operation -> function of its named inputs. A list is returned where the operation has several outputs."""
+"""Operation -> function of its named inputs. It returns a list where the operation has several outputs."""
 
 MOVES = frozenset({"concat", "expand_dims", "gather", "identity", "maximum", "minimum", "relu", "reshape", "select"})
 MOVES |= {"slice_by_index", "slice_update", "split", "squeeze", "stack", "tile", "transpose"}
-"""Operations whose every result is one of the values given (or 0): of float16 values they make float16 values."""
+"""Operations whose results are values of their inputs, or 0: float16 inputs give float16 results without rounding."""

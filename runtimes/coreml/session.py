@@ -1,8 +1,8 @@
-"""Core ML behind `Session`. What may enter: `bundle`, the package reader and its evaluator; never torch.
+"""Core ML as a `Session`. No torch is imported.
 
-Core ML runs on Apple's systems alone. `CoremlEvaluator` computes the saved package anywhere, op by op in numpy: wide (all
-floats in float32), which tells whether the program is right, or with every float16 tensor rounded as the program declares,
-which tells what float16 costs. On a Mac `CoremlDevice` runs the artefact itself.
+Core ML runs on Apple's systems alone: on a Mac `CoremlDevice` runs the artefact. `CoremlEvaluator` computes the saved package
+anywhere, op by op in numpy: with all floats as float32, which shows whether the program is right, or with every float16 tensor
+rounded as the program declares, which shows what float16 costs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ACCELERATOR = "Neural Engine or GPU"
 
 
 def open_coreml(directory: Path, graphs: Sequence[GraphSpec], exact: bool) -> PlacedSession:
-    """The session for a bundle's `coreml` folder: the device on a Mac, else (and for `exact`) the evaluator.
+    """The session of a bundle's `coreml` folder: Core ML on a Mac; elsewhere, and for `exact`, the evaluator.
 
     Raises UserError for a damaged package, or one whose functions are not those of `graphs`.
     """
@@ -35,7 +35,7 @@ def open_coreml(directory: Path, graphs: Sequence[GraphSpec], exact: bool) -> Pl
 
 
 class CoremlEvaluator:
-    """The package computed in numpy. activations: "float32" is the wide mode, "float16" rounds as declared."""
+    """The package computed in numpy. activations: "float32" rounds nothing, "float16" rounds as the program declares."""
 
     how = "Edgewright's numpy evaluator of the saved package, in place of Core ML (no Mac)"
     stand_in = True
@@ -46,7 +46,7 @@ class CoremlEvaluator:
         self._programs: dict[str, Evaluator] = {}
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
-        """Zeroed states of the package's own, static size for each row."""
+        """Zeroed states for each row, of the package's own static size."""
         self._batch.check(graph, capacity)
         own = {n: [np.zeros(shape, np.float32) for _ in range(batch)] for n, shape in self._batch.own(graph).items()}
         return own | self._batch.carried(graph, batch)
@@ -63,7 +63,7 @@ class CoremlEvaluator:
         return self._batch.run(graph, inputs, state, predict)
 
     def placement(self) -> Placement:
-        """Unknown: Core ML decides on the device, and its compute plan tells on a Mac."""
+        """Unknown: Core ML decides on the device; on a Mac its compute plan shows it."""
         source = (
             "Core ML places operations on the device; its compute plan, which 'edgewright verify' asks on a Mac, knows"
         )

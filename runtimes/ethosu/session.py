@@ -1,9 +1,8 @@
-"""The Ethos-U program run here behind `Session`. What may enter: `bundle`; torch, whose kernels the host's part calls.
+"""The Ethos-U program, emulated on this machine, as a `Session`.
 
-There is no NPU and no cycle-accurate model of one here. The `.pte` is followed call by call: a kernel is torch's of the
-same meaning, and the delegate is computed by Arm's TOSA reference model from the `.tosa` that it was compiled
-from. TOSA is exact integer arithmetic, so what an NPU gives is this, as far as Vela keeps to TOSA. Only the encoder
-is in the artefact.
+The `.pte` is followed call by call: torch runs the host's kernels, and Arm's TOSA reference model runs the delegate, from the
+`.tosa` that it was compiled from. TOSA is exact integer arithmetic, so an NPU gives the same values, as far as Vela keeps to
+TOSA. The artefact holds the encoder alone.
 """
 
 from __future__ import annotations
@@ -36,26 +35,25 @@ KERNELS = {
     "quantized_decomposed::embedding_byte.dtype_out": QD.embedding_byte.dtype,
     "quantized_decomposed::quantize_per_tensor.out": QD.quantize_per_tensor.default,
 }
-"""The kernels of the host's part -> torch's of the same meaning."""
+"""Kernels of the host -> torch's of the same meaning."""
 
 
 class EthosUSession:
     """The encoder of a bundle's `ethosu` folder.
 
-    accelerator: which of the configurations in the folder; without one, the first by name. Raises UserError if there is none,
-    or its files are damaged.
+    accelerator: the configuration to run; None is the first in the folder by name. Raises UserError if there is none, or its
+    files are damaged.
     """
 
     activations = "int16"
     how = "Arm's TOSA reference model on this CPU (emulated) in place of the NPU, for which there is no simulator here"
-
     stand_in = True
 
     def __init__(self, directory: Path, graphs: Sequence[GraphSpec], accelerator: str | None = None) -> None:
-        found = sorted(p.name for p in directory.glob(f"{GRAPH}.{accelerator or '*'}.pte"))
-        if not found:
+        programs = sorted(p.name for p in directory.glob(f"{GRAPH}.{accelerator or '*'}.pte"))
+        if not programs:
             raise UserError(f"no {GRAPH}.{accelerator or 'CONFIGURATION'}.pte in {one_line(directory)}; export it")
-        path = directory / found[0]
+        path = directory / programs[0]
         self._program, self._tosa = Program(path), TosaFile(path.with_suffix(".tosa"))
         spec = next(g for g in graphs if g.name == GRAPH)
         self._inputs, self._output = [p.name for p in spec.inputs], spec.outputs[0].name
@@ -65,7 +63,7 @@ class EthosUSession:
         return {}  # an encoder has none
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
-        """Rows of a batch one after the other, padded to the program's length.
+        """Run the rows of a batch one by one, padded to the program's length.
 
         Raises UserError for a longer source, and for another graph.
         """
@@ -83,7 +81,7 @@ class EthosUSession:
         return {self._output: torch.cat(rows).numpy()}
 
     def placement(self) -> Placement:
-        """TOSA's ops for the delegate, ExecuTorch's kernels for the host, from the files."""
+        """The delegate's TOSA ops and the host's ExecuTorch kernels, from the files."""
         units = {GRAPH: {DELEGATE: self._tosa.ops(), "CPU": self._program.host_ops()}}
         return place(
             units, (DELEGATE,), HOST_OPS, "the program's own plan, and the TOSA that its one delegate was compiled from"
@@ -94,8 +92,8 @@ class EthosUSession:
         values: dict[int, Any] = dict(zip(plan.inputs, inputs, strict=True))
         for call, kernel in zip(self._program.calls, self._program.kernels, strict=True):
             if kernel is None:
-                given = [values[i].numpy() for i in call.args[: len(self._tosa.inputs)]]
-                values[call.args[-1]] = self._delegate(given, plan.values[call.args[-1]].val.sizes)
+                operands = [values[i].numpy() for i in call.args[: len(self._tosa.inputs)]]
+                values[call.args[-1]] = self._delegate(operands, plan.values[call.args[-1]].val.sizes)
             else:
                 values[call.args[-1]] = self._kernel(kernel, call.args, values)
         result: torch.Tensor = values[plan.outputs[0]]
@@ -115,12 +113,12 @@ class EthosUSession:
         if name not in KERNELS:
             raise UserError(f"{one_line(self._program.path)} calls {one_line(name, 60)}, which is not of this lowering")
         schema = KERNELS[name]._schema.arguments
-        given = [
+        bound = [
             (a, self._value(i, values, "ScalarType" in str(a.real_type)))
             for i, a in zip(arguments, schema, strict=False)
         ]
-        named = {a.name: value for a, value in given if a.kwarg_only}
-        result: torch.Tensor = KERNELS[name](*(value for a, value in given if not a.kwarg_only), **named)
+        named = {a.name: value for a, value in bound if a.kwarg_only}
+        result: torch.Tensor = KERNELS[name](*(value for a, value in bound if not a.kwarg_only), **named)
         return result
 
     def _value(self, index: int, values: Mapping[int, Any], is_type: bool) -> Any:

@@ -1,9 +1,8 @@
-"""ExecuTorch's own Python runtime behind `Session`. What may enter: `bundle`; torch, whose tensors the runtime takes.
+"""ExecuTorch's own Python runtime as a `Session`; it takes torch's tensors.
 
-States live in the methods' mutable buffers, and a loaded program holds one stream: all methods loaded from one program share
-its buffers, also two of the same name. A row of a batch therefore has a program of its own, lent from a pool; rows run
-one after the other. A new stream needs no reset: from position 0 on it writes the KV cache, of which the kernels read no
-further than what was written, and takes the other states for zero, whatever they hold.
+States are mutable buffers of the program, and all methods loaded from one program share them. So each row of a batch has a
+program of its own, from a pool, and rows run one after the other. A new stream needs no reset: kernels read the KV cache only
+as far as the stream has written it, and at position 0 the program takes its other states as zero.
 """
 
 from __future__ import annotations
@@ -43,16 +42,13 @@ HOST_OPS = {
     "aten::_to_copy.out": "between codes and floats",
     "aten::constant_pad_nd.out": "puts zeros behind a state, of which a new stream's first call takes those",
 }
-
-
-"""What the lowering itself leaves to ExecuTorch's optimised kernels, and why."""
-
+"""Kernels that the lowering leaves to ExecuTorch's optimised library, and what each does."""
 
 _ROWS = "rows of "
 
 
 class ExecuTorchSession:
-    """The program of a bundle's `executorch` folder. Activations are quantized to int8 by every delegated linear."""
+    """The program of a bundle's `executorch` folder. Every delegated linear quantizes its input to int8."""
 
     activations = "int8"
     stand_in = False
@@ -61,13 +57,13 @@ class ExecuTorchSession:
         quiet_torchao()
         self.how = f"executorch {importlib.metadata.version('executorch')} on this CPU, XNNPACK with int8 activations"
         self._path = directory / PROGRAM
-        with quiet_stderr():  # it tells of the processor's files and of its threads
+        with quiet_stderr():  # the library reports on the processor and on its threads
             import executorch.extension.llm.custom_ops.custom_ops  # registers the llama:: kernels
             import executorch.kernels.quantized  # noqa: F401  registers the embedding kernels
             from executorch.extension.pybindings import portable_lib
 
             wanted = threads or os.cpu_count() or 1
-            if portable_lib._threadpool_get_thread_count() != wanted:  # one pool for all programs of the process
+            if portable_lib._threadpool_get_thread_count() != wanted:  # the process has one pool of threads
                 portable_lib._unsafe_reset_threadpool(wanted)
             self._load = portable_lib._load_program
             self._program = self._load(str(self._path))
@@ -77,7 +73,7 @@ class ExecuTorchSession:
         self._names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
-        """A stream a row. The caches are as long as the program's, whatever `capacity` asks."""
+        """A stream for each row. The caches are as long as the program's, whatever `capacity` is."""
         pool = self._pool[graph]
         rows = [pool.pop() if pool else self._row_of(graph) for _ in range(batch)]
         state = _State({_ROWS + graph: rows})
@@ -107,7 +103,7 @@ class ExecuTorchSession:
         return results
 
     def placement(self) -> Placement:
-        """XNNPACK's nodes, the kernels that the lowering chose (HOST_OPS, POSITIONS), and any other kernel as fallback."""
+        """XNNPACK's nodes, the kernels that the lowering chose (HOST_OPS, POSITIONS), and all others as fallback."""
         from ...targets.executorch.program import DELEGATE, ProgramFile
 
         units = ProgramFile(self._path).placement()
@@ -118,7 +114,7 @@ class ExecuTorchSession:
         one = {p.name: _tensor(inputs[p.name], row if p.shape[:1] == ("batch",) else None) for p in spec.inputs}
         one |= {s.name: state[s.name][row] for s in spec.states if not s.updated}
         order = [p.name for p in spec.inputs] + [s.name for s in spec.states if not s.updated]
-        if not any(s.updated for s in spec.states):
+        if not spec.updated_states:
             if spec.name not in self._methods:
                 self._methods[spec.name] = self._program.load_method(spec.name)
             return list(self._methods[spec.name]([one[n] for n in order]))
@@ -127,39 +123,39 @@ class ExecuTorchSession:
     def _advance(
         self, spec: GraphSpec, row: _Row, one: dict[str, torch.Tensor], order: list[str]
     ) -> list[torch.Tensor]:
-        """Outputs at the asked positions; a long input goes in pieces of what the program takes."""
-        past, asked = one["past_length"], one["logit_positions"]
+        """Outputs at `logit_positions`; a long input is fed in pieces as large as the program takes."""
+        past, positions = one["past_length"], one["logit_positions"]
         along = {p.name: p.shape.index("sequence") for p in spec.inputs if "sequence" in p.shape}
         length = one["input_ids"].shape[1]
         most, exact = self._bound(spec, "input_ids"), self._many(spec.name) != spec.name
         cached = any("capacity" in s.shape for s in spec.states)
-        found: list[list[torch.Tensor]] = []
+        pieces: list[list[torch.Tensor]] = []
         at = 0
         while at < length:
             size = min(most, length - at)
             size = 1 if exact and size < most else size
-            here = asked[(asked >= at) & (asked < at + size)] - at
-            wanted = here if len(here) else torch.zeros(1, dtype=torch.int64)
+            inside = positions[(positions >= at) & (positions < at + size)] - at
+            wanted = inside if len(inside) else torch.zeros(1, dtype=torch.int64)
             values = one | {n: one[n].narrow(axis, at, size).contiguous() for n, axis in along.items()}
             values |= {"past_length": past + at, "logit_positions": wanted}
-            # The last input, see exporters/executorch.py.
+            # The last input of a program with caches: one position for each token so far.
             filled = [torch.arange(int(past) + at + size)] if cached else []
             single = row.step is not None and size == 1 and len(wanted) == 1
-            made = (row.step if single else row.many)([*(values[n] for n in order), *filled])
-            if len(here):
-                found.append(list(made))
+            outputs = (row.step if single else row.many)([*(values[n] for n in order), *filled])
+            if len(inside):
+                pieces.append(list(outputs))
             at += size
-        return [_joined(list(parts), 1) for parts in zip(*found, strict=True)]
+        return [_joined(list(parts), 1) for parts in zip(*pieces, strict=True)]
 
     def _bound(self, spec: GraphSpec, port: str) -> int:
-        """The most that the program takes of an input's last dimension."""
+        """The size of an input's last dimension in the program."""
         index = [p.name for p in spec.inputs].index(port)
         return int(self._program.method_meta(self._many(spec.name)).input_tensor_meta(index).sizes()[-1])
 
 
 @dataclass
 class _Row:
-    """The methods of one stream: for many tokens, and for one where the program has that."""
+    """The methods of one stream: for many tokens, and for a single one where the program has such a method."""
 
     program: Any
     many: Any
@@ -167,7 +163,7 @@ class _Row:
 
 
 class _State(dict[str, Any]):
-    """A dict that a finalizer can watch: when a stream is dropped its methods return to the pool."""
+    """A dict that can have a finalizer: when a stream is dropped, its methods return to the pool."""
 
 
 def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:

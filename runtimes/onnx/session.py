@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU behind `Session`. What may enter: `bundle`; never torch, so that memory figures are the app's.
+"""ONNX Runtime on the CPU as a `Session`. No torch is imported, so that memory figures are those of an app.
 
-A KV cache lives in one buffer, bound as past and present alike: the kernels write it in place. Every other updated state has
-two that change places at each call, because nothing says that a kernel has read a state before it writes the next.
+A KV cache is one buffer, bound as past and as present: the kernels write it in place. Every other updated state has two buffers,
+which change places at each call: a kernel may write the new state before it has read the old one.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from ...bundle import GraphSpec, StateSpec
 from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, sized
 
 Activations = Literal["int8", "float32"]
-"""int8: as shipped (MatMulNBits quantizes its input row by row); float32: exact arithmetic, for checking the lowering."""
-
+"""int8: as shipped, MatMulNBits quantizes each row of its input. float32: exact arithmetic, to check the lowering."""
 
 PROVIDER = "CPUExecutionProvider"
 
-
 IN_PLACE = ("kv",)
-"""Kinds of states that the lowering's kernels write in place."""
+"""The kinds of state that kernels write in place."""
 
 
 @dataclass
 class _Bound:
-    """The IOBindings of a graph with all states of `state` bound: one, or two that take turns where states change places."""
+    """The IOBindings of a graph to the states `state`: one, or two in turn where states change places."""
 
     state: StateBuffers
     turns: list[Any]
 
 
 class OnnxSession:
-    """The graphs of a bundle's `onnx` folder, loaded."""
+    """The graphs of a bundle's `onnx` folder."""
 
     how = f"onnxruntime {ort.__version__} on this CPU"
     stand_in = False
@@ -61,13 +59,13 @@ class OnnxSession:
             self.sessions[name] = load(directory / f"{name}.onnx", threads, activations, prefix)
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
-        """Zeroed OrtValues for the states that `graph` updates, two of each that changes places."""
+        """Zeroed OrtValues of the states that `graph` updates, two of each that changes places."""
         sizes = {"batch": batch, "capacity": capacity}
 
         def zeros(s: StateSpec) -> ort.OrtValue:
             return ort.OrtValue.ortvalue_from_numpy(np.zeros(sized(s.shape, sizes), DTYPES[s.dtype]))
 
-        updated = [s for s in self._graphs[graph].states if s.updated]
+        updated = self._graphs[graph].updated_states
         return {s.name: zeros(s) if s.kind in IN_PLACE else [zeros(s), zeros(s)] for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
@@ -80,7 +78,7 @@ class OnnxSession:
         for port in spec.outputs:
             binding.bind_output(port.name)
         self.sessions[graph].run_with_iobinding(binding)
-        # One OrtValue per output, in binding order: states first (bound once), then the ports just bound.
+        # One OrtValue for each output, in the order of binding: states, which are bound once, then the ports bound above.
         values = dict(zip(self._bound_outputs(spec), binding.get_outputs(), strict=True))
         results: dict[str, Array] = {}
         for port in spec.outputs:
@@ -89,30 +87,30 @@ class OnnxSession:
             else:
                 results[port.name] = values[port.name].numpy()
         turns.reverse()
-        for s in spec.states:
-            if s.updated and s.kind not in IN_PLACE:
+        for s in spec.updated_states:
+            if s.kind not in IN_PLACE:
                 state[s.name].reverse()
         return results
 
     def placement(self) -> Placement:
-        """The providers of the nodes, as the runtime itself assigned them."""
-        found: dict[str, dict[str, dict[str, int]]] = {}
+        """The providers that the runtime assigned to the nodes."""
+        units: dict[str, dict[str, dict[str, int]]] = {}
         for name, session in self.sessions.items():
             counts: dict[str, Counter[str]] = defaultdict(Counter)
             for part in session.get_provider_graph_assignment_info():
                 counts[part.ep_name].update(node.op_type for node in part.get_nodes())
-            found[name] = {provider: dict(ops) for provider, ops in counts.items()}
-        return place(found, (PROVIDER,), (), "onnxruntime's own assignment")
+            units[name] = {provider: dict(ops) for provider, ops in counts.items()}
+        return place(units, (PROVIDER,), (), "onnxruntime's own assignment")
 
     @staticmethod
     def _bound_outputs(spec: GraphSpec) -> list[str]:
-        return [f"{s.name}_out" for s in spec.states if s.updated] + [p.name for p in spec.outputs]
+        return [f"{s.name}_out" for s in spec.updated_states] + [p.name for p in spec.outputs]
 
     def _bound(self, spec: GraphSpec, state: StateBuffers) -> _Bound:
-        """The graph's IOBindings with all states of `state` bound; kept while the same state comes again."""
+        """The graph's IOBindings to `state`; kept for the next call with the same state."""
         known = self._bindings.get(spec.name)
         if known is None or known.state is not state:
-            count = 2 if any(s.updated and s.kind not in IN_PLACE for s in spec.states) else 1
+            count = 2 if any(s.kind not in IN_PLACE for s in spec.updated_states) else 1
             known = _Bound(state, [self._binding(spec, state, turn) for turn in range(count)])
             self._bindings[spec.name] = known
         return known
@@ -129,7 +127,7 @@ class OnnxSession:
 
 
 def load(path: Path, threads: int, activations: Activations, profile_prefix: str | None = None) -> ort.InferenceSession:
-    """One session on the CPU provider alone. threads 0: all cores."""
+    """A session on the CPU provider alone. threads 0: all cores."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -145,7 +143,7 @@ def load(path: Path, threads: int, activations: Activations, profile_prefix: str
 
 
 def _with_float_activations(path: Path) -> bytes:
-    """The model's bytes with every MatMulNBits at accuracy level 1 (float32 activations); weights stay where they are."""
+    """The model with every MatMulNBits at accuracy level 1 (float32 activations); weights stay in their files."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)

@@ -1,8 +1,8 @@
-"""HTP context binaries behind `Session`: static programs, batch 1, everything padded to them. Never torch.
+"""HTP context binaries as a `Session`: static programs of batch 1, with every input padded to them. No torch is imported.
 
-Rows of a batch run one after the other, an encoder in the shortest program that takes its source. A decoder takes several
-tokens as a chunk where there is such a program, else a token at a time; where its states would carry padding on, a chunk is
-whole or is not fed. A graph without symbolic dimensions runs as it is. On x86 the binaries run in Qualcomm's emulator.
+Rows of a batch run one after the other. An encoder runs in the shortest program that takes its source. A decoder reads several
+tokens in a program for chunks, where there is one, else one token at a time; a chunk that would write padding into its states is
+not used. A graph without symbolic dimensions is one program. On x86 the binaries run in Qualcomm's emulator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, pla
 
 
 class QnnSession:
-    """The programs of a bundle's `qnn` folder for one HTP version (None: the newest there)."""
+    """The programs of a bundle's `qnn` folder for one HTP version; None is the newest in the folder."""
 
     activations = "float16"
     stand_in = emulated()
@@ -62,14 +62,14 @@ class QnnSession:
 
     @staticmethod
     def _check_ports(path: Path, spec: GraphSpec, program: Program, loaded: Any) -> None:
-        """What is fed and read is sized by `programs.json`: the binary must agree."""
+        """Raise UserError unless the binary's ports have the sizes in `programs.json`, by which they are fed and read."""
         sizes: dict[str, int] = {str(k): v for k, v in program.sizes.items()}
-        updated = [s.model_copy(update={"name": f"{s.name}_out"}) for s in spec.states if s.updated]
-        for ports, found in (
+        updated = [s.model_copy(update={"name": f"{s.name}_out"}) for s in spec.updated_states]
+        for ports, actual in (
             ([*spec.inputs, *spec.states], loaded.get_inputs()),
             ([*spec.outputs, *updated], loaded.get_outputs()),
         ):
-            shapes = {i.name: list(i.shape) for i in found}
+            shapes = {i.name: list(i.shape) for i in actual}
             for port in ports:
                 if any(isinstance(d, str) and d not in sizes for d in port.shape):
                     raise UserError(f"{path}: {PROGRAMS} does not say how large {port.name} is; export again")
@@ -77,7 +77,7 @@ class QnnSession:
                     raise UserError(f"{path}: {port.name} is not as {PROGRAMS} says; export again")
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
-        """Zeroed float16 arrays for the states that `graph` updates, caches as long as those of its programs.
+        """Zeroed float16 arrays of the states that `graph` updates; caches are as long as those of its programs.
 
         Raises UserError for a capacity beyond them.
         """
@@ -87,16 +87,16 @@ class QnnSession:
                 f"{capacity} tokens do not fit the {most} these programs were made for; "
                 "export with a longer --max-context"
             )
-        sizes, updated = {"batch": batch, "capacity": most}, [s for s in self._graphs[graph].states if s.updated]
-        return {s.name: np.zeros(sized(s.shape, sizes), np.float16) for s in updated}
+        sizes = {"batch": batch, "capacity": most}
+        return {s.name: np.zeros(sized(s.shape, sizes), np.float16) for s in self._graphs[graph].updated_states}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         """As `Session.run`. Raises UserError for a source longer than the programs take."""
         spec = self._graphs[graph]
         lengths = {d: inputs[p.name].shape[i] for p in spec.inputs for i, d in enumerate(p.shape) if isinstance(d, str)}
-        if not lengths:  # the program is the graph as it is
-            made = self._call(self._of(graph)[0], inputs, {s.name: state[s.name] for s in spec.states})
-            return {name: value.astype(np.float32) for name, value in made.items()}
+        if not lengths:  # no symbolic dimension: one program
+            outputs = self._call(self._of(graph)[0], inputs, {s.name: state[s.name] for s in spec.states})
+            return {name: value.astype(np.float32) for name, value in outputs.items()}
         for name in set(lengths) - {"batch", "source", "sequence", "logits"}:
             most = max(p.sizes.get(name, 0) for p in self._programs_of(graph))
             if lengths[name] > most:
@@ -104,7 +104,9 @@ class QnnSession:
         rows = []
         for row in range(lengths["batch"]):
             one = {p.name: inputs[p.name][row : row + 1] if "batch" in p.shape else inputs[p.name] for p in spec.inputs}
-            carried = {s.name: state[s.name][row : row + 1] for s in spec.states}  # views: updates stay in the state
+            carried = {
+                s.name: state[s.name][row : row + 1] for s in spec.states
+            }  # views: updates are written into the state
             if "sequence" in lengths:
                 rows.append(self._decode(spec, one, carried, lengths.get("source", 0)))
             else:
@@ -113,7 +115,7 @@ class QnnSession:
         for port in spec.outputs:
             value = np.concatenate([r[port.name] for r in rows])
             if port.name in self._states:
-                state[port.name] = value  # padded as the program left it: its reader masks the padding
+                state[port.name] = value  # with its padding, which the graph that reads it masks
             else:
                 cut = tuple(slice(0, lengths[d]) if d == "source" else slice(None) for d in port.shape)
                 results[port.name] = value[cut].astype(np.float32)
@@ -127,7 +129,7 @@ class QnnSession:
         return [p for p in self._programs.values() if p.graph == graph]
 
     def _of(self, graph: str) -> list[str]:
-        """The programs of a graph: short sources first, chunks before steps."""
+        """The names of a graph's programs: short sources first, chunks before single tokens."""
 
         def order(stem: str) -> tuple[int, int]:
             sizes = self._programs[stem].sizes
@@ -136,7 +138,7 @@ class QnnSession:
         return sorted((s for s, p in self._programs.items() if p.graph == graph), key=order)
 
     def _fitting(self, graph: str, source: int) -> list[str]:
-        """The programs of a graph that take a source of this length. Raises UserError if there is none."""
+        """The names of a graph's programs that take a source of this length. Raises UserError if there is none."""
         most = max(self._programs[s].sizes.get("source", source) for s in self._of(graph))
         if source > most:
             raise UserError(
@@ -145,66 +147,65 @@ class QnnSession:
         return [s for s in self._of(graph) if self._programs[s].sizes.get("source", source) >= source]
 
     def _decode(
-        self, spec: GraphSpec, given: dict[str, Array], carried: dict[str, Array], source: int
+        self, spec: GraphSpec, inputs: dict[str, Array], carried: dict[str, Array], source: int
     ) -> dict[str, Array]:
-        """One row's new tokens through chunks and steps; the outputs at the positions asked for."""
-        ids, past = given["input_ids"], int(given["past_length"][0])
-        wanted = [int(p) for p in given["logit_positions"]]
+        """Feed one row's new tokens in chunks and single tokens; returns the outputs at `logit_positions`."""
+        ids, past = inputs["input_ids"], int(inputs["past_length"][0])
+        wanted = [int(p) for p in inputs["logit_positions"]]
         name = next(p.name for p in spec.outputs if "logits" in p.shape)
-        found: dict[int, Array] = {}
+        by_position: dict[int, Array] = {}
         at, count, most = 0, ids.shape[1], self._capacity[spec.name]
         if most and past + count > most:
             raise UserError(f"{past + count} tokens do not fit the {most} these programs were made for")
         growing = [s.name for s in spec.states if "capacity" in s.shape]
-        carries = [s.name for s in spec.states if s.updated and s.name not in growing]
+        carries = [s.name for s in spec.updated_states if s.name not in growing]
         while at < count:
-            stem, begin = self._part(self._fitting(spec.name, source), past, at, count, whole=bool(carries))
+            stem, begin = self._part(self._fitting(spec.name, source), past, at, count, exact=bool(carries))
             sizes = self._programs[stem].sizes
             stop = min(begin + sizes["sequence"], count)
-            # What follows the tokens in the cache is overwritten before it is seen.
-            fed = given | {p.name: _cut(p, given[p.name], begin, stop) for p in spec.inputs if "sequence" in p.shape}
+            # Padding behind the tokens goes into the cache, and is overwritten before anything reads it.
+            fed = inputs | {p.name: _cut(p, inputs[p.name], begin, stop) for p in spec.inputs if "sequence" in p.shape}
             fed["past_length"] = np.array([past + begin], np.int64)
-            here = [p for p in wanted if at <= p < stop] or [stop - 1]
+            inside = [p for p in wanted if at <= p < stop] or [stop - 1]
             before = {n: carried[n].copy() for n in carries}
-            for i in range(0, len(here), sizes["logits"]):  # again writes the same into the cache
+            for i in range(0, len(inside), sizes["logits"]):  # each run writes the same into the cache
                 for n, value in before.items():
                     carried[n][...] = value
-                asked = here[i : i + sizes["logits"]]
-                positions = np.array(asked + asked[-1:] * (sizes["logits"] - len(asked)), np.int64) - begin
-                made = self._call(stem, fed | {"logit_positions": positions}, carried)[name]
-                found |= {p: made[:, j : j + 1] for j, p in enumerate(asked)}
+                some = inside[i : i + sizes["logits"]]
+                positions = np.array(some + some[-1:] * (sizes["logits"] - len(some)), np.int64) - begin
+                logits = self._call(stem, fed | {"logit_positions": positions}, carried)[name]
+                by_position |= {p: logits[:, j : j + 1] for j, p in enumerate(some)}
             at = stop
-        return {name: np.concatenate([found[p] for p in wanted], 1)}
+        return {name: np.concatenate([by_position[p] for p in wanted], 1)}
 
-    def _part(self, stems: list[str], past: int, at: int, count: int, whole: bool) -> tuple[str, int]:
-        """(program, first token) for the tokens from `at` on.
+    def _part(self, stems: list[str], past: int, at: int, count: int, exact: bool) -> tuple[str, int]:
+        """(program, its first token) to feed the tokens from `at` on.
 
-        A chunk that would not fit the end of the cache begins earlier, at tokens of this call that are in it already; one that
-        must be whole neither begins earlier nor ends in padding.
+        Where a chunk would not fit into the end of the cache, it begins earlier and feeds tokens of this call again. exact: a
+        chunk may neither begin earlier nor end in padding.
         """
         for stem in stems:
             sizes = self._programs[stem].sizes
             length = sizes["sequence"]
-            if length == 1 or (whole and count - at >= length):
+            if length == 1 or (exact and count - at >= length):
                 return stem, at
             begin = min(at, sizes.get("capacity", past + at + length) - length - past)
-            if not whole and count - at > 1 and begin >= 0:
+            if not exact and count - at > 1 and begin >= 0:
                 return stem, begin
         raise UserError(f"no program takes a single token; {PROGRAMS} is damaged: export again")
 
-    def _call(self, stem: str, given: Mapping[str, Array], carried: dict[str, Array]) -> dict[str, Array]:
-        """Run one program on one row, padded to it; updated states are written into the arrays of `carried`."""
+    def _call(self, stem: str, inputs: Mapping[str, Array], carried: dict[str, Array]) -> dict[str, Array]:
+        """Run one program on one row, padded to its sizes; updated states are written into the arrays of `carried`."""
         program = self._programs[stem]
         spec = self._graphs[program.graph]
         sizes: dict[str, int] = {str(k): v for k, v in program.sizes.items()}
-        feeds = {p.name: _fit(p, given[p.name], sizes) for p in spec.inputs}
+        feeds = {p.name: _fit(p, inputs[p.name], sizes) for p in spec.inputs}
         feeds |= {s.name: _fit(s, carried[s.name], sizes) for s in spec.states}
-        names = [p.name for p in spec.outputs] + [f"{s.name}_out" for s in spec.states if s.updated]
+        names = [p.name for p in spec.outputs] + [f"{s.name}_out" for s in spec.updated_states]
         results = dict(zip(names, self._loaded[stem].run(names, feeds), strict=True))
-        for s in spec.states:
-            if s.updated:
-                value = results.pop(f"{s.name}_out")
-                carried[s.name][tuple(slice(0, d) for d in value.shape)] = value
+        for s in spec.updated_states:
+            value = results.pop(f"{s.name}_out")
+            carried[s.name][tuple(slice(0, d) for d in value.shape)] = value
         return results
 
 
@@ -214,7 +215,7 @@ def _cut(port: PortSpec, value: Array, begin: int, stop: int) -> Array:
 
 
 def _fit(port: PortSpec, value: Array, sizes: Mapping[str, int]) -> Array:
-    """`value` in a program's shape: cut to its first slots, or filled up with zeros (a mask's false); floats as float16."""
+    """`value` in a program's shape: cut, or padded with zeros (a mask with false); floats as float16."""
     shape = sized(port.shape, sizes)
     value = value[tuple(slice(0, d) for d in shape)]
     value = np.pad(value, [(0, d - have) for d, have in zip(shape, value.shape, strict=True)])
@@ -222,7 +223,7 @@ def _fit(port: PortSpec, value: Array, sizes: Mapping[str, int]) -> Array:
 
 
 def check_inside(path: Path) -> None:
-    """Raise UserError if a compiled file points out of its folder, or at a file that is not there."""
+    """Raise UserError if a compiled file refers to a file outside its folder, or to one that does not exist."""
     import onnx
 
     try:

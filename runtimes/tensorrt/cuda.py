@@ -1,6 +1,6 @@
-"""GPU memory through the NVIDIA driver's own library: allocate, copy, free. What may enter: ctypes, numpy.
+"""GPU memory through the NVIDIA driver's own library: allocate, copy, free.
 
-The driver API, because it is there wherever a GPU is: no toolkit and no package of bindings is needed.
+The driver is there wherever a GPU is, so no toolkit and no package of bindings is needed.
 """
 
 from __future__ import annotations

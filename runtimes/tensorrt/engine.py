@@ -1,8 +1,7 @@
-"""TensorRT behind `Session`: the engine where there is an NVIDIA GPU, else the ONNX it was built from on the CPU.
+"""TensorRT engines on an NVIDIA GPU as a `Session`. No torch is imported; the driver is called through `cuda`.
 
-What may enter: `bundle`; never torch. The engine path speaks to the driver through `cuda`; states stay in its memory, two
-buffers each that change places at every call, because a scatter must not write where it reads. Keys and values are float16,
-what a recurrence carries is float32.
+States stay in GPU memory, each in two buffers that change places at every call, because a scatter must not write the buffer that
+it reads. Keys and values are float16, states of recurrences float32.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from ...errors import UserError
 from ...targets.tensorrt.engine_file import read_header
 from ..session import DTYPES, Array, Placement, StateBuffers, sized
 from .cuda import Device
-from .ports import _WHOLE, GPU, _dtype, _expect, _names, _network_ops
+from .ports import GPU, NO_FALLBACK, check_ports, network_ops, port_names, state_dtype
 
 _LIBRARIES = ("tensorrt_rtx_bindings", "tensorrt")
 
 
 class EngineSession:
-    """The engines on the GPU: one execution context for prefill, one for the decode step."""
+    """The engines on the GPU, with one execution context for prefill and one for the decode step."""
 
     activations = "float16"
     how = "the engine, on this NVIDIA GPU"
@@ -48,10 +47,10 @@ class EngineSession:
             path = directory / f"{graph.name}.engine"
             engine = runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:
-                made = ", ".join(map(str, read_header(path).sms)) if library == _LIBRARIES[0] else "another GPU"
-                raise UserError(f"{path}: this GPU cannot load the engine (made for SM {made}); export for its SM")
-            inputs, outputs = _names(graph)
-            _expect(path, [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)], [*inputs, *outputs])
+                sms = ", ".join(map(str, read_header(path).sms)) if library == _LIBRARIES[0] else "another GPU"
+                raise UserError(f"{path}: this GPU cannot load the engine (made for SM {sms}); export for its SM")
+            inputs, outputs = port_names(graph)
+            check_ports(path, [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)], [*inputs, *outputs])
             self._engines[graph.name] = engine
             for profile in range(engine.num_optimization_profiles):
                 context = engine.create_execution_context()
@@ -60,16 +59,15 @@ class EngineSession:
                 self._contexts[graph.name, profile] = context
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
-        """For each state that `graph` updates two zeroed buffers on the GPU: what is read and what is written next."""
+        """For each state that `graph` updates two zeroed GPU buffers: the one that is read, then the one that is written."""
         sizes = {"batch": batch, "capacity": capacity}
         return {
-            s.name: [self.device.zeros(sized(s.shape, sizes), _dtype(s, np.float16)) for _ in range(2)]
-            for s in self._graphs[graph].states
-            if s.updated
+            s.name: [self.device.zeros(sized(s.shape, sizes), state_dtype(s, np.float16)) for _ in range(2)]
+            for s in self._graphs[graph].updated_states
         }
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
-        """As `Session.run`. Raises UserError if a size is outside the profiles the engine was built with."""
+        """As `Session.run`. Raises UserError for a size outside the profiles that the engine was built with."""
         spec, engine = self._graphs[graph], self._engines[graph]
         step = engine.num_optimization_profiles > 1 and inputs["input_ids"].shape[1] == 1
         context = self._contexts[graph, 1 if step and inputs["logit_positions"].shape[0] == 1 else 0]
@@ -88,20 +86,18 @@ class EngineSession:
         written = {}
         for port in spec.outputs:
             state_of = self._states.get(port.name)
-            dtype = np.dtype(DTYPES[port.dtype]) if state_of is None else _dtype(state_of, np.float16)
+            dtype = np.dtype(DTYPES[port.dtype]) if state_of is None else state_dtype(state_of, np.float16)
             known = all(isinstance(d, int) or d in sizes for d in port.shape)
             shape = sized(port.shape, sizes) if known else tuple(context.get_tensor_shape(port.name))
             written[port.name] = self.device.empty(shape, dtype)
             context.set_tensor_address(port.name, written[port.name].address)
-        for s in spec.states:
-            if s.updated:
-                context.set_tensor_address(f"{s.name}_out", state[s.name][1].address)
+        for s in spec.updated_states:
+            context.set_tensor_address(f"{s.name}_out", state[s.name][1].address)
         if not context.execute_async_v3(0):
             raise RuntimeError(f"{graph}: the engine failed to run")
         self.device.synchronize()
-        for s in spec.states:
-            if s.updated:
-                state[s.name].reverse()
+        for s in spec.updated_states:
+            state[s.name].reverse()
         results: dict[str, Array] = {}
         for name, buffer in written.items():
             if name in self._states:
@@ -111,6 +107,6 @@ class EngineSession:
         return results
 
     def placement(self) -> Placement:
-        """The ops of the network, all in the engine that runs here (which fuses them into fewer layers)."""
-        ops = _network_ops(self._directory, list(self._graphs.values()))
-        return Placement(GPU, ops, source=f"{_WHOLE}; the engine runs on this GPU")
+        """The ops of the network, all of them in the engine, which fuses them into fewer layers."""
+        ops = network_ops(self._directory, list(self._graphs.values()))
+        return Placement(GPU, ops, source=f"{NO_FALLBACK}; the engine runs on this GPU")

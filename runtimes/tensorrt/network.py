@@ -10,16 +10,15 @@ import numpy as np
 
 from ...bundle import GraphSpec, StateSpec
 from ...targets.tensorrt.engine_file import Header, read_header
-from ..session import Array, Placement, StateBuffers, sized
-from .ports import _WHOLE, GPU, _dtype, _expect, _names, _network_ops
+from ..session import Array, Placement, StateBuffers, keep_states, sized
+from .ports import GPU, NO_FALLBACK, check_ports, network_ops, port_names, state_dtype
 
 
 class NetworkSession:
-    """The ONNX files the engines were built from, on ONNX Runtime's CPU kernels: checks the network, not the engine.
+    """The ONNX files that the engines were built from, on ONNX Runtime's CPU kernels. It checks the network, not the engine.
 
-    Of the engines the header is read: kind, length, compute capabilities, names of inputs and outputs. exact: all float16
-    arithmetic and states of the network widened to float32, weights unchanged, so that it must equal the reference; the
-    engines are then not looked at.
+    exact: float16 arithmetic and states of the network become float32, weights stay as they are, so the outputs must equal the
+    reference's. Without it, the headers of the engines are checked too.
     """
 
     stand_in = True
@@ -37,51 +36,48 @@ class NetworkSession:
         self.sessions: dict[str, Any] = {}
         self.headers: dict[str, Header] = {}
         for graph in graphs:
-            inputs, outputs = _names(graph)
+            inputs, outputs = port_names(graph)
             engine, path = directory / f"{graph.name}.engine", directory / f"{graph.name}.onnx"
             if not exact:
                 self.headers[graph.name] = read_header(engine)
-                _expect(engine, self.headers[graph.name].ports, [*inputs, *outputs])
+                check_ports(engine, self.headers[graph.name].ports, [*inputs, *outputs])
             options = ort.SessionOptions()
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
-            # The dequantized weights are folded once: no fusion may change the arithmetic that is checked.
+            # Weights are dequantized once, at load: no fusion may change the arithmetic that is checked.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             model: str | bytes = str(path)
             if exact:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
                 model = _widened(path)
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            _expect(path, [i.name for i in session.get_inputs()], inputs)
-            _expect(path, [o.name for o in session.get_outputs()], outputs)
+            check_ports(path, [i.name for i in session.get_inputs()], inputs)
+            check_ports(path, [o.name for o in session.get_outputs()], outputs)
             self.sessions[graph.name] = session
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
-        """Zeroed arrays for the states that `graph` updates, keys and values in float16 (exact: float32)."""
-        sizes, updated = {"batch": batch, "capacity": capacity}, [s for s in self._graphs[graph].states if s.updated]
-        return {s.name: np.zeros(sized(s.shape, sizes), _dtype(s, self._half)) for s in updated}
+        """Zeroed arrays of the states that `graph` updates; keys and values are float16, with `exact` float32."""
+        sizes = {"batch": batch, "capacity": capacity}
+        updated = self._graphs[graph].updated_states
+        return {s.name: np.zeros(sized(s.shape, sizes), state_dtype(s, self._half)) for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         spec = self._graphs[graph]
         feeds = dict(inputs) | {s.name: state[s.name] for s in spec.states}
-        _, names = _names(spec)
+        _, names = port_names(spec)
         results = dict(zip(names, self.sessions[graph].run(names, feeds), strict=True))
-        for s in spec.states:
-            if s.updated:
-                state[s.name] = results.pop(f"{s.name}_out")
-        for name in [n for n in results if n in self._states]:
-            state[name] = results.pop(name)
+        keep_states(results, [s.name for s in spec.updated_states], self._states, state)
         return results
 
     def placement(self) -> Placement:
-        """The ops of the network, on the GPU: an engine holds them all or is not built."""
-        ops = _network_ops(self._directory, list(self._graphs.values()))
-        return Placement(GPU, ops, source=f"{_WHOLE}; the engine was not run here (no NVIDIA GPU)")
+        """The ops of the network, all on the GPU: an engine holds every op, or its build fails."""
+        ops = network_ops(self._directory, list(self._graphs.values()))
+        return Placement(GPU, ops, source=f"{NO_FALLBACK}; the engine was not run here (no NVIDIA GPU)")
 
 
 def _widened(path: Path) -> bytes:
-    """The ONNX with every float16 type made float32, in memory. Integer codes and bfloat16 weights stay in their file."""
+    """The ONNX model with every float16 type as float32. Integer codes and bfloat16 weights stay in their file."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor
 

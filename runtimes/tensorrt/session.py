@@ -1,4 +1,4 @@
-"""The session for a TensorRT artefact: its engines on a GPU, their network elsewhere."""
+"""The session of a TensorRT artefact: its engines where there is a GPU, else the network they were built from."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .network import NetworkSession
 def open_tensorrt(
     directory: Path, graphs: Sequence[GraphSpec], threads: int = 0, exact: bool = False
 ) -> EngineSession | NetworkSession:
-    """The engines where there is a GPU, else (and for `exact`, which an engine is not) their ONNX on the CPU.
+    """The engines where there is a GPU; without one, and for `exact` (float32 activations), their ONNX on the CPU.
 
-    Raises UserError if a file is damaged, or does not have the inputs and outputs that the bundle names.
+    Raises UserError if a file is damaged, or its inputs and outputs are not those of `graphs`.
     """
     if gpu_available() and not exact:
         return EngineSession(directory, graphs)

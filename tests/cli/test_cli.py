@@ -250,7 +250,7 @@ def test_an_output_that_exists_or_cannot_be_made_is_refused(tmp_path: Path, plan
         "from edgewright.cli import main; main(['--help'], standalone_mode=False)",
         "from edgewright.cli import main; main(['export', '--help'], standalone_mode=False)",
         "from edgewright.cli import main; main(['run', {bundle!r}, '--prompt', 'c a t'], standalone_mode=False)",
-        "from edgewright.runtimes.benchmark import measure; measure({bundle!r}, 'onnx', [4], 2, [0], 1, 1)",
+        "from edgewright.runtimes.benchmark import Lengths, measure; measure({bundle!r}, 'onnx', Lengths([4], 2, [0], 1), 1)",
     ],
 )
 def test_torch_is_not_imported(code: str, bundle: Path) -> None:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from edgewright.device_profiles import host_tasks, profile
 from edgewright.device_profiles import measure_host as measure
-from edgewright.device_profiles import profile
 from edgewright.device_profiles.measure_host import measure_host
 from edgewright.device_profiles.profile import (
     DeviceProfile,
@@ -283,7 +283,7 @@ def test_library_numbers_follow_from_their_sources(name: str) -> None:
 def measured() -> DeviceProfile:
     """A measurement too short to mean anything, on buffers that fit the cache: its shape is what is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_buffer_bytes", lambda cache: 8 << 20)
+        patch.setattr(measure, "buffer_bytes", lambda cache: 8 << 20)
         return measure_host(0.01)
 
 
@@ -314,26 +314,26 @@ def test_measured_widths_are_those_onnxruntime_computes_right(measured: DevicePr
 
 
 def test_work_is_counted_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_product", lambda *args, **kwargs: lambda: None)
-    assert measure._fp32_task(1).work == measure._int8_task(1).work == 2 * 256 * 2048 * 2048
+    monkeypatch.setattr(host_tasks, "_product", lambda *args, **kwargs: lambda: None)
+    assert host_tasks.fp32_task(1).work == host_tasks.int8_task(1).work == 2 * 256 * 2048 * 2048
     # 8 MiB of codes: [4096 rows, 4096 columns] at 4 bits, and one fp32 scale for each 64 columns.
-    assert measure._stream_task(8 << 20, 1).work == (8 << 20) + 4096 * 64 * 4
+    assert host_tasks.stream_task(8 << 20, 1).work == (8 << 20) + 4096 * 64 * 4
 
 
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
-    tasks = [measure._Task(key, "", 1.0, lambda key=key: order.append(key)) for key in "abc"]
+    tasks = [host_tasks.Task(key, "", 1.0, lambda key=key: order.append(key)) for key in "abc"]
     times = measure._interleaved(tasks, 1e-9)
     assert "".join(order) == "abc" + "abc" + "cba" + "abc"  # one untimed run, then the three rounds
     assert {key: len(runs) for key, runs in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_quantity_is_the_median_rate() -> None:
-    task = measure._Task("fp32, 1 threads", "a product", 6e9, lambda: None)
+    task = host_tasks.Task("fp32, 1 threads", "a product", 6e9, lambda: None)
     made = measure._quantity(task, [1.0, 2.0, 3.0, 2.0, 60.0])
     assert (made.value, made.unit) == (3.0, "GFLOP/s")
     assert "median of 5 interleaved runs, quartiles 2 and 3" in made.source
-    assert measure._quantity(measure._Task("read, 1 threads", "", 8.0, lambda: None), [2.0]).unit == "bytes/s"
+    assert measure._quantity(host_tasks.Task("read, 1 threads", "", 8.0, lambda: None), [2.0]).unit == "bytes/s"
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9])
@@ -343,5 +343,6 @@ def test_seconds_out_of_range(seconds: float) -> None:
 
 
 def test_no_torch_in_this_room() -> None:
-    code = "import sys, edgewright.device_profiles.measure, edgewright.device_profiles.profile; sys.exit('torch' in sys.modules)"
+    rooms = "edgewright.device_profiles.measure_host, edgewright.device_profiles.profile"
+    code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

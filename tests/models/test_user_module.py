@@ -21,7 +21,7 @@ from edgewright.errors import UserError
 from edgewright.models.registry import build
 from edgewright.models.user_module import module, replacements
 from edgewright.models.user_module.checkpoint import open_model
-from edgewright.verification.verify import verify
+from edgewright.verification.verify import VerifyOptions, verify
 
 HERE = Path(__file__).parent.parent
 
@@ -101,7 +101,7 @@ def test_export_verify_and_profile(factory: str, tmp_path: Path) -> None:
     assert target.lowering.rms is not None
     assert target.lowering.rms < 1e-5
     assert 1e-5 < target.shipped.rms < 0.05  # int8 activations: not exact
-    report = verify(tmp_path / "bundle", factory)
+    report = verify(tmp_path / "bundle", VerifyOptions(model=factory))
     assert report.quantization is not None
     assert 1e-3 < report.quantization.rms < 0.5  # about 5 bits a weight cost something
     result = CliRunner().invoke(main, ["profile", str(tmp_path / "bundle"), "-r", "2"])

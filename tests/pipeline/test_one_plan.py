@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from helpers.requests import asking, changed
+from helpers.requests import asking
 from helpers.tiny import EXAMPLE
 
 from edgewright import compiler
@@ -29,7 +29,7 @@ from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import generate_batch
 from edgewright.runtimes.registry import open_exact, open_session
 from edgewright.targets.registry import TARGETS
-from edgewright.verification.verify import check_weights
+from edgewright.verification.lowering import check_weights
 
 FORMATS = ("onnx", "executorch", "coreml", "tensorrt", "qnn")
 CONTEXT = 32
@@ -42,8 +42,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def made(folder: Path, **options: Any) -> Path:
-    request = asking(str(EXAMPLE), FORMATS, max_context=CONTEXT, **options)
-    compiler.export(changed(request, verify=False), folder / "bundle")
+    request = asking(str(EXAMPLE), FORMATS, max_context=CONTEXT, verify=False, **options)
+    compiler.export(request, folder / "bundle")
     return folder / "bundle"
 
 

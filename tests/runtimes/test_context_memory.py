@@ -22,7 +22,8 @@ from edgewright.errors import UserError
 from edgewright.runtimes.generate import Stream, generate, read_context
 from edgewright.runtimes.registry import open_session
 from edgewright.runtimes.session import Array, StateBuffers
-from edgewright.verification.compare import task_accuracy
+from edgewright.runtimes.text_generation import open_bundle
+from edgewright.verification.scores import task_accuracy
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "dolphin-packages"
 HIDDEN = 3
@@ -147,6 +148,25 @@ def test_run_answers_from_a_context_and_from_its_kept_memory(bundle: Path, tmp_p
     assert "is no memory of a context" in refused.stderr
     for extra in (["--context", text, "--memory", memory], ["--save-memory", memory], ["--context", tmp_path / "none"]):
         assert edgewright("run", bundle, "--prompt", "Which version?", *extra).exit_code == 2
+
+
+def test_an_open_bundle_reads_a_context_once_for_many_prompts(bundle: Path, tmp_path: Path) -> None:
+    task = read_task(EXAMPLE / "task.tsv", 1, contexts=True)
+    opened = open_bundle(bundle, "onnx", threads=1)
+    memory = opened.read_context(task.contexts[0])
+    opened.save_memory(tmp_path / "memory", memory)
+    np.testing.assert_array_equal(opened.load_memory(tmp_path / "memory"), memory)
+    pieces = list(opened.generate(task.prompts[0], memory=memory))
+    assert "".join(pieces).strip()
+    assert list(opened.generate(task.prompts[0], context=task.contexts[0])) == pieces
+    assert list(opened.generate(opened.encode_prompt(task.prompts[0]), memory=memory)) == pieces
+    assert len(list(opened.generate(task.prompts[0], memory=memory, max_new_tokens=1))) <= 1
+    with pytest.raises(UserError, match="pass one of them"):
+        opened.generate("a", context="b", memory=memory)
+    with pytest.raises(UserError, match="no chat template"):
+        opened.generate("a", chat=True)
+    with pytest.raises(UserError, match="empty"):
+        opened.generate(" ")
 
 
 def test_other_models_keep_no_memory(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from edgewright.targets import target as target_module
 from edgewright.targets.registry import NAMES, TARGETS, choose, require
 from edgewright.targets.storage import common_bits, native_bits, stored_bytes
 from edgewright.verification.report import Agreement, Report, TargetReport, require_placement
-from edgewright.verification.verify import verify
+from edgewright.verification.verify import VerifyOptions, verify
 
 NAMED = tuple(name for name, target in TARGETS.items() if not target.graphs)
 
@@ -153,7 +153,7 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
     assert [t.format for t in report.targets] == ["onnx"]
     assert report.notes == ["coreml was not checked here: pip install 'edgewright[coreml]'"]
     with pytest.raises(UserError, match="--format coreml needs coremltools"):
-        verify(tmp_path / "bundle", formats=("coreml",))
+        verify(tmp_path / "bundle", VerifyOptions(formats=("coreml",)))
     without("onnxruntime")
     with pytest.raises(UserError, match="none of its targets can be checked here"):
         verify(tmp_path / "bundle")

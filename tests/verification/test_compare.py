@@ -178,19 +178,21 @@ def test_of_few_positions_one_near_tie_may_differ(positions: int, others: int, k
 def test_int8_activations_may_cost_what_they_cost_the_reference(top1: float, kl: float, passes: bool) -> None:
     found = target(agreement(top1=top1, mean_kl=kl, prompts_identical=1, positions=4000), "int8")
     assert not found.passed
-    found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=4000)
-    assert found.passed is passes
-    assert "77.00%" in found.allowed
+    emulated = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=4000)
+    beside = replace(found, arithmetic=emulated)
+    assert beside.passed is passes
+    assert "77.00%" in beside.allowed
 
 
 def test_of_few_positions_two_standard_errors_may_be_missing() -> None:
     found = target(agreement(top1=0.71, mean_kl=0.1, prompts_identical=1, positions=50), "int8")
-    found.arithmetic = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=50)
-    assert found.passed
-    assert "70.00%" in found.allowed  # two standard errors would be 0.16
-    found.arithmetic.positions = 200
-    assert "72.00%" in found.allowed  # 0.8 - 2 * sqrt(2 * 0.8 * 0.2 / 200)
-    assert not found.passed
+    emulated = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=50)
+    few = replace(found, arithmetic=emulated)
+    assert few.passed
+    assert "70.00%" in few.allowed  # two standard errors would be 0.16
+    more = replace(found, arithmetic=replace(emulated, positions=200))
+    assert "72.00%" in more.allowed  # 0.8 - 2 * sqrt(2 * 0.8 * 0.2 / 200)
+    assert not more.passed
 
 
 def test_what_ships_must_be_finite_and_on_its_own_device_near() -> None:
@@ -239,7 +241,6 @@ def test_the_reference_with_int8_activations_rounds_each_row_of_the_quantized_li
 
 def test_the_first_target_that_fails_is_named() -> None:
     good = target(agreement(prompts_identical=4, positions=40))
-    bad = target(agreement(prompts_identical=1, positions=40))
-    bad.format = "second"
+    bad = replace(target(agreement(prompts_identical=1, positions=40)), format="second")
     with pytest.raises(VerificationFailure, match=r"^second: .* 1 of 4 prompts give the same tokens"):
         require(Report([good, bad, bad]))

@@ -22,11 +22,11 @@ from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.errors import UserError
 from edgewright.runtimes.generate import Stream, generate
 from edgewright.runtimes.registry import open_session
-from edgewright.verification.compare import perplexity
 
 lm_eval = pytest.importorskip("lm_eval")
 
 from edgewright.verification.lm_eval import BundleLM  # noqa: E402
+from edgewright.verification.scores import perplexity  # noqa: E402
 
 WIDE = np.random.default_rng(3).standard_normal((80, 80))
 TASKS = {

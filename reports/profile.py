@@ -1,0 +1,111 @@
+"""What `profile` prints: the measurements as Markdown, JSON, CSV or HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Table:
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        widths = [max(len(row[i]) for row in [self.head, *self.rows]) for i in range(len(self.head))]
+
+        def line(cells: list[str]) -> str:
+            return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+        return "\n".join([line(self.head), line(["-" * width for width in widths]), *map(line, self.rows)])
+
+    def html(self) -> str:
+        def line(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        return "\n".join(["<table>", line(self.head, "th"), *(line(row, "td") for row in self.rows), "</table>"])
+
+
+def profile_text(result: dict[str, Any], output_format: str) -> str:
+    """A profile in the format "md", "json", "csv" (the measured rows alone) or "html"."""
+    if output_format == "json":
+        return json.dumps(result, indent=1)
+    if output_format == "csv":
+        return _csv(result)
+    tables = _tables(result)
+    return "\n\n".join(t.html() if output_format == "html" else t.markdown() for t in tables)
+
+
+def _rate_rows(result: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """For each measured row: target, model, bits and threads as text, then the measurement."""
+    return [
+        ([name, result["model"], f"{result['bits']:.2f}", str(measured["host"]["threads"])], row)
+        for name, measured in result["targets"].items()
+        for row in measured["rows"]
+    ]
+
+
+def _csv(result: dict[str, Any]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["target", "model", "bits", "threads", "test", "tokens_per_s", "std", "median", "repeats"])
+    for labels, row in _rate_rows(result):
+        writer.writerow([*labels, row["test"], row["tokens_per_s"], row["std"], row["median"], row["repeats"]])
+    return out.getvalue().rstrip("\n")
+
+
+def _tables(result: dict[str, Any]) -> list[_Table]:
+    measured = result["targets"]
+    tables = []
+    if measured:
+        tables += [_rate_table(result), _memory_table(measured)]
+        ops = _op_table(measured)
+        tables += [ops] if ops.rows else []
+    for name, facts in result["simulated"].items():
+        tables += [_simulated_table(name, key, fact) for key, fact in facts.items()]
+    if result["not_measured"]:
+        tables.append(_Table(["not measured", "why"], [[name, why] for name, why in result["not_measured"].items()]))
+    return tables
+
+
+def _rate_table(result: dict[str, Any]) -> _Table:
+    rows = [
+        [*labels, row["test"], f"{row['tokens_per_s']:.2f} ± {row['std']:.2f}"] for labels, row in _rate_rows(result)
+    ]
+    return _Table(["target", "model", "bits", "threads", "test", "t/s"], rows)
+
+
+def _memory_table(measured: dict[str, Any]) -> _Table:
+    cpu = next(iter(measured.values()))["host"]["cpu"]
+    rows = []
+    for name, target in measured.items():
+        loads = [f"{target[key] * 1e3:.0f}" for key in ("load_first_s", "load_warm_s")]
+        kinds = ("peak_resident", "anonymous_after_load", "anonymous_after_run")
+        rows.append([name, *loads, *(f"{target['memory'][kind] / _MIB:.0f}" for kind in kinds)])
+    head = ["first load, ms", "warm load, ms", "peak resident, MiB", "anonymous loaded, MiB", "anonymous after, MiB"]
+    return _Table([f"measured on {cpu}", *head], rows)
+
+
+def _op_table(measured: dict[str, Any]) -> _Table:
+    rows = [
+        [name, graph, op["op"], op["unit"], str(op["calls"]), f"{op['ms']:.2f}", f"{op['share']:.0%}"]
+        for name, target in measured.items()
+        for graph, ops in target["ops"].items()
+        for op in ops
+    ]
+    return _Table(["target", "graph", "op", "unit", "calls", "ms", "share"], rows)
+
+
+def _simulated_table(name: str, key: str, fact: dict[str, Any]) -> _Table:
+    """A row for each program; the columns are what the simulator reports."""
+    programs: dict[str, dict[str, Any]] = fact.get("programs", {})
+    columns = list(dict.fromkeys(column for values in programs.values() for column in values))
+    head = [f"{name}: vendor-simulated by {fact.get('simulator', key)} ({fact.get('note', '')})", *columns]
+    rows = [[program, *(str(values.get(column, "")) for column in columns)] for program, values in programs.items()]
+    return _Table(head, rows)

@@ -1,0 +1,165 @@
+"""Text from a bundle: its tokenizer, its session and the generate loop behind one object. No torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from ..bundle import CHECKPOINT, Bundle, ContextSpec
+from ..checkpoints.tokenizer import Tokenizer
+from ..errors import UserError
+from . import context_memory
+from .generate import Sampling, generate, read_context
+from .registry import open_session
+from .session import Array, PlacedSession
+
+GREEDY = Sampling()
+
+
+def open_bundle(path: str | Path, format: str | None = None, threads: int = 0) -> OpenBundle:
+    """Open the bundle at `path` to generate text with one of its targets.
+
+    Args:
+        path: the bundle's folder.
+        format: the target, such as "onnx"; None is the bundle's first.
+        threads: CPU threads of the target's runtime; 0 is all cores.
+
+    Raises UserError if there is no bundle, or it holds a module, which generates nothing.
+    """
+    return OpenBundle(Bundle.open(path), format, threads)
+
+
+class OpenBundle:
+    """A bundle that generates text. Tokenizer and artefact are loaded at the first prompt and kept for the next ones.
+
+    Attributes:
+        bundle: path and manifest.
+        format: the target that runs.
+    """
+
+    def __init__(self, bundle: Bundle, format: str | None = None, threads: int = 0) -> None:
+        """See `open_bundle`, which takes a path."""
+        if bundle.manifest.generation.task == "module":
+            raise UserError(
+                f"{bundle.path} holds a module, which answers no prompt; 'edgewright verify' runs it on its examples"
+            )
+        self.bundle = bundle
+        self.format = format or bundle.manifest.targets[0].format
+        self._spec, self._threads = bundle.manifest.generation, threads
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's own. Raises UserError if it has none."""
+        folder = self.bundle.path / CHECKPOINT
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"{self.bundle.path} has no tokenizer, so it cannot read text; "
+                "export from a checkpoint with a tokenizer.json"
+            )
+        return Tokenizer.from_dir(folder)
+
+    @cached_property
+    def session(self) -> PlacedSession:
+        """The target's artefact, loaded. Raises UserError if the bundle has none or it does not load."""
+        return open_session(self.bundle, self.format, self._threads)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
+        chat: bool | None = None,
+        context: str | None = None,
+        memory: Array | None = None,
+    ) -> Iterator[str]:
+        """The text that follows a prompt, piece by piece as it is generated.
+
+        Args:
+            prompt: text, or the token ids that `encode_prompt` gives for it.
+            max_new_tokens: at most so many tokens are generated; None is the model's default.
+            sampling: how a token is drawn; greedy by default.
+            chat: whether the chat template is applied to a text; None: where the tokenizer has one.
+            context: for a decoder-decoder, text that it reads first.
+            memory: for a decoder-decoder, what `read_context` or `load_memory` gave: [1, rows, hidden].
+
+        Raises UserError for an empty or too long prompt, a bundle without a tokenizer, an artefact that does not load,
+        or a context or memory that the model does not take.
+        """
+        ids = self.encode_prompt(prompt, chat) if isinstance(prompt, str) else prompt
+        if context is not None and memory is not None:
+            raise UserError("a context and a memory of one were both passed; pass one of them")
+        if memory is not None:
+            self.require_context_reader()
+        elif context is not None:
+            memory = self.read_context(context)
+        new_tokens = min(max_new_tokens or self._spec.max_new_tokens, self._spec.max_context - 1)
+        return self._text(generate(self.session, self._spec, ids, new_tokens, sampling, memory))
+
+    def encode_prompt(self, prompt: str, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt; `chat` as in `generate`.
+
+        Raises UserError for an empty prompt, for `chat` without a template, and for tokens that the model does not have.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty; give some text")
+        text = None if chat is False else self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
+        if text is None and chat:
+            raise UserError("--chat: the tokenizer has no chat template; leave --chat out")
+        # The template writes its own special tokens.
+        ids = self.tokenizer.encode(prompt) if text is None else self.tokenizer.encode(text, special=False)
+        if max(ids, default=0) >= self._spec.vocab:
+            raise UserError(
+                f"{self.bundle.path}: its tokenizer gives token {max(ids)}, the model has {self._spec.vocab}; "
+                "export it again"
+            )
+        return ids
+
+    def encode_context(self, text: str) -> list[int]:
+        """Token ids of a decoder-decoder's context.
+
+        Raises UserError for another kind of model, and for tokens that the model does not have.
+        """
+        spec = self.require_context_reader()
+        ids = self.tokenizer.encode(text, special=False)
+        if max(ids, default=0) >= spec.vocab:
+            raise UserError(
+                f"{self.bundle.path}: its tokenizer gives token {max(ids)}, the context's model has {spec.vocab}"
+            )
+        return ids
+
+    def read_context(self, context: str | Sequence[int]) -> Array:
+        """The memory [1, rows, hidden] that a decoder-decoder makes of a context; it serves any number of prompts.
+
+        context: text, or the token ids that `encode_context` gives for it. Raises UserError for an empty context and as
+        `encode_context` does.
+        """
+        ids = self.encode_context(context) if isinstance(context, str) else context
+        return read_context(self.session, self._spec, ids)
+
+    def save_memory(self, path: Path, memory: Array) -> None:
+        """Keep a memory in a file. Raises UserError if it cannot be written."""
+        context_memory.save_memory(path, memory, self.bundle)
+
+    def load_memory(self, path: Path) -> Array:
+        """The memory [1, rows, hidden] in a file. Raises UserError if it is damaged or not of this model and weights."""
+        return context_memory.load_memory(path, self.bundle, self.require_context_reader())
+
+    def require_context_reader(self) -> ContextSpec:
+        """How the model reads a context. Raises UserError unless it is a decoder-decoder."""
+        if self._spec.task != "memory" or self._spec.context is None:
+            raise UserError(
+                f"{self.bundle.path}: this model keeps no memory of a context; give all of it as the prompt"
+            )
+        return self._spec.context
+
+    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
+        stream = self.tokenizer.stream()
+        for token in tokens:
+            piece = stream.put(token)
+            if piece:
+                yield piece
+        rest = stream.end()
+        if rest:
+            yield rest

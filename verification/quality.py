@@ -1,0 +1,126 @@
+"""The quantization loss: the dequantized weights against the original ones, and what each artefact is worth on a task or text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..calibration.prompts import Passage, Task, read_task, text_passages
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import UserError
+from ..models.loading import load_original
+from ..models.registry import build
+from ..models.user_module.checkpoint import open_model
+from ..runtimes.eager import EagerSession
+from ..runtimes.session import Session
+from .compare import Probe
+from .report import Agreement, TextScore
+from .scores import score_text, task_accuracy
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class QualityData:
+    """What quality is measured on: a task, passages of a text; None and none where they were not asked for."""
+
+    task: Task | None
+    passages: Sequence[Passage]
+
+    def __bool__(self) -> bool:
+        return self.task is not None or bool(self.passages)
+
+    @staticmethod
+    def read(
+        bundle: Bundle,
+        quantized: Checkpoint,
+        task: Path | None,
+        task_limit: int | None,
+        text: Path | None,
+        windows: int,
+    ) -> QualityData:
+        """Read a task file's first `task_limit` prompts and a text's first `windows` windows.
+
+        Raises UserError for files that cannot be read, a bundle without a tokenizer, or one of a module.
+        """
+        spec = bundle.manifest.generation
+        if spec.task == "module" and (task is not None or text is not None):
+            raise UserError("--task and --text need a model that generates; this bundle's graphs are run as they are")
+        examples = read_task(task, task_limit, spec.task == "memory") if task is not None else None
+        if text is None:
+            return QualityData(examples, [])
+        if quantized.tokenizer is None:
+            raise UserError("--text needs a tokenizer, and the bundle has none")
+        return QualityData(examples, text_passages(text, quantized.tokenizer, spec, windows))
+
+
+def open_original(bundle: Bundle, model: str) -> Checkpoint:
+    """The checkpoint that a bundle was made from. Raises UserError if it is another."""
+    original = open_model(model)
+    if original.fingerprint() != bundle.manifest.source_fingerprint:
+        raise UserError(f"{model} is not the checkpoint this bundle was made from ({bundle.manifest.source})")
+    return original
+
+
+def load_original_session(quantized: Checkpoint, original: Checkpoint) -> EagerSession:
+    """The original weights in float32, run by PyTorch."""
+    model = build(quantized.config)
+    load_original(model, original)
+    return EagerSession(model.graphs())
+
+
+class Quality:
+    """Measures sessions on the data, beside the original weights where they are there, else beside the dequantized ones."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        data: QualityData,
+        dequantized: Session,
+        original: Session | None,
+        progress: Progress,
+    ) -> None:
+        self._bundle, self._data, self._progress = bundle, data, progress
+        self._dequantized, self._original = dequantized, original
+        self.original_text: TextScore | None = None
+        self.dequantized_text: TextScore | None = None
+
+    def task_accuracy(self, name: str, session: Session) -> float | None:
+        """An artefact's accuracy on the task; None without one."""
+        if self._data.task is None:
+            return None
+        self._progress(f"{name}: {len(self._data.task.prompts)} task prompts")
+        return task_accuracy(session, self._bundle, self._data.task)
+
+    def text_score(self, name: str, session: Session) -> TextScore | None:
+        """An artefact's score on the text; None without one. The base's own scores are kept as attributes."""
+        passages = self._data.passages
+        if not passages:
+            return None
+        self._progress(f"{name}: {len(passages)} windows of text")
+        spec = self._bundle.manifest.generation
+        if self._original is None:
+            self.dequantized_text, score = score_text(self._dequantized, [session], spec, passages)
+        elif self.dequantized_text is None:
+            self.original_text, self.dequantized_text, score = score_text(
+                self._original, [self._dequantized, session], spec, passages
+            )
+        else:
+            _, score = score_text(self._original, [session], spec, passages)
+        return score
+
+    def quantization(self, probe: Probe) -> Agreement | None:
+        """The dequantized weights compared with the original ones; None without those."""
+        if self._original is None:
+            return None
+        self._progress("quantization loss: the dequantized against the original weights")
+        (agreement,) = probe.compare(self._original, [self._dequantized])
+        return agreement
+
+    def original_accuracy(self) -> float | None:
+        """The original's accuracy on the task; None without original or task."""
+        if self._original is None or self._data.task is None:
+            return None
+        return task_accuracy(self._original, self._bundle, self._data.task)
