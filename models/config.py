@@ -78,6 +78,13 @@ class ConfigReader:
             if self.values.get(key) not in (None, False, 0):
                 raise self.error(key, self.values[key], "nothing: this feature is not supported")
 
+    def kv_heads(self, heads: int, default: int | None = None) -> int:
+        """`num_key_value_heads`, a divisor of `heads`; where the key is absent `default`, or as many as `heads`."""
+        value = self.integer("num_key_value_heads", heads if default is None else default, most=4096)
+        if heads % value:
+            raise self.error("num_key_value_heads", value, f"a divisor of {heads} heads")
+        return value
+
     def head_dim(self, default: int | None) -> int:
         """`head_dim`, a multiple of 8 as rotary halves and the attention kernels need it."""
         value = self.integer("head_dim", default, most=4096)
@@ -149,3 +156,18 @@ class ConfigReader:
         if kind == "default":
             return theta, 1.0
         return theta, ConfigReader(scaling, f"{self.where}rope_scaling.").number("factor", least=1e-6)
+
+
+class StackKeys:
+    """The keys that most stacks of layers have, under Llama's names. head_dim: its default, hidden / heads if None."""
+
+    def __init__(self, section: ConfigReader, positions: int, head_dim: int | None = None) -> None:
+        self.vocab = section.integer("vocab_size")
+        self.hidden = section.integer("hidden_size")
+        self.intermediate = section.integer("intermediate_size")
+        self.layers = section.integer("num_hidden_layers", most=1024)
+        self.heads = section.integer("num_attention_heads", most=4096)
+        self.kv_heads = section.kv_heads(self.heads)
+        self.head_dim = section.head_dim(self.hidden // self.heads if head_dim is None else head_dim)
+        self.eps = section.number("rms_norm_eps", 1e-6)
+        self.max_positions = section.integer("max_position_embeddings", positions)

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import UserError
 from ..exporters.artefact import Artefact, Options, Progress
+from ..models.language_model import LanguageModel
 from ..system.reading import one_line
 from ..targets.storage import SIGNED
 
@@ -42,7 +43,7 @@ def lower(format: str, checkpoint: Path, directory: Path, options: Options, prog
     return made
 
 
-def _refuse_signed(format: str, model: Any) -> None:
+def _refuse_signed(format: str, model: LanguageModel) -> None:
     """Raise UserError for a checkpoint of another plan: its scales may be negative where the target does not hold such."""
     from ..models.layers.linear import QuantizedEmbedding, QuantizedLinear
 

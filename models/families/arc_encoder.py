@@ -22,53 +22,17 @@ import torch
 from torch import nn
 
 from ...graph import Graph, Port
-from ..causal import kv_states
 from ..config import ConfigReader
-from ..layers.attention import AttentionSpec, BidirectionalAttention
+from ..language_model import ContextLayout, shorten_stack
+from ..layers.attention import BidirectionalAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
 from ..layers.ops import EW
-from ..reader import MemoryStep, memory_graph
-from .llama import Layer
+from ..reader import MemoryModel, MemoryStep, token_ids
+from .llama import Stack, StackConfig
 
 WINDOW = 1024
-WINDOWS = 8
-"""The most memories that one prompt can hold, each of its own window of the context."""
-
-
-class StackConfig:
-    """The Llama keys of one stack."""
-
-    def __init__(self, section: ConfigReader) -> None:
-        self.vocab = section.integer("vocab_size")
-        self.hidden = section.integer("hidden_size")
-        self.intermediate = section.integer("intermediate_size")
-        self.layers = section.integer("num_hidden_layers", most=1024)
-        self.heads = section.integer("num_attention_heads", most=4096)
-        self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
-        if self.heads % self.kv_heads:
-            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
-        self.head_dim = section.head_dim(self.hidden // self.heads)
-        self.eps = section.number("rms_norm_eps", 1e-6)
-        self.act = section.text("hidden_act", "silu")
-        self.theta, self.rope_factor = section.rope(10000.0)
-        self.attention_bias = section.boolean("attention_bias", False)
-        self.mlp_bias = section.boolean("mlp_bias", False)
-        self.max_positions = section.integer("max_position_embeddings", 2048)
-
-    def attention(self) -> AttentionSpec:
-        return AttentionSpec(
-            hidden=self.hidden,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
-            theta=self.theta,
-            rope_factor=self.rope_factor,
-            bias=self.attention_bias,
-            out_bias=self.attention_bias,
-        )
 
 
 class MemoryConfig:
@@ -80,19 +44,19 @@ class MemoryConfig:
         most = min(encoder.max_positions, main.max_positions)
         self.window = section.integer("context_window", min(WINDOW, most), least=2, most=most)
         self.rows = -(-self.window // self.factor) + 1
-        prefix = section.values.get("prompt_prefix", [])
-        whole = isinstance(prefix, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prefix)
-        if not whole or len(prefix) > 1024 or not all(0 <= i < main.vocab for i in prefix):
-            raise section.error("prompt_prefix", f"{prefix!r:.60}", f"a list of token ids below {main.vocab}")
-        self.prefix = tuple(prefix)
+        given = section.values.get("prompt_prefix", [])
+        prefix = token_ids(given, main.vocab)
+        if prefix is None:
+            raise section.error("prompt_prefix", f"{given!r:.60}", f"a list of token ids below {main.vocab}")
+        self.prefix = prefix
 
 
 class EncoderLayer(nn.Module):
     """A Llama block without a causal mask."""
 
-    def __init__(self, config: StackConfig) -> None:
+    def __init__(self, config: StackConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = BidirectionalAttention(config.attention())
+        self.self_attn = BidirectionalAttention(config.attention(layer))
         self.mlp = GatedMLP(config.hidden, config.intermediate, config.act, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
@@ -132,7 +96,7 @@ class Encoder(nn.Module):
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.layers))
 
     def forward(self, input_ids: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """[B, M, hidden] of input_ids [B, T]; means [M, T] averages tokens into groups."""
@@ -168,17 +132,6 @@ class LearnedToken(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, hidden), requires_grad=False)
 
 
-class Decoder(nn.Module):
-    def __init__(self, config: StackConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(
-            Layer(config.attention(), config.intermediate, config.act, config.eps, config.mlp_bias)
-            for _ in range(config.layers)
-        )
-        self.norm = RMSNorm(config.hidden, config.eps, offset=0.0)
-
-
 class ContextStep(nn.Module):
     """A text into rows of the decoder's embedding space: one for each group of tokens, and the learned token's."""
 
@@ -195,50 +148,41 @@ class ContextStep(nn.Module):
         return (self.bridge(torch.where(sizes > 0, h, self.cont_tok.weight.to(h.dtype))),)
 
 
-class Model(nn.Module):
+class Model(MemoryModel):
     """Encoder, bridge and decoder under the names that the module's docstring gives."""
 
-    task = "memory"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.main, self.source = StackConfig(section), StackConfig(section.section("encoder_config"))
+        super().__init__(config)
+        section = self.section
+        self.main: StackConfig = StackConfig(section)
+        self.source = StackConfig(section.section("encoder_config"))
         self.memory = MemoryConfig(section, self.source, self.main)
         self.encoder = Encoder(self.source)
         self.cont_tok = LearnedToken(self.source.hidden)
         self.bridge = Bridge(self.source.hidden, self.memory.bridge, self.main.hidden)
-        self.model = Decoder(self.main)
+        self.model = Stack(self.main)
         self.lm_head = Linear(self.main.hidden, self.main.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
+        self.tied = self.tied_head(default=False)
         self.max_context = self.main.max_positions
 
-    def context_spec(self) -> dict[str, Any]:
-        """What the generate loop needs to know.
+    @property
+    def rows(self) -> int:
+        return self.memory.rows
 
-        window: context tokens a memory; tokens: none are put behind them; prefix: ids put before the memory in the
-        prompt; splice: the memory stands in its slots.
-        """
-        return {"window": self.memory.window, "tokens": (), "prefix": self.memory.prefix, "splice": "exact"}
+    def context_spec(self) -> ContextLayout:
+        return ContextLayout(window=self.memory.window, tokens=(), prefix=self.memory.prefix, splice="exact")
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers in each stack (a rehearsal)."""
-
-        def cut(stack: dict[str, Any]) -> dict[str, Any]:
-            return stack | {"num_hidden_layers": min(layers, stack["num_hidden_layers"])}
-
-        return cut(config) | {"encoder_config": cut(config["encoder_config"])}
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config, layers) | {"encoder_config": shorten_stack(config["encoder_config"], layers)}
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"context": self.encoder.layers, "decoder": self.model.layers}
 
-    def graphs(self) -> list[Graph]:
-        return [self._context_graph(), self._decoder_graph()]
+    def decoder_step(self) -> MemoryStep:
+        return MemoryStep({"model": self.model, "lm_head": self.lm_head}, self.model.parts(self.lm_head))
 
-    def _context_graph(self) -> Graph:
+    def context_graph(self) -> Graph:
         """The output's length, ceil(source / factor) + 1, follows from the input's."""
         source, memory = min(5, self.memory.window), self.memory
         return Graph(
@@ -249,8 +193,3 @@ class Model(nn.Module):
             example={"batch": 2, "source": source, "memory": -(-source // memory.factor) + 1},
             bounds={"batch": (1, 1024), "source": (1, memory.window), "memory": (2, memory.rows)},
         )
-
-    def _decoder_graph(self) -> Graph:
-        states = [s for i in range(self.main.layers) for s in kv_states(i, self.main.kv_heads, self.main.head_dim)]
-        step, rows = MemoryStep(self.model, self.lm_head), WINDOWS * self.memory.rows
-        return memory_graph(step, states, self.main.hidden, self.main.vocab, self.main.max_positions, rows)

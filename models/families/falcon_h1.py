@@ -7,17 +7,18 @@ multiplier: scores are linear in the keys, so it is part of their scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, conv_state, kv_states, recurrent_state
+from ...graph import State
+from ..causal import CausalModel, DecoderParts, conv_state, kv_states, recurrent_state
 from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import activation, silu, softplus
 from ..layers.attention import AttentionSpec, CachedAttention
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
@@ -73,7 +74,7 @@ class GroupedRMSNorm(RMSNorm):
         return parts.reshape(x.shape) * self.weight.to(x.dtype)
 
 
-class Mamba(nn.Module):
+class Mamba(Block):
     """`out(gate(scan(conv(in(x)))))`; the input projection holds gate z, x, B, C and dt side by side.
 
     dt, which the decay hangs on, is its last rows: too few to keep so large a matrix at 16 bits for, so it is not protected.
@@ -81,7 +82,7 @@ class Mamba(nn.Module):
 
     def __init__(self, spec: MambaSpec) -> None:
         super().__init__()
-        self.spec, self.act = spec, activation(spec.act)
+        self.spec, self.heads, self.act = spec, spec.heads, activation(spec.act)
         self.in_proj = Linear(spec.hidden, spec.inner + spec.channels + spec.heads, spec.in_bias)
         self.conv1d = CausalConv(spec.channels, spec.taps, spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(spec.heads), requires_grad=False)
@@ -129,10 +130,10 @@ class Mamba(nn.Module):
         return y
 
 
-class ScaledMLP(nn.Module):
+class ScaledMLP(Block):
     """`down(up(x) * act(gate(x) * into)) * out`."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("gate_proj", "up_proj"),)
+    fused = (("gate_proj", "up_proj"),)
 
     def __init__(self, hidden: int, intermediate: int, act: str, bias: bool, into: float, out: float) -> None:
         super().__init__()
@@ -286,35 +287,24 @@ def _refuse_clamp(section: ConfigReader) -> None:
         raise section.error("time_step_limit", limit, "nothing: a clamped time step is not supported")
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A Falcon-H1 checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        self.head_multiplier = multiplier(section, "lm_head_multiplier")
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 8192)
-
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        return config | {"num_hidden_layers": min(layers, config["num_hidden_layers"])}
-
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+        self.head_multiplier = multiplier(self.section, "lm_head_multiplier")
+        self.tied = self.tied_head(default=False)
+        self.max_context = self.section.integer("max_position_embeddings", 8192)
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits of the last hidden states h [B, L, hidden]."""
         return scaled(self.lm_head(h), self.head_multiplier)
 
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(self, inner.embed, inner.layers, inner.final_layernorm, self.head, [len(s) for s in states])
-        return causal_graph(step, states, self.vocab, self.max_context)
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed, self.model.layers, self.model.final_layernorm, self.head)
+
+    def states(self) -> list[list[State]]:
+        return self.model.states()

@@ -6,15 +6,18 @@ are in the architectures' files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...graph import State
-from ..causal import conv_state, recurrent_state
+from ..causal import conv_state, kv_states, recurrent_state
 from ..config import ConfigReader
 from ..layers.activations import activation, l2_normalise, softplus
+from ..layers.attention import AttentionSpec
+from ..layers.block import Block
 from ..layers.norm import CausalConv
 from ..layers.ops import EW
 
@@ -73,7 +76,15 @@ def read_delta(
     )
 
 
-class GatedDelta(nn.Module):
+def hybrid_states(types: Sequence[str], delta: DeltaSpec, attention: AttentionSpec) -> list[list[State]]:
+    """The states of each layer of a stack of DeltaNets ("linear_attention") and attentions."""
+    return [
+        delta.states(i) if kind == "linear_attention" else kv_states(i, attention.kv_heads, attention.head_dim)
+        for i, kind in enumerate(types)
+    ]
+
+
+class GatedDelta(Block):
     """Convolution, decay and delta rule, without the projections before and the gate after."""
 
     def __init__(self, spec: DeltaSpec) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import causal_graph, kv_states, recurrent_state
+from ...graph import State
+from ..causal import CausalModel, CausalStep, DecoderParts, kv_states, recurrent_state
 from ..config import ConfigReader
 from ..kv_cache import Cache
+from ..language_model import shorten_stack
 from ..layers.activations import silu, softplus, twice_atanh
 from ..layers.attention import AttentionSpec, CachedAttention
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
@@ -27,7 +29,7 @@ _LEAST_KEPT = 1e-6  # so that a gate that underflows does not become a decay of 
 _CONFIG, _ROWS = "edgewright", "lower_bounds"  # a shortened config says here how many rows the checkpoint has
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Block):
     """`S = diag(kept) S + (1 - kept) i'` a token, `kept` the forget gate above its lower bound."""
 
     def __init__(self, hidden: int, heads: int) -> None:
@@ -172,60 +174,50 @@ def intermediate_size(section: ConfigReader, hidden: int) -> int:
     return -(-int(hidden * min(ratio, 64.0) * 2 / 3) // 256) * 256
 
 
-class Step(nn.Module):
-    """Prefill and decode step: as `CausalStep`, with the lower bounds computed once for all layers."""
+class BoundedStep(CausalStep):
+    """Computes the lower bounds once for all layers."""
 
     def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.whole = model
+        super().__init__({"whole": model}, model.parts(), [len(states) for states in model.states()])
+        self.bounds = model.model.bounds
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        logit_positions: torch.Tensor,
-        states: list[Cache],
-    ) -> tuple[Cache, ...]:
-        inner = self.whole.model
-        h = inner.embeddings(input_ids)
+    def hidden(
+        self, h: torch.Tensor, past_length: torch.Tensor, logit_positions: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, list[Cache]]:
         updated: list[Cache] = []
-        for layer, bound in zip(inner.layers, inner.bounds(), strict=True):
-            count = 1 if layer.linear else 2
+        for layer, bound, count in zip(self.parts.layers, self.bounds(), self.counts, strict=True):
             h, *new = layer(h, past_length, bound, *states[len(updated) : len(updated) + count])
             updated += new
-        return (self.whole.lm_head(inner.norm(h.index_select(1, logit_positions))), *updated)
+        return h.index_select(1, logit_positions), updated
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """An HGRN-2 checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embeddings.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 2048)
+        self.tied = self.tied_head(default=False, table="model.embeddings.weight")
+        self.max_context = self.section.integer("max_position_embeddings", 2048)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal); the checkpoint's lower bounds stay whole."""
-        kept, ours = min(layers, config["num_hidden_layers"]), config.get(_CONFIG) or {}
-        short = config | {
-            "num_hidden_layers": kept,
-            _CONFIG: ours | {_ROWS: ours.get(_ROWS, config["num_hidden_layers"])},
-        }
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """The checkpoint's lower bounds keep all their rows."""
+        ours = config.get(_CONFIG) or {}
+        short = shorten_stack(config, layers)
+        short[_CONFIG] = ours | {_ROWS: ours.get(_ROWS, config["num_hidden_layers"])}
         if short.get("attn"):
-            short["attn"] = short["attn"] | {"layers": [i for i in short["attn"]["layers"] if i < kept]}
+            kept = [i for i in short["attn"]["layers"] if i < short["num_hidden_layers"]]
+            short["attn"] = short["attn"] | {"layers": kept}
         return short
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def step(self) -> CausalStep:
+        return BoundedStep(self)
 
-    def graphs(self) -> list[Graph]:
-        return causal_graph(Step(self), self.model.states(), self.vocab, self.max_context)
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embeddings, self.model.layers, self.model.norm, self.lm_head)
+
+    def states(self) -> list[list[State]]:
+        return self.model.states()

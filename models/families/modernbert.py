@@ -16,12 +16,15 @@ from torch import nn
 
 from ...graph import Graph, Port
 from ..config import ConfigReader
+from ..language_model import LanguageModel
 from ..layers.activations import activation
 from ..layers.attention import rotary_frequencies
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.ops import EW
 
 KINDS = ("full_attention", "sliding_attention")
+TABLE = "model.embeddings.tok_embeddings.weight"
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +58,6 @@ class Config:
         self.decoder_bias = section.boolean("decoder_bias", True)
         self.act = exact_activation(section.text("hidden_activation", "gelu"))
         self.head_act = exact_activation(section.text("classifier_activation", "gelu"))
-        self.tied = section.boolean("tie_word_embeddings", True)
         self.max_positions = section.integer("max_position_embeddings", 8192)
         self.layer_types = _layer_types(section, self.layers)
         # Half of `local_attention`: the tokens an encoder sees on each side, and the decoder in all.
@@ -73,14 +75,6 @@ class Config:
 
     def frequencies(self, kind: str) -> torch.Tensor:
         return rotary_frequencies(self.head_dim, *self.bases[kind])
-
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        short = config | {"num_hidden_layers": min(layers, config["num_hidden_layers"])}
-        if short.get("layer_types"):
-            short["layer_types"] = short["layer_types"][: short["num_hidden_layers"]]
-        return short
 
 
 def _layer_types(section: ConfigReader, layers: int) -> list[str]:
@@ -147,7 +141,7 @@ class PredictionHead(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Bidirectional self-attention, its three projections in one matrix."""
 
     inv_freq: torch.Tensor
@@ -215,22 +209,19 @@ class MaskedStep(nn.Module):
         return self.whole.decoder(self.whole.head(h)), h
 
 
-class Model(nn.Module):
+class Model(LanguageModel):
     """A ModernBERT masked language model's modules, named as the checkpoint names them."""
 
     task = "module"
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = Config(config)
         self.model = Stack(self.config, Layer)
         self.head = PredictionHead(self.config)
         self.decoder = Linear(self.config.hidden, self.config.vocab, self.config.decoder_bias)
-        self.tied = {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if self.config.tied else {}
-        self.decoder_start = None
+        self.tied = self.tied_head(True, "decoder.weight", TABLE)
         self.max_context = self.config.max_positions
-
-    shorten = staticmethod(Config.shorten)
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"encoder": self.model.layers}

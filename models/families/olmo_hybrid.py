@@ -6,21 +6,22 @@ attention layer. Without `rope_parameters` the attention knows no positions.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, kv_states
+from ...graph import State
+from ..causal import CausalModel, DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache
+from ..language_model import shorten_stack
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, CachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
-from .gated_delta import DeltaSpec, GatedDelta, read_delta
+from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 
 _GATE_EPS = 1e-5  # of the norm before the gate, whatever rms_norm_eps says
 
@@ -28,8 +29,8 @@ _GATE_EPS = 1e-5  # of the norm before the gate, whatever rms_norm_eps says
 class DeltaNet(GatedDelta):
     """A projection each for queries, keys, values, decay, rate and gate."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj", "g_proj"),)
-    protected: ClassVar[tuple[str, ...]] = ("a_proj", "b_proj")
+    fused = (("q_proj", "k_proj", "v_proj", "g_proj"),)
+    protected = ("a_proj", "b_proj")
 
     def __init__(self, spec: DeltaSpec) -> None:
         super().__init__(spec)
@@ -133,11 +134,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden, eps, offset=0.0)
 
     def states(self) -> list[list[State]]:
-        spec = self.attention
-        return [
-            self.delta.states(i) if kind == "linear_attention" else kv_states(i, spec.kv_heads, spec.head_dim)
-            for i, kind in enumerate(self.types)
-        ]
+        return hybrid_states(self.types, self.delta, self.attention)
 
 
 def rotary(section: ConfigReader) -> tuple[float, float, int | None]:
@@ -149,32 +146,23 @@ def rotary(section: ConfigReader) -> tuple[float, float, int | None]:
     return *section.rope(500000.0), None
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """An OLMo Hybrid checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 65536)
+        self.tied = self.tied_head(default=False)
+        self.max_context = self.section.integer("max_position_embeddings", 65536)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config | {"layer_types": layer_types(ConfigReader(config, ""))}, layers)
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head)
 
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(self, inner.embed_tokens, inner.layers, inner.norm, self.lm_head, [len(s) for s in states])
-        return causal_graph(step, states, self.vocab, self.max_context)
+    def states(self) -> list[list[State]]:
+        return self.model.states()

@@ -5,22 +5,23 @@ What may enter: `ops`, the shared layers. The two differ in how the DeltaNet's p
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import UserError
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, kv_states
+from ...graph import State
+from ..causal import CausalModel, DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache
+from ..language_model import shorten_stack
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, GatedCachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
-from .gated_delta import DeltaSpec, GatedDelta, read_delta
+from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -49,8 +50,8 @@ class _DeltaNet(GatedDelta):
 class DeltaNet(_DeltaNet):
     """Qwen3.5's: one projection for queries, keys and values, one each for z, b and a."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("in_proj_qkv", "in_proj_z"),)
-    protected: ClassVar[tuple[str, ...]] = ("in_proj_a", "in_proj_b")
+    fused = (("in_proj_qkv", "in_proj_z"),)
+    protected = ("in_proj_a", "in_proj_b")
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
         super().__init__(spec, eps)
@@ -67,7 +68,7 @@ class DeltaNet(_DeltaNet):
 class NextDeltaNet(_DeltaNet):
     """Qwen3-Next's: for each key head its query, key, values and z side by side, and likewise b and a."""
 
-    protected: ClassVar[tuple[str, ...]] = ("in_proj_ba",)
+    protected = ("in_proj_ba",)
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
         super().__init__(spec, eps)
@@ -150,11 +151,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden, eps, offset=1.0)
 
     def states(self) -> list[list[State]]:
-        spec = self.attention
-        return [
-            self.delta.states(i) if kind == "linear_attention" else kv_states(i, spec.kv_heads, spec.head_dim)
-            for i, kind in enumerate(self.types)
-        ]
+        return hybrid_states(self.types, self.delta, self.attention)
 
 
 def layer_types(section: ConfigReader) -> list[str]:
@@ -181,34 +178,25 @@ def _refuse_experts(section: ConfigReader) -> None:
         )
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A Qwen3.5 text or dense Qwen3-Next checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        if section.text("model_type") == "qwen3_next":
-            _refuse_experts(section)
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        if self.section.text("model_type") == "qwen3_next":
+            _refuse_experts(self.section)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 32768)
+        self.tied = self.tied_head(default=False)
+        self.max_context = self.section.integer("max_position_embeddings", 32768)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config | {"layer_types": layer_types(ConfigReader(config, ""))}, layers)
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head)
 
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(self, inner.embed_tokens, inner.layers, inner.norm, self.lm_head, [len(s) for s in states])
-        return causal_graph(step, states, self.vocab, self.max_context)
+    def states(self) -> list[list[State]]:
+        return self.model.states()

@@ -13,17 +13,18 @@ want of a release: `gmu_norm` (nGMU: RMSNorm after the gate, its weight `attn.no
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import causal_graph, conv_state, kv_states, recurrent_state, window_states
+from ...graph import State
+from ..causal import CausalModel, CausalStep, DecoderParts, conv_state, kv_states, recurrent_state, window_states
 from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention, shared_attention
 from ..layers.activations import activation, silu, softplus
 from ..layers.attention import window_attention
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
@@ -106,11 +107,11 @@ class MLP(nn.Module):
         return out
 
 
-class Mamba(nn.Module):
+class Mamba(Block):
     """Mamba-1. x: [B, S, hidden] -> the mixed [B, S, hidden], the scan before its gate [B, S, inner], and both states."""
 
     # They make the decay of the scan: small beside the other matrices, and errors in them add up over the tokens.
-    protected: ClassVar[tuple[str, ...]] = ("x_proj", "dt_proj")
+    protected = ("x_proj", "dt_proj")
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -284,22 +285,17 @@ class Decoder(nn.Module):
         self.final_layernorm = LayerNorm(sizes.hidden, sizes.eps)
 
 
-class Step(nn.Module):
-    """Prefill and decode step: the self-decoder over all tokens, the rest over the positions whose logits are asked."""
+class Step(CausalStep):
+    """Runs the self-decoder over all tokens, the rest over the positions whose logits are asked."""
 
     def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model, self.lm_head, self.full = model.model, model.lm_head, model.sizes.full
+        super().__init__({"model": model.model, "lm_head": model.lm_head}, model.parts(), ())
+        self.full = model.sizes.full
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        logit_positions: torch.Tensor,
-        states: list[Cache],
-    ) -> tuple[Cache, ...]:
-        layers = list(self.model.layers)
-        h = self.model.embed_tokens(input_ids)
+    def hidden(
+        self, h: torch.Tensor, past_length: torch.Tensor, logit_positions: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, list[Cache]]:
+        layers = list(self.parts.layers)
         memory = h  # of the last Mamba layer, once there was one
         updated: list[Cache] = []
         for i, layer in enumerate(layers[: self.full + 1]):
@@ -312,35 +308,33 @@ class Step(nn.Module):
         h, memory = h.index_select(1, logit_positions), memory.index_select(1, logit_positions)
         for i, layer in enumerate(layers[self.full + 1 :], self.full + 1):
             (h,) = layer(h, *updated[-2:], past_length + logit_positions) if i % 2 else layer(h, memory)
-        return (self.lm_head(self.model.final_layernorm(h)), *updated)
+        return h, updated
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A SambaY checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.sizes = Sizes(section)
+        super().__init__(config)
+        self.sizes = Sizes(self.section)
+        self.vocab, self.max_context = self.sizes.vocab, self.sizes.max_positions
         self.model = Decoder(self.sizes)
-        self.lm_head = Linear(self.sizes.hidden, self.sizes.vocab)
-        tied = section.boolean("tie_word_embeddings", True)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = self.sizes.max_positions
+        self.lm_head = Linear(self.sizes.hidden, self.vocab)
+        self.tied = self.tied_head(default=True)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with the first `layers` layers alone, each of the kind it was (a rehearsal)."""
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """The first `layers` layers alone: `num_hidden_layers` also decides which layer is of which kind, so it stays."""
         return config | {"num_kept_layers": min(layers, config.get("num_kept_layers") or config["num_hidden_layers"])}
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.final_layernorm, self.lm_head)
 
-    def graphs(self) -> list[Graph]:
-        return causal_graph(Step(self), _states(self.sizes), self.sizes.vocab, self.max_context)
+    def step(self) -> CausalStep:
+        return Step(self)
+
+    def states(self) -> list[list[State]]:
+        return _states(self.sizes)
 
 
 def _states(sizes: Sizes) -> list[list[State]]:

@@ -7,20 +7,14 @@ choice of bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import nn
 
 from ..kv_cache import Cache, cached_attention, cross_attention
+from .block import Block
 from .linear import Linear
 from .norm import RMSNorm
 from .ops import EW
-
-
-def attention_heads(module: nn.Module) -> int:
-    """Query heads of a module that attends, by itself or by its `spec`; 0 of any other."""
-    return int(getattr(getattr(module, "spec", module), "heads", 0))
 
 
 def rotary_frequencies(head_dim: int, theta: float, factor: float = 1.0) -> torch.Tensor:
@@ -59,16 +53,16 @@ class AttentionSpec:
         return self.head_dim if self.rotated is None else self.rotated
 
 
-class _SelfAttention(nn.Module):
+class SelfAttention(Block):
     """Projections, optional QK-norm and RoPE, shared by the encoder's and the decoder's self-attention."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    fused = (("q_proj", "k_proj", "v_proj"),)
+    key_value = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
         self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
@@ -111,7 +105,7 @@ class _SelfAttention(nn.Module):
         return torch.cat((turned, x.narrow(3, dims, head_dim - dims)), 3)
 
 
-class BidirectionalAttention(_SelfAttention):
+class BidirectionalAttention(SelfAttention):
     """Self-attention of an encoder."""
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -121,7 +115,7 @@ class BidirectionalAttention(_SelfAttention):
         return out
 
 
-class CachedAttention(_SelfAttention):
+class CachedAttention(SelfAttention):
     """Causal self-attention that appends to its KV cache."""
 
     def forward(
@@ -134,7 +128,7 @@ class CachedAttention(_SelfAttention):
         return self.o_proj(attended), k_out, v_out
 
 
-class GatedCachedAttention(_SelfAttention):
+class GatedCachedAttention(SelfAttention):
     """`CachedAttention` whose output meets a sigmoid gate; for each head `q_proj` holds the query, then the gate."""
 
     def __init__(self, spec: AttentionSpec) -> None:
@@ -154,15 +148,15 @@ class GatedCachedAttention(_SelfAttention):
         return self.o_proj(attended * torch.sigmoid(gate)), k_out, v_out
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Block):
     """Attention of a decoder to keys and values projected once from the encoder output; no RoPE, no window."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_proj", "v_proj"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    fused = (("k_proj", "v_proj"),)
+    key_value = ("k_proj", "v_proj")
 
     def __init__(self, spec: AttentionSpec, encoder_hidden: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
         self.k_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.v_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)

@@ -24,6 +24,7 @@ from torch import nn
 from ...errors import UserError
 from ...graph import Graph, Port
 from ...system.reading import one_line
+from ..language_model import Example, LanguageModel
 from . import replacements
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
@@ -135,13 +136,13 @@ class Whole(nn.Module):
         return (out,) if isinstance(out, torch.Tensor) else tuple(out)
 
 
-class Model(nn.Module):
+class Model(LanguageModel):
     """The module of a factory, named in the config, its parameters on the meta device until they are loaded."""
 
     task = "module"
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(config)
         factory = config.get("factory")
         if not isinstance(factory, str) or not is_factory(factory):
             raise UserError(
@@ -152,20 +153,18 @@ class Model(nn.Module):
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in made.module.parameters()}
         self.whole = copy.deepcopy(made.module, dict(memo))
         self.inputs = made.examples
-        self.tied: dict[str, str] = replacements.tied(made.module, "whole.")
-        self.decoder_start = None
+        self.tied = replacements.tied(made.module, "whole.")
         self.max_context = 1
         self.outputs = made.outputs
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
         raise UserError("--num-layers is for language models; make the module smaller in its factory")
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {}
 
-    def examples(self) -> list[tuple[str, Inputs]]:
-        """(graph, inputs) of each example."""
+    def examples(self) -> list[Example]:
         return [(GRAPH, inputs) for inputs in self.inputs]
 
     def graphs(self) -> list[Graph]:

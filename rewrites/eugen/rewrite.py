@@ -23,6 +23,7 @@ from ...checkpoints.safetensors_writer import NAMES, StreamingWriter
 from ...errors import UserError
 from ...models.config import ConfigReader
 from ...models.eugen import CONFIG, KEY, EUGen, EUGenSize, eugen_for, gated_mlps
+from ...models.language_model import LanguageModel
 from ...models.layers.linear import Embedding, Linear
 from ...models.layers.mlp import GatedMLP
 from ...models.registry import build
@@ -182,7 +183,7 @@ def _compare(path: str, block: nn.Module, layer: EUGen, fit: Fit, dtype: torch.d
     )
 
 
-def generation_of(model: Any, checkpoint: Checkpoint) -> Generation:
+def generation_of(model: LanguageModel, checkpoint: Checkpoint) -> Generation:
     """What the walk needs to know of the model: the kind of loop, where answers start and stop, and its vocabulary."""
     if model.task not in ("seq2seq", "causal"):
         kind = checkpoint.config.get("model_type")
@@ -205,7 +206,7 @@ def generation_of(model: Any, checkpoint: Checkpoint) -> Generation:
     )
 
 
-def _require_memory(model: Any, size: EUGenSize, tokens: int) -> None:
+def _require_memory(model: LanguageModel, size: EUGenSize, tokens: int) -> None:
     """Refuse before the work: sums of the least squares, the activations of a block, the keys and values of all layers."""
     features = 1 + size.k * size.m
     widest = max(m.weight.shape[0] for m in model.modules() if isinstance(m, Linear) and not m.weight.numel() >> 31)
