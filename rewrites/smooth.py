@@ -24,7 +24,7 @@ from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, read_samples
 from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..checkpoints.opening import open_checkpoint
-from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
+from ..checkpoints.safetensors_writer import StreamingWriter
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Linear
@@ -34,6 +34,7 @@ from ..models.registry import build, stored_name
 from ..pipeline.generation import generation_of
 from ..pipeline.request import Request
 from ..quant.rtn import effective_group, quantize_rtn
+from ..system.dtypes import SAFETENSORS_NAMES
 from ..system.reading import one_line
 from .write_checkpoint import new_checkpoint, write_side_files
 
@@ -349,7 +350,7 @@ def _write_weights(checkpoint: Checkpoint, made: Mapping[str, Change], file: Pat
     """Tensor by tensor from the mapped file; what is changed is computed twice, as the header needs its dtype first."""
     names = checkpoint.names()
     dtypes = {n: made[n].apply(checkpoint.tensor(n)).dtype if n in made else checkpoint.info(n).dtype for n in names}
-    entries = [(n, NAMES[dtypes[n]], checkpoint.info(n).shape) for n in names]
+    entries = [(n, SAFETENSORS_NAMES[dtypes[n]], checkpoint.info(n).shape) for n in names]
     with StreamingWriter(file, entries, {"format": "pt"}) as writer:
         for name in names:
             value = checkpoint.tensor(name)

@@ -19,7 +19,7 @@ from torch import nn
 from ...bundle import PREFILL_CHUNK, Generation
 from ...checkpoints.checkpoint import Checkpoint, check_finite
 from ...checkpoints.opening import open_checkpoint
-from ...checkpoints.safetensors_writer import NAMES, StreamingWriter
+from ...checkpoints.safetensors_writer import StreamingWriter
 from ...errors import UserError
 from ...models.config import ConfigReader
 from ...models.eugen import CONFIG, KEY, EUGen, EUGenSize, eugen_for, gated_mlps
@@ -27,6 +27,7 @@ from ...models.language_model import LanguageModel
 from ...models.layers.linear import Embedding, Linear
 from ...models.layers.mlp import GatedMLP
 from ...models.registry import build
+from ...system.dtypes import SAFETENSORS_NAMES
 from ...system.memory import require_available
 from ...system.reading import one_line
 from ..activations import BlockForward, read_prompts
@@ -238,8 +239,8 @@ def _write_weights(checkpoint: Checkpoint, made: dict[str, EUGen], file: Path) -
         new |= {f"{path}.{name}": p.detach().to(dtype) for name, p in layer.named_parameters()}
     for name, value in new.items():
         check_finite(name, value)
-    entries = [(n, NAMES[checkpoint.info(n).dtype], checkpoint.info(n).shape) for n in kept]
-    entries += [(n, NAMES[t.dtype], tuple(t.shape)) for n, t in new.items()]
+    entries = [(n, SAFETENSORS_NAMES[checkpoint.info(n).dtype], checkpoint.info(n).shape) for n in kept]
+    entries += [(n, SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for n, t in new.items()]
     with StreamingWriter(file, entries, {"format": "pt"}) as writer:
         for name in kept:
             writer.write(name, checkpoint.tensor(name))
