@@ -1,8 +1,7 @@
-"""Weights into a model that was built on the meta device: original, quantized, or dequantized. What may enter: `checkpoint`.
+"""Loads weights into a model that was built on the meta device.
 
-Three loaders, because a model serves three ends: the original in float32 (what quantization loss is measured against),
-the codes and scales as views of the mapped file (what exporters lower), and the same dequantized to float32 (the eager
-reference of every artefact).
+Three loaders: the original in float32, which quantization loss is measured against; codes and scales as views of the mapped
+file, which exporters lower; the same dequantized to float32, the eager reference of every artefact.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ def load_dequantized(model: LanguageModel, checkpoint: Checkpoint) -> None:
 
 
 def load_quantized(model: LanguageModel, checkpoint: Checkpoint) -> None:
-    """Put the codes and scales of a quantized checkpoint into `model` as views of the mapped file.
+    """Put the codes and scales of a quantized checkpoint into `model`, as views of the mapped file.
 
-    Linears and embeddings become their quantized forms; unquantized tensors keep the file's dtype.
+    Linears and embeddings become their quantized forms. Unquantized tensors keep the file's dtype.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for path, module in list(model.named_modules()):
@@ -70,7 +69,7 @@ def load_quantized(model: LanguageModel, checkpoint: Checkpoint) -> None:
         else:
             new = QuantizedEmbedding(codes, scales, bits, group)
         for extra, parameter in module.named_parameters(recurse=False):
-            if extra not in ("weight", "bias"):  # T5Gemma 2's embedding has a row of its own beside the table
+            if extra not in ("weight", "bias"):  # T5Gemma 2's embedding has a row beside the table
                 new.register_parameter(extra, parameter)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.eval())
@@ -98,7 +97,7 @@ def quantized_parts(
 
 
 def fill(model: LanguageModel, checkpoint: Checkpoint, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Set every parameter still on the meta device to what `read` gives for its stored name and shape; tied ones share it."""
+    """Set every parameter on the meta device to `read(stored name, shape)`. Tied parameters share one."""
     done: dict[str, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not parameter.is_meta:

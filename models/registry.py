@@ -1,4 +1,4 @@
-"""The table from `model_type` to architecture. A new one is a file in `families` and a line here."""
+"""The table from `model_type` to architecture. A new family is a file in `families` and a line here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
 
 
 def build(config: dict[str, Any]) -> LanguageModel:
-    """The architecture's `Model` for `config`, its parameters on the meta device. Raises UserError for a bad config."""
+    """The family's `Model` of `config`, in eval mode, its parameters on the meta device. Raises UserError for a bad config."""
     architecture = _architecture(config)
     with torch.device("meta"):
         model = architecture(config)
@@ -61,11 +61,11 @@ def stored_name(model: LanguageModel, name: str) -> str:
 
 
 def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """`config` with at most `layers` layers in each stack: a rehearsal. Raises UserError if layers is below 1."""
+    """`config` with at most `layers` layers in each stack. Raises UserError for a bad config, or if layers is below 1."""
     if layers < 1:
         raise UserError(f"--num-layers {layers} is too few; give 1 or more")
     architecture = _architecture(config)
-    build(config)  # so that a bad config is reported by key rather than failing in the slicing
+    build(config)  # reports a bad config by its key
     short = architecture.shorten(config, layers)
     with torch.device("meta"):
         return eugen.kept_by(architecture(short), short)

@@ -1,17 +1,15 @@
 """ARC-Encoder (arXiv 2510.20535): an encoder turns a text into a fourth or an eighth as many embeddings of a decoder.
 
-Both are Llama-shaped; the encoder has no causal mask and no last norm. In its last block the queries are means over
-groups of `pooling_factor` tokens (the last group may be shorter) while the keys and values stay as many as the tokens; a learned
-token follows, and two linears without bias lead to the decoder's width. Two graphs: `context` (a text whole, without
-padding, into memory) and `decoder`, whose prompt holds slots for rows of that memory. What may enter: `ops`, the shared layers,
-Llama's layer, Dolphin's decoder step.
+Both are Llama-shaped; the encoder has no causal mask and no last norm. In its last block the queries are means over groups of
+`pooling_factor` tokens (the last group may be shorter), the keys and values are those of all tokens. A learned token follows,
+and two linears without bias lead to the decoder's width. The graph `context` reads one text without padding.
 
-Where the authors' code leaves the paper open it decides: the block's input is averaged, before its norm and also
-along the residual; means stand at positions 0, 1, 2 …; the learned token (`cont_tok`) goes through the linears too.
-Keys of config.json and names of tensors are ours, as the release is no directory of this kind: the decoder's Llama keys at
-the top and its tensors as in Llama; `encoder_config` (Llama keys, `num_hidden_layers` the blocks that are kept),
-`pooling_factor`, `bridge_hidden_size`, `context_window`, `prompt_prefix`; `encoder.*`, `bridge.*`, `cont_tok.weight`. Weights are
-in the half-rotating layout of RoPE; the release's, which turns neighbours, have to be permuted.
+Where the paper is open, the authors' code decides: the block's input is averaged before its norm and for the residual; the means
+have the positions 0, 1, 2 …; the learned token (`cont_tok`) goes through the linears too. The release is no Hugging Face
+directory, so the keys of config.json and the names of tensors are ours. The decoder's Llama keys are at the top, its tensors
+named as in Llama. Further keys: `encoder_config` (Llama keys; `num_hidden_layers` counts the blocks that are kept),
+`pooling_factor`, `bridge_hidden_size`, `context_window`, `prompt_prefix`. Further tensors: `encoder.*`, `bridge.*`,
+`cont_tok.weight`. RoPE rotates the two halves of a head; the release's weights are for neighbours and have to be permuted.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ WINDOW = 1024
 
 
 class MemoryConfig:
-    """How a context becomes a memory, and what stands before it in the prompt."""
+    """The keys on the memory: how it is made and what stands before it in the prompt."""
 
     def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
         self.factor = section.integer("pooling_factor", 8, least=2, most=1024)
@@ -44,10 +42,10 @@ class MemoryConfig:
         most = min(encoder.max_positions, main.max_positions)
         self.window = section.integer("context_window", min(WINDOW, most), least=2, most=most)
         self.rows = -(-self.window // self.factor) + 1
-        given = section.values.get("prompt_prefix", [])
-        prefix = token_ids(given, main.vocab)
+        value = section.values.get("prompt_prefix", [])
+        prefix = token_ids(value, main.vocab)
         if prefix is None:
-            raise section.error("prompt_prefix", f"{given!r:.60}", f"a list of token ids below {main.vocab}")
+            raise section.error("prompt_prefix", f"{value!r:.60}", f"a list of token ids below {main.vocab}")
         self.prefix = prefix
 
 
@@ -67,7 +65,7 @@ class EncoderLayer(nn.Module):
         return out
 
     def pooled(self, h: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """[B, M, hidden]: the block on queries [B, M, hidden], all of h [B, T, hidden] as keys and values."""
+        """The block on queries [B, M, hidden], with keys and values of h [B, T, hidden]. Returns [B, M, hidden]."""
         attention, spec = self.self_attn, self.self_attn.spec
         positions = torch.arange(h.shape[1], device=h.device)
         _, k, v = attention.project(self.input_layernorm(h), positions)
@@ -84,8 +82,8 @@ class EncoderLayer(nn.Module):
 def groups(tokens: int, factor: int, device: torch.device) -> torch.Tensor:
     """float32 [ceil(tokens / factor) + 1, tokens], 1 where a token belongs to a group; the last group has none.
 
-    The empty group keeps the place of the learned token. It also keeps the number of groups from being 1, which
-    torch.export would hold apart from all others.
+    The empty group is the place of the learned token. With it there are never fewer than 2 groups, and torch.export does not
+    specialise on 1.
     """
     at = torch.arange(tokens, device=device)
     starts = (torch.arange((tokens + 2 * factor - 1) // factor, device=device) * factor).unsqueeze(1)
@@ -93,6 +91,8 @@ def groups(tokens: int, factor: int, device: torch.device) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
+    """The encoder; its last layer pools."""
+
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab, config.hidden)
@@ -125,7 +125,7 @@ class Bridge(nn.Module):
 
 
 class LearnedToken(nn.Module):
-    """One row, weight [1, hidden]: no `Embedding`, as it is no vocabulary."""
+    """One row, weight [1, hidden]. It is no `Embedding`, so it is not quantized."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class LearnedToken(nn.Module):
 
 
 class ContextStep(nn.Module):
-    """A text into rows of the decoder's embedding space: one for each group of tokens, and the learned token's."""
+    """Rows of the decoder's embedding space for a text: one for each group of tokens, and that of the learned token."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()

@@ -1,16 +1,13 @@
-"""Dolphin (arXiv 2408.15518): a small Qwen2 reads a long context into a few embeddings, a large one answers from them.
+"""Dolphin (arXiv 2408.15518): a small Qwen2 reads a long context into a few embeddings, which a large one reads.
 
-Two graphs. `context` reads context ids, then the memory tokens, in as many calls as one likes, and gives the hidden states
-of the memory tokens as embeddings of the main decoder. `decoder` is prefill and decode step of the main decoder, whose
-prompt holds slots for rows of that memory. A memory can be kept and asked again. What may enter: `ops`, the shared layers,
-Qwen2's stack.
+The graph `context` reads context ids, then the memory tokens, in one or more calls. The hidden states of the memory tokens,
+projected, are the memory.
 
 The release (NexaAIDev/Squid, `model_type` "dolphin") has the main decoder's keys at the top of config.json. Other keys:
 `encoder_config` (Qwen2 keys of the context model), `num_memory_tokens`, `memory_token_ids`, `projector`, `splice`,
-`prompt_prefix`, `context_window`; all but the first are ours, and their defaults are the release's. Names, projector and
-splice follow the authors' code. Unverified, as its config.json and tokenizer could not be read: that the context model is
-Qwen2-0.5B's published shape where `encoder_config` is absent, and that the memory tokens have the ids behind the 151,646 of
-Qwen2's tokenizer.
+`prompt_prefix`, `context_window`. All but the first are ours, with the release's values as defaults. Names, projector and splice
+follow the authors' code. Two defaults are unverified, as the release's config.json and tokenizer could not be read: the shape of
+Qwen2-0.5B where `encoder_config` is absent, and the ids of the memory tokens behind the 151,646 of Qwen2's tokenizer.
 """
 
 from __future__ import annotations
@@ -47,7 +44,7 @@ SPACE_ID = 220  # Qwen2's token of " "
 
 
 class MemoryConfig:
-    """How the context becomes a memory and where the memory goes in the prompt."""
+    """The keys on the memory: how it is made and where it goes in the prompt."""
 
     def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
         self.tokens = section.integer("num_memory_tokens", 32, least=2, most=1024)
@@ -71,7 +68,7 @@ class MemoryConfig:
 
 
 def _ids(section: ConfigReader, key: str, default: Sequence[int], stack: StackConfig) -> tuple[int, ...]:
-    """The list of token ids under `key`, each in the vocabulary of `stack`."""
+    """The token ids under `key`, each in the vocabulary of `stack`."""
     value = section.values.get(key)
     ids = token_ids(list(default) if value is None else value, stack.vocab)
     if ids is None:
@@ -89,7 +86,7 @@ class ContextModel(nn.Module):
 
 
 class Projector(nn.Module):
-    """From the context model's width to the main decoder's: one matrix, or Linear, exact GELU, Linear (the paper's MLP)."""
+    """From the context model's width to the main decoder's: one matrix, or the paper's MLP of Linear, exact GELU, Linear."""
 
     def __init__(self, context_hidden: int, hidden: int, kind: str) -> None:
         super().__init__()
@@ -108,6 +105,8 @@ class Projector(nn.Module):
 
 
 class ContextEncoder(nn.Module):
+    """Context model and projector."""
+
     def __init__(self, config: StackConfig, hidden: int, projector: str) -> None:
         super().__init__()
         self.encoder = ContextModel(config)
@@ -115,7 +114,7 @@ class ContextEncoder(nn.Module):
 
 
 class Main(Stack):
-    """The main decoder, which holds the context encoder as the checkpoint's names have it."""
+    """The main decoder. By the checkpoint's names it holds the context encoder."""
 
     def __init__(self, config: StackConfig, encoder: StackConfig, projector: str) -> None:
         super().__init__(config)
@@ -125,7 +124,7 @@ class Main(Stack):
 class Model(MemoryModel):
     """A Dolphin checkpoint's modules, named as the checkpoint names them."""
 
-    # The context model is used without its head; a checkpoint may hold it all the same.
+    # The head of the context model, which a checkpoint may hold and nothing uses.
     unused = ("model.context_encoder.encoder.lm_head.",)
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -1,7 +1,4 @@
-"""LFM2 (arXiv 2511.23404): gated short convolutions, attention with QK-norm in some layers.
-
-What may enter: `ops`, the shared layers.
-"""
+"""LFM2 (arXiv 2511.23404): gated short convolutions, attention with QK-norm in some layers."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from ..layers.ops import EW
 
 
 class ShortConv(nn.Module):
-    """`out(C * conv(B * x))` with B, C and x projected side by side."""
+    """`out(C * conv(B * x))`; one linear projects B, C and x side by side."""
 
     def __init__(self, hidden: int, taps: int, bias: bool) -> None:
         super().__init__()
@@ -109,6 +106,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -141,7 +140,7 @@ class Decoder(nn.Module):
 
 
 def layer_types(section: ConfigReader) -> list[str]:
-    """`layer_types`, or attention in the layers of `full_attn_idxs`, in all where that is absent too."""
+    """`layer_types`; if absent, attention in the layers of `full_attn_idxs`; if that is absent too, in all."""
     layers = section.integer("num_hidden_layers", most=1024)
     attending = section.values.get("full_attn_idxs")
     if attending is None:
@@ -153,7 +152,7 @@ def layer_types(section: ConfigReader) -> list[str]:
 
 
 def intermediate_size(section: ConfigReader) -> int:
-    """The width of the MLP: two thirds of what the config says, rounded up, where `block_auto_adjust_ff_dim` is on."""
+    """The width of the MLP: with `block_auto_adjust_ff_dim` two thirds of what the config says, rounded up."""
     wide = section.integer("block_ff_dim" if "block_ff_dim" in section.values else "intermediate_size", 12288)
     if not section.boolean("block_auto_adjust_ff_dim", True):
         return wide

@@ -1,6 +1,6 @@
-"""The causal twin of ModernBERT, the decoder of the Ettin pairs (arXiv 2507.11412). What may enter: `ops`, `modernbert`.
+"""The causal twin of ModernBERT, the decoder of the Ettin pairs (arXiv 2507.11412).
 
-As `modernbert` but for its attention: separate projections, a KV cache, and a window that reaches back only.
+Its attention differs: separate projections, a KV cache, and a window that reaches back only.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ class Attention(Block):
 
 
 class Layer(nn.Module):
+    """Attention and gated feed-forward, each behind a norm."""
+
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
-        # The embedding is normalised already.
+        # The embedding is normalised.
         self.attn_norm: nn.Module = config.norm() if index else nn.Identity()
         self.attn = Attention(config, config.layer_types[index])
         self.mlp_norm = config.norm()

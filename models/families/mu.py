@@ -1,12 +1,12 @@
 """Mu, the encoder-decoder of "Return of the Encoder" (arXiv 2501.16273).
 
 Pre-norm RMSNorm, biases on every linear, a plain feed-forward with tanh-GELU, one embedding for encoder, decoder and head.
-Parameters are named as in the state dict of the authors' code; the authors have no config.json, so its keys are
-ours, in T5's manner: `d_model`, `d_kv`, `d_ff`, `num_layers`, `num_decoder_layers`, `num_heads`, `num_key_value_heads`,
+Parameters are named as in the state dict of the authors' code. The authors have no config.json, so its keys are ours, in the
+manner of T5: `d_model`, `d_kv`, `d_ff`, `num_layers`, `num_decoder_layers`, `num_heads`, `num_key_value_heads`,
 `n_positions`, `rope_theta`, `layer_norm_epsilon`.
 
-The authors centre the encoder's positions, pos - (n - 1) // 2 for n source tokens. A rotary score depends on the
-difference of two positions alone, so the centre falls out, and positions count from 0 here.
+The authors centre the encoder's positions: pos - (n - 1) // 2 for n source tokens. A rotary score depends on the difference of
+two positions only, so here positions count from 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..seq2seq import EncoderDecoder, Seq2seqModel
 
 
 class Config:
-    """config.json, read and bounded."""
+    """The keys of config.json."""
 
     def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size", 32128)
@@ -53,9 +53,9 @@ class Config:
 
 
 class Attention(Block):
-    """The four projections, and the order of heads: here query head h reads key head h mod kv_heads.
+    """The four projections, and the order of heads: in Mu query head h reads key head h mod kv_heads.
 
-    The ops read h // (heads / kv_heads), so queries change places before attention and back after it; the caches stay.
+    In the ops it reads key head h // (heads / kv_heads). So queries are reordered before attention, and its output back.
     """
 
     fused: ClassVar[Groups] = (("q_linear", "k_linear", "v_linear"),)
@@ -71,7 +71,7 @@ class Attention(Block):
         self.out_linear = Linear(config.heads * config.head_dim, config.hidden, bias=True)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H, D] of x [B, S, hidden], those of one key head side by side."""
+        """Queries [B, S, H, D] of x [B, S, hidden], those of one key head side by side."""
         lead, groups = x.shape[:2], self.heads // self.kv_heads
         q: torch.Tensor = self.q_linear(x).reshape(*lead, groups, self.kv_heads, self.head_dim)
         return q.transpose(2, 3).reshape(*lead, self.heads, self.head_dim)
@@ -104,12 +104,16 @@ class RotaryAttention(Attention):
 
 
 class EncoderAttention(RotaryAttention):
+    """Bidirectional self-attention."""
+
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x, positions)
         return self.output(EW.bidirectional_attention(q, k, v, mask, self.scale, 0.0))
 
 
 class CausalAttention(RotaryAttention):
+    """Causal self-attention that appends to its KV cache."""
+
     def forward(
         self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
     ) -> tuple[torch.Tensor, Cache, Cache]:
@@ -119,7 +123,7 @@ class CausalAttention(RotaryAttention):
 
 
 class CrossAttention(Attention):
-    """Attention to keys and values projected once from the encoder output; no RoPE."""
+    """Attention to keys and values that are projected once from the encoder's output. No RoPE."""
 
     fused = (("k_linear", "v_linear"),)
 
@@ -146,6 +150,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each behind a norm."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ln1, self.ln2 = config.norm(), config.norm()
@@ -159,6 +165,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each behind a norm."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ln1, self.ln2, self.ln3 = config.norm(), config.norm(), config.norm()
@@ -181,7 +189,7 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Both stacks, named as the checkpoint names them: wte the embedding, e the encoder, h the decoder."""
+    """Both stacks under the checkpoint's names: wte is the embedding, e the encoder, h the decoder."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -193,7 +201,7 @@ class Transformer(nn.Module):
 
 
 class Encode(nn.Module):
-    """The encoder."""
+    """The graph `encoder`."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()

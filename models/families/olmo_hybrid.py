@@ -1,7 +1,7 @@
 """OLMo Hybrid: Gated DeltaNet layers (arXiv 2412.06464) with OLMo 3's attention every few layers.
 
-What may enter: `ops`, the shared layers. Norms stand before the mixer and the MLP in a DeltaNet layer, after them in an
-attention layer. Without `rope_parameters` the attention knows no positions.
+Norms stand before the mixer and the MLP in a DeltaNet layer, after them in an attention layer. Without `rope_parameters` the
+attention has no positions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GATE_EPS = 1e-5  # of the norm before the gate, whatever rms_norm_eps says
 
 
 class DeltaNet(GatedDelta):
-    """A projection each for queries, keys, values, decay, rate and gate."""
+    """One projection each for queries, keys, values, decay, rate and gate."""
 
     fused = (("q_proj", "k_proj", "v_proj", "g_proj"),)
     protected = ("a_proj", "b_proj")
@@ -54,6 +54,8 @@ class DeltaNet(GatedDelta):
 
 
 class LinearLayer(nn.Module):
+    """A DeltaNet and the gated MLP, each behind a norm."""
+
     def __init__(self, spec: DeltaSpec, mlp: GatedMLP, eps: float) -> None:
         super().__init__()
         self.linear_attn = DeltaNet(spec)
@@ -70,6 +72,8 @@ class LinearLayer(nn.Module):
 
 
 class AttentionLayer(nn.Module):
+    """Attention and the gated MLP, each before a norm."""
+
     def __init__(self, spec: AttentionSpec, mlp: GatedMLP, eps: float) -> None:
         super().__init__()
         self.self_attn = CachedAttention(spec)
@@ -86,7 +90,7 @@ class AttentionLayer(nn.Module):
 
 
 def layer_types(section: ConfigReader) -> list[str]:
-    """`layer_types`, or full attention every fourth layer and in the last of fewer than four."""
+    """`layer_types`; if absent, full attention in every fourth layer, and in the last of fewer than four."""
     layers = section.integer("num_hidden_layers", most=1024)
     default = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
     if layers < 4:
@@ -95,6 +99,8 @@ def layer_types(section: ConfigReader) -> list[str]:
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -138,10 +144,10 @@ class Decoder(nn.Module):
 
 
 def rotary(section: ConfigReader) -> tuple[float, float, int | None]:
-    """(theta, factor, rotated dimensions): none rotate where the config gives no rope_theta."""
+    """(theta, factor, rotated dimensions); no dimension rotates if the config has no rope_theta."""
     params = section.values.get("rope_parameters")
-    given = params.get("rope_theta") if isinstance(params, dict) else params
-    if given is None and section.values.get("rope_theta") is None:
+    theta = params.get("rope_theta") if isinstance(params, dict) else params
+    if theta is None and section.values.get("rope_theta") is None:
         return 1.0, 1.0, 0
     return *section.rope(500000.0), None
 

@@ -1,6 +1,6 @@
 """Qwen3.5, text, and dense Qwen3-Next: Gated DeltaNet layers (arXiv 2412.06464), gated attention every few layers.
 
-What may enter: `ops`, the shared layers. The two differ in how the DeltaNet's projections are cut.
+The two differ in how the DeltaNet's projections are cut.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _DeltaNet(GatedDelta):
-    """norm, gate z and output projection, around what an heir projects."""
+    """Norm, gate z and output projection. An heir projects the inputs."""
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
         super().__init__(spec)
@@ -112,6 +112,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -155,7 +157,7 @@ class Decoder(nn.Module):
 
 
 def layer_types(section: ConfigReader) -> list[str]:
-    """`layer_types`, or full attention every `full_attention_interval`-th layer."""
+    """`layer_types`; if absent, full attention in every `full_attention_interval`-th layer."""
     layers = section.integer("num_hidden_layers", most=1024)
     every = section.integer("full_attention_interval", 4, most=1024)
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]

@@ -1,8 +1,8 @@
 """T5Gemma 2 (arXiv 2512.14856), its text path: two Gemma 3 stacks, self- and cross-attention merged in the decoder.
 
-One set of projections serves the decoder's own tokens and the encoder's: its query
-sees both under one softmax, the encoder's keys without RoPE. One embedding serves encoder, decoder and head; the token
-that ends an image has its own row, which is not scaled. The vision tower is left out (`Model.unused`).
+One set of projections is for the decoder's own tokens and for the encoder's: a query sees both under one softmax, the encoder's
+keys without RoPE. One embedding is for encoder, decoder and head. The token that ends an image has its own row, which is not
+scaled. The vision tower is left out (`Model.unused`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StackConfig(Gemma3Config):
 
 
 class TokenEmbedding(Embedding):
-    """An `Embedding` that also holds the row of the token that ends an image; `embed` puts it in."""
+    """An `Embedding` with a further row for the token that ends an image, which `embed` uses."""
 
     def __init__(self, vocab: int, hidden: int) -> None:
         super().__init__(vocab, hidden)
@@ -46,17 +46,17 @@ class TokenEmbedding(Embedding):
 
 
 def embed(config: StackConfig, embed_tokens: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states [B, S, hidden] of input_ids [B, S]: rows times sqrt(hidden), the end of an image as it is."""
+    """Hidden states [B, S, hidden] of input_ids [B, S]: rows times sqrt(hidden); the row of an image's end is not scaled."""
     rows: torch.Tensor = embed_tokens(input_ids) * config.hidden**0.5
     row: Any = embed_tokens.eoi_embedding
     return torch.where((input_ids == config.end_of_image).unsqueeze(-1), row.to(rows.dtype), rows)
 
 
 class MergedAttention(SelfAttention):
-    """Attention of a decoder to its own past and to the encoder's output at once, the same weights for both."""
+    """Attention of a decoder to its own past and to the encoder's output under one softmax, with the same weights for both."""
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v [B, S, KV, D] of x [B, S, hidden], k normalised and not rotated."""
+        """k and v [B, S, KV, D] of x [B, S, hidden]; k is normalised and not rotated."""
         shape = (*x.shape[:2], self.spec.kv_heads, self.spec.head_dim)
         return self.k_norm(self.k_proj(x).reshape(shape)), self.v_proj(x).reshape(shape)
 
@@ -121,9 +121,9 @@ class TextEncoder(nn.Module):
         ahead = positions.unsqueeze(0) - positions.unsqueeze(1)  # [query, key]
         padding = encoder_mask.unsqueeze(1).unsqueeze(1)
         full = torch.logical_and(padding, (ahead.abs() >= 0).unsqueeze(0).unsqueeze(0))
-        # A window of w tokens in all: (w + 1) // 2 to the left, the token itself among them, and w // 2 to the right.
-        left, right = (self.config.window + 1) // 2, self.config.window // 2
-        near = torch.logical_and(ahead > -left, ahead <= right).unsqueeze(0).unsqueeze(0)
+        # A window of w tokens: (w + 1) // 2 up to the token itself, and w // 2 after it.
+        before, after = (self.config.window + 1) // 2, self.config.window // 2
+        near = torch.logical_and(ahead > -before, ahead <= after).unsqueeze(0).unsqueeze(0)
         sliding = torch.logical_and(padding, near)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             h = layer(h, positions, sliding if kind == SLIDING else full)

@@ -1,4 +1,4 @@
-"""What a module says of its linears to those who quantize the model."""
+"""The base class of modules whose linears have a role in quantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Groups = tuple[tuple[str, ...], ...]
 
 
 class Block(nn.Module):
-    """A module with linears that have a part to play.
+    """A module that declares the roles of its linears.
 
     Attributes:
         fused: children that a backend may fuse into one matrix; those of a tuple share one choice of bits.

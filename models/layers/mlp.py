@@ -10,7 +10,7 @@ from .linear import Linear
 
 
 class GatedMLP(Block):
-    """`down(act(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`. x: [..., hidden] -> [..., hidden]."""
 
     fused = (("gate_proj", "up_proj"),)
 
