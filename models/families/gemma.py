@@ -1,18 +1,22 @@
-"""What the Gemma families share: keys of config.json, attention, and the encoder layer of T5Gemma and T5Gemma 2."""
+"""What the Gemma families share: keys of config.json, a stack, and the encoder of T5Gemma and T5Gemma 2."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ...errors import UserError
+from ..causal import DecoderParts
 from ..config import ConfigReader, StackKeys
+from ..layers.activations import softcap
 from ..layers.attention import AttentionSpec, BidirectionalAttention
-from ..layers.linear import Linear
+from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
+from ..seq2seq import EncoderDecoder, Seq2seqModel
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -97,9 +101,84 @@ class EncoderLayer(nn.Module):
         return out
 
 
+class GemmaStack(nn.Module):
+    """Embedding, layers and last norm."""
+
+    def __init__(self, config: GemmaConfig, embed_tokens: Embedding, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = config.norm()
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, hidden] of input_ids [B, S]: rows times sqrt(hidden)."""
+        out: torch.Tensor = self.embed_tokens(input_ids) * self.config.hidden**0.5
+        return out
+
+
+class GemmaEncoder(GemmaStack, ABC):
+    """The graph `encoder` of an encoder-decoder; heirs say what a sliding layer sees."""
+
+    @abstractmethod
+    def masks(self, positions: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What full and what sliding layers see, each bool [B, 1, T, T], of positions [T] and encoder_mask [B, T]."""
+
+    def forward(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor]:
+        """input_ids: int64 [B, T]; encoder_mask: bool [B, T], true at real tokens. Returns ([B, T, hidden],)."""
+        h = self.embed(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        full, sliding = self.masks(positions, encoder_mask)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            h = layer(h, positions, sliding if kind == SLIDING else full)
+        return (self.norm(h),)
+
+
 class Head(nn.Module):
     """The head of an encoder-decoder, under its name in the checkpoint."""
 
     def __init__(self, hidden: int, vocab: int) -> None:
         super().__init__()
         self.out_proj = Linear(hidden, vocab)
+
+
+class GemmaSeq2seq(Seq2seqModel):
+    """An encoder-decoder of Gemma stacks. Heirs set `encoder_config`, `decoder_config`, `model` and `lm_head`."""
+
+    encoder_config: GemmaConfig
+    decoder_config: GemmaConfig
+    model: nn.Module
+    lm_head: Head
+
+    @property
+    @abstractmethod
+    def encoder(self) -> GemmaEncoder:
+        """The encoder's stack."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> GemmaStack:
+        """The decoder's stack."""
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits of the last hidden states h [B, L, hidden]."""
+        return softcap(self.lm_head.out_proj(h), self.decoder_config.final_softcap)
+
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        return {"encoder": self.encoder.layers, "decoder": self.decoder.layers}
+
+    def encoder_decoder(self) -> EncoderDecoder:
+        decoder, config = self.decoder, self.decoder_config
+        return EncoderDecoder(
+            encoder=self.encoder,
+            encoder_root=next(f"{path}." for path, module in self.named_modules() if module is self.encoder),
+            stack={"model": self.model},
+            head={"lm_head": self.lm_head},
+            decoder=DecoderParts(decoder.embed, decoder.layers, decoder.norm, self.head),
+            encoder_hidden=self.encoder_config.hidden,
+            vocab=config.vocab,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            source_positions=self.encoder_config.max_positions,
+            target_positions=config.max_positions,
+        )

@@ -15,7 +15,7 @@ from ..layers.activations import softcap
 from ..layers.attention import CachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
-from .gemma import Gemma3Config
+from .gemma import Gemma3Config, GemmaStack
 
 
 class Layer(nn.Module):
@@ -38,19 +38,13 @@ class Layer(nn.Module):
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))), k, v
 
 
-class Decoder(nn.Module):
+class Decoder(GemmaStack):
     """Embedding, layers and last norm."""
 
     def __init__(self, config: Gemma3Config) -> None:
-        super().__init__()
-        self.hidden = config.hidden
-        self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = config.norm()
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.embed_tokens(input_ids) * self.hidden**0.5
-        return out
+        super().__init__(
+            config, Embedding(config.vocab, config.hidden), (Layer(config, i) for i in range(config.layers))
+        )
 
 
 class Model(CausalModel):

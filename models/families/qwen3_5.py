@@ -5,6 +5,7 @@ The two differ in how the DeltaNet's projections are cut.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _DeltaNet(GatedDelta):
+class _DeltaNet(GatedDelta, ABC):
     """Norm, gate z and output projection. An heir projects the inputs."""
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
@@ -34,9 +35,9 @@ class _DeltaNet(GatedDelta):
         self.norm = RMSNorm(spec.value_dim, eps, offset=0.0)
         self.out_proj = Linear(spec.values, spec.hidden)
 
+    @abstractmethod
     def project(self, x: torch.Tensor) -> Projected:
         """qkv [B, T, channels], z [B, T, H, Dv], and a, b [B, T, H] of x [B, T, hidden]."""
-        raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, conv: torch.Tensor, state: torch.Tensor

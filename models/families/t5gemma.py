@@ -7,16 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..causal import DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..language_model import shorten_stack
-from ..layers.activations import softcap
 from ..layers.attention import CachedAttention, CrossAttention
 from ..layers.linear import Embedding
 from ..layers.mlp import GatedMLP
-from ..seq2seq import EncoderDecoder, Seq2seqModel
-from .gemma import FULL, SLIDING, EncoderLayer, GemmaConfig, Head, optional_number
+from .gemma import (
+    FULL,
+    SLIDING,
+    EncoderLayer,
+    GemmaConfig,
+    GemmaEncoder,
+    GemmaSeq2seq,
+    GemmaStack,
+    Head,
+    optional_number,
+)
 
 
 class StackConfig(GemmaConfig):
@@ -59,43 +66,28 @@ class DecoderLayer(nn.Module):
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))), k_out, v_out
 
 
-class Encoder(nn.Module):
+class Encoder(GemmaEncoder):
     """The graph `encoder`."""
 
     def __init__(self, config: StackConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.layers))
-        self.norm = config.norm()
+        layers = (EncoderLayer(config, i) for i in range(config.layers))
+        super().__init__(config, Embedding(config.vocab, config.hidden), layers)
 
-    def forward(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor]:
-        """input_ids: int64 [B, T]; encoder_mask: bool [B, T], true at real tokens. Returns ([B, T, hidden],)."""
-        h = self.embed_tokens(input_ids) * self.config.hidden**0.5
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def masks(self, positions: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         distance = (positions.unsqueeze(1) - positions.unsqueeze(0)).abs()
         padding = encoder_mask.unsqueeze(1).unsqueeze(1)
         full = torch.logical_and(padding, (distance >= 0).unsqueeze(0).unsqueeze(0))
         # Inclusive on both sides, as transformers computes it (the paper's window is exclusive).
         sliding = torch.logical_and(padding, (distance <= self.config.window).unsqueeze(0).unsqueeze(0))
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            h = layer(h, positions, sliding if kind == SLIDING else full)
-        return (self.norm(h),)
+        return full, sliding
 
 
-class Decoder(nn.Module):
+class Decoder(GemmaStack):
     """Embedding, layers and last norm."""
 
     def __init__(self, config: StackConfig, encoder_hidden: int) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, encoder_hidden) for i in range(config.layers))
-        self.norm = config.norm()
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.embed_tokens(input_ids) * self.config.hidden**0.5
-        return out
+        layers = (DecoderLayer(config, i, encoder_hidden) for i in range(config.layers))
+        super().__init__(config, Embedding(config.vocab, config.hidden), layers)
 
 
 class Stacks(nn.Module):
@@ -107,8 +99,10 @@ class Stacks(nn.Module):
         self.decoder = Decoder(decoder, encoder.hidden)
 
 
-class Model(Seq2seqModel):
+class Model(GemmaSeq2seq):
     """A T5Gemma checkpoint's modules, named as the checkpoint names them."""
+
+    model: Stacks
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -125,25 +119,10 @@ class Model(Seq2seqModel):
     def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
         return config | {name: shorten_stack(config[name], layers) for name in ("encoder", "decoder")}
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"encoder": self.model.encoder.layers, "decoder": self.model.decoder.layers}
+    @property
+    def encoder(self) -> Encoder:
+        return self.model.encoder
 
-    def head(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits of the last hidden states h [B, L, hidden]."""
-        return softcap(self.lm_head.out_proj(h), self.decoder_config.final_softcap)
-
-    def encoder_decoder(self) -> EncoderDecoder:
-        decoder, config = self.model.decoder, self.decoder_config
-        return EncoderDecoder(
-            encoder=self.model.encoder,
-            encoder_root="model.encoder.",
-            stack={"model": self.model},
-            head={"lm_head": self.lm_head},
-            decoder=DecoderParts(decoder.embed, decoder.layers, decoder.norm, self.head),
-            encoder_hidden=self.encoder_config.hidden,
-            vocab=config.vocab,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            source_positions=self.encoder_config.max_positions,
-            target_positions=config.max_positions,
-        )
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder

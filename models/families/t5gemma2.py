@@ -13,17 +13,14 @@ import torch
 from torch import nn
 
 from ...errors import UserError
-from ..causal import DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache, merged_attention
 from ..language_model import shorten_stack
-from ..layers.activations import softcap
 from ..layers.attention import SelfAttention
 from ..layers.linear import Embedding
 from ..layers.mlp import GatedMLP
 from ..layers.ops import EW
-from ..seq2seq import EncoderDecoder, Seq2seqModel
-from .gemma import SLIDING, EncoderLayer, Gemma3Config, Head
+from .gemma import EncoderLayer, Gemma3Config, GemmaEncoder, GemmaSeq2seq, GemmaStack, Head
 
 EMBEDDING = "model.encoder.text_model.embed_tokens"
 END_OF_IMAGE = 256_000  # transformers' default of `eoi_token_index`
@@ -104,30 +101,26 @@ class DecoderLayer(nn.Module):
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))), k_out, v_out
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(GemmaEncoder):
     """The graph `encoder`."""
 
-    def __init__(self, config: StackConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = TokenEmbedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.layers))
-        self.norm = config.norm()
+    config: StackConfig
 
-    def forward(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor]:
-        """input_ids: int64 [B, T]; encoder_mask: bool [B, T], true at real tokens. Returns ([B, T, hidden],)."""
-        h = embed(self.config, self.embed_tokens, input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def __init__(self, config: StackConfig) -> None:
+        layers = (EncoderLayer(config, i) for i in range(config.layers))
+        super().__init__(config, TokenEmbedding(config.vocab, config.hidden), layers)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return embed(self.config, self.embed_tokens, input_ids)
+
+    def masks(self, positions: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ahead = positions.unsqueeze(0) - positions.unsqueeze(1)  # [query, key]
         padding = encoder_mask.unsqueeze(1).unsqueeze(1)
         full = torch.logical_and(padding, (ahead.abs() >= 0).unsqueeze(0).unsqueeze(0))
         # A window of w tokens: (w + 1) // 2 up to the token itself, and w // 2 after it.
         before, after = (self.config.window + 1) // 2, self.config.window // 2
         near = torch.logical_and(ahead > -before, ahead <= after).unsqueeze(0).unsqueeze(0)
-        sliding = torch.logical_and(padding, near)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            h = layer(h, positions, sliding if kind == SLIDING else full)
-        return (self.norm(h),)
+        return full, torch.logical_and(padding, near)
 
 
 class Encoder(nn.Module):
@@ -138,15 +131,14 @@ class Encoder(nn.Module):
         self.text_model = TextEncoder(config)
 
 
-class Decoder(nn.Module):
+class Decoder(GemmaStack):
     """Embedding, layers and last norm."""
 
+    config: StackConfig
+
     def __init__(self, config: StackConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = TokenEmbedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.layers))
-        self.norm = config.norm()
+        layers = (DecoderLayer(config, i) for i in range(config.layers))
+        super().__init__(config, TokenEmbedding(config.vocab, config.hidden), layers)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return embed(self.config, self.embed_tokens, input_ids)
@@ -161,10 +153,12 @@ class Stacks(nn.Module):
         self.decoder = Decoder(decoder)
 
 
-class Model(Seq2seqModel):
+class Model(GemmaSeq2seq):
     """The text path of a T5Gemma 2 checkpoint, its modules named as the checkpoint names them."""
 
     unused = ("model.encoder.vision_tower.", "model.encoder.multi_modal_projector.")
+
+    model: Stacks
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -198,28 +192,13 @@ class Model(Seq2seqModel):
             encoder = shorten_stack(encoder, layers)
         return config | {"encoder": encoder, "decoder": shorten_stack(config["decoder"], layers)}
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"encoder": self.model.encoder.text_model.layers, "decoder": self.model.decoder.layers}
+    @property
+    def encoder(self) -> TextEncoder:
+        return self.model.encoder.text_model
 
-    def head(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits of the last hidden states h [B, L, hidden]."""
-        return softcap(self.lm_head.out_proj(h), self.decoder_config.final_softcap)
-
-    def encoder_decoder(self) -> EncoderDecoder:
-        decoder, config = self.model.decoder, self.decoder_config
-        return EncoderDecoder(
-            encoder=self.model.encoder.text_model,
-            encoder_root="model.encoder.text_model.",
-            stack={"model": self.model},
-            head={"lm_head": self.lm_head},
-            decoder=DecoderParts(decoder.embed, decoder.layers, decoder.norm, self.head),
-            encoder_hidden=self.encoder_config.hidden,
-            vocab=config.vocab,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            source_positions=self.encoder_config.max_positions,
-            target_positions=config.max_positions,
-        )
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder
 
 
 def _require_equal(key: str, encoder: int, decoder: int) -> None:
