@@ -1,4 +1,4 @@
-"""A deployable graph: a module, its ports and the states it carries. A leaf: only torch enters, every room may import it."""
+"""A deployable graph: a module, its ports and the states that it carries from call to call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 
 Dim = int | str
 StateKind = Literal["kv", "cross", "conv", "window", "recurrent"]
-"""window: the last keys or values of attention within a window, oldest first; like conv, its size is fixed."""
+"""kv: keys or values of self-attention, which grow. cross: those of cross-attention. conv: last inputs of a convolution.
+window: last keys or values of attention within a window, oldest first. recurrent: the state of a recurrence."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Port:
 class State:
     """What a graph carries from call to call.
 
-    An `updated` state is an input and, under the name `<name>_out`, an output of the same shape; an exporter maps the
-    pair to what its backend has (shared past and present buffers, mutable buffers, Core ML state). A state that is
-    not updated is written by another graph (the keys and values of cross-attention) and only read here.
+    An `updated` state is an input and, under the name `<name>_out`, an output of the same shape. An exporter maps the pair to
+    what its backend has: shared past and present buffers, mutable buffers, Core ML state. A state that is not updated is read
+    only: another graph writes it.
     """
 
     name: str
@@ -44,9 +45,13 @@ class State:
 class Graph:
     """One program to lower: `module(*inputs, states)` returns the flat tuple `(*outputs, *updated states)`.
 
-    `states` is a list of tensors, left out where the graph has none. An output that bears the name of another graph's
-    state fills it. `example` gives a size above 1 for each symbolic dimension to trace with, `bounds` its limits.
-    `root` stands before the names of the module's parameters in the checkpoint (see `checkpoint_name`).
+    The argument `states` is a list of tensors, absent if the graph has none. An output with the name of another graph's state
+    fills that state.
+
+    Attributes:
+        example: symbolic dimension -> the size, above 1, that it is traced with.
+        bounds: symbolic dimension -> its least and greatest size.
+        root: what stands before the names of the module's parameters in the checkpoint (`checkpoint_name`).
     """
 
     name: str
@@ -59,7 +64,7 @@ class Graph:
     root: str = ""
 
     def checkpoint_name(self, path: str) -> str:
-        """The checkpoint's name of the parameter at `path` of `module`; a module that wraps a model holds it as `whole`."""
+        """The checkpoint's name of the parameter at `path` of `module`. A module that wraps a model holds it as `whole`."""
         return self.root + path.removeprefix("whole.")
 
     @property
@@ -78,21 +83,21 @@ class Graph:
         return out
 
     def example_inputs(self) -> tuple[torch.Tensor, ...]:
-        """Zero tensors of the example sizes (index-like inputs are valid as zeros, masks as ones)."""
+        """Tensors of the example sizes: zeros, which are valid indices, and for masks ones."""
 
-        def make(dtype: torch.dtype, shape: tuple[Dim, ...]) -> torch.Tensor:
+        def tensor(dtype: torch.dtype, shape: tuple[Dim, ...]) -> torch.Tensor:
             sizes = [d if isinstance(d, int) else self.example[d] for d in shape]
             return torch.ones(sizes, dtype=dtype) if dtype == torch.bool else torch.zeros(sizes, dtype=dtype)
 
         ports: list[Port | State] = [*self.inputs, *self.states]
-        return tuple(make(p.dtype, p.shape) for p in ports)
+        return tuple(tensor(p.dtype, p.shape) for p in ports)
 
     def parameters(self) -> set[str]:
-        """The checkpoint's names of all parameters that the module reaches, those of other graphs among them if it does."""
+        """The checkpoint's names of all parameters that the module reaches, which may be more than it uses."""
         return {self.checkpoint_name(path) for path, _ in self.module.named_parameters(remove_duplicate=False)}
 
     def export(self) -> torch.export.ExportedProgram:
-        """The graph as one `torch.export` program over plain ATen and the `edgewright::` ops, dimensions dynamic."""
+        """The graph as one `torch.export` program over plain ATen and the `edgewright::` ops, its symbolic dimensions dynamic."""
         dims = {n: torch.export.Dim(n, min=lo, max=hi) for n, (lo, hi) in self.bounds.items()}
 
         def dynamic(ports: Sequence[Port | State]) -> list[dict[int, torch.export.Dim]]:
@@ -103,8 +108,8 @@ class Graph:
         shapes: tuple[Any, ...] = tuple(dynamic(self.inputs))
         if self.states:
             args, shapes = (*args, list(examples[n:])), (*shapes, dynamic(self.states))
-        taken = inspect.signature(self.module.forward).parameters.values()
-        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in taken):
-            shapes = (shapes,)  # torch.export binds all arguments to the one name
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            shapes = (shapes,)  # torch.export binds all arguments to the one parameter
         with torch.no_grad():
             return torch.export.export(self.module, args, dynamic_shapes=shapes if dims else None)

@@ -10,7 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..graph import Graph
-from ..models.layers.attention import attention_heads
+from ..models.language_model import LanguageModel
+from ..models.layers.block import attention_heads
 from ..models.layers.linear import Linear
 from ..ops import DECOMPOSITIONS
 from ..runtimes.eager import EagerSession
@@ -28,7 +29,7 @@ _KEPT, _SCORES, _LOGITS, _SCANNED, _FADES = 2, 2, 4, 64, 64
 _WIDE = 16  # outputs an input, above which a linear is a head
 
 
-def backward_bytes(model: Any, tokens: int, longest: int, positions: int) -> int:
+def backward_bytes(model: LanguageModel, tokens: int, longest: int, positions: int) -> int:
     """About what a backward pass through `model` keeps of `tokens` tokens in sequences of `longest`, logits at `positions`."""
     widths, heads = 0, 0
     for module in model.modules():
@@ -37,7 +38,7 @@ def backward_bytes(model: Any, tokens: int, longest: int, positions: int) -> int
             widths += columns + (0 if rows > _WIDE * columns else rows)  # a head's outputs are the logits
         heads += attention_heads(module)
     vocab = max((int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"), default=0)
-    states = [s.shape[1:] for g in model.graphs() for s in g.states if s.kind == "recurrent"]
+    states = [tuple(int(n) for n in s.shape[1:]) for g in model.graphs() for s in g.states if s.kind == "recurrent"]
     recurrent = sum(_SCANNED * math.prod(s) if len(s) < 3 else math.prod(s) + _FADES * s[0] * longest for s in states)
     each = _KEPT * widths + _SCORES * heads * longest + recurrent
     return int(4 * (tokens * each + _LOGITS * positions * vocab))

@@ -20,7 +20,8 @@ from torch import nn
 
 from ..bundle import Generation
 from ..checkpoints.checkpoint import Checkpoint
-from ..models.layers.attention import attention_heads
+from ..models.language_model import LanguageModel
+from ..models.layers.block import attention_heads
 from ..models.layers.linear import Embedding, Linear
 from ..models.registry import stored_name
 from .backward import RECURRENCES, GradientSession
@@ -41,7 +42,7 @@ class _Done(Exception):
 
 
 def embedding_hessians(
-    model: Any, checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], names: Collection[str]
+    model: LanguageModel, checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], names: Collection[str]
 ) -> dict[str, tuple[torch.Tensor, int]]:
     """For each of `names` that rows are looked up in: the mean of J^T J, fp32 [K, K] of trace 1, and of how many draws it is.
 
@@ -63,7 +64,7 @@ def embedding_hessians(
     return {n: (watch.sums[n] / t, watch.counts[n]) for n, t in traces.items() if 0.0 < t < float("inf")}
 
 
-def embedding_hessian_bytes(model: Any, longest: int) -> tuple[int, int]:
+def embedding_hessian_bytes(model: LanguageModel, longest: int) -> tuple[int, int]:
     """About what `embedding_hessians` takes while it runs, and what it gives. longest: tokens of a sample.
 
     Counted: a first layer's weights, and what a backward pass through it keeps of a part: both ends of each linear and what
@@ -81,7 +82,7 @@ def embedding_hessian_bytes(model: Any, longest: int) -> tuple[int, int]:
     return most, given
 
 
-def _tables(model: Any) -> dict[Embedding, str]:
+def _tables(model: LanguageModel) -> dict[Embedding, str]:
     """Each embedding with its weight's stored name."""
     return {m: stored_name(model, f"{path}.weight") for path, m in model.named_modules() if isinstance(m, Embedding)}
 

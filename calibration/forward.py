@@ -18,6 +18,7 @@ from torch import nn
 
 from ..bundle import Generation
 from ..checkpoints.checkpoint import Checkpoint
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Linear
 from ..runtimes.eager import EagerSession
 from ..runtimes.session import Array, StateBuffers
@@ -74,7 +75,7 @@ class CalibrationForward:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         checkpoint: Checkpoint,
         spec: Generation,
         samples: Sequence[Sample],
@@ -284,7 +285,7 @@ class CalibrationForward:
         ]
 
 
-def merged(model: Any, calls: Sequence[Call]) -> list[Call]:
+def merged(model: LanguageModel, calls: Sequence[Call]) -> list[Call]:
     """One call a graph: those of the most common shapes side by side in a batch, or the first where there is no batch."""
     ports = {g.name: {p.name: p for p in g.inputs} for g in model.graphs()}
     groups: dict[str, dict[tuple[Any, ...], list[dict[str, torch.Tensor]]]] = {}

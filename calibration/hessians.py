@@ -9,13 +9,12 @@ or added to the Hessian of the head that it also is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..quant.hessian import Factor, damping_for, factor
-from ..quant.units import key_value_weights
 from .forward import CalibrationForward
 
 KEY_VALUE_SHARE = 0.04
@@ -36,9 +35,9 @@ class InputHessians:
     """
 
     def __init__(
-        self, forward: CalibrationForward, model: Any, embeddings: Mapping[str, tuple[torch.Tensor, int]]
+        self, forward: CalibrationForward, model: LanguageModel, embeddings: Mapping[str, tuple[torch.Tensor, int]]
     ) -> None:
-        self._forward, self._keys_values, self._embeddings = forward, key_value_weights(model), embeddings
+        self._forward, self._keys_values, self._embeddings = forward, model.key_value_weights(), embeddings
         self._inputs: Sequence[torch.Tensor] = ()
         self._added: object = None
         self._last: Factor | None = None

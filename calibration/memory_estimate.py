@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..errors import UserError
-from ..models.layers.attention import attention_heads
+from ..models.language_model import LanguageModel
+from ..models.layers.block import attention_heads
 from ..models.layers.linear import Linear
 from ..ops import recurrence
 from ..quant.gptq import BLOCK_WEIGHTS
@@ -24,7 +23,7 @@ PROCESS_BYTES = 700 << 20
 """Anonymous memory of the process before any of the work (measured, rounded up)."""
 
 
-def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
+def walk_bytes(model: LanguageModel, longest: int = WINDOW) -> tuple[int, int]:
     """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated. longest: tokens of a sample.
 
     Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights; for one
@@ -46,7 +45,7 @@ def walk_bytes(model: Any, longest: int = WINDOW) -> tuple[int, int]:
     return PROCESS_BYTES + tables + max(work + part, embeddings), 10 * (broadest + widest)
 
 
-def tokens_within(model: Any, limit: int, longest: int = WINDOW) -> int:
+def tokens_within(model: LanguageModel, limit: int, longest: int = WINDOW) -> int:
     """How many tokens GPTQ can calibrate on within `limit` bytes, at most MOST_TOKENS. Raises UserError for too few."""
     fixed, each = walk_bytes(model, longest)
     tokens = (limit - fixed) // each

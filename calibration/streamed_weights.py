@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding, Linear
 from ..models.registry import stored_name
 
@@ -26,7 +26,7 @@ class StreamedWeights:
     transform: what to compute with in place of the checkpoint's values, such as those of a weight's codes and scales.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, transform: WeightTransform | None = None) -> None:
+    def __init__(self, model: LanguageModel, checkpoint: Checkpoint, transform: WeightTransform | None = None) -> None:
         self._checkpoint, self._provide = checkpoint, transform
         self._held: set[nn.Module] = set()
         self._once: set[nn.Module] = set()

@@ -1,8 +1,7 @@
-"""Opening a model where it lies: a Hugging Face directory or hub id (safetensors), or a GGUF file.
+"""A model's config, tokenizer and tensors by name, whatever the file format.
 
-Top-level room: `tokenizer` and `gguf_checkpoint` enter, nothing of torch's model code does. Everything read here is
-written by strangers, so every defect of a file becomes one `UserError` line. Weights are never loaded: `tensor` of a
-safetensors checkpoint is a view of the mapped file, and nothing is ever unpickled.
+The files come from strangers, so every defect of a file becomes one `UserError` line, and nothing is unpickled. Weights are
+not loaded: `tensor` of a safetensors checkpoint is a view of the mapped file.
 """
 
 from __future__ import annotations
@@ -18,14 +17,16 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import UserError
+from ..system.dtypes import dtype_name
 from .tokenizer import Tokenizer
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of a weight that can be quantized."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a tensor is, from the file's header alone."""
+    """Name, dtype and shape of a tensor, from the header of its file."""
 
     name: str
     dtype: torch.dtype
@@ -33,7 +34,7 @@ class TensorInfo:
 
 
 class TensorStore(Protocol):
-    """Where a checkpoint's tensors lie: safetensors files (below) or a GGUF file (`gguf_checkpoint`)."""
+    """What holds a checkpoint's tensors: safetensors files, a GGUF file, or a user's module."""
 
     @property
     def infos(self) -> dict[str, TensorInfo]: ...
@@ -49,10 +50,10 @@ class TensorStore(Protocol):
 
 
 class Checkpoint:
-    """A model's config, tokenizer and tensors by name, in the Hugging Face layout whatever the file format is.
+    """A model's config, tokenizer and tensors, with the names and keys of Hugging Face's layout.
 
     Attributes:
-        source: what the user gave (path or hub id).
+        source: the path or hub id that the user gave.
         config: the contents of config.json (for GGUF: built from its metadata).
         generation: the contents of generation_config.json, {} where there is none.
         files: the weight files.
@@ -90,40 +91,40 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor. Raises UserError if there is none of that name."""
-        found = self._store.infos.get(name)
-        if found is None:
+        info = self._store.infos.get(name)
+        if info is None:
             model_type = self.config.get("model_type")
             raise UserError(f"{self.source}: no tensor {name}, which a {model_type} checkpoint has; is it complete?")
-        return found
+        return info
 
     def expect(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """`info(name)`, once it is a floating weight of this shape.
+        """`info(name)` of a weight that must have this shape and a plain floating dtype.
 
-        Raises UserError if the tensor is missing, has another shape, or has a dtype that is not a plain floating one
-        (integer and float8 weights need scales this reader does not know).
+        Raises UserError if it is missing, has another shape or another dtype: integer and float8 weights need scales, which
+        this reader does not know.
         """
-        found = self.info(name)
-        if found.shape != tuple(shape):
+        info = self.info(name)
+        if info.shape != tuple(shape):
             raise UserError(
-                f"{self.source}: {name} has shape {list(found.shape)}, but config.json asks for {list(shape)}"
+                f"{self.source}: {name} has shape {list(info.shape)}, but config.json asks for {list(shape)}"
             )
-        if found.dtype not in WEIGHT_DTYPES:
-            dtype = str(found.dtype).removeprefix("torch.")
+        if info.dtype not in WEIGHT_DTYPES:
             raise UserError(
-                f"{self.source}: {name} is {dtype}, a float weight is needed; give the model before it was quantized"
+                f"{self.source}: {name} is {dtype_name(info.dtype)}, a float weight is needed; "
+                "give the model before it was quantized"
             )
-        return found
+        return info
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, in the file's dtype as a view of the mapped file (GGUF: dequantized fp32).
+        """The tensor in the file's dtype, as a view of the mapped file; from GGUF a dequantized float32 copy.
 
-        Do not write into it: a view's pages are shared with the file until then. Raises UserError if it is missing.
+        Do not write into it: a written page of the view is copied into memory. Raises UserError if it is missing.
         """
         self.info(name)
         return self._store.tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of the first axis as fp32 [stop - start, ...]; only these are read (GGUF: dequantized).
+        """Rows start..stop of the first axis, float32 [stop - start, ...]. Only these are read.
 
         Raises UserError if the tensor is missing, IndexError if the rows are not within it.
         """
@@ -135,20 +136,20 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config, file sizes, tensor headers and up to 1 KiB of each tensor's bytes.
 
-        Cheap (a page a tensor), yet it tells two fine-tunes of one model apart, which sizes and headers do not.
+        The bytes tell two fine-tunes of one model apart, which sizes and headers do not.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         digest.update(repr(sorted(path.stat().st_size for path in self.files)).encode())
-        for name, found in sorted(self._store.infos.items()):
-            digest.update(f"{name}\0{found.dtype}\0{found.shape}\0".encode("utf-8", "surrogatepass"))
+        for name, info in sorted(self._store.infos.items()):
+            digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode("utf-8", "surrogatepass"))
             digest.update(self._store.sample(name))
         return digest.hexdigest()
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise UserError naming the tensor if any element (floating, any shape) is NaN or infinite. Allocates nothing."""
+    """Raises UserError if an element of the floating tensor, of any shape, is NaN or infinite. Allocates nothing."""
     if tensor.numel() == 0:
         return
-    low, high = torch.aminmax(tensor)  # NaN wins both, so two numbers tell
+    low, high = torch.aminmax(tensor)  # a NaN is both the least and the greatest
     if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
         raise UserError(f"{name} holds NaN or infinite weights; the checkpoint is corrupt or its training diverged")

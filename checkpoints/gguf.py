@@ -1,8 +1,8 @@
 """A GGUF file seen as a Hugging Face checkpoint: config, names and values as the original model had them.
 
-Used by `checkpoint.open_checkpoint`. Architectures `llama` and `gemma3`. llama.cpp's converter changes two things,
-undone here: it reorders the rows of Llama's query and key weights (its RoPE pairs neighbours, Hugging Face's the two
-halves of a head), and stores Gemma's norm weights with their +1. Values are those of the file's own quantization.
+Architectures `llama` and `gemma3`. Two changes of llama.cpp's converter are undone: it reorders the rows of Llama's query and
+key weights (its RoPE pairs neighbours, Hugging Face's pairs the two halves of a head), and it adds 1 to Gemma's norm weights.
+Values are those of the file's own quantization.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tokenizer import Tokenizer
 
 _WAY_OUT = "give the safetensors checkpoint instead"
 _SAMPLE = 1024
-_CHUNK = 4 << 20  # elements dequantized at a time: 16 MiB of fp32, whatever the tensor's size
+_CHUNK = 4 << 20  # elements dequantized at a time, 16 MiB of float32
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -72,8 +72,8 @@ def open_gguf(source: str, path: Path) -> Checkpoint:
     places = _places(file, config, names)
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     for key, stem in ids.items():
-        found = file.metadata.get(f"tokenizer.ggml.{stem}_token_id")
-        config[key] = found if isinstance(found, int) else None
+        token = file.metadata.get(f"tokenizer.ggml.{stem}_token_id")
+        config[key] = token if isinstance(token, int) else None
 
     def load_tokenizer() -> Tokenizer | None:
         return Tokenizer.from_gguf(file.metadata) if "tokenizer.ggml.model" in file.metadata else None
@@ -82,7 +82,7 @@ def open_gguf(source: str, path: Path) -> Checkpoint:
 
 
 class _Keys:
-    """The metadata under one architecture's prefix, checked in kind."""
+    """The metadata under one architecture's prefix. Each value is checked when it is read."""
 
     def __init__(self, file: GgufFile, prefix: str) -> None:
         self._file, self._prefix = file, prefix
@@ -91,7 +91,7 @@ class _Keys:
         return self._file.metadata.get(f"{self._prefix}.{key}")
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; a list that repeats one counts as that one."""
+        """A positive integer, or a list that repeats one."""
         value = self.get(key)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
@@ -101,7 +101,7 @@ class _Keys:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A positive finite number, as the decimal its fp32 stands for (1e-05, not 9.999999747378752e-06)."""
+        """A positive finite number, as the shortest decimal of its float32 (1e-05, not 9.999999747378752e-06)."""
         value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -144,7 +144,7 @@ def _common_config(file: GgufFile, keys: _Keys) -> dict[str, Any]:
 
 
 def _rope(keys: _Keys, theta: float) -> dict[str, Any]:
-    """RoPE of the layers that see everything: plain, or positions divided by a factor. Raises UserError for others."""
+    """RoPE of the full layers: plain, or with positions divided by a factor. Raises UserError for others."""
     scaling = keys.get("rope.scaling.type") or "none"
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
@@ -181,7 +181,7 @@ def _gemma3_config(file: GgufFile) -> dict[str, Any]:
     if layers > len(file.tensors):
         raise keys.error("block_count", layers)
     kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
-    # Gemma 3 scales queries by head_dim, but its 27B by hidden_size / heads, which only its depth tells in GGUF.
+    # Gemma 3 scales queries by head_dim, its 27B by hidden_size / heads. In GGUF only the depth tells which one it is.
     is_27b = layers == _GEMMA_27B_LAYERS
     scalar = common["hidden_size"] // common["num_attention_heads"] if is_27b else common["head_dim"]
     capped = keys.get("final_logit_softcapping") is not None
@@ -216,7 +216,7 @@ class _Place:
 def _places(file: GgufFile, config: Mapping[str, Any], block: Mapping[str, str]) -> dict[str, _Place]:
     """Hugging Face name -> place. Raises UserError if a tensor is missing, unknown, or a q/k has the wrong rows."""
     layers = config["num_hidden_layers"]
-    if layers > len(file.tensors):  # before a made-up count makes a long loop
+    if layers > len(file.tensors):  # a hostile count would make a long loop
         raise UserError(f"{file.path}: {layers} layers in {len(file.tensors)} tensors; is the file complete?")
     names = {f"{old}.weight": f"{new}.weight" for old, new in _TOP.items()}
     if config["tie_word_embeddings"]:
@@ -246,7 +246,7 @@ def _places(file: GgufFile, config: Mapping[str, Any], block: Mapping[str, str])
 
 
 def _check_kinds(source: str, file: GgufFile) -> None:
-    """Raise UserError if a tensor's type cannot be dequantized, tried on one block of zeros for each type in use."""
+    """Raises UserError if a tensor's type cannot be dequantized. Each type in use is tried on one block of zeros."""
     for tensor in {t.kind: t for t in file.tensors.values()}.values():
         try:
             dequantize(np.zeros_like(tensor.data[:1]), tensor.kind)
@@ -255,7 +255,7 @@ def _check_kinds(source: str, file: GgufFile) -> None:
 
 
 class GgufStore:
-    """The tensors of a GGUF file under their Hugging Face names; everything is dequantized to fp32 when asked for."""
+    """The tensors of a GGUF file under their Hugging Face names. Each is dequantized to float32 when it is read."""
 
     def __init__(self, path: Path, places: dict[str, _Place]) -> None:
         self.files = (path,)
@@ -266,12 +266,12 @@ class GgufStore:
         shape = self.infos[name].shape
         if len(shape) == 1:
             return self.rows(name, 0, shape[0])
-        whole = torch.empty(shape)
-        step = max(1, _CHUNK // (whole.numel() // shape[0]))
+        out = torch.empty(shape)
+        step = max(1, _CHUNK // (out.numel() // shape[0]))
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
-            whole[start:stop] = self.rows(name, start, stop)
-        return whole
+            out[start:stop] = self.rows(name, start, stop)
+        return out
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         place = self._places[name]
@@ -291,7 +291,7 @@ class GgufStore:
 
 
 def _values(place: _Place, blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """fp32 values [rows, width] of block bytes [rows, bytes a row]."""
+    """float32 values [rows, width] of block bytes [rows, bytes a row]."""
     kind = place.tensor.kind
     if blocks.shape[0] == 0:
         return np.empty((0, place.tensor.shape[-1]), np.float32)
@@ -306,12 +306,12 @@ def _values(place: _Place, blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.floa
 def _file_rows(place: _Place, start: int, stop: int) -> npt.NDArray[np.int64]:
     """The file's rows that hold rows start..stop of the original weight.
 
-    Within a head of size d the original has the first halves of all RoPE pairs, then the second halves; llama.cpp
-    keeps pairs together: original row (half h, pair j) is the file's row 2 j + h.
+    Within a head the original has the first halves of all RoPE pairs, then the second halves. llama.cpp keeps the two halves
+    of a pair together: the original row of half h and pair j is the file's row 2 j + h.
     """
     row = np.arange(start, stop)
     size = place.tensor.shape[0] // place.heads
     head, within = np.divmod(row, size)
     half, pair = np.divmod(within, size // 2)
-    found: npt.NDArray[np.int64] = head * size + 2 * pair + half
-    return found
+    rows: npt.NDArray[np.int64] = head * size + 2 * pair + half
+    return rows

@@ -1,10 +1,7 @@
-"""The GGUF container: metadata and where tensors lie, each read checked against the file's end.
+"""The GGUF container: metadata and where tensors lie. Each read is checked against the file's end.
 
-A leaf under `gguf_checkpoint`: numpy and the `gguf` package enter.
-
-The `gguf` package's own GGUFReader is not used for this: on Gemma's 262k-token vocabulary it takes 9 s and 560 MB of
-memory (an array object for each token), and an array length a hostile file makes up sends it into an endless loop.
-Its tables of block types and its dequantizer are used (`gguf_checkpoint`). Format: ggml's docs/gguf.md, versions 2, 3.
+Format: ggml's docs/gguf.md, versions 2 and 3. The reader of the `gguf` package is not used: it makes an array object for each
+token of a vocabulary, and a hostile array length sends it into an endless loop. Its tables of block types are used.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ _MAX_DIMS = 4
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as the file has it: shape slowest axis first, and its blocks' bytes [rows, bytes a row], mapped."""
+    """A tensor as the file has it: its shape, slowest axis first, and the bytes of its blocks [rows, bytes a row], mapped."""
 
     name: str
     kind: GGMLQuantizationType
@@ -53,18 +50,20 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
+    """A file's metadata and tensors."""
+
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read a GGUF header and map its tensors; weights stay on disk.
+    """Read a GGUF header and map its tensors. Weights stay on disk.
 
     Raises UserError if the file is not GGUF, is truncated, or contradicts itself.
     """
     try:
-        # Copy-on-write: torch wants writable arrays, and a stray write then never reaches the file.
+        # Copy-on-write: torch wants writable arrays, and a write must not reach the file.
         data = np.memmap(path, dtype=np.uint8, mode="c")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be mapped ({one_line(error, 80)}); download it again") from None
@@ -77,7 +76,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 class _Malformed(Exception):
-    """What is wrong with the file; `read_gguf` adds which file."""
+    """What is wrong with the file. `read_gguf` adds the file's name."""
 
 
 def _parse(path: Path, data: npt.NDArray[np.uint8]) -> GgufFile:
@@ -138,7 +137,7 @@ def _row_bytes(name: str, kind: GGMLQuantizationType, width: int) -> int:
 
 
 class _Cursor:
-    """A place in the file that moves forward only, and never past the end."""
+    """A position in the file. It moves forward, and not past the end."""
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self._bytes = memoryview(data.data)
@@ -155,11 +154,11 @@ class _Cursor:
         return np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
 
     def count(self, smallest: int) -> int:
-        """A count of things of at least `smallest` bytes each, so that no made-up count makes a long loop."""
-        found: int = struct.unpack("<Q", self.take(8))[0]
-        if found > (len(self._bytes) - self.at) // smallest:
-            raise _Malformed(f"{found} entries announced at {self.at} of {len(self._bytes)}")
-        return found
+        """A count of entries of at least `smallest` bytes each. Refuses one that the rest of the file cannot hold."""
+        count: int = struct.unpack("<Q", self.take(8))[0]
+        if count > (len(self._bytes) - self.at) // smallest:
+            raise _Malformed(f"{count} entries announced at {self.at} of {len(self._bytes)}")
+        return count
 
     def text(self) -> str:
         try:

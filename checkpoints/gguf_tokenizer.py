@@ -1,7 +1,7 @@
-"""Building a tokenizer from a GGUF file's metadata, which has a vocabulary but no tokenizer.json.
+"""A tokenizer from the metadata of a GGUF file, which has a vocabulary and no tokenizer.json.
 
-Used by `Tokenizer.from_gguf` alone. Two kinds: `gpt2` (byte-level BPE, merges in the file) and `llama` (SentencePiece
-BPE: pieces with scores, from which the merges follow). Keys are those of llama.cpp's `tokenizer.ggml.*`.
+Two kinds: `gpt2` is byte-level BPE with its merges in the file; `llama` is SentencePiece BPE, whose pieces have scores from
+which the merges follow. Keys are llama.cpp's `tokenizer.ggml.*`.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
 
 
 def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
-    found = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(found, list) or not found or not isinstance(found[0], str):
+    texts = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         raise UserError(f"GGUF: no tokenizer.ggml.{key}, so there is no tokenizer in it; {_WAY_OUT}")
-    return found
+    return texts
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
@@ -106,15 +106,15 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _respell(token: str) -> str:
-    """Runs of spaces stand in GGUF as themselves; the model's text has spaces replaced, so must its pieces."""
+    """A run of spaces as the space mark: in the model's text spaces are replaced, in GGUF's pieces they are not."""
     return _SPACE * len(token) if token and not token.strip(" ") else token
 
 
 def merges_from_scores(pieces: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """BPE merges that join as SentencePiece does: always the pair whose joined piece scores highest.
+    """BPE merges that join as SentencePiece does: first the pair whose joined piece has the highest score.
 
-    A piece of n characters gives a merge for each of its n-1 cuts whose halves are pieces too. Runs of the space mark
-    are user-defined, which SentencePiece matches longest first before all else: they come first, longest first.
+    A piece of n characters gives a merge for each of its n - 1 cuts whose halves are pieces too. Runs of the space mark are
+    user-defined. SentencePiece matches these before all else, the longest first, so their merges come first.
     """
     vocab = {piece: i for i, piece in enumerate(pieces) if types[i] in (_NORMAL, _USER_DEFINED)}
     runs = [i for piece, i in vocab.items() if types[i] == _USER_DEFINED and set(piece) == {_SPACE}]
@@ -125,19 +125,19 @@ def merges_from_scores(pieces: list[str], scores: list[float], types: list[int])
     for i in runs + normal:
         piece = pieces[i]
         cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        found = [(vocab[left], vocab[right]) for left, right in cuts if left in vocab and right in vocab]
-        merges.extend((pieces[left], pieces[right]) for left, right in sorted(found))
+        pairs = [(vocab[head], vocab[tail]) for head, tail in cuts if head in vocab and tail in vocab]
+        merges.extend((pieces[head], pieces[tail]) for head, tail in sorted(pairs))
     return merges
 
 
 def _settings(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")):
-        found = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(found, int):
-            if not 0 <= found < len(tokens):
-                raise UserError(f"GGUF: {key}_token_id {found} is beyond the {len(tokens)} tokens; {_WAY_OUT}")
-            settings[name] = tokens[found]
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token, int):
+            if not 0 <= token < len(tokens):
+                raise UserError(f"GGUF: {key}_token_id {token} is beyond the {len(tokens)} tokens; {_WAY_OUT}")
+            settings[name] = tokens[token]
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         settings["chat_template"] = template
     return settings
@@ -146,7 +146,7 @@ def _settings(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
 def _add_template(
     backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], settings: Mapping[str, Any], default_bos: bool
 ) -> None:
-    """Let encode add bos and eos as the file says; llama.cpp takes bos for granted in SentencePiece vocabularies."""
+    """Let `encode` add bos and eos as the file says. default_bos: where it does not say, as llama.cpp has it."""
     used = {
         key: settings[key]
         for key, default in (("bos_token", default_bos), ("eos_token", False))

@@ -50,8 +50,8 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _download(model: str) -> Path:
-    """Snapshot of a hub repository: configs, tokenizer and safetensors, never pickles or code."""
-    import huggingface_hub  # only here: it takes a while to import and needs a network stack
+    """The folder of a hub repository's configs, tokenizer and safetensors. Pickles and code are not downloaded."""
+    import huggingface_hub  # here, as its import is slow
 
     try:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
@@ -78,7 +78,7 @@ def _open_directory(source: str, directory: Path) -> Checkpoint:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
-    # The older files count as a tokenizer: from_dir then says how to convert them, better than "there is none".
+    # The older files count as a tokenizer, so that `from_dir` says how to convert them.
     kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
     return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
 
@@ -103,7 +103,7 @@ def _pickle_error(source: str) -> UserError:
 
 
 def _weight_files(source: str, directory: Path) -> dict[str, set[str]]:
-    """Weight file name -> the tensors the index promises in it (empty without an index). Raises UserError."""
+    """Weight file name -> the tensors that must be in it by the index; an empty set without an index. Raises UserError."""
     present = sorted(p.name for p in directory.glob("*.safetensors"))
     if not (directory / INDEX).exists():
         if present:
@@ -128,7 +128,7 @@ def _weight_files(source: str, directory: Path) -> dict[str, set[str]]:
 
 
 def _stays_inside(file: str) -> bool:
-    # By name, not by resolve(): in the hub's cache the files are links that lead out of the snapshot by design.
+    # By name, not by resolve(): in the hub's cache the files are links that lead out of the snapshot.
     path = PurePosixPath(file)
     plain = not path.is_absolute() and ".." not in path.parts and file.isprintable() and not set(file) & set("\\:")
     return plain and file.endswith(".safetensors")

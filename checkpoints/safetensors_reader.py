@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, memory-mapped, their headers checked first."""
+"""Tensors of safetensors files, memory-mapped. Their headers are checked first."""
 
 from __future__ import annotations
 
@@ -9,27 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
+from ..system.dtypes import SAFETENSORS
 from ..system.reading import one_line
 from .checkpoint import TensorInfo
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _SAMPLE = 1024
 
 INDEX = "model.safetensors.index.json"
-"""The file that says which weight file holds which tensor."""
+"""The file that says which weight file holds which tensor, where there are several."""
 
 
 class _Header(Protocol):
@@ -39,7 +26,7 @@ class _Header(Protocol):
 
 
 class _MappedFile(Protocol):
-    """What is used of the library's `safe_open`, whose own stubs are untyped."""
+    """What is used of the library's `safe_open`, which has no types of its own."""
 
     def offset_keys(self) -> list[str]: ...
 
@@ -49,11 +36,11 @@ class _MappedFile(Protocol):
 
 
 class SafetensorsStore:
-    """The tensors of one or more safetensors files, each mapped once; the library has validated the headers.
+    """The tensors of one or more safetensors files, each mapped once. The library has validated the headers.
 
     Args:
         directory: where the files are.
-        files: file name -> names of the tensors that must be in it (an empty set: whatever is there).
+        files: file name -> names of the tensors that must be in it. With an empty set the file may hold any.
 
     Raises UserError for a truncated, overlapping or otherwise corrupt file, an unknown dtype, a tensor two files have,
     or one the index promises and the file lacks.
@@ -79,8 +66,7 @@ class SafetensorsStore:
             raise UserError(f"{directory}: the safetensors files hold no tensors")
 
     def tensor(self, name: str) -> torch.Tensor:
-        # get_tensor slices the storage torch mapped (MAP_PRIVATE): no anonymous memory; tests/test_checkpoint.py
-        # holds the library to that.
+        # get_tensor gives a slice of the mapped storage, no anonymous memory; tests/checkpoints/test_checkpoint.py checks it.
         return self._handles[name].get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -103,7 +89,7 @@ def _open_safetensors(path: Path) -> _MappedFile:
 def _header_info(path: Path, handle: _MappedFile, name: str) -> TensorInfo:
     header = handle.get_slice(name)
     kind = str(header.get_dtype())
-    dtype = _DTYPES.get(kind)
+    dtype = SAFETENSORS.get(kind)
     if dtype is None:
         raise UserError(f"{path}: {one_line(name)} has dtype {kind}, which is not supported; save it as float32")
     return TensorInfo(name, dtype, tuple(int(n) for n in header.get_shape()))

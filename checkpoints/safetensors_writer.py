@@ -1,7 +1,7 @@
-"""Writing one safetensors file piece by piece, the header known ahead. What may enter: torch, `errors`.
+"""Writing one safetensors file piece by piece; the header is known ahead.
 
-No tensor is ever whole in memory: each is filled from its start by as many `write` calls as it takes, several tensors
-in turn if need be. The file has a temporary name until it is whole, and the same entries and data give the same bytes.
+A tensor is filled from its start by as many `write` calls as it takes, so none is in memory at once, and calls for several
+tensors may alternate. The file has a temporary name until it is complete. The same entries and data give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,7 @@ from types import TracebackType
 import torch
 
 from ..errors import UserError
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The format's names of dtypes, and torch's."""
-
-NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+from ..system.dtypes import SAFETENSORS
 
 _ALIGNMENT = 64
 _LARGEST_WRITE = 1 << 30
@@ -42,7 +25,7 @@ _LARGEST_WRITE = 1 << 30
 
 @dataclass
 class _Slot:
-    """Where a tensor lies in the file, and how much of it is there."""
+    """Where a tensor lies in the file, and up to where it is written."""
 
     dtype: torch.dtype
     start: int
@@ -51,12 +34,12 @@ class _Slot:
 
 
 class StreamingWriter:
-    """A context manager; on leaving it normally the file gets its name, on an exception it vanishes.
+    """A context manager: on a normal exit the file gets its name, on an exception it is deleted.
 
     Args:
-        path: the file to write; `<name>.partial` beside it until then.
-        entries: (name, dtype as the format spells it, shape) of every tensor. In the file they are ordered by element
-            size, largest first, otherwise as given: every tensor is aligned to its elements, the data to 64 bytes.
+        path: the file to write. Until the exit it is `<name>.partial`, beside it.
+        entries: (name, dtype as the format spells it, shape) of every tensor. In the file they are sorted by element size,
+            the largest first, so that every tensor is aligned to its elements. The data are aligned to 64 bytes.
         metadata: the header's string map.
 
     Raises ValueError for a name given twice, an unknown dtype, or data that do not fit; UserError if the disk refuses.
@@ -75,7 +58,7 @@ class StreamingWriter:
                 raise ValueError(f"tensor {name!r} is given twice or has a reserved name")
             size = prod(shape) * _element(kind)
             header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            self._slots[name] = _Slot(DTYPES[kind], offset, offset + size, offset)
+            self._slots[name] = _Slot(SAFETENSORS[kind], offset, offset + size, offset)
             offset += size
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -143,9 +126,9 @@ class StreamingWriter:
 
 def _element(kind: str) -> int:
     """Bytes of one element."""
-    if kind not in DTYPES:
-        raise ValueError(f"dtype {kind!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[kind].itemsize
+    if kind not in SAFETENSORS:
+        raise ValueError(f"dtype {kind!r} is not one of {', '.join(SAFETENSORS)}")
+    return SAFETENSORS[kind].itemsize
 
 
 _BINARY = getattr(os, "O_BINARY", 0)

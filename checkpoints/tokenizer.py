@@ -1,7 +1,7 @@
 """Text to token ids and back: one class over the `tokenizers` library, read from tokenizer.json or built from GGUF.
 
-A leaf of the top-level room: `tokenizers` and jinja2 enter, no torch and no model. tokenizer.json, chat templates and
-GGUF vocabularies come from strangers: defects are one-line UserErrors, templates run in jinja's immutable sandbox.
+tokenizer.json, chat templates and GGUF vocabularies come from strangers: a defect is a one-line UserError, and templates run in
+jinja's immutable sandbox.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Tokenizer:
     """A tokenizer with the ids that start, end and pad a sequence.
 
     Args:
-        backend: the library's tokenizer; its truncation and padding are switched off.
+        backend: the library's tokenizer. Its truncation and padding are switched off.
         settings: the contents of tokenizer_config.json (bos_token, eos_token, pad_token, chat_template …).
         eos_ids: further ids that end generation, from generation_config.json or config.json.
 
@@ -40,7 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_ids: Iterable[int] = ()) -> None:
-        backend.no_truncation()  # tokenizer.json may carry its trainer's limits, which would cut prompts silently
+        backend.no_truncation()  # tokenizer.json may have limits of the training, which would cut prompts
         backend.no_padding()
         self._backend = backend
         self._settings = dict(settings)
@@ -71,14 +71,14 @@ class Tokenizer:
         }
         settings = configs["tokenizer_config.json"]
         template = directory / "chat_template.jinja"
-        if template.exists():  # the newer layout; it wins over the entry in tokenizer_config.json
+        if template.exists():  # the newer layout: it overrides tokenizer_config.json
             settings["chat_template"] = read_text(template, MEBIBYTE)
         eos = ids_in(configs["generation_config.json"].get("eos_token_id"))
         return cls(backend, settings, eos | _config_eos(configs["config.json"]))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """Build the tokenizer a GGUF file's metadata describes. Raises UserError if it is of an unknown kind."""
+        """Build the tokenizer that a GGUF file's metadata describes. Raises UserError if it is of an unknown kind."""
         from .gguf_tokenizer import build
 
         backend, settings, eos_ids = build(metadata)
@@ -90,9 +90,9 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`; with `special` also what the post-processor adds (Gemma: bos; T5Gemma: eos).
+        """Token ids of `text`. special: with the tokens that the post-processor adds (Gemma: bos; T5Gemma: eos).
 
-        A text from `apply_chat` already holds its special tokens: encode it with special=False.
+        A text from `apply_chat` holds its special tokens already: encode it with special=False.
         """
         try:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
@@ -100,7 +100,7 @@ class Tokenizer:
             raise UserError(f"text {one_line(ascii(text), 60)} is not valid Unicode; remove lone surrogates") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out; ids beyond the vocabulary are skipped."""
+        """Text of `ids`, without special tokens. Ids beyond the vocabulary are skipped."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, token: str) -> int | None:
@@ -112,9 +112,9 @@ class Tokenizer:
         return DecodeStream(self)
 
     def apply_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str | None:
-        """The prompt the chat template makes of `messages` ({"role": …, "content": …}); None without a template.
+        """The prompt that the chat template makes of `messages`, each {"role": …, "content": …}. None without a template.
 
-        Raises UserError if the template is not valid jinja, refuses the messages, or fails on them.
+        Raises UserError if the template is no valid jinja, refuses the messages, or fails on them.
         """
         if self.chat_template is None:
             return None
@@ -131,7 +131,7 @@ class Tokenizer:
             ) from None
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json (chat template and eos ids in it) into directory `path`."""
+        """Write tokenizer.json and tokenizer_config.json into directory `path`; the latter has chat template and eos ids."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
@@ -149,10 +149,10 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """Text as tokens arrive: `put` each id, then `end`; joined, the pieces are `decode` of all ids.
+    """Text as tokens arrive: `put` each id, then `end`. The pieces joined are `decode` of all ids.
 
-    Half a UTF-8 character is held back until its other bytes come (or until `end`, then shown as U+FFFD). Where byte
-    tokens make no valid UTF-8, `decode` turns their whole run into U+FFFD; a stream does not take back what it gave.
+    A UTF-8 character that is not complete is held back until its other bytes come, or until `end`, which shows it as U+FFFD.
+    Where byte tokens make no valid UTF-8, `decode` turns their whole run into U+FFFD; a stream keeps what it has returned.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -160,7 +160,7 @@ class DecodeStream:
         self._library = _LibraryStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._pieces: list[str] = []
-        self._given = 0  # how many ids the pieces stand for
+        self._returned = 0  # how many ids the pieces stand for
 
     def put(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty."""
@@ -168,27 +168,29 @@ class DecodeStream:
         try:
             piece = self._library.step(self._tokenizer._backend, token_id) or ""
         except Exception:
-            # Bare in the library, "Invalid prefix": byte tokens have since turned text it gave into U+FFFD.
-            piece = self._tokenizer.decode(self._ids[self._given :])
+            # "Invalid prefix": byte tokens have turned text that was returned into U+FFFD.
+            piece = self._tokenizer.decode(self._ids[self._returned :])
             self._library = _LibraryStream([token_id], skip_special_tokens=True)
         if piece:
             self._pieces.append(piece)
-            self._given = len(self._ids)
+            self._returned = len(self._ids)
         return piece
 
     def end(self) -> str:
-        """What was held back: an unfinished character, or nothing. Nothing may be put after it."""
-        given, whole = "".join(self._pieces), self._tokenizer.decode(self._ids)
-        return whole[len(given) :] if whole.startswith(given) else self._tokenizer.decode(self._ids[self._given :])
+        """What was held back: an incomplete character, or nothing. The last call."""
+        returned, text = "".join(self._pieces), self._tokenizer.decode(self._ids)
+        return (
+            text[len(returned) :] if text.startswith(returned) else self._tokenizer.decode(self._ids[self._returned :])
+        )
 
 
 def _read_backend(file: Path, text: str) -> tokenizers.Tokenizer:
-    """Parse tokenizer.json, and try it on a word: some defects only show there, as a panic of the Rust library."""
+    """Parse tokenizer.json and encode a word with it: some defects show there first, as a panic of the Rust library."""
     try:
         backend = tokenizers.Tokenizer.from_str(text)
         backend.encode("a")
     except BaseException as error:
-        # The library raises bare Exception; a panic is not even that, and its class cannot be imported.
+        # The library raises bare Exception. A panic is a BaseException whose class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{file}: not a tokenizer the tokenizers library reads ({one_line(error, 120)})") from None
@@ -202,10 +204,10 @@ def ids_in(value: object) -> set[int]:
 
 
 def _config_eos(config: Mapping[str, Any]) -> set[int]:
-    """eos ids of config.json: its own, else those of the part that generates text."""
+    """eos ids of config.json: those at its top, else those of the part that generates text."""
     for part in (config, config.get("decoder"), config.get("text_config")):
-        if isinstance(part, Mapping) and (found := ids_in(part.get("eos_token_id"))):
-            return found
+        if isinstance(part, Mapping) and (ids := ids_in(part.get("eos_token_id"))):
+            return ids
     return set()
 
 
@@ -225,7 +227,7 @@ def _chat_template(value: object) -> str | None:
 
 
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks what a trainer scores; here its body is simply rendered."""
+    """`{% generation %} … {% endgeneration %}` marks what a training scores. Its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -235,7 +237,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """jinja as chat templates expect it: whitespace control, loop controls, and the helpers templates call."""
+    """jinja as chat templates expect it: whitespace control, loop controls, and the functions that templates call."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

@@ -21,6 +21,7 @@ from ..calibration.hessians import InputHessians
 from ..calibration.samples import Call, Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding, Linear
 from ..models.loading import load_original
 from ..models.registry import build, stored_name
@@ -55,7 +56,7 @@ class Fisher:
 
 
 def fisher(
-    model: Any,
+    model: LanguageModel,
     checkpoint: Checkpoint,
     spec: Generation,
     samples: Sequence[Sample],
@@ -91,7 +92,7 @@ def _differentiate(forward: CalibrationForward, generator: torch.Generator) -> i
     return len(logits)
 
 
-def fisher_bytes(model: Any, samples: Sequence[Sample]) -> int:
+def fisher_bytes(model: LanguageModel, samples: Sequence[Sample]) -> int:
     """About the memory that `fisher` takes: weights, a matrix over the inputs of each, and one window's activations."""
     weights, curvatures, largest = 0, 0, 0
     for module in model.modules():
@@ -107,7 +108,7 @@ def fisher_bytes(model: Any, samples: Sequence[Sample]) -> int:
 class _Watch:
     """Takes the gradient of every use of a weight as soon as the backward pass has it, and frees it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._uses: list[tuple[str, Gradients]] = []
         self._looked_up: list[tuple[Gradients, torch.Tensor, torch.Tensor]] = []
         for path, module in model.named_modules():

@@ -18,6 +18,7 @@ from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..models.loading import load_original
 from ..models.registry import build
 from ..quant.plan import Choice, Unit
@@ -78,7 +79,7 @@ class Scores:
 
 def choose(
     method: str,
-    model: Any,
+    model: LanguageModel,
     spec: Generation,
     samples: Sequence[Sample],
     memory: int | None = None,
@@ -252,7 +253,7 @@ def lim_streamed(
 
 def score_layers(
     method: str,
-    model: Any,
+    model: LanguageModel,
     checkpoint: Checkpoint,
     units: Sequence[Unit],
     probes: CalibrationInputs,
@@ -285,7 +286,9 @@ def score_layers(
     return _lim(model, checkpoint, probes, spec)
 
 
-def _lim(model: Any, checkpoint: Checkpoint, probes: CalibrationInputs, spec: Generation) -> dict[Layer, float]:
+def _lim(
+    model: LanguageModel, checkpoint: Checkpoint, probes: CalibrationInputs, spec: Generation
+) -> dict[Layer, float]:
     load_original(model, checkpoint)
     accumulators: dict[Layer, LimAccumulator] = {}
     hooks = []

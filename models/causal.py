@@ -1,14 +1,14 @@
-"""The one graph of a decoder-only model, and of one that reads a memory, shared by the architectures that have it.
+"""Decoder-only models: their one graph, `decoder`, which is prefill and decode step, and the states it carries.
 
-What may enter: `graph`, `ops.recurrence`, torch.
-
-An architecture brings `embed`, its `layers`, `norm` and `head`. A layer is called with `(h, past_length, *states)` and gives
-`(h, *updated states)`; what its states are the architecture says in `causal_graph`, a list of states for each layer.
+A family's `Model` derives from `CausalModel` and gives its parts and its states. A layer is called with
+`(h, past_length, *states)` and returns `(h, *updated states)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,8 +16,10 @@ from torch import nn
 from ..graph import Graph, Port, State
 from ..ops.recurrence import CHUNK
 from .kv_cache import Cache
+from .language_model import LanguageModel
 
 Layers = Sequence[Sequence[State]]
+"""The states of each layer."""
 
 
 def kv_states(layer: int, kv_heads: int, head_dim: int) -> list[State]:
@@ -42,27 +44,51 @@ def recurrent_state(layer: int, *shape: int) -> State:
     return State(f"recurrent_{layer}", "recurrent", torch.float32, ("batch", *shape), updated=True)
 
 
-def chunk(states: Sequence[State], max_positions: int) -> int:
-    """The most tokens of one call: recurrences bound them (`ops.recurrence`)."""
-    return min(CHUNK, max_positions) if any(s.kind == "recurrent" for s in states) else max_positions
+@dataclass(frozen=True)
+class DecoderParts:
+    """The parts of a decoder, whatever the checkpoint calls them.
+
+    Attributes:
+        embed: ids int64 [B, S] -> hidden states [B, S, hidden].
+        layers: the layers, in order.
+        norm: the norm behind the last layer.
+        head: hidden states [B, L, hidden] -> logits [B, L, vocab].
+    """
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    layers: nn.ModuleList
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    counts: Sequence[int],
+    h: torch.Tensor,
+    past_length: torch.Tensor,
+    states: Sequence[Cache],
+) -> tuple[torch.Tensor, list[Cache]]:
+    """h [B, S, hidden] behind all layers, and the updated states. counts: how many of `states` each layer has."""
+    updated: list[Cache] = []
+    for layer, count in zip(layers, counts, strict=True):
+        h, *new = layer(h, past_length, *states[len(updated) : len(updated) + count])
+        updated += new
+    return h, updated
 
 
 class CausalStep(nn.Module):
-    """Prefill and decode step of a decoder-only model. `counts`: how many states each layer has."""
+    """Prefill and decode step of a decoder-only model.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embed: Callable[[torch.Tensor], torch.Tensor],
-        layers: nn.ModuleList,
-        norm: nn.Module,
-        head: Callable[[torch.Tensor], torch.Tensor],
-        counts: Sequence[int] | None = None,
-    ) -> None:
+    registered: modules of the model that hold all parameters, by the names under which `Graph.checkpoint_name` reads them.
+    counts: how many states each layer has.
+    """
+
+    def __init__(self, registered: Mapping[str, nn.Module], parts: DecoderParts, counts: Sequence[int]) -> None:
         super().__init__()
-        self.whole = model  # registers the parameters under the checkpoint's names
-        self.parts = (embed, list(layers), norm, head)  # in a tuple: registered again, they would have two names
-        self.counts = tuple(counts or [2] * len(layers))
+        for name, module in registered.items():
+            self.add_module(name, module)
+        self.parts = parts  # no module itself, so its parameters get no second name
+        self.counts = tuple(counts)
 
     def forward(
         self,
@@ -71,34 +97,62 @@ class CausalStep(nn.Module):
         logit_positions: torch.Tensor,
         states: list[Cache],
     ) -> tuple[Cache, ...]:
-        embed, layers, norm, head = self.parts
-        h = embed(input_ids)
-        updated: list[Cache] = []
-        for layer, count in zip(layers, self.counts, strict=True):
-            h, *new = layer(h, past_length, *states[len(updated) : len(updated) + count])
-            updated += new
-        return (head(norm(h.index_select(1, logit_positions))), *updated)
+        """input_ids: int64 [B, S]; past_length: int64 [1]; logit_positions: int64 [L]. Returns logits [B, L, vocab] and the
+        updated states."""
+        h, updated = self.hidden(self.parts.embed(input_ids), past_length, logit_positions, states)
+        return (self.parts.head(self.parts.norm(h)), *updated)
+
+    def hidden(
+        self, h: torch.Tensor, past_length: torch.Tensor, logit_positions: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, list[Cache]]:
+        """Behind the last layer, [B, L, hidden] at the logit positions, and the updated states. h: [B, S, hidden]."""
+        h, updated = run_layers(self.parts.layers, self.counts, h, past_length, states)
+        return h.index_select(1, logit_positions), updated
 
 
-def causal_graph(step: nn.Module, states: Layers, vocab: int, max_positions: int, name: str = "decoder") -> list[Graph]:
+def causal_graph(step: nn.Module, states: Layers, vocab: int, max_positions: int) -> Graph:
     """The graph `decoder` of `step`, which takes `(input_ids, past_length, logit_positions, states)`."""
     f32, i64 = torch.float32, torch.int64
     flat = tuple(state for layer in states for state in layer)
-    longest = chunk(flat, max_positions)
+    # A recurrence bounds the tokens of one call.
+    longest = min(CHUNK, max_positions) if any(s.kind == "recurrent" for s in flat) else max_positions
     growing = any("capacity" in s.shape for s in flat)
-    return [
-        Graph(
-            name=name,
-            module=step,
-            inputs=(
-                Port("input_ids", i64, ("batch", "sequence")),
-                Port("past_length", i64, (1,)),
-                Port("logit_positions", i64, ("logits",)),
-            ),
-            outputs=(Port("logits", f32, ("batch", "logits", vocab)),),
-            states=flat,
-            example={"batch": 2, "sequence": 3, "logits": 2} | ({"capacity": 7} if growing else {}),
-            bounds={"batch": (1, 1024), "sequence": (1, longest), "logits": (1, longest)}
-            | ({"capacity": (1, max_positions)} if growing else {}),
-        )
-    ]
+    return Graph(
+        name="decoder",
+        module=step,
+        inputs=(
+            Port("input_ids", i64, ("batch", "sequence")),
+            Port("past_length", i64, (1,)),
+            Port("logit_positions", i64, ("logits",)),
+        ),
+        outputs=(Port("logits", f32, ("batch", "logits", vocab)),),
+        states=flat,
+        example={"batch": 2, "sequence": 3, "logits": 2} | ({"capacity": 7} if growing else {}),
+        bounds={"batch": (1, 1024), "sequence": (1, longest), "logits": (1, longest)}
+        | ({"capacity": (1, max_positions)} if growing else {}),
+    )
+
+
+class CausalModel(LanguageModel):
+    """A decoder-only model. vocab: rows of its logits."""
+
+    task = "causal"
+    vocab: int
+
+    @abstractmethod
+    def parts(self) -> DecoderParts:
+        """The decoder's parts."""
+
+    @abstractmethod
+    def states(self) -> list[list[State]]:
+        """The states of each layer."""
+
+    def step(self) -> CausalStep:
+        """The module of the graph."""
+        return CausalStep({"whole": self}, self.parts(), [len(states) for states in self.states()])
+
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        return {"decoder": self.parts().layers}
+
+    def graphs(self) -> list[Graph]:
+        return [causal_graph(self.step(), self.states(), self.vocab, self.max_context)]

@@ -1,4 +1,4 @@
-"""Reading a `config.json` section: typed, bounded, one line per fault. A leaf of the models room."""
+"""Reading a section of config.json: each value is typed and bounded, each fault is one line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 from ..errors import UserError
 
-# No shipped model is near these; a hostile config must not make us allocate terabytes of meta shapes or loop forever.
+# No real model is near it; a hostile config must not lead to huge shapes or endless loops.
 _MOST = 1 << 24
 
 
 class ConfigReader:
-    """One object of config.json with typed, bounded access; errors name the key and the value."""
+    """One object of config.json. Its methods raise UserError for a bad value, with the key and the value.
+
+    where: the path of the object, before the key in errors.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -66,38 +69,45 @@ class ConfigReader:
         return ConfigReader(value, f"{self.where}{key}.")
 
     def divisor(self, key: str, of: int, default: int | None = None) -> int:
-        """A number of groups, heads …, that divides `of`."""
+        """A number, of groups or heads, that divides `of`."""
         value = self.integer(key, default, most=of)
         if of % value:
             raise self.error(key, value, f"a divisor of {of}")
         return value
 
     def absent(self, *keys: str) -> None:
-        """Raises UserError if a feature that the architecture's file does not compute is switched on."""
+        """Raises UserError if a feature that the family does not compute is switched on."""
         for key in keys:
             if self.values.get(key) not in (None, False, 0):
                 raise self.error(key, self.values[key], "nothing: this feature is not supported")
 
+    def kv_heads(self, heads: int, default: int | None = None) -> int:
+        """`num_key_value_heads`, a divisor of `heads`; where the key is absent `default`, or as many as `heads`."""
+        value = self.integer("num_key_value_heads", heads if default is None else default, most=4096)
+        if heads % value:
+            raise self.error("num_key_value_heads", value, f"a divisor of {heads} heads")
+        return value
+
     def head_dim(self, default: int | None) -> int:
-        """`head_dim`, a multiple of 8 as rotary halves and the attention kernels need it."""
+        """`head_dim`, a multiple of 8, which the attention kernels need."""
         value = self.integer("head_dim", default, most=4096)
         if value % 8:
             raise self.error("head_dim", value, "a multiple of 8")
         return value
 
     def window(self, types: list[str]) -> int:
-        """`sliding_window`, which may be null only where no layer slides; 4096 where the key is absent."""
+        """`sliding_window`; 0 if no layer slides, 4096 if the key is absent."""
         if "sliding_attention" not in types:
             return 0
         return self.integer("sliding_window") if "sliding_window" in self.values else 4096
 
     def layer_types(self, layers: int, pattern: int) -> list[str]:
-        """`layer_types`, or every `pattern`-th layer full and the others sliding."""
+        """`layer_types`; if absent, every `pattern`-th layer is full and the others slide."""
         default = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
         return self.kinds(layers, ("full_attention", "sliding_attention"), default)
 
     def kinds(self, layers: int, known: tuple[str, str], default: list[str]) -> list[str]:
-        """`layer_types`, each one of the two `known`; `default` where the key is absent."""
+        """`layer_types`, each one of the two `known`; `default` if the key is absent."""
         value = self.values.get("layer_types")
         if value is None:
             return default
@@ -106,20 +116,20 @@ class ConfigReader:
         return value
 
     def rotated(self, head_dim: int, default: float = 1.0) -> int:
-        """How many of the dimensions of a head rotate, by `partial_rotary_factor`; give `rope` `partial=True` beside it."""
+        """How many dimensions of a head rotate, by `partial_rotary_factor`. Call `rope` with `partial=True` beside it."""
         params = self.values.get("rope_parameters")
         inner = ConfigReader(params if isinstance(params, dict) else {}, f"{self.where}rope_parameters.")
-        here = inner if inner.values.get("partial_rotary_factor") is not None else self
-        share = here.number("partial_rotary_factor", default)
+        section = inner if inner.values.get("partial_rotary_factor") is not None else self
+        share = section.number("partial_rotary_factor", default)
         dims = int(head_dim * share)
         if not 2 <= dims <= head_dim or dims % 2:
-            raise here.error("partial_rotary_factor", share, f"a share of {head_dim} that is even and at least 2")
+            raise section.error("partial_rotary_factor", share, f"a share of {head_dim} that is even and at least 2")
         return dims
 
     def rope(self, default_theta: float, key: str | None = None, partial: bool = False) -> tuple[float, float]:
-        """(theta, linear factor) from `rope_parameters` (by layer type `key` where nested) or the older keys.
+        """(theta, linear factor) from `rope_parameters`, nested by layer type `key` or flat, or from the older keys.
 
-        A `partial_rotary_factor` is refused unless `partial` says that the caller reads it (`rotated`).
+        partial: the caller reads `partial_rotary_factor` (`rotated`); without it that key is refused.
         """
         params = self.values.get("rope_parameters") or {}
         old = self.values.get("rope_scaling") or {}
@@ -131,7 +141,7 @@ class ConfigReader:
         if key is not None and nested:
             params = params.get(key) or {}
         elif key == "sliding_attention":
-            params = {}  # a flat object speaks of the full layers alone
+            params = {}  # a flat object is for the full layers
         if key == "sliding_attention":
             old = {}  # the older key never scaled the sliding layers
         if params.get("rope_type", "default") != "default" and old:
@@ -149,3 +159,18 @@ class ConfigReader:
         if kind == "default":
             return theta, 1.0
         return theta, ConfigReader(scaling, f"{self.where}rope_scaling.").number("factor", least=1e-6)
+
+
+class StackKeys:
+    """The keys that most stacks of layers have, under Llama's names. head_dim: its default, hidden / heads if None."""
+
+    def __init__(self, section: ConfigReader, positions: int, head_dim: int | None = None) -> None:
+        self.vocab = section.integer("vocab_size")
+        self.hidden = section.integer("hidden_size")
+        self.intermediate = section.integer("intermediate_size")
+        self.layers = section.integer("num_hidden_layers", most=1024)
+        self.heads = section.integer("num_attention_heads", most=4096)
+        self.kv_heads = section.kv_heads(self.heads)
+        self.head_dim = section.head_dim(self.hidden // self.heads if head_dim is None else head_dim)
+        self.eps = section.number("rms_norm_eps", 1e-6)
+        self.max_positions = section.integer("max_position_embeddings", positions)

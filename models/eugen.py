@@ -1,7 +1,7 @@
-"""EUGen layers (arXiv 2601.22563) in place of feed-forward blocks, as config.json asks. What may enter: the shared layers.
+"""EUGen layers (arXiv 2601.22563) in place of feed-forward blocks, where config.json has them.
 
-Any architecture may hold them: the object `edgewright.eugen` of config.json maps paths of `GatedMLP` modules to the sizes
-of the layer that replaces each, {"model.layers.3.mlp": {"m": 256, "k": 2}}. `rewrites.eugen` makes such checkpoints.
+Any family may have them: the object `edgewright.eugen` of config.json maps paths of `GatedMLP` modules to the sizes of the
+layers that replace them, {"model.layers.3.mlp": {"m": 256, "k": 2}}. `rewrites.eugen` makes such checkpoints.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ SMALLEST, LARGEST = 16, 1 << 16
 
 @dataclass(frozen=True)
 class EUGenSize:
-    """m random features an order, orders 1 to k."""
+    """m random features in each of the orders 1 to k."""
 
     m: int
     k: int
 
     @property
     def factors(self) -> int:
-        """Random matrices in all: order i multiplies i of them."""
+        """The number of random matrices: order i multiplies i of them."""
         return self.k * (self.k + 1) // 2
 
     @staticmethod
     def read(section: ConfigReader) -> EUGenSize:
-        """`m` and `k` of a section. Raises UserError unless m is 16 to 65536 by steps of 16, and k 1 to 3."""
+        """`m` and `k` of a section. Raises UserError unless m is a multiple of 16 up to 65536, and k is 1 to 3."""
         m, k = section.integer("m", least=SMALLEST, most=LARGEST), section.integer("k", most=ORDERS)
         if m % BLOCK:
             raise section.error("m", m, f"a multiple of {BLOCK}")
@@ -50,11 +50,11 @@ class EUGenSize:
 
 
 class EUGen(nn.Module):
-    """`out(concat over orders i of the product of i random projections of [x; 1; |x|])`, a whole feed-forward block.
+    """`out(concat over orders i of the product of i random projections of [x; 1; |x|])`, in place of a feed-forward block.
 
-    One matrix holds every G: `features` on x, its bias on the constant 1, `norm_column` on the norm. The norm enters as
-    rms(x) = |x| / sqrt(hidden), whose squares half precision holds. Order 0 is the bias of `out`, which is g(W) merged
-    with the linear map that follows. x: [..., hidden] -> [..., hidden].
+    One matrix holds all projections: `features` for x, its bias for the constant 1, `norm_column` for the norm. The norm
+    enters as rms(x) = |x| / sqrt(hidden), whose squares half precision holds. Order 0 is the bias of `out`, the paper's g(W)
+    merged with the linear map behind it. x: [..., hidden] -> [..., hidden].
     """
 
     def __init__(self, hidden: int, size: EUGenSize, outputs: int | None = None) -> None:
@@ -65,14 +65,14 @@ class EUGen(nn.Module):
         self.out = Linear(size.k * size.m, outputs or hidden, bias=True)
 
     def projections(self, x: torch.Tensor) -> torch.Tensor:
-        """Every G on [x; 1; rms(x)], the factors of order 1 first: [..., factors * m]."""
+        """The projections of [x; 1; rms(x)], those of order 1 first: [..., factors * m]."""
         scaled = x * self.root
         norm = torch.sqrt((scaled * scaled).sum(-1, keepdim=True))
         out: torch.Tensor = self.features(x) + self.norm_column.to(x.dtype) * norm
         return out
 
     def expand(self, x: torch.Tensor) -> torch.Tensor:
-        """f(x) without its constant: [..., k * m], order 1 first."""
+        """The features without the constant: [..., k * m], order 1 first."""
         m, at = self.size.m, 0
         projected = self.projections(x)
         orders: list[torch.Tensor] = []
@@ -90,7 +90,7 @@ class EUGen(nn.Module):
 
 
 def sizes(config: dict[str, Any]) -> dict[str, EUGenSize]:
-    """Module path -> size, of `edgewright.eugen` in config.json; {} without. Raises UserError for a malformed one."""
+    """Module path -> size, by `edgewright.eugen` of config.json; {} without it. Raises UserError if it is malformed."""
     if CONFIG not in config:
         return {}
     section = ConfigReader(config, "").section(CONFIG)
@@ -104,7 +104,7 @@ def sizes(config: dict[str, Any]) -> dict[str, EUGenSize]:
 
 
 def place(model: nn.Module, config: dict[str, Any]) -> None:
-    """Replace the blocks of `model` that config.json names by EUGens, parameters unset; others stay.
+    """Replace the blocks of `model` that config.json names by EUGens with unset parameters.
 
     Raises UserError for a path that is no gated feed-forward block of the model.
     """
@@ -119,19 +119,19 @@ def place(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def kept_by(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` without the EUGens of layers that `model`, built shorter, no longer has."""
-    named = sizes(config)
-    if not named:
+    """`config` without the EUGens of layers that `model`, a shorter one, does not have."""
+    paths = sizes(config)
+    if not paths:
         return config
-    blocks, asked = gated_mlps(model), config[CONFIG]
-    return config | {CONFIG: asked | {KEY: {path: asked[KEY][path] for path in named if path in blocks}}}
+    blocks, ours = gated_mlps(model), config[CONFIG]
+    return config | {CONFIG: ours | {KEY: {path: ours[KEY][path] for path in paths if path in blocks}}}
 
 
 def gated_mlps(model: nn.Module) -> dict[str, GatedMLP]:
-    """Path -> module of every gated feed-forward block, in the model's order."""
+    """Path -> gated feed-forward block, in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, GatedMLP)}
 
 
 def eugen_for(block: GatedMLP, size: EUGenSize) -> EUGen:
-    """An EUGen of the inputs and outputs of `block`, its parameters unset."""
+    """An EUGen with the inputs and outputs of `block` and unset parameters."""
     return EUGen(block.gate_proj.weight.shape[1], size, block.down_proj.weight.shape[0])

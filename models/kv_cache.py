@@ -1,7 +1,7 @@
-"""KV caches as a graph stores them: float32, or int8 codes with a scale a token and head. What may enter: `graph`, `ops`.
+"""KV caches as a graph stores them: float32, or int8 codes with one scale for each token and head.
 
-`stored_as` turns graphs with float caches into graphs with int8 ones, for every architecture alike: the states that hold keys
-and values become two, and the attentions below are handed both as one `Int8Cache`, which models pass on as they pass a tensor.
+`stored_as` turns graphs with float caches into graphs with int8 caches, for every family: a state of keys or values becomes
+two. A model gets both as one `Int8Cache` and passes it to the attentions below as it passes a tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EW = torch.ops.edgewright
 
 Stored = Literal["float32", "int8"]
 SCALE = "_scale"
-"""Behind a state's name, the name of its scales."""
+"""Follows a state's name in the name of its scales."""
 
 
 class Int8Cache(NamedTuple):
@@ -48,7 +48,7 @@ def cached_attention(
     softcap: float,
     window: int,
 ) -> tuple[torch.Tensor, Cache, Cache]:
-    """`ops.attention.cached_attention`; over int8 caches the new tokens too are seen as their codes say."""
+    """`ops.attention.cached_attention`. Over int8 caches it reads the new tokens, too, from their codes."""
     if isinstance(k_cache, torch.Tensor):
         out, k_out, v_out = EW.cached_attention(q, k, v, k_cache, v_cache, past_length, scale, softcap, window)
         return out, k_out, v_out
@@ -117,10 +117,10 @@ def _appended(cache: Int8Cache, new: torch.Tensor, past_length: torch.Tensor) ->
 
 
 def stored_as(graphs: Sequence[Graph], stored: Stored) -> list[Graph]:
-    """The graphs, as an architecture gives them, with their keys and values stored as asked: those of self-attention, and
-    of cross-attention, whose graph then gives codes and scales.
+    """A model's graphs with their keys and values stored as `stored`: those of self-attention and of cross-attention.
 
-    Raises UserError if int8 is asked of graphs that have no KV cache.
+    The graph that computes keys and values of cross-attention then returns codes and scales. Raises UserError for int8 if the
+    graphs have no KV cache.
     """
     if stored == "float32":
         return list(graphs)
@@ -131,7 +131,7 @@ def stored_as(graphs: Sequence[Graph], stored: Stored) -> list[Graph]:
 
 
 def _int8(graph: Graph, names: set[str]) -> Graph:
-    """The graph with the states and outputs of these names in two, and its module within one that joins and parts them."""
+    """The graph with the states and outputs of these names in two, its module in an `Int8Step`."""
     if names.isdisjoint([p.name for p in graph.outputs] + [s.name for s in graph.states]):
         return graph
     states = [half for s in graph.states for half in (_halves(s) if s.name in names else (s,))]
@@ -146,30 +146,30 @@ def _halves(port: Any) -> tuple[Any, Any]:
 
 
 class Int8Step(nn.Module):
-    """A graph's module that is given each of its int8 caches as an `Int8Cache`, and whose float keys and values for other
-    graphs are quantized."""
+    """A graph's module behind int8 ports: it gets its caches as `Int8Cache`, and the keys and values that it computes for
+    other graphs are quantized."""
 
     def __init__(self, graph: Graph, names: set[str]) -> None:
         super().__init__()
-        for name, child in graph.module.named_children():  # the parameters' names stay what they were
+        for name, child in graph.module.named_children():  # the parameters keep their names
             self.add_module(name, child)
-        self.inner = (graph.module,)  # in a tuple: registered, it would give them a second name
+        self.inner = (graph.module,)  # in a tuple: a registered module would give them a second name
         self.inputs = len(graph.inputs)
         self.joined = [s.name in names for s in graph.states]
         self.quantized = [p.name in names for p in graph.outputs]
 
     def forward(self, *values: Any) -> tuple[torch.Tensor, ...]:
-        """The graph's inputs and, where it has states, their list, as `Graph.call` gives them."""
+        """values: the graph's inputs and, if it has states, their list, as `Graph.call` passes them."""
         inputs, states = values[: self.inputs], values[self.inputs :]
         if states:
-            given = iter(states[0])
-            caches = [Int8Cache(next(given), next(given)) if joined else next(given) for joined in self.joined]
+            tensors = iter(states[0])
+            caches = [Int8Cache(next(tensors), next(tensors)) if joined else next(tensors) for joined in self.joined]
             out = self.inner[0](*inputs, caches)
         else:
             out = self.inner[0](*inputs)
-        return tuple(self._parted(out))
+        return tuple(self._split(out))
 
-    def _parted(self, out: Sequence[Cache]) -> Iterator[torch.Tensor]:
+    def _split(self, out: Sequence[Cache]) -> Iterator[torch.Tensor]:
         count = len(self.quantized)
         for value, quantized in zip(out[:count], self.quantized, strict=True):
             assert isinstance(value, torch.Tensor)

@@ -1,26 +1,132 @@
-"""What every architecture offers to the rest of the product."""
+"""The base class of every architecture, and what the families' files share to read and shorten their configs."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
+from ..errors import UserError
 from ..graph import Graph
+from .config import ConfigReader
+from .layers.block import Block
+
+Task = Literal["seq2seq", "causal", "memory", "module"]
+"""The generate loop of a model: encoder-decoder, decoder alone, decoder that reads a memory, none."""
+
+Example = tuple[str, dict[str, torch.Tensor]]
+"""A graph's name and its inputs by name."""
 
 
-class LanguageModel(Protocol):
-    """What a `Model` class offers beside being an `nn.Module` whose parameters bear the checkpoint's names.
+@dataclass(frozen=True)
+class ContextLayout:
+    """How a model of the task "memory" reads a context, and where the memory goes in its prompt.
 
-    task: "seq2seq" or "causal", which decides the generate loop. tied: alias parameter -> the stored one it shares.
-    decoder_start: the token a seq2seq decoder starts from. max_context: positions the model was made for.
+    Attributes:
+        window: context tokens of one memory.
+        tokens: ids put behind the context tokens; their hidden states are the memory.
+        prefix: ids put before the memory's slots in the prompt.
+        splice: "exact" puts the memory into its slots. "released" puts it one position earlier, over the last id of
+            `prefix`, and leaves id 0 in the last slot, as the code released with Dolphin does.
     """
 
-    task: str
+    window: int
+    tokens: tuple[int, ...]
+    prefix: tuple[int, ...]
+    splice: Literal["released", "exact"]
+
+
+class LanguageModel(nn.Module, ABC):
+    """A model whose parameters have the checkpoint's names. Each family's `Model` derives from it.
+
+    Attributes:
+        task: the generate loop that runs the graphs.
+        unused: prefixes of tensors that a checkpoint may hold and the model does not read.
+        tied: alias parameter -> the stored parameter that it shares.
+        decoder_start: the first token of a seq2seq decoder; None for other tasks.
+        max_context: positions that the model was made for.
+        section: config.json, checked at each access.
+    """
+
+    task: ClassVar[Task]
+    unused: ClassVar[tuple[str, ...]] = ()
     tied: dict[str, str]
-    decoder_start: int | None
+    decoder_start: int | None = None
     max_context: int
 
-    def stacks(self) -> dict[str, nn.ModuleList]: ...
+    def __init__(self, config: dict[str, Any]) -> None:
+        """config: the contents of config.json. Raises UserError for a bad value."""
+        super().__init__()
+        self.section = ConfigReader(config, "")
 
-    def graphs(self) -> list[Graph]: ...
+    @abstractmethod
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        """Name -> layers of each stack."""
+
+    @abstractmethod
+    def graphs(self) -> list[Graph]:
+        """The graphs to lower, in the order in which they run."""
+
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """`config` with at most `layers` layers in each stack: a rehearsal. config: valid, as the model was built of it."""
+        return shorten_stack(config, layers)
+
+    def context_spec(self) -> ContextLayout | None:
+        """How the model reads a context; None unless its task is "memory"."""
+        return None
+
+    def examples(self) -> list[Example]:
+        """Inputs of its own that a model without a generate loop is compared on; [] if it has none."""
+        return []
+
+    def tied_head(
+        self,
+        default: bool,
+        head: str = "lm_head.weight",
+        table: str = "model.embed_tokens.weight",
+        key: str = "tie_word_embeddings",
+    ) -> dict[str, str]:
+        """`tied` of a head that shares the embedding's table where config.json says so (`default`: where it does not say)."""
+        return {head: table} if self.section.boolean(key, default) else {}
+
+    def check_lengths(self) -> None:
+        """Raises UserError if the model takes fewer positions than its graphs are traced with."""
+        for graph in self.graphs():
+            for name, (_, most) in graph.bounds.items():
+                if most < graph.example[name]:
+                    least = max(graph.example.values())
+                    raise UserError(f"config.json: max_position_embeddings is {most}; at least {least} are needed")
+
+    def protected_weights(self) -> set[str]:
+        """Weights of gates and decays (`Block.protected`): they stay at 16 bits unless the user overrides it."""
+        return {
+            f"{path}.{name}.weight" for path, block in self._blocks() for name in block.plain_linears(block.protected)
+        }
+
+    def key_value_weights(self) -> set[str]:
+        """Stored names of the weights of keys and values (`Block.key_value`); the query of one token reads them for many."""
+        return {
+            self.stored_name(f"{path}.{name}.weight")
+            for path, block in self._blocks()
+            for name in block.plain_linears(block.key_value)
+        }
+
+    def stored_name(self, name: str) -> str:
+        """The name a parameter is stored under: its own, or that of the parameter it is tied to."""
+        return self.tied.get(name, name)
+
+    def _blocks(self) -> list[tuple[str, Block]]:
+        return [(path, module) for path, module in self.named_modules() if isinstance(module, Block)]
+
+
+def shorten_stack(values: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The keys of a stack with at most `layers` layers, each of the kind it was."""
+    kept = min(layers, values["num_hidden_layers"])
+    short = values | {"num_hidden_layers": kept}
+    if short.get("layer_types"):
+        short["layer_types"] = short["layer_types"][:kept]
+    return short

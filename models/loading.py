@@ -1,22 +1,21 @@
-"""Weights into a model that was built on the meta device: original, quantized, or dequantized. What may enter: `checkpoint`.
+"""Loads weights into a model that was built on the meta device.
 
-Three loaders, because a model serves three ends: the original in float32 (what quantization loss is measured against),
-the codes and scales as views of the mapped file (what exporters lower), and the same dequantized to float32 (the eager
-reference of every artefact).
+Three loaders: the original in float32, which quantization loss is measured against; codes and scales as views of the mapped
+file, which exporters lower; the same dequantized to float32, the eager reference of every artefact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..errors import UserError
 from ..ops.quantized import dequantize
+from .language_model import LanguageModel
 from .layers.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
-from .registry import stored_name
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 CODES, SCALES = ".codes", ".scales"
 
 
-def load_original(model: Any, checkpoint: Checkpoint) -> None:
+def load_original(model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Fill `model` with the checkpoint's weights in float32. Raises UserError for a missing or misshapen tensor."""
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -34,7 +33,7 @@ def load_original(model: Any, checkpoint: Checkpoint) -> None:
     fill(model, checkpoint, read)
 
 
-def load_dequantized(model: Any, checkpoint: Checkpoint) -> None:
+def load_dequantized(model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Fill `model` with float32 values of a quantized checkpoint: code times scale."""
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -47,16 +46,16 @@ def load_dequantized(model: Any, checkpoint: Checkpoint) -> None:
     fill(model, checkpoint, read)
 
 
-def load_quantized(model: Any, checkpoint: Checkpoint) -> None:
-    """Put the codes and scales of a quantized checkpoint into `model` as views of the mapped file.
+def load_quantized(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    """Put the codes and scales of a quantized checkpoint into `model`, as views of the mapped file.
 
-    Linears and embeddings become their quantized forms; unquantized tensors keep the file's dtype.
+    Linears and embeddings become their quantized forms. Unquantized tensors keep the file's dtype.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for path, module in list(model.named_modules()):
         if not isinstance(module, Linear | Embedding):
             continue
-        stored = stored_name(model, f"{path}.weight")
+        stored = model.stored_name(f"{path}.weight")
         if not checkpoint.has(stored + CODES):
             continue
         codes, scales, bits, group = quantized_parts(checkpoint, stored, shapes[f"{path}.weight"])
@@ -70,7 +69,7 @@ def load_quantized(model: Any, checkpoint: Checkpoint) -> None:
         else:
             new = QuantizedEmbedding(codes, scales, bits, group)
         for extra, parameter in module.named_parameters(recurse=False):
-            if extra not in ("weight", "bias"):  # T5Gemma 2's embedding has a row of its own beside the table
+            if extra not in ("weight", "bias"):  # T5Gemma 2's embedding has a row beside the table
                 new.register_parameter(extra, parameter)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.eval())
@@ -97,13 +96,13 @@ def quantized_parts(
     return codes, scales, bits, columns // scales.shape[1]
 
 
-def fill(model: Any, checkpoint: Checkpoint, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Set every parameter still on the meta device to what `read` gives for its stored name and shape; tied ones share it."""
+def fill(model: LanguageModel, checkpoint: Checkpoint, read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Set every parameter on the meta device to `read(stored name, shape)`. Tied parameters share one."""
     done: dict[str, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not parameter.is_meta:
             continue
-        stored = stored_name(model, name)
+        stored = model.stored_name(name)
         if stored not in done:
             done[stored] = nn.Parameter(read(stored, tuple(parameter.shape)), requires_grad=False)
         path, _, leaf = name.rpartition(".")

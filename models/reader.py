@@ -1,26 +1,37 @@
-"""A context's decoder that writes a memory, chunk by chunk."""
+"""Models that read a memory: a context becomes rows of embeddings, and the decoder's prompt holds slots for them.
+
+Two graphs: `context` makes a memory of a context, `decoder` is prefill and decode step. A memory can be kept and read again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..graph import Graph, Port, State
+from .causal import DecoderParts, kv_states, run_layers
+from .config import StackKeys
 from .kv_cache import Cache
+from .language_model import LanguageModel
+
+WINDOWS = 8
+"""The most memories that one prompt can hold, each of its own window of the context."""
 
 
 class MemoryStep(nn.Module):
-    """Prefill and decode step of a decoder some of whose positions hold rows of a memory in place of tokens.
+    """Prefill and decode step of a decoder; some of its positions hold rows of a memory in place of tokens.
 
-    model: has `embed_tokens`, `layers` and `norm`; both are registered under the checkpoint's names.
+    registered: modules of the model that hold all parameters, by the names under which `Graph.checkpoint_name` reads them.
     """
 
-    def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, registered: Mapping[str, nn.Module], parts: DecoderParts) -> None:
         super().__init__()
-        self.model, self.lm_head = model, lm_head
+        for name, module in registered.items():
+            self.add_module(name, module)
+        self.parts = parts
 
     def forward(
         self,
@@ -31,22 +42,20 @@ class MemoryStep(nn.Module):
         slots: torch.Tensor,
         states: list[Cache],
     ) -> tuple[Cache, ...]:
-        """memory: [B, M, hidden]; slots: int64 [S], the row of memory that stands at a position, -1 for the token's own."""
-        inner: Any = self.model
+        """memory: [B, M, hidden]; slots: int64 [S], the row of the memory that stands at a position, -1 for the token's own.
+
+        The other arguments and the outputs are those of `CausalStep`.
+        """
+        parts = self.parts
         rows = memory.index_select(1, slots.clamp(min=0))
-        h = torch.where((slots >= 0).unsqueeze(-1), rows, inner.embed_tokens(input_ids))
-        updated: list[Cache] = []
-        for i, layer in enumerate(inner.layers):
-            h, k, v = layer(h, past_length, *states[2 * i : 2 * i + 2])
-            updated += [k, v]
-        return (self.lm_head(inner.norm(h.index_select(1, logit_positions))), *updated)
+        h = torch.where((slots >= 0).unsqueeze(-1), rows, parts.embed(input_ids))
+        h, updated = run_layers(parts.layers, [2] * len(parts.layers), h, past_length, states)
+        return (parts.head(parts.norm(h.index_select(1, logit_positions))), *updated)
 
 
-def memory_graph(
-    step: MemoryStep, states: Sequence[State], hidden: int, vocab: int, max_positions: int, rows: int
-) -> Graph:
-    """The graph `decoder` of `step`; memory [batch, at most `rows`, hidden] is an input, kept by whoever runs it."""
-    f32, i64, most = torch.float32, torch.int64, max_positions
+def memory_graph(step: MemoryStep, states: Sequence[State], config: StackKeys, rows: int) -> Graph:
+    """The graph `decoder` of `step`. Its input memory [batch, at most `rows`, hidden] is kept by the caller."""
+    f32, i64, most = torch.float32, torch.int64, config.max_positions
     return Graph(
         name="decoder",
         module=step,
@@ -54,10 +63,10 @@ def memory_graph(
             Port("input_ids", i64, ("batch", "sequence")),
             Port("past_length", i64, (1,)),
             Port("logit_positions", i64, ("logits",)),
-            Port("memory", f32, ("batch", "memory", hidden)),
+            Port("memory", f32, ("batch", "memory", config.hidden)),
             Port("slots", i64, ("sequence",)),
         ),
-        outputs=(Port("logits", f32, ("batch", "logits", vocab)),),
+        outputs=(Port("logits", f32, ("batch", "logits", config.vocab)),),
         states=tuple(states),
         example={"batch": 2, "sequence": 3, "capacity": 7, "logits": 2, "memory": 4},
         bounds={
@@ -68,3 +77,39 @@ def memory_graph(
             "memory": (1, min(most, rows)),
         },
     )
+
+
+class MemoryModel(LanguageModel):
+    """A model of the task "memory". main: the keys of its decoder, a stack of layers with a KV cache each."""
+
+    task = "memory"
+    main: StackKeys
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """The most rows of one memory."""
+
+    @abstractmethod
+    def context_graph(self) -> Graph:
+        """The graph `context`, whose output is a memory."""
+
+    @abstractmethod
+    def decoder_step(self) -> MemoryStep:
+        """The module of the graph `decoder`."""
+
+    def graphs(self) -> list[Graph]:
+        states = cache_states(self.main)
+        return [self.context_graph(), memory_graph(self.decoder_step(), states, self.main, WINDOWS * self.rows)]
+
+
+def cache_states(config: StackKeys) -> list[State]:
+    """The KV caches of all layers of a stack."""
+    return [s for i in range(config.layers) for s in kv_states(i, config.kv_heads, config.head_dim)]
+
+
+def token_ids(ids: object, vocab: int) -> tuple[int, ...] | None:
+    """`ids` of config.json as token ids; None unless it is a list of at most 1024 ids below `vocab`."""
+    if not isinstance(ids, list) or len(ids) > 1024:
+        return None
+    return tuple(ids) if all(type(i) is int and 0 <= i < vocab for i in ids) else None

@@ -1,4 +1,4 @@
-"""The table from `model_type` to architecture. A new one is a file in `families` and a line here."""
+"""The table from `model_type` to architecture. A new family is a file in `families` and a line here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UserError
 from . import eugen
+from .language_model import LanguageModel
 
 ARCHITECTURES = {
     "t5gemma": "families.t5gemma",
@@ -32,7 +33,7 @@ ARCHITECTURES = {
 }
 
 
-def _architecture(config: dict[str, Any]) -> Any:
+def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
     kind = config.get("model_type")
     if kind == "gemma3":
         raise UserError(
@@ -41,11 +42,12 @@ def _architecture(config: dict[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"model_type '{kind}' is not supported; supported: {known}")
-    return importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
+    architecture: type[LanguageModel] = importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
+    return architecture
 
 
-def build(config: dict[str, Any]) -> Any:
-    """The architecture's `Model` for `config`, its parameters on the meta device. Raises UserError for a bad config."""
+def build(config: dict[str, Any]) -> LanguageModel:
+    """The family's `Model` of `config`, in eval mode, its parameters on the meta device. Raises UserError for a bad config."""
     architecture = _architecture(config)
     with torch.device("meta"):
         model = architecture(config)
@@ -53,18 +55,17 @@ def build(config: dict[str, Any]) -> Any:
         return model.eval()
 
 
-def stored_name(model: Any, name: str) -> str:
+def stored_name(model: LanguageModel, name: str) -> str:
     """The name a parameter is stored under: its own, or that of the one it is tied to."""
-    stored: str = model.tied.get(name, name)
-    return stored
+    return model.stored_name(name)
 
 
 def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """`config` with at most `layers` layers in each stack: a rehearsal. Raises UserError if layers is below 1."""
+    """`config` with at most `layers` layers in each stack. Raises UserError for a bad config, or if layers is below 1."""
     if layers < 1:
         raise UserError(f"--num-layers {layers} is too few; give 1 or more")
     architecture = _architecture(config)
-    build(config)  # so that a bad config is reported by key rather than failing in the slicing
-    short: dict[str, Any] = architecture.shorten(config, layers)
+    build(config)  # reports a bad config by its key
+    short = architecture.shorten(config, layers)
     with torch.device("meta"):
         return eugen.kept_by(architecture(short), short)

@@ -17,6 +17,7 @@ from ..device_profiles.profile import load
 from ..errors import UserError
 from ..importance.fisher_losses import expected_of
 from ..importance.score import CalibrationInputs, Scores, score, unit_weights
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding, Linear
 from ..models.registry import build, stored_name
 from ..quant.allocator import Problem, expected_loss, offers, plan_within, reach
@@ -25,7 +26,6 @@ from ..quant.latency import decode_step
 from ..quant.overrides import Override
 from ..quant.plan import UNQUANTIZED, BitPlan, Budget, Choice, Quantizer, Unit
 from ..quant.quantize_checkpoint import METADATA
-from ..quant.units import protected_weights
 from ..system.memory import require_available
 from ..targets.storage import common_bits, legal_choices, signed_scales
 from .baseline import Baseline, SingleTargetPlan, _against
@@ -53,7 +53,7 @@ def allocate_bits(
     model = build(config)
     other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
     # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user or the data say otherwise.
-    gates = _free_gates(units, protected_weights(model), request.budget.overrides)
+    gates = _free_gates(units, model.protected_weights(), request.budget.overrides)
     overrides = whole = (*request.budget.overrides, *_kept(gates, UNQUANTIZED))
     step = None
     if request.budget.latency_ms is not None:
@@ -191,7 +191,7 @@ def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -
     return StreamingWriter(Path("header"), entries, METADATA).file_bytes - data
 
 
-def by_gptq(plan: BitPlan, model: Any) -> BitPlan:
+def by_gptq(plan: BitPlan, model: LanguageModel) -> BitPlan:
     """The plan with GPTQ for every weight of a linear or an embedding; a convolution has no Hessian of inputs."""
     kinds = (Linear, Embedding)
     known = {stored_name(model, f"{p}.weight") for p, m in model.named_modules() if isinstance(m, kinds)}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..bundle import PREFILL_CHUNK, ContextSpec, Generation
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
 from ..system.reading import one_line
 
 DEFAULT_CONTEXT = 4096
 
 
-def generation_of(
-    model: Any, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None
-) -> Generation:
+def generation_of(model: LanguageModel, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None) -> Generation:
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):
@@ -49,16 +49,19 @@ def generation_of(
     )
 
 
-def _context(model: Any, most: int) -> ContextSpec:
+def _context(model: LanguageModel, most: int) -> ContextSpec:
     """How the model reads a context; a part and the tokens after it fit the bundle's context."""
-    found = dict(model.context_spec())
+    layout = model.context_spec()
+    assert layout is not None
     decoder = next(g for g in model.graphs() if g.name == "decoder")
     hidden = next(int(p.shape[-1]) for p in decoder.inputs if p.name == "memory")
     vocab = min(m.weight.shape[0] for m in model.modules() if isinstance(m, Embedding))  # of either stack: both hold it
-    found["window"] = min(found["window"], most - len(found.get("tokens", ())))
-    if found["window"] < 1:
+    window = min(layout.window, most - len(layout.tokens))
+    if window < 1:
         raise UserError(f"--max-context {most} leaves no room for a context beside its memory tokens; give more")
-    return ContextSpec(hidden=hidden, rows=decoder.bounds["memory"][1], vocab=vocab, **found)
+    return ContextSpec(
+        hidden=hidden, rows=decoder.bounds["memory"][1], vocab=vocab, **asdict(replace(layout, window=window))
+    )
 
 
 def _token_ids(key: str, value: object) -> set[int]:

@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ..calibration.hessians import InputHessians
 from ..calibration.samples import Call, Sample
 from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Linear
 from ..models.loading import fill
 from ..ops.packing import packed_bytes
@@ -81,7 +81,7 @@ class CodeStore:
 
 def quantize_layerwise(
     checkpoint: Checkpoint,
-    model: Any,
+    model: LanguageModel,
     plan: BitPlan,
     spec: Generation,
     samples: Sequence[Sample],
@@ -135,7 +135,7 @@ def quantize_layerwise(
     return [name for name in wanted if not store.has(name)]
 
 
-def load_rounded(model: Any, checkpoint: Checkpoint, plan: BitPlan, store: CodeStore) -> None:
+def load_rounded(model: LanguageModel, checkpoint: Checkpoint, plan: BitPlan, store: CodeStore) -> None:
     """Fill `model` with fp32 values of the planned weights' codes, those of `store` or rounded to nearest, and of all others."""
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:

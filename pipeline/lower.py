@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UserError
 from ..exporters.artefact import Artefact, Options, Progress
+from ..models.language_model import LanguageModel
 from ..system.subprocesses import ChildFailed, run_child, serve
 from ..targets.registry import TARGETS
 
@@ -34,7 +35,7 @@ def lower(format: str, checkpoint: Path, directory: Path, options: Options, prog
     return exporter(format).export(graphs, directory, options, progress)
 
 
-def _refuse_signed(format: str, model: Any) -> None:
+def _refuse_signed(format: str, model: LanguageModel) -> None:
     """Raise UserError for a checkpoint of another plan: its scales may be negative where the target does not hold such."""
     from ..models.layers.linear import QuantizedEmbedding, QuantizedLinear
 

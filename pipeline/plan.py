@@ -18,6 +18,7 @@ from ..calibration.samples import MOST_TOKENS, Sample, digest, digest_calls, rea
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..importance.score import CalibrationInputs
+from ..models.language_model import LanguageModel
 from ..models.registry import build, shorten
 from ..models.user_module.checkpoint import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan, Quantizer
@@ -60,16 +61,17 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
         config = shorten(config, request.num_layers)
     model = build(config)
     _expect_tensors(model, checkpoint, request.num_layers is None, progress)
-    _check_lengths(model)
+    model.check_lengths()
     units = quantizable_units(model)
     if not units:
         raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
     planned_names = {w.name for u in units for w in u.weights}
     other = [n for n in _parameters(model) if n not in planned_names]
     generation = generation_of(model, checkpoint, config, request.max_context)
-    if generation.context is not None and generation.context.window < model.context_spec()["window"]:
+    context = model.context_spec()
+    if generation.context is not None and context is not None and generation.context.window < context.window:
         progress(
-            f"a context is read in parts of {generation.context.window} tokens, not {model.context_spec()['window']}: "
+            f"a context is read in parts of {generation.context.window} tokens, not {context.window}: "
             f"the bundle's context is {generation.max_context}"
         )
     prompts, contexts = _prompts(request, checkpoint, generation)
@@ -117,7 +119,9 @@ def _refuse_signed(plan: BitPlan, formats: tuple[str, ...]) -> None:
         )
 
 
-def _samples(request: Request, data: Path | None, checkpoint: Checkpoint, model: Any, spec: Generation) -> list[Sample]:
+def _samples(
+    request: Request, data: Path | None, checkpoint: Checkpoint, model: LanguageModel, spec: Generation
+) -> list[Sample]:
     """What GPTQ and the scores calibrate on, within the memory given. Raises UserError where there is too little of either."""
     measured = request.budget.plan is None and request.budget.importance in ("auto", "fisher", "kl")
     if data is None or spec.task == "module" or (request.calibration.quantizer == "rtn" and not measured):
@@ -158,11 +162,11 @@ def _with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress)
     return replace(request, calibration=replace(request.calibration, task=own))
 
 
-def _parameters(model: Any) -> list[str]:
+def _parameters(model: LanguageModel) -> list[str]:
     return [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in model.tied]
 
 
-def _expect_tensors(model: Any, checkpoint: Checkpoint, whole: bool, progress: Progress) -> None:
+def _expect_tensors(model: LanguageModel, checkpoint: Checkpoint, whole: bool, progress: Progress) -> None:
     """Every parameter is there, and nothing is that would be left out in silence; `unused` prefixes are left out aloud."""
     shapes = dict(model.named_parameters(remove_duplicate=False))
     for name in _parameters(model):
@@ -170,8 +174,7 @@ def _expect_tensors(model: Any, checkpoint: Checkpoint, whole: bool, progress: P
     if whole:
         # A bias the config does not speak of would vanish from original, reference and artefact alike: no check sees it.
         known = set(shapes) | set(model.tied)
-        unused: tuple[str, ...] = getattr(model, "unused", ())
-        left = [n for n in checkpoint.names() if n not in known and n.startswith(unused)] if unused else []
+        left = [n for n in checkpoint.names() if n not in known and n.startswith(model.unused)]
         if left:
             progress(f"left out, as no graph here uses them: {len(left)} tensors ({one_line(left[0])} and the like)")
         known |= set(left)
@@ -182,15 +185,6 @@ def _expect_tensors(model: Any, checkpoint: Checkpoint, whole: bool, progress: P
                 f"{checkpoint.source}: {len(stray)} tensors have no place in this {kind} (the first: {one_line(stray[0])}); "
                 "is config.json the one of these weights?"
             )
-
-
-def _check_lengths(model: Any) -> None:
-    """Raise UserError if the model takes fewer positions than the graphs are traced with."""
-    for graph in model.graphs():
-        for name, (_, most) in graph.bounds.items():
-            if most < graph.example[name]:
-                least = max(graph.example.values())
-                raise UserError(f"config.json: max_position_embeddings is {most}; at least {least} are needed")
 
 
 def _prompts(request: Request, checkpoint: Checkpoint, spec: Generation) -> tuple[list[list[int]], list[list[int]]]:
@@ -241,12 +235,13 @@ def _prompts(request: Request, checkpoint: Checkpoint, spec: Generation) -> tupl
     return prompts, contexts
 
 
-def _examples(model: Any, spec: Generation, prompts: list[list[int]]) -> list[tuple[str, dict[str, torch.Tensor]]]:
+def _examples(
+    model: LanguageModel, spec: Generation, prompts: list[list[int]]
+) -> list[tuple[str, dict[str, torch.Tensor]]]:
     """What a model without a generate loop is compared on: its own examples, or the prompts in padded batches."""
     if model.task != "module":
         return []
-    if hasattr(model, "examples"):
-        own: list[tuple[str, dict[str, torch.Tensor]]] = model.examples()
+    if own := model.examples():
         return own
     found = []
     for start in range(0, len(prompts), EXAMPLE_ROWS):

@@ -12,6 +12,7 @@ from ..bundle import Generation
 from ..calibration.samples import Sample
 from ..checkpoints.checkpoint import Checkpoint
 from ..importance.score import Scores
+from ..models.language_model import LanguageModel
 from ..quant.allocator import Problem
 from ..quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from ..targets.registry import TARGETS
@@ -29,7 +30,7 @@ class Planned:
 
     checkpoint: Checkpoint
     config: dict[str, Any]
-    model: Any
+    model: LanguageModel
     units: list[Unit]
     plan: BitPlan
     other: list[str]

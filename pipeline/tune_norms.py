@@ -22,6 +22,8 @@ from ..calibration.backward import GradientSession, backward_bytes
 from ..calibration.forward import PART_TOKENS, CalibrationForward, parted
 from ..calibration.samples import Sample, evenly
 from ..checkpoints.checkpoint import Checkpoint
+from ..models.language_model import LanguageModel
+from ..models.layers.norm import RMSNorm
 from ..models.registry import build, stored_name
 from ..runtimes.eager import EagerSession
 from ..runtimes.logits import torch_divergence, torch_log_softmax
@@ -70,7 +72,7 @@ class Tuned:
 
 
 def tune_norms(
-    model: Any,
+    model: LanguageModel,
     checkpoint: Checkpoint,
     config: dict[str, Any],
     spec: Generation,
@@ -162,7 +164,7 @@ def enough(samples: Sequence[Sample]) -> bool:
     return len(parted(samples)) >= FEWEST_PARTS
 
 
-def tuning_bytes(model: Any, spec: Generation, samples: Sequence[Sample]) -> int:
+def tuning_bytes(model: LanguageModel, spec: Generation, samples: Sequence[Sample]) -> int:
     """About the memory that `tune_norms` takes: weights in fp32, the original's largest, activations and logits of a part."""
     sizes = [p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in model.tied]
     longest = max((s.size for s in samples), default=0)
@@ -206,17 +208,18 @@ class _Vector:
         return self.parameter.detach().to(self.dtype, copy=True)
 
 
-def _vectors(model: Any, checkpoint: Checkpoint) -> list[_Vector]:
+def _vectors(model: LanguageModel, checkpoint: Checkpoint) -> list[_Vector]:
     """Gains and biases of all norms, a norm being a module whose weight is a vector."""
     found: dict[str, _Vector] = {}
     for path, module in model.named_modules():
-        if getattr(getattr(module, "weight", None), "ndim", 0) != 1:
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is None or weight.ndim != 1:
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             name = stored_name(model, f"{path}.{leaf}")
             if parameter.ndim != 1 or name in found:
                 continue
-            offset = float(getattr(module, "offset", 0.0)) if leaf == "weight" else 0.0
+            offset = module.offset if isinstance(module, RMSNorm) and leaf == "weight" else 0.0
             parameter.data = parameter.detach().clone()  # it may be a view of the checkpoint's file
             gain, change = parameter.detach() + offset, nn.Parameter(torch.zeros_like(parameter))
             dtype = checkpoint.info(name).dtype

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..device_profiles.profile import DeviceProfile
 from ..errors import UserError
 from ..graph import Graph, State
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
 from ..models.registry import stored_name
 from ..targets.registry import TARGETS
@@ -109,7 +110,7 @@ class DecodeStep:
 
 
 def decode_step(
-    model: Any, units: Sequence[Unit], device: DeviceProfile, targets: Sequence[str], depth: int = DEPTH
+    model: LanguageModel, units: Sequence[Unit], device: DeviceProfile, targets: Sequence[str], depth: int = DEPTH
 ) -> DecodeStep:
     """The step of `model`, built on the meta device, on `device`, with caches that hold `depth` tokens.
 
@@ -129,7 +130,9 @@ def decode_step(
     return DecodeStep(rates, reads, math.ceil((other + caches) / rates.floats * 1e12))
 
 
-def _run(model: Any, decoder: Graph, planned: Mapping[str, WeightSpec]) -> tuple[Counter[str], dict[str, float], int]:
+def _run(
+    model: LanguageModel, decoder: Graph, planned: Mapping[str, WeightSpec]
+) -> tuple[Counter[str], dict[str, float], int]:
     """Run the decoder on shapes alone: calls of each planned weight, the part of it that a token looks up, and the bytes
     of the other parameters it read.
     """

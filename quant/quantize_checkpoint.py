@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint, check_finite
-from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
+from ..checkpoints.safetensors_writer import StreamingWriter
 from ..errors import UserError
+from ..system.dtypes import SAFETENSORS_NAMES
 from .plan import UNQUANTIZED, BitPlan, Entry, WeightSpec, check_choice, weight_bytes
 from .rtn import quantize_rtn
 from .tensor import SMALLEST_SCALE, QuantizedTensor
@@ -145,7 +146,7 @@ def _layout(checkpoint: Checkpoint, name: str, entry: Entry | None) -> list[tupl
     """The entries of a tensor in the new file."""
     shape = checkpoint.info(name).shape
     if entry is None or entry.bits == UNQUANTIZED:
-        return [(name, NAMES[_stored_dtype(checkpoint, name, entry)], shape)]
+        return [(name, SAFETENSORS_NAMES[_stored_dtype(checkpoint, name, entry)], shape)]
     rows, columns = shape
     return [
         (f"{name}.codes", "U8", (rows, columns * entry.bits // 8)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from ..calibration.streamed_weights import StreamedWeights
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.eugen import gated_mlps
+from ..models.language_model import LanguageModel
 from ..models.layers.mlp import GatedMLP
 from ..runtimes.eager import EagerSession
 from ..runtimes.generate import generate_batch
@@ -63,7 +63,7 @@ class BlockForward:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         checkpoint: Checkpoint,
         spec: Generation,
         prompts: Sequence[Sequence[int]],

@@ -21,11 +21,12 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..checkpoints.opening import open_checkpoint
-from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
+from ..checkpoints.safetensors_writer import StreamingWriter
 from ..errors import UserError
 from ..models.config import ConfigReader
 from ..models.families.t5gemma2 import EMBEDDING, END_OF_IMAGE
 from ..models.registry import build
+from ..system.dtypes import SAFETENSORS_NAMES
 from ..system.reading import one_line
 from .write_checkpoint import new_checkpoint
 
@@ -251,7 +252,7 @@ def _write(
 
 def _write_weights(origins: dict[str, _Origin], file: Path, seed: int, progress: Callable[[str], None]) -> int:
     generator = torch.Generator().manual_seed(seed)
-    entries = [(name, NAMES[o.dtype], o.shape) for name, o in origins.items()]
+    entries = [(name, SAFETENSORS_NAMES[o.dtype], o.shape) for name, o in origins.items()]
     told = -1
     with StreamingWriter(file, entries, {"format": "pt"}) as writer:
         for done, (name, origin) in enumerate(origins.items(), 1):

@@ -24,13 +24,16 @@ from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, read_samples
 from ..checkpoints.checkpoint import Checkpoint, check_finite
 from ..checkpoints.opening import open_checkpoint
-from ..checkpoints.safetensors_writer import NAMES, StreamingWriter
+from ..checkpoints.safetensors_writer import StreamingWriter
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Linear
 from ..models.layers.mlp import GatedMLP
+from ..models.layers.norm import RMSNorm
 from ..models.registry import build, stored_name
 from ..pipeline.generation import generation_of
 from ..quant.rtn import effective_group, quantize_rtn
+from ..system.dtypes import SAFETENSORS_NAMES
 from ..system.reading import one_line
 from .write_checkpoint import new_checkpoint, write_side_files
 
@@ -210,7 +213,8 @@ class _Watch:
         source = self._source(linear, x)
         if source is None:
             return
-        fold = self.folds.setdefault(source, Fold(source, float(getattr(self._outputs.get(x), "offset", 0.0))))
+        norm = self._outputs.get(x)
+        fold = self.folds.setdefault(source, Fold(source, norm.offset if isinstance(norm, RMSNorm) else 0.0))
         if fold.mean is None:
             fold.mean = rows.abs().mean(dim=0)
         covariance = self._covariances.get(x)
@@ -230,7 +234,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _search(
-    model: Any, checkpoint: Checkpoint, spec: Generation, samples: Sequence[Sample], bits: int, group_size: int
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    spec: Generation,
+    samples: Sequence[Sample],
+    bits: int,
+    group_size: int,
 ) -> tuple[list[Fold], dict[str, str]]:
     """The folds whose readers take nothing else, and why others are none. `model` is of no use afterwards."""
     watch = _Watch(model, checkpoint, bits, group_size)
@@ -241,7 +250,8 @@ def _search(
     forward = CalibrationForward(model, checkpoint, spec, samples, visit=visit)
     with torch.no_grad():
         forward.to_head()
-    uses = Counter(stored_name(model, f"{path}.weight") for path, m in model.named_modules() if hasattr(m, "weight"))
+    weighted = (path for path, m in model.named_modules() if "weight" in dict(m.named_parameters(recurse=False)))
+    uses = Counter(stored_name(model, f"{path}.weight") for path in weighted)
     left: dict[str, str] = {}
     for source, fold in watch.folds.items():
         for path in (source, *fold.readers):
@@ -271,7 +281,7 @@ class Change:
         return narrow if torch.equal(narrow.to(made.dtype), made) else made
 
 
-def changes(model: Any, folds: Sequence[Fold]) -> dict[str, Change]:
+def changes(model: LanguageModel, folds: Sequence[Fold]) -> dict[str, Change]:
     """Stored name -> what becomes of it."""
     found: dict[str, Change] = {}
     for fold in folds:
@@ -339,7 +349,7 @@ def _write_weights(checkpoint: Checkpoint, made: Mapping[str, Change], file: Pat
     """Tensor by tensor from the mapped file; what is changed is computed twice, as the header needs its dtype first."""
     names = checkpoint.names()
     dtypes = {n: made[n].apply(checkpoint.tensor(n)).dtype if n in made else checkpoint.info(n).dtype for n in names}
-    entries = [(n, NAMES[dtypes[n]], checkpoint.info(n).shape) for n in names]
+    entries = [(n, SAFETENSORS_NAMES[dtypes[n]], checkpoint.info(n).shape) for n in names]
     with StreamingWriter(file, entries, {"format": "pt"}) as writer:
         for name in names:
             value = checkpoint.tensor(name)

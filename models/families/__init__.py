@@ -1,1 +1,1 @@
-"""One file an architecture."""
+"""One file for each architecture; what several families share is in `gemma` and `gated_delta`."""

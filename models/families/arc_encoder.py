@@ -1,17 +1,15 @@
 """ARC-Encoder (arXiv 2510.20535): an encoder turns a text into a fourth or an eighth as many embeddings of a decoder.
 
-Both are Llama-shaped; the encoder has no causal mask and no last norm. In its last block the queries are means over
-groups of `pooling_factor` tokens (the last group may be shorter) while the keys and values stay as many as the tokens; a learned
-token follows, and two linears without bias lead to the decoder's width. Two graphs: `context` (a text whole, without
-padding, into memory) and `decoder`, whose prompt holds slots for rows of that memory. What may enter: `ops`, the shared layers,
-Llama's layer, Dolphin's decoder step.
+Both are Llama-shaped; the encoder has no causal mask and no last norm. In its last block the queries are means over groups of
+`pooling_factor` tokens (the last group may be shorter), the keys and values are those of all tokens. A learned token follows,
+and two linears without bias lead to the decoder's width. The graph `context` reads one text without padding.
 
-Where the authors' code leaves the paper open it decides: the block's input is averaged, before its norm and also
-along the residual; means stand at positions 0, 1, 2 …; the learned token (`cont_tok`) goes through the linears too.
-Keys of config.json and names of tensors are ours, as the release is no directory of this kind: the decoder's Llama keys at
-the top and its tensors as in Llama; `encoder_config` (Llama keys, `num_hidden_layers` the blocks that are kept),
-`pooling_factor`, `bridge_hidden_size`, `context_window`, `prompt_prefix`; `encoder.*`, `bridge.*`, `cont_tok.weight`. Weights are
-in the half-rotating layout of RoPE; the release's, which turns neighbours, have to be permuted.
+Where the paper is open, the authors' code decides: the block's input is averaged before its norm and for the residual; the means
+have the positions 0, 1, 2 …; the learned token (`cont_tok`) goes through the linears too. The release is no Hugging Face
+directory, so the keys of config.json and the names of tensors are ours. The decoder's Llama keys are at the top, its tensors
+named as in Llama. Further keys: `encoder_config` (Llama keys; `num_hidden_layers` counts the blocks that are kept),
+`pooling_factor`, `bridge_hidden_size`, `context_window`, `prompt_prefix`. Further tensors: `encoder.*`, `bridge.*`,
+`cont_tok.weight`. RoPE rotates the two halves of a head; the release's weights are for neighbours and have to be permuted.
 """
 
 from __future__ import annotations
@@ -22,57 +20,21 @@ import torch
 from torch import nn
 
 from ...graph import Graph, Port
-from ..causal import kv_states
 from ..config import ConfigReader
-from ..layers.attention import AttentionSpec, BidirectionalAttention
+from ..language_model import ContextLayout, shorten_stack
+from ..layers.attention import BidirectionalAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
 from ..layers.ops import EW
-from ..reader import MemoryStep, memory_graph
-from .llama import Layer
+from ..reader import MemoryModel, MemoryStep, token_ids
+from .llama import Stack, StackConfig
 
 WINDOW = 1024
-WINDOWS = 8
-"""The most memories that one prompt can hold, each of its own window of the context."""
-
-
-class StackConfig:
-    """The Llama keys of one stack."""
-
-    def __init__(self, section: ConfigReader) -> None:
-        self.vocab = section.integer("vocab_size")
-        self.hidden = section.integer("hidden_size")
-        self.intermediate = section.integer("intermediate_size")
-        self.layers = section.integer("num_hidden_layers", most=1024)
-        self.heads = section.integer("num_attention_heads", most=4096)
-        self.kv_heads = section.integer("num_key_value_heads", self.heads, most=4096)
-        if self.heads % self.kv_heads:
-            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
-        self.head_dim = section.head_dim(self.hidden // self.heads)
-        self.eps = section.number("rms_norm_eps", 1e-6)
-        self.act = section.text("hidden_act", "silu")
-        self.theta, self.rope_factor = section.rope(10000.0)
-        self.attention_bias = section.boolean("attention_bias", False)
-        self.mlp_bias = section.boolean("mlp_bias", False)
-        self.max_positions = section.integer("max_position_embeddings", 2048)
-
-    def attention(self) -> AttentionSpec:
-        return AttentionSpec(
-            hidden=self.hidden,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
-            theta=self.theta,
-            rope_factor=self.rope_factor,
-            bias=self.attention_bias,
-            out_bias=self.attention_bias,
-        )
 
 
 class MemoryConfig:
-    """How a context becomes a memory, and what stands before it in the prompt."""
+    """The keys on the memory: how it is made and what stands before it in the prompt."""
 
     def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
         self.factor = section.integer("pooling_factor", 8, least=2, most=1024)
@@ -80,19 +42,19 @@ class MemoryConfig:
         most = min(encoder.max_positions, main.max_positions)
         self.window = section.integer("context_window", min(WINDOW, most), least=2, most=most)
         self.rows = -(-self.window // self.factor) + 1
-        prefix = section.values.get("prompt_prefix", [])
-        whole = isinstance(prefix, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prefix)
-        if not whole or len(prefix) > 1024 or not all(0 <= i < main.vocab for i in prefix):
-            raise section.error("prompt_prefix", f"{prefix!r:.60}", f"a list of token ids below {main.vocab}")
-        self.prefix = tuple(prefix)
+        value = section.values.get("prompt_prefix", [])
+        prefix = token_ids(value, main.vocab)
+        if prefix is None:
+            raise section.error("prompt_prefix", f"{value!r:.60}", f"a list of token ids below {main.vocab}")
+        self.prefix = prefix
 
 
 class EncoderLayer(nn.Module):
     """A Llama block without a causal mask."""
 
-    def __init__(self, config: StackConfig) -> None:
+    def __init__(self, config: StackConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = BidirectionalAttention(config.attention())
+        self.self_attn = BidirectionalAttention(config.attention(layer))
         self.mlp = GatedMLP(config.hidden, config.intermediate, config.act, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
@@ -103,7 +65,7 @@ class EncoderLayer(nn.Module):
         return out
 
     def pooled(self, h: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """[B, M, hidden]: the block on queries [B, M, hidden], all of h [B, T, hidden] as keys and values."""
+        """The block on queries [B, M, hidden], with keys and values of h [B, T, hidden]. Returns [B, M, hidden]."""
         attention, spec = self.self_attn, self.self_attn.spec
         positions = torch.arange(h.shape[1], device=h.device)
         _, k, v = attention.project(self.input_layernorm(h), positions)
@@ -120,8 +82,8 @@ class EncoderLayer(nn.Module):
 def groups(tokens: int, factor: int, device: torch.device) -> torch.Tensor:
     """float32 [ceil(tokens / factor) + 1, tokens], 1 where a token belongs to a group; the last group has none.
 
-    The empty group keeps the place of the learned token. It also keeps the number of groups from being 1, which
-    torch.export would hold apart from all others.
+    The empty group is the place of the learned token. With it there are never fewer than 2 groups, and torch.export does not
+    specialise on 1.
     """
     at = torch.arange(tokens, device=device)
     starts = (torch.arange((tokens + 2 * factor - 1) // factor, device=device) * factor).unsqueeze(1)
@@ -129,10 +91,12 @@ def groups(tokens: int, factor: int, device: torch.device) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
+    """The encoder; its last layer pools."""
+
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.layers))
 
     def forward(self, input_ids: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """[B, M, hidden] of input_ids [B, T]; means [M, T] averages tokens into groups."""
@@ -161,26 +125,15 @@ class Bridge(nn.Module):
 
 
 class LearnedToken(nn.Module):
-    """One row, weight [1, hidden]: no `Embedding`, as it is no vocabulary."""
+    """One row, weight [1, hidden]. It is no `Embedding`, so it is not quantized."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden), requires_grad=False)
 
 
-class Decoder(nn.Module):
-    def __init__(self, config: StackConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(
-            Layer(config.attention(), config.intermediate, config.act, config.eps, config.mlp_bias)
-            for _ in range(config.layers)
-        )
-        self.norm = RMSNorm(config.hidden, config.eps, offset=0.0)
-
-
 class ContextStep(nn.Module):
-    """A text into rows of the decoder's embedding space: one for each group of tokens, and the learned token's."""
+    """Rows of the decoder's embedding space for a text: one for each group of tokens, and that of the learned token."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -195,50 +148,41 @@ class ContextStep(nn.Module):
         return (self.bridge(torch.where(sizes > 0, h, self.cont_tok.weight.to(h.dtype))),)
 
 
-class Model(nn.Module):
+class Model(MemoryModel):
     """Encoder, bridge and decoder under the names that the module's docstring gives."""
 
-    task = "memory"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.main, self.source = StackConfig(section), StackConfig(section.section("encoder_config"))
+        super().__init__(config)
+        section = self.section
+        self.main: StackConfig = StackConfig(section)
+        self.source = StackConfig(section.section("encoder_config"))
         self.memory = MemoryConfig(section, self.source, self.main)
         self.encoder = Encoder(self.source)
         self.cont_tok = LearnedToken(self.source.hidden)
         self.bridge = Bridge(self.source.hidden, self.memory.bridge, self.main.hidden)
-        self.model = Decoder(self.main)
+        self.model = Stack(self.main)
         self.lm_head = Linear(self.main.hidden, self.main.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
+        self.tied = self.tied_head(default=False)
         self.max_context = self.main.max_positions
 
-    def context_spec(self) -> dict[str, Any]:
-        """What the generate loop needs to know.
+    @property
+    def rows(self) -> int:
+        return self.memory.rows
 
-        window: context tokens a memory; tokens: none are put behind them; prefix: ids put before the memory in the
-        prompt; splice: the memory stands in its slots.
-        """
-        return {"window": self.memory.window, "tokens": (), "prefix": self.memory.prefix, "splice": "exact"}
+    def context_spec(self) -> ContextLayout:
+        return ContextLayout(window=self.memory.window, tokens=(), prefix=self.memory.prefix, splice="exact")
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers in each stack (a rehearsal)."""
-
-        def cut(stack: dict[str, Any]) -> dict[str, Any]:
-            return stack | {"num_hidden_layers": min(layers, stack["num_hidden_layers"])}
-
-        return cut(config) | {"encoder_config": cut(config["encoder_config"])}
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config, layers) | {"encoder_config": shorten_stack(config["encoder_config"], layers)}
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"context": self.encoder.layers, "decoder": self.model.layers}
 
-    def graphs(self) -> list[Graph]:
-        return [self._context_graph(), self._decoder_graph()]
+    def decoder_step(self) -> MemoryStep:
+        return MemoryStep({"model": self.model, "lm_head": self.lm_head}, self.model.parts(self.lm_head))
 
-    def _context_graph(self) -> Graph:
+    def context_graph(self) -> Graph:
         """The output's length, ceil(source / factor) + 1, follows from the input's."""
         source, memory = min(5, self.memory.window), self.memory
         return Graph(
@@ -249,8 +193,3 @@ class Model(nn.Module):
             example={"batch": 2, "source": source, "memory": -(-source // memory.factor) + 1},
             bounds={"batch": (1, 1024), "source": (1, memory.window), "memory": (2, memory.rows)},
         )
-
-    def _decoder_graph(self) -> Graph:
-        states = [s for i in range(self.main.layers) for s in kv_states(i, self.main.kv_heads, self.main.head_dim)]
-        step, rows = MemoryStep(self.model, self.lm_head), WINDOWS * self.memory.rows
-        return memory_graph(step, states, self.main.hidden, self.main.vocab, self.main.max_positions, rows)

@@ -1,36 +1,40 @@
 """Falcon-H1 (arXiv 2507.22448): Mamba-2 (arXiv 2405.21060) and attention side by side in every layer.
 
-What may enter: `ops`, the shared layers. The config's multipliers (muP) stay where the model has them, except the key
-multiplier: scores are linear in the keys, so it is part of their scale.
+The config's multipliers (muP) stay where the model has them. Only the key multiplier is part of the scale of the scores, which
+are linear in the keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, conv_state, kv_states, recurrent_state
+from ...graph import State
+from ..causal import CausalModel, DecoderParts, conv_state, kv_states, recurrent_state
 from ..config import ConfigReader
 from ..kv_cache import Cache
 from ..layers.activations import activation, silu, softplus
 from ..layers.attention import AttentionSpec, CachedAttention
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
 
 
 def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
-    """`x * by`, without a node where `by` is 1."""
+    """`x * by`; x itself if `by` is 1, so the graph has no node for it."""
     return x if by == 1.0 else x * by
 
 
 @dataclass(frozen=True)
 class MambaSpec:
-    """Sizes of one Mamba-2 mixer. norm: 'none', 'before' or 'after' the gate. parts: multipliers of z, x, B, C and dt."""
+    """Sizes and options of one Mamba-2 mixer.
+
+    norm: 'none', 'before' or 'after' the gate. into: the multiplier of the input. parts: multipliers of z, x, B, C and dt.
+    """
 
     hidden: int
     heads: int
@@ -53,12 +57,12 @@ class MambaSpec:
 
     @property
     def channels(self) -> int:
-        """x, B and C, which the convolution runs over."""
+        """The channels of x, B and C, which the convolution runs over."""
         return self.inner + 2 * self.groups * self.state
 
 
 class GroupedRMSNorm(RMSNorm):
-    """An RMS for each of `groups` equal parts of the last dimension."""
+    """RMSNorm of each of `groups` equal parts of the last dimension."""
 
     def __init__(self, size: int, eps: float, groups: int) -> None:
         super().__init__(size, eps, offset=0.0)
@@ -67,21 +71,21 @@ class GroupedRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.groups == 1:
             return super().forward(x)
-        # By hand: the op has one weight for every group, and backends want that one whole as the checkpoint stores it.
+        # By hand: the op has one weight for a whole dimension, which backends store as the checkpoint has it.
         parts = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
         parts = parts * torch.rsqrt((parts * parts).mean(-1, keepdim=True) + self.eps)
         return parts.reshape(x.shape) * self.weight.to(x.dtype)
 
 
-class Mamba(nn.Module):
-    """`out(gate(scan(conv(in(x)))))`; the input projection holds gate z, x, B, C and dt side by side.
+class Mamba(Block):
+    """`out(gate(scan(conv(in(x)))))`; the input projection computes gate z, x, B, C and dt side by side.
 
-    dt, which the decay hangs on, is its last rows: too few to keep so large a matrix at 16 bits for, so it is not protected.
+    The decay depends on dt, the last few rows of that matrix. They do not justify 16 bits for all of it, so it is not protected.
     """
 
     def __init__(self, spec: MambaSpec) -> None:
         super().__init__()
-        self.spec, self.act = spec, activation(spec.act)
+        self.spec, self.heads, self.act = spec, spec.heads, activation(spec.act)
         self.in_proj = Linear(spec.hidden, spec.inner + spec.channels + spec.heads, spec.in_bias)
         self.conv1d = CausalConv(spec.channels, spec.taps, spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(spec.heads), requires_grad=False)
@@ -110,7 +114,7 @@ class Mamba(nn.Module):
         return self.out_proj(self.gated(y, gate)), conv, state
 
     def convolved(self, joined: torch.Tensor) -> torch.Tensor:
-        """x, B and C of the input projection, each times its multiplier."""
+        """x, B and C of the input projection [B, T, channels], each times its multiplier."""
         s = self.spec
         if s.parts[1:4] == (1.0, 1.0, 1.0):
             return joined.narrow(2, s.inner, s.channels)
@@ -129,10 +133,10 @@ class Mamba(nn.Module):
         return y
 
 
-class ScaledMLP(nn.Module):
+class ScaledMLP(Block):
     """`down(up(x) * act(gate(x) * into)) * out`."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("gate_proj", "up_proj"),)
+    fused = (("gate_proj", "up_proj"),)
 
     def __init__(self, hidden: int, intermediate: int, act: str, bias: bool, into: float, out: float) -> None:
         super().__init__()
@@ -148,7 +152,7 @@ class ScaledMLP(nn.Module):
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Of a layer's attention input and output, of its Mamba output, of its MLP's gate and output."""
+    """Multipliers of a layer's attention input and output, of its Mamba output, of its MLP's gate and output."""
 
     attention_in: float
     attention_out: float
@@ -157,6 +161,8 @@ class Multipliers:
 
 
 class Layer(nn.Module):
+    """Mamba-2 and attention side by side, then the gated MLP. by: the multipliers."""
+
     def __init__(self, spec: AttentionSpec, mamba: MambaSpec, section: ConfigReader, by: Multipliers) -> None:
         super().__init__()
         intermediate, act = section.integer("intermediate_size"), section.text("hidden_act", "silu")
@@ -184,6 +190,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -225,11 +233,12 @@ class Decoder(nn.Module):
 
 
 def multiplier(section: ConfigReader, key: str) -> float:
+    """The number under `key`, which may be negative; 1 if it is absent."""
     return section.number(key, 1.0, least=-1e6)
 
 
 def multipliers(section: ConfigReader, key: str, count: int) -> tuple[float, ...]:
-    """A list of `count` numbers; ones where the key is absent."""
+    """The list of `count` numbers under `key`; ones if it is absent."""
     values = section.values.get(key)
     if values is None:
         values = [1.0] * count
@@ -239,7 +248,7 @@ def multipliers(section: ConfigReader, key: str, count: int) -> tuple[float, ...
 
 
 def read_mamba(section: ConfigReader, hidden: int) -> MambaSpec:
-    """The `mamba_…` and `ssm_…` keys. Raises UserError for a bad value or a time step that is clamped."""
+    """The sizes by the `mamba_…` and `ssm_…` keys. Raises UserError for a bad value or a clamped time step."""
     heads = section.integer("mamba_n_heads", 128, most=4096)
     inner = section.values.get("mamba_d_ssm", 1024)
     if inner is None:
@@ -272,7 +281,7 @@ def read_mamba(section: ConfigReader, hidden: int) -> MambaSpec:
 
 
 def _refuse_clamp(section: ConfigReader) -> None:
-    """Raises UserError unless `time_step_limit` is absent, null or from 0 to infinity."""
+    """Raises UserError unless `time_step_limit` is absent, null, or 0 to infinity."""
     limit = section.values.get("time_step_limit")
     if limit is None:
         return
@@ -286,35 +295,24 @@ def _refuse_clamp(section: ConfigReader) -> None:
         raise section.error("time_step_limit", limit, "nothing: a clamped time step is not supported")
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A Falcon-H1 checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        self.head_multiplier = multiplier(section, "lm_head_multiplier")
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 8192)
-
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        return config | {"num_hidden_layers": min(layers, config["num_hidden_layers"])}
-
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+        self.head_multiplier = multiplier(self.section, "lm_head_multiplier")
+        self.tied = self.tied_head(default=False)
+        self.max_context = self.section.integer("max_position_embeddings", 8192)
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits of the last hidden states h [B, L, hidden]."""
         return scaled(self.lm_head(h), self.head_multiplier)
 
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(self, inner.embed, inner.layers, inner.final_layernorm, self.head, [len(s) for s in states])
-        return causal_graph(step, states, self.vocab, self.max_context)
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed, self.model.layers, self.model.final_layernorm, self.head)
+
+    def states(self) -> list[list[State]]:
+        return self.model.states()

@@ -1,27 +1,29 @@
-"""What the Gated DeltaNet layers (arXiv 2412.06464) of Qwen and OLMo share: sizes, convolution, decay, the rule itself.
+"""What the Gated DeltaNet layers (arXiv 2412.06464) of Qwen and OLMo share: sizes, convolution, decay, the delta rule.
 
-What may enter: `ops`, the shared layers. The checkpoints name and cut their projections each in their own way, so those
-are in the architectures' files.
+Each checkpoint names and cuts its projections in its own way, so those are in the families' files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...graph import State
-from ..causal import conv_state, recurrent_state
+from ..causal import conv_state, kv_states, recurrent_state
 from ..config import ConfigReader
 from ..layers.activations import activation, l2_normalise, softplus
+from ..layers.attention import AttentionSpec
+from ..layers.block import Block
 from ..layers.norm import CausalConv
 from ..layers.ops import EW
 
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """Sizes of one layer. act: what follows the convolution. rate: the most that beta can be, 2 for negative eigenvalues."""
+    """Sizes of one layer. act: the activation behind the convolution. rate: the greatest beta, 2 for negative eigenvalues."""
 
     hidden: int
     key_heads: int
@@ -42,7 +44,7 @@ class DeltaSpec:
 
     @property
     def channels(self) -> int:
-        """Queries, keys and values, which the convolution runs over."""
+        """The channels of queries, keys and values, which the convolution runs over."""
         return 2 * self.keys + self.values
 
     def states(self, layer: int) -> list[State]:
@@ -55,7 +57,7 @@ class DeltaSpec:
 def read_delta(
     section: ConfigReader, hidden: int, heads: tuple[int, int], key_dim: int, value_dim: int | None, rate: float = 1.0
 ) -> DeltaSpec:
-    """The `linear_…` keys; `heads` (key, value), `key_dim` and `value_dim` (None: twice the keys') are the defaults."""
+    """The sizes by the `linear_…` keys. heads (key, value), key_dim, value_dim (None: twice the keys'): the defaults."""
     key_heads = section.integer("linear_num_key_heads", heads[0], most=4096)
     value_heads = section.integer("linear_num_value_heads", heads[1], most=4096)
     if value_heads % key_heads:
@@ -73,7 +75,15 @@ def read_delta(
     )
 
 
-class GatedDelta(nn.Module):
+def hybrid_states(types: Sequence[str], delta: DeltaSpec, attention: AttentionSpec) -> list[list[State]]:
+    """The states of each layer of a stack of DeltaNets ("linear_attention") and attentions."""
+    return [
+        delta.states(i) if kind == "linear_attention" else kv_states(i, attention.kv_heads, attention.head_dim)
+        for i, kind in enumerate(types)
+    ]
+
+
+class GatedDelta(Block):
     """Convolution, decay and delta rule, without the projections before and the gate after."""
 
     def __init__(self, spec: DeltaSpec) -> None:
@@ -86,7 +96,7 @@ class GatedDelta(nn.Module):
     def mix(
         self, qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, conv: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """qkv: [B, T, channels]; a (decay), b (rate): [B, T, H]. Returns [B, T, H, Dv] and both states after the tokens."""
+        """qkv: [B, T, channels]; a (decay), b (rate): [B, T, H]. Returns [B, T, H, Dv] and both states after these tokens."""
         s, lead = self.delta, qkv.shape[:2]
         mixed, conv = self.conv1d(qkv, conv)
         mixed = self.act(mixed)

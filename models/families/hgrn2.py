@@ -1,7 +1,7 @@
-"""HGRN-2 (arXiv 2404.07904): gated linear attention whose keys are what the forget gate lets go.
+"""HGRN-2 (arXiv 2404.07904): gated linear attention with 1 - forget gate as its keys.
 
-What may enter: `ops`, the shared layers. Names are those of the flash-linear-attention release, as are the norm's epsilon
-before the output projection and the scale of the queries. Some layers may be plain attention, as `attn` says.
+Names, the scale of the queries and the epsilon of the norm before the output projection are those of the
+flash-linear-attention release. By the key `attn` some layers are plain attention.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import causal_graph, kv_states, recurrent_state
+from ...graph import State
+from ..causal import CausalModel, CausalStep, DecoderParts, kv_states, recurrent_state
 from ..config import ConfigReader
 from ..kv_cache import Cache
+from ..language_model import shorten_stack
 from ..layers.activations import silu, softplus, twice_atanh
 from ..layers.attention import AttentionSpec, CachedAttention
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
 from ..layers.ops import EW
 
-_OUTPUT_EPS = 1e-5  # of the norm before the output projection, whatever norm_eps says
-_LEAST_KEPT = 1e-6  # so that a gate that underflows does not become a decay of minus infinity
-_CONFIG, _ROWS = "edgewright", "lower_bounds"  # a shortened config says here how many rows the checkpoint has
+_OUTPUT_EPS = 1e-5  # of the norm before the output projection; norm_eps is for the others
+_LEAST_KEPT = 1e-6  # below it the log of an underflowed gate would be minus infinity
+_CONFIG, _ROWS = "edgewright", "lower_bounds"  # where a shortened config says how many rows the checkpoint has
 
 
-class LinearAttention(nn.Module):
-    """`S = diag(kept) S + (1 - kept) i'` a token, `kept` the forget gate above its lower bound."""
+class LinearAttention(Block):
+    """For each token `S = diag(kept) S + (1 - kept) i'`; `kept` is the forget gate above its lower bound."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class LinearAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, bound: torch.Tensor | None, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, T, hidden]; bound: [hidden]; state: [B, H, D, D]. Returns the output and the state after the tokens."""
+        """x: [B, T, hidden]; bound: [hidden]; state: [B, H, D, D]. Returns the output and the state after these tokens."""
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         q, (fade, keys) = silu(self.q_proj(x)), forget(self.f_proj(x), bound)
         out, state = EW.linear_attention(
@@ -57,19 +59,21 @@ class LinearAttention(nn.Module):
 
 
 def forget(f: torch.Tensor, bound: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log of what is kept, what is let go) of gate inputs f [..., hidden] and lower bounds [hidden]."""
+    """(log of the share that is kept, the share that is lost), each [..., hidden], of gate inputs f and lower bounds [hidden]."""
     lost = torch.sigmoid(-f)
     if bound is None:
         return -softplus(-f), lost
     lost = lost * (1.0 - bound)
     kept = bound + torch.sigmoid(f) * (1.0 - bound)
-    # log(kept) is minus 2 atanh of this ratio; near 1, where long memories live, a logarithm would lose it in half precision.
+    # log(kept) is minus 2 atanh of this ratio; near 1 a logarithm in half precision would lose it.
     near = -twice_atanh(lost / (kept * 2.0 + lost))
     far = torch.log(torch.relu(kept - _LEAST_KEPT) + _LEAST_KEPT)
     return torch.where(lost < kept, near, far), lost
 
 
 class Layer(nn.Module):
+    """Linear or plain attention and the gated MLP, each behind a norm."""
+
     def __init__(self, attn: LinearAttention | CachedAttention, hidden: int, mlp: GatedMLP, eps: float) -> None:
         super().__init__()
         self.linear = isinstance(attn, LinearAttention)
@@ -88,6 +92,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         section.absent("use_short_conv")
@@ -113,7 +119,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden, eps, offset=0.0)
 
     def bounds(self) -> list[torch.Tensor | None]:
-        """The lower bound [hidden] of each layer: none in the first, then more and more of a softmax over the layers."""
+        """The lower bound [hidden] of each layer: sums of a softmax over the layers, None in the first."""
         bounds: list[torch.Tensor | None] = [None] * len(self.layers)
         if self.bounded:
             shares = torch.softmax(self.lower_bounds.to(torch.float32).transpose(0, 1), -1)  # [hidden, rows]
@@ -132,14 +138,14 @@ class Decoder(nn.Module):
 
 
 def read_heads(section: ConfigReader, hidden: int) -> int:
-    """Heads of the linear attention: `expand_ratio` is the width of one, and where it is null `num_heads` counts."""
+    """Heads of the linear attention, by their width `expand_ratio`; if that is null, by `num_heads`."""
     if "expand_ratio" in section.values and section.values["expand_ratio"] is None:
         return section.divisor("num_heads", hidden)
     return hidden // section.divisor("expand_ratio", hidden, min(128, hidden))
 
 
 def read_attention(section: ConfigReader, hidden: int, layers: int) -> tuple[list[int], AttentionSpec | None]:
-    """Which layers are plain attention, and of what shape, by the object `attn`."""
+    """The layers with plain attention and its shape, by the object `attn`."""
     if section.values.get("attn") is None:
         return [], None
     attn = section.section("attn")
@@ -165,67 +171,57 @@ def read_attention(section: ConfigReader, hidden: int, layers: int) -> tuple[lis
 
 
 def intermediate_size(section: ConfigReader, hidden: int) -> int:
-    """`intermediate_size`, or two thirds of `hidden_ratio` times hidden, rounded up to a multiple of 256."""
+    """`intermediate_size`; if absent, two thirds of `hidden_ratio` times hidden, rounded up to a multiple of 256."""
     if section.values.get("intermediate_size") is not None:
         return section.integer("intermediate_size")
     ratio = section.number("hidden_ratio", 4.0, least=1.0)
     return -(-int(hidden * min(ratio, 64.0) * 2 / 3) // 256) * 256
 
 
-class Step(nn.Module):
-    """Prefill and decode step: as `CausalStep`, with the lower bounds computed once for all layers."""
+class BoundedStep(CausalStep):
+    """Prefill and decode step that computes the lower bounds once for all layers."""
 
     def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.whole = model
+        super().__init__({"whole": model}, model.parts(), [len(states) for states in model.states()])
+        self.bounds = model.model.bounds
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        logit_positions: torch.Tensor,
-        states: list[Cache],
-    ) -> tuple[Cache, ...]:
-        inner = self.whole.model
-        h = inner.embeddings(input_ids)
+    def hidden(
+        self, h: torch.Tensor, past_length: torch.Tensor, logit_positions: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, list[Cache]]:
         updated: list[Cache] = []
-        for layer, bound in zip(inner.layers, inner.bounds(), strict=True):
-            count = 1 if layer.linear else 2
+        for layer, bound, count in zip(self.parts.layers, self.bounds(), self.counts, strict=True):
             h, *new = layer(h, past_length, bound, *states[len(updated) : len(updated) + count])
             updated += new
-        return (self.whole.lm_head(inner.norm(h.index_select(1, logit_positions))), *updated)
+        return h.index_select(1, logit_positions), updated
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """An HGRN-2 checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embeddings.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 2048)
+        self.tied = self.tied_head(default=False, table="model.embeddings.weight")
+        self.max_context = self.section.integer("max_position_embeddings", 2048)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal); the checkpoint's lower bounds stay whole."""
-        kept, ours = min(layers, config["num_hidden_layers"]), config.get(_CONFIG) or {}
-        short = config | {
-            "num_hidden_layers": kept,
-            _CONFIG: ours | {_ROWS: ours.get(_ROWS, config["num_hidden_layers"])},
-        }
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """As the base does; the checkpoint's lower bounds keep all their rows."""
+        ours = config.get(_CONFIG) or {}
+        short = shorten_stack(config, layers)
+        short[_CONFIG] = ours | {_ROWS: ours.get(_ROWS, config["num_hidden_layers"])}
         if short.get("attn"):
-            short["attn"] = short["attn"] | {"layers": [i for i in short["attn"]["layers"] if i < kept]}
+            kept = [i for i in short["attn"]["layers"] if i < short["num_hidden_layers"]]
+            short["attn"] = short["attn"] | {"layers": kept}
         return short
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def step(self) -> CausalStep:
+        return BoundedStep(self)
 
-    def graphs(self) -> list[Graph]:
-        return causal_graph(Step(self), self.model.states(), self.vocab, self.max_context)
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embeddings, self.model.layers, self.model.norm, self.lm_head)
+
+    def states(self) -> list[list[State]]:
+        return self.model.states()

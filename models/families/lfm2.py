@@ -1,28 +1,27 @@
-"""LFM2 (arXiv 2511.23404): gated short convolutions, attention with QK-norm in some layers.
-
-What may enter: `ops`, the shared layers.
-"""
+"""LFM2 (arXiv 2511.23404): gated short convolutions, attention with QK-norm in some layers."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, conv_state, kv_states
+from ...graph import State
+from ..causal import CausalModel, DecoderParts, conv_state, kv_states
 from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention
+from ..language_model import shorten_stack
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, rotary_frequencies
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
 
 
 class ShortConv(nn.Module):
-    """`out(C * conv(B * x))` with B, C and x projected side by side."""
+    """`out(C * conv(B * x))`; one linear projects B, C and x side by side."""
 
     def __init__(self, hidden: int, taps: int, bias: bool) -> None:
         super().__init__()
@@ -37,16 +36,16 @@ class ShortConv(nn.Module):
         return self.out_proj(joined.narrow(2, n, n) * mixed), state
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Causal attention with QK-norm and a KV cache, under the names of LFM2's checkpoints."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    fused = (("q_proj", "k_proj", "v_proj"),)
+    key_value = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, spec: AttentionSpec, eps: float) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim)
         self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim)
         self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim)
@@ -69,10 +68,10 @@ class Attention(nn.Module):
         return self.out_proj(attended), k_out, v_out
 
 
-class MLP(nn.Module):
+class MLP(Block):
     """`w2(silu(w1(x)) * w3(x))`."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("w1", "w3"),)
+    fused = (("w1", "w3"),)
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -107,6 +106,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
 
 
 def layer_types(section: ConfigReader) -> list[str]:
-    """`layer_types`, or attention in the layers of `full_attn_idxs`, in all where that is absent too."""
+    """`layer_types`; if absent, attention in the layers of `full_attn_idxs`; if that is absent too, in all."""
     layers = section.integer("num_hidden_layers", most=1024)
     attending = section.values.get("full_attn_idxs")
     if attending is None:
@@ -151,7 +152,7 @@ def layer_types(section: ConfigReader) -> list[str]:
 
 
 def intermediate_size(section: ConfigReader) -> int:
-    """The width of the MLP: two thirds of what the config says, rounded up, where `block_auto_adjust_ff_dim` is on."""
+    """The width of the MLP: with `block_auto_adjust_ff_dim` two thirds of what the config says, rounded up."""
     wide = section.integer("block_ff_dim" if "block_ff_dim" in section.values else "intermediate_size", 12288)
     if not section.boolean("block_auto_adjust_ff_dim", True):
         return wide
@@ -163,34 +164,25 @@ def intermediate_size(section: ConfigReader) -> int:
     return max(1, -(-wide // step)) * step
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """An LFM2 checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_embedding" if "tie_embedding" in config else "tie_word_embeddings", True)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 128000)
-
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
-
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
-
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(
-            self, inner.embed_tokens, inner.layers, inner.embedding_norm, self.lm_head, [len(s) for s in states]
+        self.tied = self.tied_head(
+            default=True, key="tie_embedding" if "tie_embedding" in config else "tie_word_embeddings"
         )
-        return causal_graph(step, states, self.vocab, self.max_context)
+        self.max_context = self.section.integer("max_position_embeddings", 128000)
+
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config | {"layer_types": layer_types(ConfigReader(config, ""))}, layers)
+
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.embedding_norm, self.lm_head)
+
+    def states(self) -> list[list[State]]:
+        return self.model.states()

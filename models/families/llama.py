@@ -1,4 +1,4 @@
-"""Llama (arXiv 2302.13971) and its small kin such as SmolLM2. What may enter: `ops`, the shared layers."""
+"""Llama (arXiv 2302.13971) and its small kin such as SmolLM2."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graph import Graph
-from ..causal import CausalStep, causal_graph, kv_states
-from ..config import ConfigReader
+from ...graph import State
+from ..causal import CausalModel, DecoderParts, kv_states
+from ..config import ConfigReader, StackKeys
 from ..kv_cache import Cache
 from ..layers.attention import AttentionSpec, CachedAttention
 from ..layers.linear import Embedding, Linear
@@ -17,13 +17,50 @@ from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
 
 
+class StackConfig(StackKeys):
+    """The keys of one Llama stack. windows: of each layer, 0 where it attends to everything."""
+
+    bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    windows: list[int]
+
+    def __init__(self, section: ConfigReader, positions: int = 2048) -> None:
+        super().__init__(section, positions)
+        self.act = section.text("hidden_act", "silu")
+        self.theta, self.rope_factor = section.rope(10000.0)
+        self.read_layers(section)
+
+    def read_layers(self, section: ConfigReader) -> None:
+        """Set the biases and windows."""
+        self.bias = self.out_bias = section.boolean("attention_bias", False)
+        self.mlp_bias = section.boolean("mlp_bias", False)
+        self.windows = [0] * self.layers
+
+    def attention(self, layer: int) -> AttentionSpec:
+        return AttentionSpec(
+            hidden=self.hidden,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            theta=self.theta,
+            rope_factor=self.rope_factor,
+            window=self.windows[layer],
+            bias=self.bias,
+            out_bias=self.out_bias,
+        )
+
+
 class Layer(nn.Module):
-    def __init__(self, spec: AttentionSpec, intermediate: int, act: str, eps: float, mlp_bias: bool) -> None:
+    """Attention and gated MLP, each behind a norm."""
+
+    def __init__(self, config: StackConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = CachedAttention(spec)
-        self.mlp = GatedMLP(spec.hidden, intermediate, act, mlp_bias)
-        self.input_layernorm = RMSNorm(spec.hidden, eps, offset=0.0)
-        self.post_attention_layernorm = RMSNorm(spec.hidden, eps, offset=0.0)
+        self.self_attn = CachedAttention(config.attention(layer))
+        self.mlp = GatedMLP(config.hidden, config.intermediate, config.act, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
 
     def forward(
         self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
@@ -33,53 +70,39 @@ class Layer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h)), k, v
 
 
-class Decoder(nn.Module):
-    def __init__(self, spec: AttentionSpec, section: ConfigReader, vocab: int, eps: float) -> None:
+class Stack(nn.Module):
+    """Embedding, layers and last norm."""
+
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(vocab, spec.hidden)
-        intermediate = section.integer("intermediate_size")
-        act, mlp_bias = section.text("hidden_act", "silu"), section.boolean("mlp_bias", False)
-        self.layers = nn.ModuleList(
-            Layer(spec, intermediate, act, eps, mlp_bias)
-            for _ in range(section.integer("num_hidden_layers", most=1024))
-        )
-        self.norm = RMSNorm(spec.hidden, eps, offset=0.0)
+        self.embed_tokens = Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps, offset=0.0)
+
+    def parts(self, head: nn.Module) -> DecoderParts:
+        return DecoderParts(self.embed_tokens, self.layers, self.norm, head)
 
 
-class Model(nn.Module):
+class StackModel(CausalModel):
+    """A stack with a head and a KV cache in each layer. config: the stack's keys."""
+
+    def __init__(self, config: dict[str, Any], keys: type[StackConfig]) -> None:
+        super().__init__(config)
+        self.keys = keys(self.section)
+        self.vocab, self.max_context = self.keys.vocab, self.keys.max_positions
+        self.model = Stack(self.keys)
+        self.lm_head = Linear(self.keys.hidden, self.vocab)
+        self.tied = self.tied_head(default=False)
+
+    def parts(self) -> DecoderParts:
+        return self.model.parts(self.lm_head)
+
+    def states(self) -> list[list[State]]:
+        return [kv_states(i, self.keys.kv_heads, self.keys.head_dim) for i in range(self.keys.layers)]
+
+
+class Model(StackModel):
     """A Llama checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        hidden, heads = section.integer("hidden_size"), section.integer("num_attention_heads", most=4096)
-        head_dim = section.head_dim(hidden // heads)
-        kv_heads = section.integer("num_key_value_heads", heads, most=4096)
-        if heads % kv_heads:
-            raise section.error("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
-        theta, factor = section.rope(10000.0)
-        bias = section.boolean("attention_bias", False)
-        spec = AttentionSpec(hidden, heads, kv_heads, head_dim, head_dim**-0.5, theta, factor, bias=bias, out_bias=bias)
-        self.spec, self.vocab = spec, section.integer("vocab_size")
-        self.model = Decoder(spec, section, self.vocab, section.number("rms_norm_eps", 1e-6))
-        self.lm_head = Linear(hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 2048)
-
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        return config | {"num_hidden_layers": min(layers, config["num_hidden_layers"])}
-
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
-
-    def graphs(self) -> list[Graph]:
-        inner = self.model
-        step = CausalStep(self, inner.embed_tokens, inner.layers, inner.norm, self.lm_head)
-        states = [kv_states(i, self.spec.kv_heads, self.spec.head_dim) for i in range(len(inner.layers))]
-        return causal_graph(step, states, self.vocab, self.max_context)
+        super().__init__(config, StackConfig)

@@ -1,8 +1,8 @@
 """ModernBERT (arXiv 2412.13663), the encoder of the Ettin pairs (arXiv 2507.11412), with its masked-language-model head.
 
-What may enter: `ops`, the shared layers. A model without a generate loop: one graph, `encoder`, run as it is. Layers
-alternate between full attention and a window of `local_attention` tokens, each kind with its own RoPE base; query, key
-and value are one matrix, and so are the two halves of the gated feed-forward. `modernbert_decoder` is its causal twin.
+It has no generate loop: its one graph, `encoder`, is run as it is. Layers alternate between full attention and a window of
+`local_attention` tokens, and each kind has its own RoPE base. Query, key and value are one matrix, and so are the two halves
+of the gated feed-forward. `modernbert_decoder` is the causal twin.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch import nn
 
 from ...graph import Graph, Port
 from ..config import ConfigReader
+from ..language_model import LanguageModel
 from ..layers.activations import activation
 from ..layers.attention import rotary_frequencies
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.ops import EW
 
 KINDS = ("full_attention", "sliding_attention")
+TABLE = "model.embeddings.tok_embeddings.weight"
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -30,12 +33,12 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def exact_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`layers.activation`, with "gelu" the exact one. Raises UserError for one that is not known."""
+    """`layers.activation` and the exact "gelu". Raises UserError for one that is not known."""
     return gelu if name == "gelu" else activation(name)
 
 
 class Config:
-    """What config.json says of the stack that the encoder and the decoder share."""
+    """The keys of config.json for a stack, of the encoder or of its causal twin."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         section = ConfigReader(values, "")
@@ -55,10 +58,9 @@ class Config:
         self.decoder_bias = section.boolean("decoder_bias", True)
         self.act = exact_activation(section.text("hidden_activation", "gelu"))
         self.head_act = exact_activation(section.text("classifier_activation", "gelu"))
-        self.tied = section.boolean("tie_word_embeddings", True)
         self.max_positions = section.integer("max_position_embeddings", 8192)
         self.layer_types = _layer_types(section, self.layers)
-        # Half of `local_attention`: the tokens an encoder sees on each side, and the decoder in all.
+        # Half of `local_attention`: the tokens that the encoder sees on each side, and the decoder in all.
         if values.get("local_attention", 128) is None:
             raise section.error("local_attention", None, "an integer of at least 2")
         self.half_window = section.integer("local_attention", 128, least=2) // 2
@@ -74,23 +76,15 @@ class Config:
     def frequencies(self, kind: str) -> torch.Tensor:
         return rotary_frequencies(self.head_dim, *self.bases[kind])
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        short = config | {"num_hidden_layers": min(layers, config["num_hidden_layers"])}
-        if short.get("layer_types"):
-            short["layer_types"] = short["layer_types"][: short["num_hidden_layers"]]
-        return short
-
 
 def _layer_types(section: ConfigReader, layers: int) -> list[str]:
-    """`layer_types`, or the first layer and every n-th after it full, the others sliding."""
+    """`layer_types`; if absent, the first layer and every n-th after it are full, the others slide."""
     every = section.integer("global_attn_every_n_layers", 3, most=1024)
     return section.kinds(layers, KINDS, ["sliding_attention" if i % every else "full_attention" for i in range(layers)])
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean) / std * weight`, with a bias if asked, by hand so that every backend computes the same."""
+    """`(x - mean) / std * weight`, with or without a bias, by hand. x: [..., size]."""
 
     def __init__(self, size: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -107,6 +101,8 @@ class LayerNorm(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """The embedding and a norm."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.tok_embeddings = Embedding(config.vocab, config.hidden)
@@ -134,7 +130,7 @@ class GatedFeedForward(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """What stands between the last norm and the vocabulary."""
+    """Linear, activation and norm before the matrix to the vocabulary."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -147,7 +143,7 @@ class PredictionHead(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Bidirectional self-attention, its three projections in one matrix."""
 
     inv_freq: torch.Tensor
@@ -169,9 +165,11 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and gated feed-forward, each behind a norm."""
+
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
-        # The embedding is normalised already.
+        # The embedding is normalised.
         self.attn_norm: nn.Module = config.norm() if index else nn.Identity()
         self.attn = Attention(config, config.layer_types[index])
         self.mlp_norm = config.norm()
@@ -184,6 +182,8 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, config: Config, layer: Callable[[Config, int], nn.Module]) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
@@ -192,7 +192,7 @@ class Stack(nn.Module):
 
 
 class MaskedStep(nn.Module):
-    """The whole encoder: logits for every position, and the hidden states they come from."""
+    """The encoder: logits of every position, and the hidden states that they come from."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -215,22 +215,19 @@ class MaskedStep(nn.Module):
         return self.whole.decoder(self.whole.head(h)), h
 
 
-class Model(nn.Module):
+class Model(LanguageModel):
     """A ModernBERT masked language model's modules, named as the checkpoint names them."""
 
     task = "module"
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = Config(config)
         self.model = Stack(self.config, Layer)
         self.head = PredictionHead(self.config)
         self.decoder = Linear(self.config.hidden, self.config.vocab, self.config.decoder_bias)
-        self.tied = {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if self.config.tied else {}
-        self.decoder_start = None
+        self.tied = self.tied_head(True, "decoder.weight", TABLE)
         self.max_context = self.config.max_positions
-
-    shorten = staticmethod(Config.shorten)
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"encoder": self.model.layers}

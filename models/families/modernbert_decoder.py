@@ -1,29 +1,29 @@
-"""The causal twin of ModernBERT, the decoder of the Ettin pairs (arXiv 2507.11412). What may enter: `ops`, `modernbert`.
+"""The causal twin of ModernBERT, the decoder of the Ettin pairs (arXiv 2507.11412).
 
-As `modernbert` but for its attention: separate projections, a KV cache, and a window that reaches back only.
+Its attention differs: separate projections, a KV cache, and a window that reaches back only.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph
-from ..causal import CausalStep, causal_graph, kv_states
-from ..config import ConfigReader
+from ...graph import State
+from ..causal import CausalModel, DecoderParts, kv_states
 from ..kv_cache import Cache, cached_attention
+from ..layers.block import Block
 from ..layers.linear import Linear
 from ..layers.ops import EW
-from .modernbert import Config, GatedFeedForward, PredictionHead, Stack
+from .modernbert import TABLE, Config, GatedFeedForward, PredictionHead, Stack
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Causal self-attention that appends to its KV cache."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    fused = (("q_proj", "k_proj", "v_proj"),)
+    key_value = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, config: Config, kind: str) -> None:
@@ -50,9 +50,11 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and gated feed-forward, each behind a norm."""
+
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
-        # The embedding is normalised already.
+        # The embedding is normalised.
         self.attn_norm: nn.Module = config.norm() if index else nn.Identity()
         self.attn = Attention(config, config.layer_types[index])
         self.mlp_norm = config.norm()
@@ -66,35 +68,27 @@ class Layer(nn.Module):
         return h + self.mlp(self.mlp_norm(h)), k, v
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A ModernBERT decoder checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = Config(config)
         if config.get("sliding_window") is not None:  # transformers writes it beside `local_attention`, twice as large
-            self.config.half_window = ConfigReader(config, "").integer("sliding_window")
+            self.config.half_window = self.section.integer("sliding_window")
+        self.vocab, self.max_context = self.config.vocab, self.config.max_positions
         self.model = Stack(self.config, Layer)
         self.lm_head = PredictionHead(self.config)
         self.decoder = Linear(self.config.hidden, self.config.vocab, self.config.decoder_bias)
-        self.tied = {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if self.config.tied else {}
-        self.decoder_start = None
-        self.max_context = self.config.max_positions
-
-    shorten = staticmethod(Config.shorten)
-
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+        self.tied = self.tied_head(True, "decoder.weight", TABLE)
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits of the last hidden states h [..., hidden]."""
+        """Logits of the last hidden states h [B, L, hidden]."""
         out: torch.Tensor = self.decoder(self.lm_head(h))
         return out
 
-    def graphs(self) -> list[Graph]:
-        stack = self.model
-        step = CausalStep(self, stack.embeddings, stack.layers, stack.final_norm, self.head)
-        states = [kv_states(i, self.config.heads, self.config.head_dim) for i in range(self.config.layers)]
-        return causal_graph(step, states, self.config.vocab, self.max_context)
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embeddings, self.model.layers, self.model.final_norm, self.head)
+
+    def states(self) -> list[list[State]]:
+        return [kv_states(i, self.config.heads, self.config.head_dim) for i in range(self.config.layers)]

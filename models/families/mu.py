@@ -1,12 +1,12 @@
-"""Mu, the encoder-decoder of "Return of the Encoder" (arXiv 2501.16273). What may enter: `ops`, the shared layers.
+"""Mu, the encoder-decoder of "Return of the Encoder" (arXiv 2501.16273).
 
 Pre-norm RMSNorm, biases on every linear, a plain feed-forward with tanh-GELU, one embedding for encoder, decoder and head.
-Parameters are named as in the state dict of the authors' code; the authors have no config.json, so its keys are
-ours, in T5's manner: `d_model`, `d_kv`, `d_ff`, `num_layers`, `num_decoder_layers`, `num_heads`, `num_key_value_heads`,
+Parameters are named as in the state dict of the authors' code. The authors have no config.json, so its keys are ours, in the
+manner of T5: `d_model`, `d_kv`, `d_ff`, `num_layers`, `num_decoder_layers`, `num_heads`, `num_key_value_heads`,
 `n_positions`, `rope_theta`, `layer_norm_epsilon`.
 
-The authors centre the encoder's positions, pos - (n - 1) // 2 for n source tokens. A rotary score depends on the
-difference of two positions alone, so the centre falls out, and positions count from 0 here.
+The authors centre the encoder's positions: pos - (n - 1) // 2 for n source tokens. A rotary score depends on the difference of
+two positions only, so here positions count from 0.
 """
 
 from __future__ import annotations
@@ -16,30 +16,29 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...graph import Graph, Port, State
+from ..causal import DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention, cross_attention
 from ..layers.activations import gelu_tanh
 from ..layers.attention import rotary_frequencies
+from ..layers.block import Block, Groups
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import RMSNorm
 from ..layers.ops import EW
+from ..seq2seq import EncoderDecoder, Seq2seqModel
 
 
 class Config:
-    """config.json, read and bounded."""
+    """The keys of config.json."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        section = ConfigReader(values, "")
+    def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size", 32128)
         self.hidden = section.integer("d_model", 1024)
         self.intermediate = section.integer("d_ff", 4096)
         self.encoder_layers = section.integer("num_layers", 20, most=1024)
         self.decoder_layers = section.integer("num_decoder_layers", 10, most=1024)
         self.heads = section.integer("num_heads", 6, most=4096)
-        self.kv_heads = section.integer("num_key_value_heads", 3, most=4096)
-        if self.heads % self.kv_heads:
-            raise section.error("num_key_value_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+        self.kv_heads = section.kv_heads(self.heads, 3)
         self.head_dim = section.integer("d_kv", 64, most=4096)
         if self.head_dim % 8:
             raise section.error("d_kv", self.head_dim, "a multiple of 8")
@@ -53,14 +52,14 @@ class Config:
         return RMSNorm(self.hidden, self.eps, offset=0.0)
 
 
-class Attention(nn.Module):
-    """The four projections, and the order of heads: here query head h reads key head h mod kv_heads.
+class Attention(Block):
+    """The four projections, and the order of heads: in Mu query head h reads key head h mod kv_heads.
 
-    The ops read h // (heads / kv_heads), so queries change places before attention and back after it; the caches stay.
+    In the ops it reads key head h // (heads / kv_heads). So queries are reordered before attention, and its output back.
     """
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_linear", "k_linear", "v_linear"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
+    fused: ClassVar[Groups] = (("q_linear", "k_linear", "v_linear"),)
+    key_value = ("k_linear", "v_linear")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class Attention(nn.Module):
         self.out_linear = Linear(config.heads * config.head_dim, config.hidden, bias=True)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H, D] of x [B, S, hidden], those of one key head side by side."""
+        """Queries [B, S, H, D] of x [B, S, hidden], those of one key head side by side."""
         lead, groups = x.shape[:2], self.heads // self.kv_heads
         q: torch.Tensor = self.q_linear(x).reshape(*lead, groups, self.kv_heads, self.head_dim)
         return q.transpose(2, 3).reshape(*lead, self.heads, self.head_dim)
@@ -105,12 +104,16 @@ class RotaryAttention(Attention):
 
 
 class EncoderAttention(RotaryAttention):
+    """Bidirectional self-attention."""
+
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x, positions)
         return self.output(EW.bidirectional_attention(q, k, v, mask, self.scale, 0.0))
 
 
 class CausalAttention(RotaryAttention):
+    """Causal self-attention that appends to its KV cache."""
+
     def forward(
         self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
     ) -> tuple[torch.Tensor, Cache, Cache]:
@@ -120,10 +123,9 @@ class CausalAttention(RotaryAttention):
 
 
 class CrossAttention(Attention):
-    """Attention to keys and values projected once from the encoder output; no RoPE."""
+    """Attention to keys and values that are projected once from the encoder's output. No RoPE."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_linear", "v_linear"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_linear", "v_linear")
+    fused = (("k_linear", "v_linear"),)
 
     def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""
@@ -148,6 +150,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each behind a norm."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ln1, self.ln2 = config.norm(), config.norm()
@@ -161,12 +165,18 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each behind a norm."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ln1, self.ln2, self.ln3 = config.norm(), config.norm(), config.norm()
         self.causal_attn = CausalAttention(config)
         self.cross_attn = CrossAttention(config)
         self.mlp = FeedForward(config)
+
+    def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""
+        return self.cross_attn.project_encoder(encoder_hidden)
 
     def forward(
         self, h: torch.Tensor, past_length: torch.Tensor, mask: torch.Tensor, states: list[Cache]
@@ -179,7 +189,7 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Both stacks, named as the checkpoint names them: wte the embedding, e the encoder, h the decoder."""
+    """Both stacks under the checkpoint's names: wte is the embedding, e the encoder, h the decoder."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -191,7 +201,7 @@ class Transformer(nn.Module):
 
 
 class Encode(nn.Module):
-    """The encoder."""
+    """The graph `encoder`."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -209,110 +219,38 @@ class Encode(nn.Module):
         return (parts.ln_e(h),)
 
 
-class CrossKV(nn.Module):
-    """Every decoder layer's cross-attention keys and values from the encoder output."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.transformer = model.transformer
-
-    def forward(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        layers: Any = self.transformer.h
-        pairs = [layer.cross_attn.project_encoder(encoder_hidden) for layer in layers]
-        return tuple(tensor for pair in pairs for tensor in pair)
-
-
-class DecoderStep(nn.Module):
-    """Prefill and decode step of the decoder with its head."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.transformer, self.lm_head = model.transformer, model.lm_head
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        encoder_mask: torch.Tensor,
-        logit_positions: torch.Tensor,
-        states: list[Cache],
-    ) -> tuple[Cache, ...]:
-        parts = self.transformer
-        h = parts.wte(input_ids)
-        mask = encoder_mask.unsqueeze(1).unsqueeze(1)
-        updated: list[Cache] = []
-        for i, layer in enumerate(parts.h):
-            h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4])
-            updated += [k, v]
-        return (self.lm_head(parts.ln_f(h.index_select(1, logit_positions))), *updated)
-
-
-class Model(nn.Module):
+class Model(Seq2seqModel):
     """A Mu checkpoint's modules, named as the checkpoint names them."""
 
-    task = "seq2seq"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.config = Config(config)
+        super().__init__(config)
+        self.config = Config(self.section)
         self.transformer = Transformer(self.config)
         self.lm_head = Linear(self.config.hidden, self.config.vocab)
         self.tied = {"lm_head.weight": "transformer.wte.weight"}
-        section = ConfigReader(config, "")
-        start = section.token("decoder_start_token_id", section.token("bos_token_id", 0))
-        self.decoder_start = 0 if start is None else start
+        self.decoder_start = self.first_token(self.section, 0)
         self.max_context = self.config.max_positions
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers in each stack (a rehearsal)."""
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
         published = {"num_layers": 20, "num_decoder_layers": 10}
         return config | {key: min(layers, config.get(key, most)) for key, most in published.items()}
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"encoder": self.transformer.e, "decoder": self.transformer.h}
 
-    def graphs(self) -> list[Graph]:
-        c = self.config
-        f32, i64 = torch.float32, torch.int64
-        source = {"batch": (1, 1024), "source": (1, c.max_positions)}
-        target = dict.fromkeys(("sequence", "capacity", "logits"), (1, c.max_positions))
-        hidden = Port("encoder_hidden", f32, ("batch", "source", c.hidden))
-        mask = Port("encoder_mask", torch.bool, ("batch", "source"))
-        states: list[State] = []
-        for i in range(c.decoder_layers):
-            own, cross = (("batch", c.kv_heads, length, c.head_dim) for length in ("capacity", "source"))
-            states += [State(f"{n}_cache_{i}", "kv", f32, own, updated=True) for n in ("k", "v")]
-            states += [State(f"cross_{n}_{i}", "cross", f32, cross, updated=False) for n in ("k", "v")]
-        return [
-            Graph(
-                name="encoder",
-                module=Encode(self),
-                inputs=(Port("input_ids", i64, ("batch", "source")), mask),
-                outputs=(hidden,),
-                example={"batch": 2, "source": 5},
-                bounds=source,
-            ),
-            Graph(
-                name="cross_kv",
-                module=CrossKV(self),
-                inputs=(hidden,),
-                outputs=tuple(Port(s.name, f32, s.shape) for s in states if s.kind == "cross"),
-                example={"batch": 2, "source": 5},
-                bounds=source,
-            ),
-            Graph(
-                name="decoder",
-                module=DecoderStep(self),
-                inputs=(
-                    Port("input_ids", i64, ("batch", "sequence")),
-                    Port("past_length", i64, (1,)),
-                    mask,
-                    Port("logit_positions", i64, ("logits",)),
-                ),
-                outputs=(Port("logits", f32, ("batch", "logits", c.vocab)),),
-                states=tuple(states),
-                example={"batch": 2, "source": 5, "sequence": 3, "capacity": 7, "logits": 2},
-                bounds=source | target,
-            ),
-        ]
+    def encoder_decoder(self) -> EncoderDecoder:
+        parts, config = self.transformer, self.config
+        return EncoderDecoder(
+            encoder=Encode(self),
+            encoder_root="",
+            stack={"transformer": parts},
+            head={"lm_head": self.lm_head},
+            decoder=DecoderParts(parts.wte, parts.h, parts.ln_f, self.lm_head),
+            encoder_hidden=config.hidden,
+            vocab=config.vocab,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            source_positions=config.max_positions,
+            target_positions=config.max_positions,
+        )

@@ -1,35 +1,36 @@
 """OLMo Hybrid: Gated DeltaNet layers (arXiv 2412.06464) with OLMo 3's attention every few layers.
 
-What may enter: `ops`, the shared layers. Norms stand before the mixer and the MLP in a DeltaNet layer, after them in an
-attention layer. Without `rope_parameters` the attention knows no positions.
+Norms stand before the mixer and the MLP in a DeltaNet layer, after them in an attention layer. Without `rope_parameters` the
+attention has no positions.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, kv_states
+from ...graph import State
+from ..causal import CausalModel, DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache
+from ..language_model import shorten_stack
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, CachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
-from .gated_delta import DeltaSpec, GatedDelta, read_delta
+from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 
 _GATE_EPS = 1e-5  # of the norm before the gate, whatever rms_norm_eps says
 
 
 class DeltaNet(GatedDelta):
-    """A projection each for queries, keys, values, decay, rate and gate."""
+    """One projection each for queries, keys, values, decay, rate and gate."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj", "g_proj"),)
-    protected: ClassVar[tuple[str, ...]] = ("a_proj", "b_proj")
+    fused = (("q_proj", "k_proj", "v_proj", "g_proj"),)
+    protected = ("a_proj", "b_proj")
 
     def __init__(self, spec: DeltaSpec) -> None:
         super().__init__(spec)
@@ -53,6 +54,8 @@ class DeltaNet(GatedDelta):
 
 
 class LinearLayer(nn.Module):
+    """A DeltaNet and the gated MLP, each behind a norm."""
+
     def __init__(self, spec: DeltaSpec, mlp: GatedMLP, eps: float) -> None:
         super().__init__()
         self.linear_attn = DeltaNet(spec)
@@ -69,6 +72,8 @@ class LinearLayer(nn.Module):
 
 
 class AttentionLayer(nn.Module):
+    """Attention and the gated MLP, each before a norm."""
+
     def __init__(self, spec: AttentionSpec, mlp: GatedMLP, eps: float) -> None:
         super().__init__()
         self.self_attn = CachedAttention(spec)
@@ -85,7 +90,7 @@ class AttentionLayer(nn.Module):
 
 
 def layer_types(section: ConfigReader) -> list[str]:
-    """`layer_types`, or full attention every fourth layer and in the last of fewer than four."""
+    """`layer_types`; if absent, full attention in every fourth layer, and in the last of fewer than four."""
     layers = section.integer("num_hidden_layers", most=1024)
     default = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
     if layers < 4:
@@ -94,6 +99,8 @@ def layer_types(section: ConfigReader) -> list[str]:
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -133,48 +140,35 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden, eps, offset=0.0)
 
     def states(self) -> list[list[State]]:
-        spec = self.attention
-        return [
-            self.delta.states(i) if kind == "linear_attention" else kv_states(i, spec.kv_heads, spec.head_dim)
-            for i, kind in enumerate(self.types)
-        ]
+        return hybrid_states(self.types, self.delta, self.attention)
 
 
 def rotary(section: ConfigReader) -> tuple[float, float, int | None]:
-    """(theta, factor, rotated dimensions): none rotate where the config gives no rope_theta."""
+    """(theta, factor, rotated dimensions); no dimension rotates if the config has no rope_theta."""
     params = section.values.get("rope_parameters")
-    given = params.get("rope_theta") if isinstance(params, dict) else params
-    if given is None and section.values.get("rope_theta") is None:
+    theta = params.get("rope_theta") if isinstance(params, dict) else params
+    if theta is None and section.values.get("rope_theta") is None:
         return 1.0, 1.0, 0
     return *section.rope(500000.0), None
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """An OLMo Hybrid checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 65536)
+        self.tied = self.tied_head(default=False)
+        self.max_context = self.section.integer("max_position_embeddings", 65536)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config | {"layer_types": layer_types(ConfigReader(config, ""))}, layers)
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head)
 
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(self, inner.embed_tokens, inner.layers, inner.norm, self.lm_head, [len(s) for s in states])
-        return causal_graph(step, states, self.vocab, self.max_context)
+    def states(self) -> list[list[State]]:
+        return self.model.states()

@@ -1,41 +1,43 @@
 """Qwen3.5, text, and dense Qwen3-Next: Gated DeltaNet layers (arXiv 2412.06464), gated attention every few layers.
 
-What may enter: `ops`, the shared layers. The two differ in how the DeltaNet's projections are cut.
+The two differ in how the DeltaNet's projections are cut.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import UserError
-from ...graph import Graph, State
-from ..causal import CausalStep, causal_graph, kv_states
+from ...graph import State
+from ..causal import CausalModel, DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache
+from ..language_model import shorten_stack
 from ..layers.activations import silu
 from ..layers.attention import AttentionSpec, GatedCachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
-from .gated_delta import DeltaSpec, GatedDelta, read_delta
+from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _DeltaNet(GatedDelta):
-    """norm, gate z and output projection, around what an heir projects."""
+class _DeltaNet(GatedDelta, ABC):
+    """Norm, gate z and output projection. An heir projects the inputs."""
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
         super().__init__(spec)
         self.norm = RMSNorm(spec.value_dim, eps, offset=0.0)
         self.out_proj = Linear(spec.values, spec.hidden)
 
+    @abstractmethod
     def project(self, x: torch.Tensor) -> Projected:
         """qkv [B, T, channels], z [B, T, H, Dv], and a, b [B, T, H] of x [B, T, hidden]."""
-        raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, conv: torch.Tensor, state: torch.Tensor
@@ -49,8 +51,8 @@ class _DeltaNet(GatedDelta):
 class DeltaNet(_DeltaNet):
     """Qwen3.5's: one projection for queries, keys and values, one each for z, b and a."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("in_proj_qkv", "in_proj_z"),)
-    protected: ClassVar[tuple[str, ...]] = ("in_proj_a", "in_proj_b")
+    fused = (("in_proj_qkv", "in_proj_z"),)
+    protected = ("in_proj_a", "in_proj_b")
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
         super().__init__(spec, eps)
@@ -67,7 +69,7 @@ class DeltaNet(_DeltaNet):
 class NextDeltaNet(_DeltaNet):
     """Qwen3-Next's: for each key head its query, key, values and z side by side, and likewise b and a."""
 
-    protected: ClassVar[tuple[str, ...]] = ("in_proj_ba",)
+    protected = ("in_proj_ba",)
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
         super().__init__(spec, eps)
@@ -111,6 +113,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, section: ConfigReader, vocab: int) -> None:
         super().__init__()
         self.hidden = hidden = section.integer("hidden_size")
@@ -150,15 +154,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden, eps, offset=1.0)
 
     def states(self) -> list[list[State]]:
-        spec = self.attention
-        return [
-            self.delta.states(i) if kind == "linear_attention" else kv_states(i, spec.kv_heads, spec.head_dim)
-            for i, kind in enumerate(self.types)
-        ]
+        return hybrid_states(self.types, self.delta, self.attention)
 
 
 def layer_types(section: ConfigReader) -> list[str]:
-    """`layer_types`, or full attention every `full_attention_interval`-th layer."""
+    """`layer_types`; if absent, full attention in every `full_attention_interval`-th layer."""
     layers = section.integer("num_hidden_layers", most=1024)
     every = section.integer("full_attention_interval", 4, most=1024)
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
@@ -181,34 +181,25 @@ def _refuse_experts(section: ConfigReader) -> None:
         )
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A Qwen3.5 text or dense Qwen3-Next checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        if section.text("model_type") == "qwen3_next":
-            _refuse_experts(section)
-        self.vocab = section.integer("vocab_size")
-        self.model = Decoder(section, self.vocab)
+        super().__init__(config)
+        if self.section.text("model_type") == "qwen3_next":
+            _refuse_experts(self.section)
+        self.vocab = self.section.integer("vocab_size")
+        self.model = Decoder(self.section, self.vocab)
         self.lm_head = Linear(self.model.hidden, self.vocab)
-        tied = section.boolean("tie_word_embeddings", False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = section.integer("max_position_embeddings", 32768)
+        self.tied = self.tied_head(default=False)
+        self.max_context = self.section.integer("max_position_embeddings", 32768)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with at most `layers` layers (a rehearsal)."""
-        kept = min(layers, config["num_hidden_layers"])
-        return config | {"num_hidden_layers": kept, "layer_types": layer_types(ConfigReader(config, ""))[:kept]}
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        return shorten_stack(config | {"layer_types": layer_types(ConfigReader(config, ""))}, layers)
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head)
 
-    def graphs(self) -> list[Graph]:
-        inner, states = self.model, self.model.states()
-        step = CausalStep(self, inner.embed_tokens, inner.layers, inner.norm, self.lm_head, [len(s) for s in states])
-        return causal_graph(step, states, self.vocab, self.max_context)
+    def states(self) -> list[list[State]]:
+        return self.model.states()

@@ -1,38 +1,39 @@
 """SambaY (arXiv 2507.06607), as in Phi-4-mini-flash: the upper half of the layers reads the states of the lower half.
 
-The self-decoder has Mamba-1 layers (arXiv 2312.00752), layers of attention within a window, and one of full attention; its
+The self-decoder has Mamba-1 layers (arXiv 2312.00752), layers of attention within a window, and one of full attention, whose
 KV cache is the only one that grows. The cross-decoder has no states: its attention reads that cache, its gated memory units
-(GMU) the scan of the last Mamba layer. So it is computed for the positions whose logits are asked, and no others. All
-attention is differential (arXiv 2410.05258), without positions. What may enter: `ops`, the shared layers.
+(GMU) read the scan of the last Mamba layer. So it is computed only at the logit positions. All attention is differential
+(arXiv 2410.05258), without positions.
 
-Names, kinds of layers and formulas follow the released code and its weight index, keys the released configuration. Ours, for
-want of a release: `gmu_norm` (nGMU: RMSNorm after the gate, its weight `attn.norm.weight`, its eps the layer norms') and
-`num_kept_layers` (the first layers alone, a rehearsal).
+Names, kinds of layers and formulas follow the released code and its weight index, keys the released configuration. Two keys are
+ours: `gmu_norm` (nGMU: an RMSNorm after the gate, with the weight `attn.norm.weight` and the eps of the layer norms) and
+`num_kept_layers` (only the first layers).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...graph import Graph, State
-from ..causal import causal_graph, conv_state, kv_states, recurrent_state, window_states
+from ...graph import State
+from ..causal import CausalModel, CausalStep, DecoderParts, conv_state, kv_states, recurrent_state, window_states
 from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention, shared_attention
 from ..layers.activations import activation, silu, softplus
 from ..layers.attention import window_attention
+from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
 
-SUBLAYER_NORM_EPS = 1e-5  # of the norm inside differential attention, whatever the config says
+SUBLAYER_NORM_EPS = 1e-5  # of the norm inside differential attention; the config has no key for it
 
 
 class Sizes:
-    """The keys of config.json, checked."""
+    """The keys of config.json."""
 
     def __init__(self, section: ConfigReader) -> None:
         self.vocab = section.integer("vocab_size")
@@ -78,7 +79,7 @@ class Sizes:
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean) / deviation * weight + bias` over the last dimension, in plain arithmetic. x: [..., size]."""
+    """`(x - mean) / deviation * weight + bias` over the last dimension, by hand. x: [..., size]."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -93,6 +94,8 @@ class LayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
+    """`fc2(y * act(gate))`; fc1 computes gate and y side by side."""
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.fc1 = Linear(sizes.hidden, 2 * sizes.intermediate)
@@ -106,11 +109,11 @@ class MLP(nn.Module):
         return out
 
 
-class Mamba(nn.Module):
+class Mamba(Block):
     """Mamba-1. x: [B, S, hidden] -> the mixed [B, S, hidden], the scan before its gate [B, S, inner], and both states."""
 
     # They make the decay of the scan: small beside the other matrices, and errors in them add up over the tokens.
-    protected: ClassVar[tuple[str, ...]] = ("x_proj", "dt_proj")
+    protected = ("x_proj", "dt_proj")
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -168,7 +171,7 @@ class Difference(nn.Module):
         self.subln = RMSNorm(2 * head_dim, SUBLAYER_NORM_EPS, offset=0.0)
 
     def forward(self, attended: torch.Tensor) -> torch.Tensor:
-        """attended: [B, S, heads * 2D], of the even heads A1 [v1, v2], of the odd ones A2. Returns [B, S, heads * D]."""
+        """attended: [B, S, heads * 2D]; even heads hold A1 [v1, v2], odd ones A2 [v1, v2]. Returns [B, S, heads * D]."""
         batch, length, total = attended.shape
         width = self.subln.weight.shape[0]
         pairs = attended.reshape(batch, length, total // (2 * width), 2 * width)
@@ -179,16 +182,16 @@ class Difference(nn.Module):
 
 
 def _exp_of_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """exp(q . k), float32 from the start: the vectors may be stored in 16 bits."""
+    """exp(q . k) in float32, as the vectors may be stored in 16 bits."""
     return torch.exp((q.to(torch.float32) * k.to(torch.float32)).sum())
 
 
 class Attention(nn.Module):
-    """What the two differential attentions share.
+    """The base of the two differential attentions.
 
-    Heads 2j and 2j+1 are the pair (1, 2). Keys and values of a pair lie side by side, as one head [k1, k2] and [v1, v2] of
-    twice the size: a query [q1, 0] or [0, q2] then meets its own half of the key and both values. So the ordinary attention
-    ops serve, and the cache holds every key and value once.
+    Heads 2j and 2j + 1 are the pair (1, 2). Keys and values of a pair lie side by side, as one head [k1, k2] and [v1, v2] of
+    twice the size. A query [q1, 0] or [0, q2] then reads its half of the key and both values. So the ordinary attention ops
+    compute it, and the cache holds every key and value once.
     """
 
     first_half: torch.Tensor
@@ -210,12 +213,13 @@ class Attention(nn.Module):
         return torch.cat((q * self.first_half, q * self.second_half), -1)
 
     def finish(self, attended: torch.Tensor) -> torch.Tensor:
+        """[B, S, hidden] of attended [B, S, heads * 2D]."""
         out: torch.Tensor = self.out_proj(self.inner_cross_attn(attended))
         return out
 
 
 class SelfAttention(Attention):
-    """Differential attention with a KV cache over all tokens, or (`window` > 0) with the keys and values of the window alone."""
+    """Differential attention with a KV cache of all tokens, or, if `window` > 0, with the keys and values of the window."""
 
     def __init__(self, sizes: Sizes, layer: int, window: int) -> None:
         super().__init__(sizes, layer, sizes.hidden + 2 * sizes.key_width)
@@ -230,7 +234,7 @@ class SelfAttention(Attention):
         v = qkv.narrow(-1, s.hidden + s.key_width, s.key_width).reshape(pair)
         q = self.spread(qkv.narrow(-1, 0, s.hidden))
         scale = s.head_dim**-0.5
-        if self.window:  # float: of a fixed size, and shifted at each call
+        if self.window:  # its states are of a fixed size and float
             assert isinstance(k_cache, torch.Tensor)
             assert isinstance(v_cache, torch.Tensor)
             attended, k_last, v_last = window_attention(q, k, v, k_cache, v_cache, past_length, scale)
@@ -240,7 +244,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Differential attention over the cache of the full layer; `Wqkv` makes queries alone."""
+    """Differential attention over the cache of the full layer; `Wqkv` computes queries only."""
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__(sizes, layer, sizes.hidden)
@@ -251,7 +255,7 @@ class CrossAttention(Attention):
 
 
 class Layer(nn.Module):
-    """A mixer and a feed-forward block, each behind a norm. Called with what the mixer takes; gives h and what it gives."""
+    """A mixer and a feed-forward block, each behind a norm. Takes the mixer's arguments, returns h and its further outputs."""
 
     def __init__(self, sizes: Sizes, index: int) -> None:
         super().__init__()
@@ -262,13 +266,13 @@ class Layer(nn.Module):
 
     def forward(self, h: torch.Tensor, *rest: Cache) -> tuple[Cache, ...]:
         mixed = self.attn(self.input_layernorm(h), *rest)
-        out, *given = mixed if isinstance(mixed, tuple) else (mixed,)
+        out, *states = mixed if isinstance(mixed, tuple) else (mixed,)
         h = h + out
-        return (h + self.mlp(self.post_attention_layernorm(h)), *given)
+        return (h + self.mlp(self.post_attention_layernorm(h)), *states)
 
 
 def _mixer(sizes: Sizes, index: int) -> nn.Module:
-    """By the index: Mamba and windows in turn, full attention, then memory units and cross-attention in turn."""
+    """The mixer by the index: Mamba and windows in turn, full attention, then memory units and cross-attention in turn."""
     if index > sizes.full:
         return CrossAttention(sizes, index) if index % 2 else GatedMemory(sizes)
     if index % 2 == 0:
@@ -277,6 +281,8 @@ def _mixer(sizes: Sizes, index: int) -> nn.Module:
 
 
 class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.embed_tokens = Embedding(sizes.vocab, sizes.hidden)
@@ -284,23 +290,18 @@ class Decoder(nn.Module):
         self.final_layernorm = LayerNorm(sizes.hidden, sizes.eps)
 
 
-class Step(nn.Module):
-    """Prefill and decode step: the self-decoder over all tokens, the rest over the positions whose logits are asked."""
+class Step(CausalStep):
+    """Prefill and decode step: the self-decoder over all tokens, the rest at the logit positions."""
 
     def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model, self.lm_head, self.full = model.model, model.lm_head, model.sizes.full
+        super().__init__({"model": model.model, "lm_head": model.lm_head}, model.parts(), ())
+        self.full = model.sizes.full
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        logit_positions: torch.Tensor,
-        states: list[Cache],
-    ) -> tuple[Cache, ...]:
-        layers = list(self.model.layers)
-        h = self.model.embed_tokens(input_ids)
-        memory = h  # of the last Mamba layer, once there was one
+    def hidden(
+        self, h: torch.Tensor, past_length: torch.Tensor, logit_positions: torch.Tensor, states: list[Cache]
+    ) -> tuple[torch.Tensor, list[Cache]]:
+        layers = list(self.parts.layers)
+        memory = h  # of the last Mamba layer, which the first layer is
         updated: list[Cache] = []
         for i, layer in enumerate(layers[: self.full + 1]):
             own = states[len(updated) : len(updated) + 2]
@@ -312,35 +313,33 @@ class Step(nn.Module):
         h, memory = h.index_select(1, logit_positions), memory.index_select(1, logit_positions)
         for i, layer in enumerate(layers[self.full + 1 :], self.full + 1):
             (h,) = layer(h, *updated[-2:], past_length + logit_positions) if i % 2 else layer(h, memory)
-        return (self.lm_head(self.model.final_layernorm(h)), *updated)
+        return h, updated
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """A SambaY checkpoint's modules, named as the checkpoint names them."""
 
-    task = "causal"
-
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        section = ConfigReader(config, "")
-        self.sizes = Sizes(section)
+        super().__init__(config)
+        self.sizes = Sizes(self.section)
+        self.vocab, self.max_context = self.sizes.vocab, self.sizes.max_positions
         self.model = Decoder(self.sizes)
-        self.lm_head = Linear(self.sizes.hidden, self.sizes.vocab)
-        tied = section.boolean("tie_word_embeddings", True)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-        self.decoder_start = None
-        self.max_context = self.sizes.max_positions
+        self.lm_head = Linear(self.sizes.hidden, self.vocab)
+        self.tied = self.tied_head(default=True)
 
-    @staticmethod
-    def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config with the first `layers` layers alone, each of the kind it was (a rehearsal)."""
+    @classmethod
+    def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """The first `layers` layers alone: `num_hidden_layers` also decides which layer is of which kind, so it stays."""
         return config | {"num_kept_layers": min(layers, config.get("num_kept_layers") or config["num_hidden_layers"])}
 
-    def stacks(self) -> dict[str, nn.ModuleList]:
-        return {"decoder": self.model.layers}
+    def parts(self) -> DecoderParts:
+        return DecoderParts(self.model.embed_tokens, self.model.layers, self.model.final_layernorm, self.lm_head)
 
-    def graphs(self) -> list[Graph]:
-        return causal_graph(Step(self), _states(self.sizes), self.sizes.vocab, self.max_context)
+    def step(self) -> CausalStep:
+        return Step(self)
+
+    def states(self) -> list[list[State]]:
+        return _states(self.sizes)
 
 
 def _states(sizes: Sizes) -> list[list[State]]:

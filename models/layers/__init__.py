@@ -1,1 +1,1 @@
-"""The layers that architectures share."""
+"""The layers that families share."""

@@ -1,4 +1,4 @@
-"""Activations, spelled in forms that every backend computes right."""
+"""Activations in forms that every backend computes right."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .ops import EW
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(x)`."""
     return x * torch.sigmoid(x)
 
 
 def twice_atanh(z: torch.Tensor) -> torch.Tensor:
-    """`2 atanh(z)`, which is log((1 + z) / (1 - z)), for z from 0 to 1/3 within 2e-7.
+    """`2 atanh(z)` = log((1 + z) / (1 - z)), for z from 0 to 1/3 within 2e-7.
 
-    A logarithm near 1 that half precision holds: log(1 + u) with u = 2z / (1 - z) would round 1 + u and lose small u.
+    For logarithms near 1 in half precision: log(1 + u) with u = 2z / (1 - z) would round 1 + u and lose a small u.
     """
     square = z * z
     series = square * (2 / 11) + 2 / 9
@@ -27,7 +28,7 @@ def twice_atanh(z: torch.Tensor) -> torch.Tensor:
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
-    """`log(1 + exp(x))` within 1e-6, and to the relative precision of the dtype where it is small."""
+    """`log(1 + exp(x))` within 1e-6; small values have the relative precision of the dtype."""
     small = torch.exp(-torch.abs(x))
     return torch.relu(x) + twice_atanh(small / (small + 2.0))
 
@@ -38,6 +39,7 @@ def l2_normalise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation."""
     out: torch.Tensor = EW.gelu_tanh(x)
     return out
 
@@ -51,11 +53,12 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation that config.json names. Raises UserError for one that is not known."""
     if name not in ACTIVATIONS:
         raise UserError(f"activation '{name}' is not supported; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """`cap * tanh(logits / cap)`; 0 leaves them as they are."""
+    """`cap * tanh(logits / cap)`; the logits themselves if cap is 0."""
     return torch.tanh(logits / cap) * cap if cap else logits

@@ -1,41 +1,38 @@
-"""The parts architectures share: linear and embedding in float and quantized form, norms, attention, gated MLP.
-
-What may enter: `ops`. A class names in `fused` the linears that a backend may fuse into one matrix; they share one
-choice of bits.
-"""
+"""Attention: bidirectional, causal with a KV cache, across to an encoder's output, and within a window."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import nn
 
 from ..kv_cache import Cache, cached_attention, cross_attention
+from .block import Block
 from .linear import Linear
 from .norm import RMSNorm
 from .ops import EW
 
 
-def attention_heads(module: nn.Module) -> int:
-    """Query heads of a module that attends, by itself or by its `spec`; 0 of any other."""
-    return int(getattr(getattr(module, "spec", module), "heads", 0))
-
-
 def rotary_frequencies(head_dim: int, theta: float, factor: float = 1.0) -> torch.Tensor:
-    """Inverse frequencies [head_dim / 2] on the CPU (also under `torch.device("meta")`); `factor` is linear scaling."""
+    """Inverse frequencies [head_dim / 2], on the CPU also under `torch.device("meta")`. factor: linear scaling of positions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    # In transformers' own order of operations, so that the last bits agree with the oracle.
+    # In the order of operations of transformers, so that the last bits agree.
     return (1.0 / torch.pow(torch.tensor(theta, device="cpu"), exponents)) / factor
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Shape of one attention. `window` 0 means full; `softcap` 0 means none; `norm_eps` set means QK-norm.
+    """Sizes and options of one attention.
 
-    norm_offset: 1 is Gemma's form of the QK-norm. norm_whole: it spans the whole projection, not each head (OLMo 2).
-    rotated: how many dimensions of a head rotate, the first ones; None is all, 0 none.
+    Attributes:
+        scale: what scores are multiplied by.
+        theta, rope_factor: base and linear scaling of RoPE.
+        softcap: of the scores; 0 for none.
+        window: the most tokens that a query sees; 0 for all.
+        norm_eps: of the QK-norm; None without.
+        norm_offset: of the QK-norm; 1 is Gemma's form.
+        norm_whole: the QK-norm spans all heads at once, as in OLMo 2, not each head.
+        rotated: how many dimensions of a head rotate, the first ones; None for all, 0 for none.
     """
 
     hidden: int
@@ -59,16 +56,16 @@ class AttentionSpec:
         return self.head_dim if self.rotated is None else self.rotated
 
 
-class _SelfAttention(nn.Module):
-    """Projections, optional QK-norm and RoPE, shared by the encoder's and the decoder's self-attention."""
+class SelfAttention(Block):
+    """Projections, optional QK-norm and RoPE of the self-attention of encoders and decoders."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    fused = (("q_proj", "k_proj", "v_proj"),)
+    key_value = ("k_proj", "v_proj")
     inv_freq: torch.Tensor
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
         self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
@@ -88,7 +85,7 @@ class _SelfAttention(nn.Module):
     def normed_and_rotated(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The heads of projections q [B, S, H * D] and k, v [B, S, KV * D], q and k rotated."""
+        """q [B, S, H, D] and k, v [B, S, KV, D] of projections q [B, S, H * D] and k, v [B, S, KV * D], q and k rotated."""
         s, lead = self.spec, q.shape[:2]
         if s.norm_eps is not None and s.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -111,7 +108,7 @@ class _SelfAttention(nn.Module):
         return torch.cat((turned, x.narrow(3, dims, head_dim - dims)), 3)
 
 
-class BidirectionalAttention(_SelfAttention):
+class BidirectionalAttention(SelfAttention):
     """Self-attention of an encoder."""
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -121,8 +118,8 @@ class BidirectionalAttention(_SelfAttention):
         return out
 
 
-class CachedAttention(_SelfAttention):
-    """Causal self-attention that appends to its KV cache."""
+class CachedAttention(SelfAttention):
+    """Causal self-attention that appends to its KV cache. x: [B, S, hidden]."""
 
     def forward(
         self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
@@ -134,8 +131,8 @@ class CachedAttention(_SelfAttention):
         return self.o_proj(attended), k_out, v_out
 
 
-class GatedCachedAttention(_SelfAttention):
-    """`CachedAttention` whose output meets a sigmoid gate; for each head `q_proj` holds the query, then the gate."""
+class GatedCachedAttention(SelfAttention):
+    """`CachedAttention` whose output is gated by a sigmoid. For each head `q_proj` computes the query, then the gate."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
@@ -154,15 +151,15 @@ class GatedCachedAttention(_SelfAttention):
         return self.o_proj(attended * torch.sigmoid(gate)), k_out, v_out
 
 
-class CrossAttention(nn.Module):
-    """Attention of a decoder to keys and values projected once from the encoder output; no RoPE, no window."""
+class CrossAttention(Block):
+    """Attention of a decoder to keys and values that are projected once from the encoder's output. No RoPE, no window."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("k_proj", "v_proj"),)
-    key_value: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    fused = (("k_proj", "v_proj"),)
+    key_value = ("k_proj", "v_proj")
 
     def __init__(self, spec: AttentionSpec, encoder_hidden: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
         self.k_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.v_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
@@ -191,11 +188,11 @@ def window_attention(
     past_length: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Causal attention to the last `window` tokens, whose keys and values are all that is kept: a step costs the same however
-    long the context is, and so does its memory.
+    """Causal attention to the last `window` tokens. Only their keys and values are kept, so time and memory of a step do not
+    grow with the context.
 
-    q: [B, S, H, D]; k, v: [B, S, KV, D]; k_past, v_past: [B, KV, window - 1, D], oldest first, zeros where there were no
-    tokens yet; past_length: int64 [1]. Returns [B, S, H * D] and both pasts after these tokens. Plain operations alone.
+    q: [B, S, H, D]; k, v: [B, S, KV, D]; k_past, v_past: [B, KV, window - 1, D], oldest first, zeros before the first token;
+    past_length: int64 [1]. Returns [B, S, H * D] and both pasts after these tokens. Of plain ATen operations.
     """
     batch, length, heads, dim = q.shape
     kept = k_past.shape[2]
@@ -204,7 +201,7 @@ def window_attention(
     slots = torch.arange(kept + length, device=q.device)
     own = torch.arange(length, device=q.device).unsqueeze(1)
     seen = torch.logical_and(slots >= own, slots <= own + kept)  # the window, up to the token itself
-    seen = torch.logical_and(seen, slots >= kept - past_length)  # a slot before the first token holds nothing
+    seen = torch.logical_and(seen, slots >= kept - past_length)  # a slot before the first token is empty
     bias = (seen.to(q.dtype) - 1.0) * 30000.0  # finite in float16
     wide_keys, wide_values = _spread_heads(keys, heads), _spread_heads(values, heads)
     scores = torch.matmul(q.transpose(1, 2), wide_keys.transpose(2, 3)) * scale + bias
@@ -214,7 +211,7 @@ def window_attention(
 
 
 def _spread_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, KV, T, D] as [B, heads, T, D]: head h is key head h // (heads / KV). A view that is reshaped would fix T's range."""
+    """[B, KV, T, D] as [B, heads, T, D]: head h is key head h // (heads / KV). A reshaped view would fix the range of T."""
     groups = heads // x.shape[1]
     if groups == 1:
         return x

@@ -9,7 +9,7 @@ from .ops import EW
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`, weight [out, in] in any float dtype, computed in the dtype of x."""
+    """`x @ weight.T + bias` in the dtype of x. weight: [out, in] in any float dtype; x: [..., in]."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of weight [vocab, hidden] as float32."""
+    """Rows of weight [vocab, hidden], as float32 [..., hidden], by ids int64 [...]."""
 
     def __init__(self, vocab: int, hidden: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Embedding(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A `Linear` whose weight is codes and scales, usually views of the mapped quantized checkpoint."""
+    """A `Linear` whose weight is codes uint8 [out, in * bits / 8] and scales [out, in / group_size]."""
 
     def __init__(
         self, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None
@@ -51,7 +51,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An `Embedding` whose rows are codes and scales."""
+    """An `Embedding` whose table is codes uint8 [vocab, hidden * bits / 8] and scales [vocab, hidden / group_size]."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int) -> None:
         super().__init__()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import nn
 
 from .activations import activation
+from .block import Block
 from .linear import Linear
 
 
-class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`."""
+class GatedMLP(Block):
+    """`down(act(gate(x)) * up(x))`. x: [..., hidden] -> [..., hidden]."""
 
-    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("gate_proj", "up_proj"),)
+    fused = (("gate_proj", "up_proj"),)
 
     def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = False) -> None:
         super().__init__()

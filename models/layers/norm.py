@@ -9,7 +9,7 @@ from .ops import EW
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * (offset + weight)`; offset 1 is Gemma's form."""
+    """`x / rms(x) * (offset + weight)` over the last dimension; offset 1 is Gemma's form."""
 
     def __init__(self, size: int, eps: float, offset: float) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution; the weight [channels, 1, taps] is as checkpoints hold it."""
+    """Depthwise causal convolution. weight: [channels, 1, taps], as in checkpoints."""
 
     def __init__(self, channels: int, taps: int, bias: bool) -> None:
         super().__init__()
@@ -30,6 +30,6 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, T, channels]; state: [B, channels, taps - 1]. Returns both after the tokens."""
+        """x: [B, T, channels]; state: [B, channels, taps - 1]. Returns both after these tokens."""
         out, new = EW.causal_conv(x, self.weight.squeeze(1), self.bias, state)
         return out, new

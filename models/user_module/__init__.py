@@ -1,1 +1,1 @@
-"""A user's own module."""
+"""A user's own module in place of a checkpoint."""

@@ -1,4 +1,4 @@
-"""A user's own module as a checkpoint: its weights by name, in this process's memory. Top-level room: `models.module` enters."""
+"""A user's own module as a checkpoint: its weights by name, in the memory of this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLE = 1024
 
 
 def open_model(model: str) -> Checkpoint:
-    """`open_checkpoint`, or the module that `package.module:factory` makes: giving its name lets its code run.
+    """`open_checkpoint`, or the module that `package.module:factory` makes. The user gave that name, so its code may run.
 
     Raises UserError for what cannot be opened.
     """
@@ -27,7 +27,7 @@ def open_model(model: str) -> Checkpoint:
 
 
 class ModuleStore:
-    """The parameters of a factory's module. Raises UserError if there are none, or one is no plain float."""
+    """The parameters of a factory's module. Raises UserError if there are none, or one is not of a plain floating dtype."""
 
     files: tuple[Path, ...] = ()
 

@@ -1,6 +1,6 @@
-"""A user's modules in the forms that every backend computes right: linears over patches, norms and activations spelled out.
+"""A user's modules in forms that every backend computes right: linears over patches, norms and activations by hand.
 
-What may enter: torch, the shared layers. What a module computes does not change; tests compare each with PyTorch's own.
+Each computes the same as PyTorch's own; a test compares them.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from ..layers.linear import Embedding, Linear
 
 
 def replaced(module: nn.Module, source: str) -> nn.Module:
-    """`module` with its linears, embeddings, convolutions, norms and activations replaced in place, weights shared.
+    """`module` with its linears, embeddings, convolutions, norms and activations replaced in place; weights are shared.
 
-    source: what to name in errors. Raises UserError for a convolution that has no such form.
+    source: what errors name. Raises UserError for a convolution that has no such form.
     """
-    made: dict[int, nn.Module] = {}
+    replacement: dict[int, nn.Module] = {}
 
     def of(path: str, old: nn.Module) -> nn.Module:
-        if id(old) not in made:
-            make = _TABLE.get(type(old))
+        if id(old) not in replacement:
+            convert = _TABLE.get(type(old))
             try:
-                made[id(old)] = old if make is None else make(old)
+                replacement[id(old)] = old if convert is None else convert(old)
             except UserError as error:
                 raise UserError(f"-m {source}: {path or 'the module'}: {error}") from None
-        return made[id(old)]
+        return replacement[id(old)]
 
     new = of("", module)
     if new is not module:
         return new.eval()
     for path, parent in list(module.named_modules()):
-        if id(parent) in made and made[id(parent)] is not parent:
-            continue  # replaced already: its children are ours
+        if id(parent) in replacement and replacement[id(parent)] is not parent:
+            continue  # it is replaced, so its children are ours
         for name, child in [(n, c) for n, c in parent._modules.items() if c is not None]:
             new = of(f"{path}.{name}".strip("."), child)
             if new is not child:
@@ -46,17 +46,17 @@ def replaced(module: nn.Module, source: str) -> nn.Module:
 
 
 def tied(module: nn.Module, prefix: str) -> dict[str, str]:
-    """Alias -> stored name of parameters that modules share."""
+    """Alias -> stored name of each parameter that several modules share; `prefix` stands before both."""
     first: dict[int, str] = {}
-    found = {}
+    aliases = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         if first.setdefault(id(p), name) != name:
-            found[prefix + name] = prefix + first[id(p)]
-    return found
+            aliases[prefix + name] = prefix + first[id(p)]
+    return aliases
 
 
 def _shared(new: Any, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-    """`new` with these values, as parameters without a gradient."""
+    """`new` with these values as parameters that need no gradient."""
     new.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), False)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach(), False)
@@ -78,10 +78,10 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 class Conv2d(nn.Module):
-    """Convolution of x [B, C, H, W] as shifted views of the padded input: each of the taps' pixels side by side, times a matrix.
+    """Convolution of x [B, C, H, W]: shifted views of the padded input, one for each tap, side by side, times a matrix.
 
-    One group: `patches` is a `Linear` over [C * taps], which is quantized as any other. More groups: a product for each group,
-    at 16 bits; depthwise: a sum over taps.
+    With one group `patches` is a `Linear` over [C * taps], which is quantized as any other. With more there is a product for
+    each group, at 16 bits; a depthwise convolution is a sum over taps.
     """
 
     def __init__(self, old: nn.Conv2d) -> None:
@@ -96,7 +96,7 @@ class Conv2d(nn.Module):
             raise UserError(f"padding_mode '{old.padding_mode}' is not supported; pad with zeros")
         self.groups, self.out_channels = old.groups, old.out_channels
         weight = old.weight.detach()
-        # Taps first, channels within: the order in which the views are laid side by side.
+        # Taps first, channels within, as the views stand side by side.
         rows = weight.permute(0, 2, 3, 1).reshape(old.out_channels, -1).contiguous()
         if self.groups == 1:
             self.patches = _shared(Linear(rows.shape[1], rows.shape[0], old.bias is not None), rows, old.bias)
@@ -105,16 +105,16 @@ class Conv2d(nn.Module):
             self.bias = None if old.bias is None else nn.Parameter(old.bias.detach(), False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 2, 3, 1)  # channels last: a pixel's channels are the inputs of the linear
+        x = x.permute(0, 2, 3, 1)  # channels last: they are the inputs of the linear
         x = nn.functional.pad(x, (0, 0, self.before[1], self.after[1], self.before[0], self.after[0]))
         height = (x.shape[1] - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
         width = (x.shape[2] - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
         views = []
         for i in range(self.kernel[0]):
             for j in range(self.kernel[1]):
-                top, left = i * self.dilation[0], j * self.dilation[1]
-                rows = x[:, top : top + (height - 1) * self.stride[0] + 1 : self.stride[0]]
-                views.append(rows[:, :, left : left + (width - 1) * self.stride[1] + 1 : self.stride[1]])
+                y, x_start = i * self.dilation[0], j * self.dilation[1]
+                rows = x[:, y : y + (height - 1) * self.stride[0] + 1 : self.stride[0]]
+                views.append(rows[:, :, x_start : x_start + (width - 1) * self.stride[1] + 1 : self.stride[1]])
         if self.groups == 1:
             out = self.patches(torch.cat(views, -1) if len(views) > 1 else views[0])
             return out.permute(0, 3, 1, 2)  # type: ignore[no-any-return]
@@ -130,11 +130,11 @@ class Conv2d(nn.Module):
             return out
         size = views[0].shape[3] // self.groups
         per_group = self.out_channels // self.groups
-        made = []
+        products = []
         for g in range(self.groups):
-            seen = torch.cat([v[..., g * size : (g + 1) * size] for v in views], -1)
-            made.append(torch.matmul(seen, taps[g * per_group : (g + 1) * per_group].reshape(per_group, -1).t()))
-        return torch.cat(made, -1)
+            inputs = torch.cat([v[..., g * size : (g + 1) * size] for v in views], -1)
+            products.append(torch.matmul(inputs, taps[g * per_group : (g + 1) * per_group].reshape(per_group, -1).t()))
+        return torch.cat(products, -1)
 
 
 class Conv1d(nn.Module):
@@ -164,7 +164,7 @@ class Conv1d(nn.Module):
 
 
 class ConvTranspose2d(nn.Module):
-    """Upsampling whose patches do not overlap (kernel = stride): a linear to each pixel's patch, then the pixels set out."""
+    """Upsampling with patches that do not overlap (kernel = stride): a linear computes each pixel's patch."""
 
     def __init__(self, old: nn.ConvTranspose2d) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class GroupNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation as it is at inference: a factor and an offset for each channel."""
+    """Batch normalisation at inference: a factor and an offset for each channel."""
 
     def __init__(self, old: Any) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class BatchNorm(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """An activation spelled out."""
+    """An activation as a plain function."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def _silu(x: torch.Tensor) -> torch.Tensor:
 
 
 class Nothing(nn.Module):
-    """Dropout and the like, at inference."""
+    """The identity, for dropout at inference."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -282,4 +282,4 @@ _TABLE: dict[type, Callable[[Any], nn.Module]] = {
     nn.Dropout2d: lambda old: Nothing(),
     nn.Identity: lambda old: Nothing(),
 }
-"""The modules that are replaced, by their exact type; any other stays as it is, and its children are looked at."""
+"""Exact type of a module -> its replacement. A module of another type stays, and its children are replaced."""

@@ -19,13 +19,15 @@ from torch import nn
 from ...bundle import PREFILL_CHUNK, Generation
 from ...checkpoints.checkpoint import Checkpoint, check_finite
 from ...checkpoints.opening import open_checkpoint
-from ...checkpoints.safetensors_writer import NAMES, StreamingWriter
+from ...checkpoints.safetensors_writer import StreamingWriter
 from ...errors import UserError
 from ...models.config import ConfigReader
 from ...models.eugen import CONFIG, KEY, EUGen, EUGenSize, eugen_for, gated_mlps
+from ...models.language_model import LanguageModel
 from ...models.layers.linear import Embedding, Linear
 from ...models.layers.mlp import GatedMLP
 from ...models.registry import build
+from ...system.dtypes import SAFETENSORS_NAMES
 from ...system.memory import require_available
 from ...system.reading import one_line
 from ..activations import BlockForward, read_prompts
@@ -182,7 +184,7 @@ def _compare(path: str, block: nn.Module, layer: EUGen, fit: Fit, dtype: torch.d
     )
 
 
-def generation_of(model: Any, checkpoint: Checkpoint) -> Generation:
+def generation_of(model: LanguageModel, checkpoint: Checkpoint) -> Generation:
     """What the walk needs to know of the model: the kind of loop, where answers start and stop, and its vocabulary."""
     if model.task not in ("seq2seq", "causal"):
         kind = checkpoint.config.get("model_type")
@@ -205,7 +207,7 @@ def generation_of(model: Any, checkpoint: Checkpoint) -> Generation:
     )
 
 
-def _require_memory(model: Any, size: EUGenSize, tokens: int) -> None:
+def _require_memory(model: LanguageModel, size: EUGenSize, tokens: int) -> None:
     """Refuse before the work: sums of the least squares, the activations of a block, the keys and values of all layers."""
     features = 1 + size.k * size.m
     widest = max(m.weight.shape[0] for m in model.modules() if isinstance(m, Linear) and not m.weight.numel() >> 31)
@@ -237,8 +239,8 @@ def _write_weights(checkpoint: Checkpoint, made: dict[str, EUGen], file: Path) -
         new |= {f"{path}.{name}": p.detach().to(dtype) for name, p in layer.named_parameters()}
     for name, value in new.items():
         check_finite(name, value)
-    entries = [(n, NAMES[checkpoint.info(n).dtype], checkpoint.info(n).shape) for n in kept]
-    entries += [(n, NAMES[t.dtype], tuple(t.shape)) for n, t in new.items()]
+    entries = [(n, SAFETENSORS_NAMES[checkpoint.info(n).dtype], checkpoint.info(n).shape) for n in kept]
+    entries += [(n, SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for n, t in new.items()]
     with StreamingWriter(file, entries, {"format": "pt"}) as writer:
         for name in kept:
             writer.write(name, checkpoint.tensor(name))

@@ -21,7 +21,6 @@ from edgewright.pipeline.gptq import CodeStore, quantize_layerwise
 from edgewright.quant.gptq import quantize_gptq
 from edgewright.quant.hessian import Factor, damping_for, factor
 from edgewright.quant.plan import BitPlan, Budget, Entry
-from edgewright.quant.units import key_value_weights
 
 PLAIN = {"modernbert", "phi4flash"}
 """Queries lie in one matrix with keys and values, or there is no attention."""
@@ -58,7 +57,7 @@ def test_means_and_first_tokens_are_added(
             seen[name] = (found.numpy(), count, plainly(rows), sum(map(len, rows)))
 
     forward = CalibrationForward(model := build(checkpoint.config), checkpoint, spec, samples_of(spec, 4), visit=visit)
-    keys_values = key_value_weights(model)
+    keys_values = model.key_value_weights()
     forward.to_head()
     assert seen.keys() == keys_values
     for got, count, want, tokens in seen.values():
@@ -83,7 +82,7 @@ def test_padding_anywhere_and_no_mask_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_attention_names_its_keys_and_values(family: str) -> None:
     model = build(CONFIGS[family])
-    found = key_value_weights(model)
+    found = model.key_value_weights()
     named = {
         n
         for n, _ in model.named_parameters()

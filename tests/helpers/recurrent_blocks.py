@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edgewright.graph import Graph, Port, State
-from edgewright.models.causal import CausalStep, causal_graph, conv_state, kv_states, recurrent_state
+from edgewright.models.causal import CausalStep, DecoderParts, causal_graph, conv_state, kv_states, recurrent_state
 from edgewright.models.layers.activations import silu
 from edgewright.models.layers.attention import rotary_frequencies
 from edgewright.models.layers.linear import Embedding, Linear
@@ -217,8 +217,8 @@ def causal(layers: Sequence[Any], most: int, seed: int = 0) -> list[Graph]:
     model.norm, model.head = RMSNorm(HIDDEN, 2.0**-20, 0.0), Linear(HIDDEN, VOCAB)
     initialised(model, seed)
     states = [layer.states(i) for i, layer in enumerate(layers)]
-    step = CausalStep(model, model.embed, model.layers, model.norm, model.head, [len(s) for s in states])
-    return causal_graph(step, states, VOCAB, most)
+    parts = DecoderParts(model.embed, model.layers, model.norm, model.head)
+    return [causal_graph(CausalStep({"whole": model}, parts, [len(s) for s in states]), states, VOCAB, most)]
 
 
 def merged(most: int, window: int = 0, softcap: float = 0.0) -> list[Graph]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 import torch
@@ -135,7 +137,10 @@ def test_the_generate_loop_runs_it():
         max_new_tokens=4,
         prefill_chunk=5,
         context=ContextSpec(
-            hidden=BASE["hidden_size"], rows=64, vocab=80, **(model.context_spec() | {"window": window, "prefix": (2,)})
+            hidden=BASE["hidden_size"],
+            rows=64,
+            vocab=80,
+            **asdict(replace(model.context_spec(), window=window, prefix=(2,))),
         ),
     )
     context, question = list(range(3, 25)), [30, 31, 7]

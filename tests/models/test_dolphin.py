@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import transformers as tf
@@ -166,7 +168,7 @@ def graphs_of(model) -> dict:
 def read_context(model, context: list[int], size: int) -> torch.Tensor:
     """[1, M, hidden] of one window, fed `size` tokens a call; the memory tokens' hidden states are asked where they fall."""
     graph, spec = graphs_of(model)["context"], model.context_spec()
-    ids = torch.tensor([[*context, *spec["tokens"]]])
+    ids = torch.tensor([[*context, *spec.tokens]])
     states, rows = states_of(graph, {"batch": 1, "capacity": ids.shape[1]}), []
     for at in range(0, ids.shape[1], size):
         part = ids[:, at : at + size]
@@ -184,8 +186,8 @@ def read_context(model, context: list[int], size: int) -> torch.Tensor:
 def lay_out(model, rows: int, tokens: list[int]) -> tuple[list[int], list[int]]:
     """(ids, slots) of the prompt for a memory of `rows` rows, from `context_spec` alone."""
     spec = model.context_spec()
-    ids = [*spec["prefix"], *[0] * rows, *tokens]
-    first = len(spec["prefix"]) - (spec["splice"] == "released")
+    ids = [*spec.prefix, *[0] * rows, *tokens]
+    first = len(spec.prefix) - (spec.splice == "released")
     return ids, [j - first if first <= j < first + rows else -1 for j in range(len(ids))]
 
 
@@ -356,7 +358,7 @@ def test_the_release_needs_no_keys_of_ours():
             "max_position_embeddings": 131072,
         }
     )
-    assert model.context_spec() == {
+    assert asdict(model.context_spec()) == {
         "window": 131072 - 32,
         "tokens": tuple(range(151646, 151678)),
         "prefix": (220,),
