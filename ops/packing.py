@@ -1,4 +1,4 @@
-"""Codes as bits: rows of small unsigned integers to a dense little-endian bit stream and back. What may enter: torch.
+"""Codes as bits: rows of small unsigned integers to a dense little-endian bit stream and back.
 
 Along the last dimension a row is one bit stream, lowest bits first: with 4 bits element 0 is the low nibble of byte 0;
 with 3 bits eight codes fill three bytes. `unpack` is plain traceable uint8 arithmetic (slices, shifts, a stack) with no
@@ -50,9 +50,7 @@ def pack(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
         last = (byte * 8 + 7) // bits
         value: torch.Tensor | None = None
         for j in range(first, last + 1):
-            shift = (
-                j * bits - byte * 8
-            )  # where code j starts, relative to this byte; negative: it began in the byte before
+            shift = j * bits - byte * 8  # where code j starts in this byte; negative: it starts in the byte before
             part = codes[..., j] << shift if shift >= 0 else codes[..., j] >> -shift
             value = part if value is None else value | part
         assert value is not None

@@ -1,6 +1,6 @@
 """The table from the plain ATen that models have around the `edgewright::` ops to MIL operations.
 
-What may enter: coremltools, torch, `coreml_builder`, `coreml_shapes`. Whatever is not here is refused by name.
+An ATen op without a row is refused by name.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def _binary(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _like(low: Lowering, x: Any, y: Any) -> Any:
-    """The operand whose type both take: a float32 before a float16, floats before integers, a variable before a number."""
+    """The operand whose type both take: float32 before float16, floats before integers, a variable before a number."""
     order = {types.fp32: 3, types.fp16: 2, types.int32: 1}
-    given = [low.var(v) for v in (x, y) if isinstance(v, Var | torch.Tensor)] or [low.var(x)]
-    return max(given, key=lambda v: order.get(v.dtype, 0))
+    operands = [low.var(v) for v in (x, y) if isinstance(v, Var | torch.Tensor)] or [low.var(x)]
+    return max(operands, key=lambda v: order.get(v.dtype, 0))
 
 
 def _add(low: Lowering, node: Any, x: Any, y: Any, alpha: float = 1) -> Any:
-    """The sum of two activations is held shrunk: see `SHRINK`."""
+    """The sum of two activations stays shrunk: see `builder.SHRINK`."""
     if not all(isinstance(v, Var) and v.dtype == types.fp16 and len(v.shape) > 1 for v in (x, y)):
         return _binary(mb.add)(low, node, low.plain(x), low.plain(y), alpha)
     if alpha != 1:  # coremltools' own frontend drops it
@@ -77,7 +77,7 @@ def _reciprocal(low: Lowering, _: Any, x: Any) -> Any:
 
 
 def _log_softmax(low: Lowering, _: Any, x: Any, axis: int, half: bool) -> Any:
-    """Without the softmax, whose small values have no logarithm."""
+    """Without the softmax, whose smallest values are 0 in float16 and have no logarithm."""
     shifted = mb.sub(x=x, y=mb.reduce_max(x=x, axes=[axis], keep_dims=True))
     total = mb.log(x=mb.reduce_sum(x=mb.exp(x=shifted), axes=[axis], keep_dims=True))
     return mb.sub(x=shifted, y=total)
@@ -91,20 +91,21 @@ def _softplus(low: Lowering, _: Any, x: Any, beta: float = 1, threshold: float =
     """max(x, 0) + log(1 + exp(-|x|)), in float32: in float16 one plus a small number is one."""
     if beta != 1:
         raise UserError(f"--format coreml: softplus with beta {beta} has no lowering")
-    given = low.cast(x, "fp32")
-    tail = mb.exp(x=mb.mul(x=mb.abs(x=given), y=low.var(-1.0, given)))
-    tail = mb.log(x=mb.add(x=tail, y=low.var(1.0, given)))
-    return _back(low, mb.add(x=mb.relu(x=given), y=tail), x)
+    wide = low.cast(x, "fp32")
+    tail = mb.exp(x=mb.mul(x=mb.abs(x=wide), y=low.var(-1.0, wide)))
+    tail = mb.log(x=mb.add(x=tail, y=low.var(1.0, wide)))
+    return _like_input(low, mb.add(x=mb.relu(x=wide), y=tail), x)
 
 
 def _log1p(low: Lowering, _: Any, x: Any) -> Any:
-    """In float32, as `softplus`."""
-    given = low.cast(x, "fp32")
-    return _back(low, mb.log(x=mb.add(x=given, y=low.var(1.0, given))), x)
+    """In float32, as `_softplus`."""
+    wide = low.cast(x, "fp32")
+    return _like_input(low, mb.log(x=mb.add(x=wide, y=low.var(1.0, wide))), x)
 
 
-def _back(low: Lowering, made: Any, given: Any) -> Any:
-    return low.cast(made, "fp16") if given.dtype == types.fp16 else made
+def _like_input(low: Lowering, wide: Any, x: Any) -> Any:
+    """A float32 result as float16 where the input x is."""
+    return low.cast(wide, "fp16") if x.dtype == types.fp16 else wide
 
 
 def _silu(low: Lowering, _: Any, x: Any) -> Any:
@@ -125,9 +126,9 @@ def _reduce(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_copy(low: Lowering, node: Any, x: Any, dtype: Any = None, **_: Any) -> Any:
-    """Floats are all float16 here but float64, which is float32; a bool becomes numbers.
+    """All floats are float16 in the program, but float64 is float32 there. A bool becomes numbers.
 
-    A float64 that becomes a float32 stays as it is: whoever takes it has it rounded (`coreml_translate`).
+    A cast from float64 to float32 changes nothing here: `translate` rounds the value where it is read.
     """
     source = node.args[0].meta["val"].dtype
     wide = dtype == torch.float64

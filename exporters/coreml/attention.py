@@ -1,6 +1,6 @@
-"""Rotary embedding and the attentions as MIL operations. What may enter: coremltools, torch, `coreml_builder`.
+"""Rotary embedding and attention as MIL operations.
 
-Scores are float16, angles float32. Heads that share a key head are rows of one product, so that no key is copied.
+Scores are float16, angles float32. Query heads that share a key head are rows of one product, so that no key is copied.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from .builder import Lowering, scaled
 
 MASKED = -30000.0
-"""A masked score: finite, as in the reference, so that a row with nothing to attend to stays finite; its exp is 0."""
+"""A masked score. It is finite, as in the reference, so that a row that is masked throughout stays finite; its exp is 0."""
 
 
 def rope(low: Lowering, _: Any, x: Any, positions: Any, inv_freq: torch.Tensor) -> Any:
@@ -30,11 +30,11 @@ def rope(low: Lowering, _: Any, x: Any, positions: Any, inv_freq: torch.Tensor) 
 
 
 def _rotation(low: Lowering, positions: Any, inv_freq: torch.Tensor) -> tuple[Any, Any]:
-    """cos and sin [seq, 1, half] in float16, of float32 angles brought into [-pi, pi] (fast GPU sines want that)."""
+    """cos and sin [seq, 1, half] in float16, of float32 angles moved into [-pi, pi], as fast sines on GPUs want them."""
     column = mb.expand_dims(x=mb.cast(x=low.var(positions), dtype="fp32"), axes=[1, 2])
     angles = mb.mul(x=column, y=low.constants.array(inv_freq.numpy().reshape(1, 1, -1)))
     turns = mb.round(x=mb.mul(x=angles, y=low.constants.array(np.float32(0.5 / math.pi))))
-    # 2 pi in two parts, the first short enough that its product with `turns` is exact.
+    # 2 pi in two parts: the first has few enough digits that its product with `turns` is exact.
     angles = mb.sub(x=angles, y=mb.mul(x=turns, y=low.constants.array(np.float32(6.28125))))
     angles = mb.sub(x=angles, y=mb.mul(x=turns, y=low.constants.array(np.float32(2 * math.pi - 6.28125))))
     return mb.cast(x=mb.cos(x=angles), dtype="fp16"), mb.cast(x=mb.sin(x=angles), dtype="fp16")
@@ -48,13 +48,13 @@ def _attend(low: Lowering, q: Any, k: Any, v: Any, allowed: Any, scale: float, s
 
 
 def _rows(low: Lowering, q: Any, kv_heads: int, scale: float) -> Any:
-    """[KV, H / KV * S, D]: the queries of a key head are the rows of one product, so that no key is copied."""
+    """q [1, S, H, D] as [KV, H / KV * S, D]: the queries of a key head are the rows of one product."""
     rows = mb.transpose(x=mb.squeeze(x=scaled(low, q, scale), axes=[0]), perm=[1, 0, 2])
     return mb.reshape(x=rows, shape=[kv_heads, -1, q.shape[3]])
 
 
 def _scores(low: Lowering, rows: Any, k: Any, allowed: Any, groups: int, softcap: float) -> Any:
-    """[KV, H / KV * S, T] of rows and keys [1, KV, T, D], masked."""
+    """Masked scores [KV, H / KV * S, T] of rows [KV, H / KV * S, D] and keys k [1, KV, T, D]."""
     scores = mb.matmul(x=rows, y=mb.squeeze(x=k, axes=[0]), transpose_y=True)
     if softcap:
         scores = mb.mul(x=mb.tanh(x=mb.real_div(x=scores, y=low.half(softcap))), y=low.half(softcap))
@@ -99,7 +99,7 @@ def cached_attention(
     softcap: float,
     window: int,
 ) -> tuple[Any, Any, Any]:
-    """New keys and values into the states with slice_update, then attention over the whole static cache."""
+    """Write new keys and values into the states with slice_update, then attend to all slots of the static cache."""
     keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, window)
     return _attend(low, q, keys, values, allowed, scale, softcap), keys, values
 
@@ -120,7 +120,7 @@ def merged_attention(
     softcap: float,
     window: int,
 ) -> tuple[Any, Any, Any]:
-    """As `cached_attention`; the scores of the cache and of the encoder are joined for the softmax, never the keys."""
+    """As `cached_attention`. The scores of the cache and of the encoder are joined for the softmax; the keys are not."""
     keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, window)
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     rows, groups = _rows(low, q, kv_heads, scale), q.shape[2] // kv_heads
@@ -135,7 +135,7 @@ def merged_attention(
 
 
 def shared_attention(low: Lowering, _: Any, q: Any, keys: Any, values: Any, positions: Any, scale: float) -> Any:
-    """Over what `cached_attention` returned of its caches."""
+    """Over the caches that `cached_attention` returned."""
     positions, capacity = low.var(positions), keys.shape[2]
     slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
     allowed = low.once(
@@ -148,7 +148,7 @@ def shared_attention(low: Lowering, _: Any, q: Any, keys: Any, values: Any, posi
 def _appended(
     low: Lowering, node: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, past: Any, window: int
 ) -> tuple[Any, Any, Any]:
-    """Both caches with the new keys and values in them, and which slots each new token sees."""
+    """Both caches with the new keys and values written, and which slots each new token sees."""
     length = low.size(node.args[0].meta["val"].shape[1])
     begin, end = low.once(("span", id(past)), lambda: _span(low, past, length))
     keys, values = _append(low, k_cache, k, begin, end), _append(low, v_cache, v, begin, end)
@@ -178,7 +178,7 @@ def _append(low: Lowering, state: Any, new: Any, begin: Any, end: Any) -> Any:
 
 
 def _causal(low: Lowering, past: Any, length: Any, capacity: int, window: int) -> Any:
-    """bool [S, capacity]: the slots token i may see."""
+    """bool [S, capacity]: the slots that each new token sees."""
     new = (
         low.constants.array(np.arange(length, dtype=np.int32))
         if isinstance(length, int)

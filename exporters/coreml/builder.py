@@ -1,7 +1,7 @@
-"""One function of an ML program as it is built: how numbers, constants and lengths become variables.
+"""One function of an ML program while it is built: how numbers, constants and lengths become variables.
 
-What may enter: coremltools, torch, `coreml_weights`. All floats are float16 (the one type of the Neural Engine) but rotary
-angles and what `coreml_precision` moves to float64, which are float32.
+All floats are float16, the only float type of the Neural Engine, but for rotary angles and what `precision` moves to float64:
+these are float32.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...errors import UserError
 from .weights import Constants
 
 SHRINK = 2.0**-6
-"""What sums of activations are held at. Gemma's residual grows beyond float16; a power of two costs no digit, and the norms
-that read it divide by its size anyway."""
+"""The factor of sums of activations in the program. Gemma's residual grows beyond float16. A power of two costs no digit, and the
+norms that read the residual divide by its size anyway."""
 
 
 class Lowering:
@@ -31,12 +31,12 @@ class Lowering:
         self.symbols: dict[str, tuple[Any, int]] = {}
         self.states: dict[str, Any] = {}
         self.written: dict[int, Any] = {}
-        """What ops that write states made of them, by identity."""
+        """The new values of states that ops have written, by identity."""
         self.shared: dict[Any, Any] = {}
         self._shrunk: dict[int, Any] = {}
 
     def mark_shrunk(self, var: Any) -> Any:
-        """`var`, remembered as `SHRINK` times the value that it stands for."""
+        """`var`, which from now on counts as `SHRINK` times its value."""
         self._shrunk[id(var)] = var
         return var
 
@@ -56,7 +56,7 @@ class Lowering:
         return self.once(("plain", value), lambda: mb.mul(x=value, y=self.half(1 / SHRINK)))
 
     def var(self, value: Any, like: Any = None) -> Any:
-        """`value` as a variable; a number, or a constant beside a float32, in the dtype of `like`."""
+        """`value` as a variable. A number has the dtype of `like`; floats beside a float32 `like` become float32."""
         wide = like is not None and like.dtype == types.fp32
         if isinstance(value, Var):
             return self.cast(value, "fp32") if wide and value.dtype == types.fp16 else value
@@ -77,7 +77,7 @@ class Lowering:
         return self.constants.array(np.float16(value))
 
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
-        """x W' + b. Without a bias one of zeros, shared by size: left out, coremltools stores one for each linear."""
+        """x W' + b. Where there is no bias, zeros shared by size: else coremltools stores zeros for each linear."""
         zeros = self.constants.array(np.zeros(weight.shape[0], np.float16)) if bias is None else self.var(bias)
         return mb.linear(x=x, weight=weight, bias=zeros)
 
@@ -99,6 +99,7 @@ class Lowering:
         return self.once(("size", name), lambda: mb.gather(x=mb.shape(x=var), indices=axis, axis=0))
 
     def once(self, key: Any, build: Callable[[], Any]) -> Any:
+        """`build()`, called once for each key."""
         if key not in self.shared:
             self.shared[key] = build()
         return self.shared[key]
@@ -111,14 +112,14 @@ def op_name(op: Any) -> str:
 
 
 def scaled(low: Lowering, x: Any, factor: float) -> Any:
-    """x times a number. One that float16 rounds becomes a product of two that together are right to about 2^-21."""
+    """x times a number. A number that float16 would round is applied as two factors, right to about 2^-21."""
     first, second = halves(factor)
     x = mb.mul(x=x, y=low.half(first))
     return x if second == 1.0 else mb.mul(x=x, y=low.half(second))
 
 
 def halves(factor: float) -> tuple[float, float]:
-    """Two float16 numbers whose product is closest to `factor`; the second is 1 where one number is exact enough."""
+    """Two float16 numbers with the product closest to `factor`; the second is 1 where one number is exact enough."""
     if factor == 0.0 or abs(float(np.float16(factor)) / factor - 1.0) < 1e-6:
         return float(np.float16(factor)), 1.0
     firsts = 1.0 + np.arange(1024) / 1024.0

@@ -1,7 +1,7 @@
-"""Core ML: one multifunction ML program for iOS 18, `model.mlpackage`. What may enter: `ops`, `graph`, coremltools.
+"""Core ML: one multifunction ML program for iOS 18, `model.mlpackage`.
 
-Main path: settle shapes -> translate each graph into one or two functions -> save. All functions share one weight file. The
-package is what was built here: no coremltools pass rewrites it.
+Settle shapes -> translate each graph into one or two functions -> save. All functions share one weight file. No pass of
+coremltools rewrites the program.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
         from .translate import shaped, translate
         from .weights import WeightStore
 
-        Builder.name_count.clear()  # names count on through a process: the same model must give the same bytes
+        Builder.name_count.clear()  # it counts through all of a process, but the same model must give the same bytes
         store = WeightStore(Path(scratch), _names(graphs))
         program = Program()
         for graph in graphs:
@@ -66,17 +66,17 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, float32 values) of every parameter as the package in `directory` stores it.
 
-    Quantized ones, [N, K], are code times scale; the others are what float16 holds of them. Reads the package's files
-    alone, with no help of coremltools' reader. Raises UserError for a damaged package.
+    Quantized ones, [N, K], are code times scale; the others are rounded to float16. Reads the package's files without
+    coremltools' reader. Raises UserError for a damaged package.
     """
     for name, values in Package(directory / PACKAGE).weights():
         yield name, torch.from_numpy(values)
 
 
 def _names(graphs: Sequence[Graph]) -> dict[int, str]:
-    """Data pointer of each tensor of the checkpoint -> its name; of a quantized weight, that of its codes.
+    """Data pointer of each tensor of the checkpoint -> its name. For a quantized weight the pointer is that of its codes.
 
-    A tied weight gets the name it is stored under, which comes first.
+    A tied weight has the name under which it is stored, which comes first.
     """
     names: dict[int, str] = {}
     for graph in graphs:
@@ -88,7 +88,7 @@ def _names(graphs: Sequence[Graph]) -> dict[int, str]:
 
 
 def _fix_identifiers(package: Path) -> None:
-    """Replace the random identifiers of the package's manifest by ones made from its contents: same input, same bytes."""
+    """Replace the random identifiers of the package's manifest by ones from its contents: the same input gives the same bytes."""
     path = package / "Manifest.json"
     manifest = json.loads(path.read_text())
     fixed = {k: str(uuid.uuid5(uuid.NAMESPACE_URL, v["path"])).upper() for k, v in manifest["itemInfoEntries"].items()}

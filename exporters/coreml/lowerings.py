@@ -1,7 +1,7 @@
-"""The table from `edgewright::` ops to MIL operations; the plain ATen around them is in `coreml_aten`.
+"""The table from `edgewright::` ops to MIL operations; the plain ATen around them is in `aten`.
 
-What may enter: coremltools, torch, `coreml_builder`, `coreml_attention`. Each form is chosen so that float16 does not overflow
-where the reference would not, and so that no constant costs accuracy: see `rms_norm`, `scaled`, `rope`.
+Each form is chosen so that float16 does not overflow where the reference would not, and so that no constant costs accuracy: see
+`rms_norm`, `builder.scaled`, `attention.rope`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def quantized_embedding(low: Lowering, _: Any, ids: Any, codes: Any, scales: Any
 
 
 def rms_norm(low: Lowering, _: Any, x: Any, weight: torch.Tensor, eps: float, offset: float) -> Any:
-    """x over its largest magnitude m, whose square cannot overflow; eps is divided by m squared accordingly.
+    """The norm of x / m, where m is the largest magnitude of x: its squares cannot overflow. eps is divided by the square of m.
 
-    A shrunk x has a shrunk m: then eps shrinks too, by its square, and the result is the same.
-    Gemma's `1 + weight` has more digits than float16: added to the product instead, nothing of a bf16 weight is lost.
+    A shrunk x (`builder.SHRINK`) has a shrunk m. Then eps shrinks by the square, and the result is the same.
+    Gemma's `1 + weight` has more digits than float16, so `x * weight + x` is computed, which loses nothing of a bfloat16 weight.
     """
     largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
     largest = mb.maximum(x=largest, y=low.half(_TINY))
@@ -55,7 +55,7 @@ def rms_norm(low: Lowering, _: Any, x: Any, weight: torch.Tensor, eps: float, of
 
 
 def gelu_tanh(low: Lowering, _: Any, x: Any) -> Any:
-    """Spelled out. Beyond 10 the tanh is 1 and x squared would overflow: clipping there changes nothing."""
+    """Spelled out. Beyond 10 the tanh is 1 and the square of x would overflow: to clip x there changes nothing."""
     near = mb.clip(x=x, alpha=np.float16(-10.0), beta=np.float16(10.0))
     c = math.sqrt(2.0 / math.pi)
     slope = mb.add(x=mb.mul(x=mb.mul(x=near, y=near), y=low.half(c * 0.044715)), y=low.half(c))
@@ -67,28 +67,28 @@ def gelu_tanh(low: Lowering, _: Any, x: Any) -> Any:
 
 
 def causal_conv(low: Lowering, node: Any, x: Any, weight: Any, bias: Any, state: Any) -> tuple[Any, Any]:
-    """A product for each tap over the inputs before x and x itself; of one token, one product and one sum."""
+    """A product for each tap, over the inputs before x and x itself; for one token, one product and one sum."""
     taps = node.args[1].meta["val"].shape[1]
     weight = weight.detach().to(torch.float32).transpose(0, 1)  # [K, C]
-    seen = mb.concat(values=[mb.transpose(x=state, perm=[0, 2, 1]), x], axis=1)
+    inputs = mb.concat(values=[mb.transpose(x=state, perm=[0, 2, 1]), x], axis=1)
     if node.args[0].meta["val"].shape[1] == 1:
-        products = mb.mul(x=seen, y=low.constants.tensor(weight.unsqueeze(0).contiguous()))
+        products = mb.mul(x=inputs, y=low.constants.tensor(weight.unsqueeze(0).contiguous()))
         out = mb.reduce_sum(x=products, axes=[1], keep_dims=True)
     else:
         parts = [
-            mb.mul(x=_rows_between(seen, tap, tap - taps + 1), y=low.constants.tensor(weight[tap].contiguous()))
+            mb.mul(x=_rows_between(inputs, tap, tap - taps + 1), y=low.constants.tensor(weight[tap].contiguous()))
             for tap in range(taps)
         ]
         out = reduce(lambda a, b: mb.add(x=a, y=b), parts)
     if bias is not None:
         out = mb.add(x=out, y=low.var(bias))
-    # The reshape tells how many rows there are, which a slice of a dynamic length does not know.
-    last = mb.reshape(x=_rows_between(seen, 1 - taps, 0), shape=[1, taps - 1, weight.shape[1]])
+    # The reshape gives the number of rows, which a slice of a dynamic length does not know.
+    last = mb.reshape(x=_rows_between(inputs, 1 - taps, 0), shape=[1, taps - 1, weight.shape[1]])
     return out, mb.transpose(x=last, perm=[0, 2, 1])
 
 
 def _rows_between(x: Any, begin: int, end: int) -> Any:
-    """[1, n, C] of x [1, T, C]: those from `begin` up to `end`, which is 0 or counts from the last."""
+    """The rows of x [1, T, C] from `begin` up to `end`, as [1, n, C]. `end` counts from the last row; 0 is after it."""
     return mb.slice_by_index(
         x=x,
         begin=[0, begin, 0],
@@ -111,10 +111,10 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "edgewright::shared_attention": attention.shared_attention,
     "edgewright::causal_conv": causal_conv,
 }
-"""An `edgewright::` op that is not here is decomposed into ATen first."""
+"""An `edgewright::` op without a row is decomposed into ATen first."""
 
 WRITES_STATE = frozenset({"edgewright::cached_attention", "edgewright::merged_attention"})
-"""The ops that take states themselves and write them; all others are given what a state held before the call."""
+"""The ops that take states themselves and write them. All others are given the value of a state before the call."""
 
 TAKES_SHRUNK = frozenset({"edgewright::rms_norm", "aten::add", "aten::index_select"})
-"""The ops that take a sum as it is held; all others are given it at its own size."""
+"""The ops that take a shrunk sum as it is. All others are given the sum at its own size."""

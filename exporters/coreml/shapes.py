@@ -1,6 +1,6 @@
-"""The plain ATen that cuts, joins, fills and reshapes, as MIL operations. What may enter: coremltools, torch, `coreml_builder`.
+"""The plain ATen that cuts, joins, fills and reshapes, as MIL operations.
 
-Dynamic lengths are int32 variables, sizes known at export are constants: coremltools is told each size that is known.
+Dynamic lengths are int32 variables, sizes known at export are constants. coremltools is told each size that is known.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def _axis(node: Any, axis: int) -> int:
 
 def _slice(low: Lowering, node: Any, x: Any, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     axis = _axis(node, axis)
-    given = [*node.args, None, None, None]
+    args = [*node.args, None, None, None]
     size = node.args[0].meta["val"].shape[axis]
-    first, last = _place(given[2] or 0, size), None if given[3] is None else _place(given[3], size)
+    first, last = _place(args[2] or 0, size), None if args[3] is None else _place(args[3], size)
     if first is None:  # a slice from the very end
         raise UserError("--format coreml: a slice without elements has no lowering")
     return _known(
@@ -60,9 +60,9 @@ def _slice(low: Lowering, node: Any, x: Any, axis: int = 0, start: Any = None, e
     )
 
 
-def _place(given: Any, size: Any) -> Any:
-    """Where a slice begins or ends: from the front, from the end (negative), None at the end itself, "?" if neither."""
-    value = given.meta["val"] if isinstance(given, torch.fx.Node) else given
+def _place(bound: Any, size: Any) -> Any:
+    """Where a slice begins or ends: counted from the front, from the end (negative), None at the very end, "?" if unknown."""
+    value = bound.meta["val"] if isinstance(bound, torch.fx.Node) else bound
     if isinstance(value, int) and isinstance(size, int):
         value = min(value, size)
         return None if value == size else value
@@ -75,7 +75,7 @@ def _place(given: Any, size: Any) -> Any:
 
 
 def _known(node: Any, axis: int, x: Any) -> Any:
-    """A slice of a dynamic length whose own length is known: coremltools must be told."""
+    """A slice of a dynamic dimension whose own length is known: coremltools must be told."""
     size = node.meta["val"].shape[axis]
     if not isinstance(size, int) or x.shape[axis] == size:
         return x
@@ -134,7 +134,7 @@ def _split(low: Lowering, node: Any, x: Any, sizes: Any, axis: int = 0) -> list[
 
 
 def _expand(low: Lowering, node: Any, x: Any, *_: Any, **__: Any) -> Any:
-    """Leading dimensions are added, those of one repeated."""
+    """Leading dimensions are added, dimensions of size 1 repeated."""
     source, target = node.args[0].meta["val"].shape, node.meta["val"].shape
     x, extra = low.var(x), len(target) - len(source)
     x = mb.expand_dims(x=x, axes=list(range(extra))) if extra else x
@@ -153,26 +153,27 @@ def _sizes(low: Lowering, sizes: list[Any]) -> Any:
 
 
 def _filled(value: float | None) -> Callable[..., Any]:
-    """A new tensor of the node's shape and type; without `value` it is the argument behind the first."""
+    """A new tensor of the node's shape and type, filled with `value`; if that is None, with the second argument."""
 
     def lower(low: Lowering, node: Any, _: Any, *rest: Any, **__: Any) -> Any:
-        made = node.meta["val"]
+        result = node.meta["val"]
         number = rest[0] if value is None else value
-        kind = np.float16 if made.dtype == torch.float32 else np.float32 if made.dtype == torch.float64 else np.int32
-        sizes = [low.size(s) for s in made.shape]
+        kind = (
+            np.float16 if result.dtype == torch.float32 else np.float32 if result.dtype == torch.float64 else np.int32
+        )
+        sizes = [low.size(s) for s in result.shape]
         if all(isinstance(s, int) for s in sizes):
-            whole = np.full(sizes, number, np.bool_ if made.dtype == torch.bool else kind)
-            return low.constants.array(whole)
-        if made.dtype == torch.float32:  # the lowest float stands for what is masked
+            return low.constants.array(np.full(sizes, number, np.bool_ if result.dtype == torch.bool else kind))
+        if result.dtype == torch.float32:  # masks are filled with the lowest float32, beyond float16
             number = max(min(number, 65504.0), -65504.0)
         filled = mb.fill(shape=_sizes(low, sizes), value=kind(number))
-        return mb.cast(x=filled, dtype="bool") if made.dtype == torch.bool else filled
+        return mb.cast(x=filled, dtype="bool") if result.dtype == torch.bool else filled
 
     return lower
 
 
 def _pad(low: Lowering, _: Any, x: Any, widths: list[int], *how: Any) -> Any:
-    """widths: before and after of the last dimension, then of the one before it, and so on. how: the mode, if any; the number."""
+    """widths: before and after the last dimension, then the one before it, and so on. how: the mode, if any, and the number."""
     mode = how[0] if how and isinstance(how[0], str) else "constant"
     if mode != "constant" or min(widths) < 0:
         raise UserError(f"--format coreml: padding ({mode}, {min(widths)}) has no lowering; leave this target out")

@@ -1,8 +1,7 @@
-"""A `Graph` as functions of an ML program: shapes made static or bounded, then its torch.export nodes lowered in order.
+"""A `Graph` as functions of an ML program: its shapes become static or bounded, then its torch.export nodes are lowered in order.
 
-What may enter: coremltools, torch, `graph`, `ops`, the lowerings. The program is built directly, node by node, from the
-tables in `coreml_lowerings` and `coreml_aten`. coremltools' own torch frontend never runs, nor any of its graph passes:
-they change numbers silently (`docs/coreml.md` lists the cases and tests pin them).
+The program is built node by node from the tables in `lowerings` and `aten`. coremltools' own torch frontend and graph passes do
+not run: they change numbers without a warning (`docs/coreml.md` lists the cases, and tests hold them).
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from .weights import Constants, WeightStore
 _SKIPPED = {"aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range_for_size"}
 _UNFOLDED = {"aten::_to_copy", "aten::to", "aten::clone", "aten::detach", "aten::alias", "aten::contiguous"}
 _TOKENS = {"sequence", "logits", "capacity", "source"}
-"""The dimensions that `max_positions` bounds; others have the graph's own bounds."""
+"""The dimensions that `max_positions` bounds. Others have the graph's own bounds."""
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """A graph with its sizes settled: `fixed` are integers now, the other dimensions lie within `graph.bounds`."""
+    """A graph with its sizes settled. `fixed`: dimension -> its size; the others stay within `graph.bounds`."""
 
     function: str
     graph: Graph
@@ -44,18 +43,18 @@ class Shaped:
 
 
 def shaped(graph: Graph, capacity: int) -> list[Shaped]:
-    """The functions of a graph: batch 1, caches of `capacity` tokens; other lengths bounded.
+    """The functions of a graph: batch 1, caches of `capacity` tokens, other lengths bounded.
 
-    A graph that carries updated states over a `sequence` becomes two: any number of tokens (prefill), and exactly one (the
-    decode step, whose shapes are all static in a decoder-only model).
+    A graph that carries updated states over a `sequence` becomes two functions: for any number of tokens (prefill), and for
+    exactly one (the decode step, whose shapes are all static in a decoder-only model).
     """
     bounds = {n: (lo, min(hi, capacity) if n in _TOKENS else hi) for n, (lo, hi) in graph.bounds.items()}
     common = {n: s for n, s in {"batch": 1, "capacity": capacity}.items() if n in bounds}
-    made = [_fix(graph, graph.name, common, bounds)]
+    functions = [_fix(graph, graph.name, common, bounds)]
     if "sequence" in bounds and any(s.updated for s in graph.states):
         one = {n: 1 for n in ("sequence", "logits") if n in bounds}
-        made.append(_fix(graph, graph.name + STEP, common | one, bounds))
-    return made
+        functions.append(_fix(graph, graph.name + STEP, common | one, bounds))
+    return functions
 
 
 def _fix(graph: Graph, name: str, fixed: dict[str, int], bounds: dict[str, tuple[int, int]]) -> Shaped:
@@ -78,10 +77,10 @@ def translate(item: Shaped, store: WeightStore) -> Function:
     graph = item.graph
     program = _program(graph)
     ports: list[Port | State] = [*graph.inputs, *graph.states]
-    given = [p for p in ports if not _implied(p, item)]
+    inputs = [p for p in ports if not _implied(p, item)]
     symbols = {n: get_new_symbol() for n in graph.bounds}
     placeholders: dict[str, Any] = {}
-    for p in given:
+    for p in inputs:
         shape = tuple(symbols[d] if isinstance(d, str) else d for d in p.shape)
         if _in_place(p):
             placeholders[p.name] = mb.state_tensor_placeholder(shape, dtype=types.fp16)
@@ -91,12 +90,12 @@ def translate(item: Shaped, store: WeightStore) -> Function:
         outputs = _Translation(item, program, function, Constants(store)).run(ports)
         names = [p.name for p in graph.outputs] + [p.name + OUT for p in graph.states if _is_wide(p)]
         function.set_outputs([mb.identity(x=v, name=n) for v, n in zip(outputs, names, strict=True)])
-    function.set_input_types(tuple(_input_type(p, graph) for p in given if not _in_place(p)))
+    function.set_input_types(tuple(_input_type(p, graph) for p in inputs if not _in_place(p)))
     return function
 
 
 def _is_wide(port: Port | State) -> bool:
-    """Whether a state comes in and goes out as float32: Core ML's own states are float16, too coarse for what adds up."""
+    """Whether a state is a float32 input and output: Core ML's own states are float16, too coarse for a running sum."""
     return isinstance(port, State) and port.kind == "recurrent" and port.updated
 
 
@@ -109,7 +108,7 @@ def _type(port: Port | State) -> Any:
 
 
 def _program(graph: Graph) -> torch.export.ExportedProgram:
-    """The exported graph, decomposed where it has ops beyond the tables (decomposing takes seconds: not otherwise)."""
+    """The exported graph, decomposed only where it has ops without a row, because that takes seconds."""
     program = graph.export()
     names = {op_name(n.target) for n in program.graph.nodes if n.op == "call_function"} - {"getitem"}
     if names <= LOWERINGS.keys() | ATEN.keys() | _SKIPPED:
@@ -123,7 +122,7 @@ def _program(graph: Graph) -> torch.export.ExportedProgram:
 
 
 def _implied(port: Port | State, item: Shaped) -> bool:
-    """The one-token function needs no `logit_positions`: there is one position."""
+    """Whether a port has one possible value: the one-token function needs no `logit_positions`."""
     return port.name == "logit_positions" and item.fixed.get("logits") == 1 and item.fixed.get("sequence") == 1
 
 
@@ -138,7 +137,7 @@ def _input_type(port: Port | State, graph: Graph) -> Any:
 
 
 class _Translation:
-    """Lowering the nodes of one exported program in order. Equal calls are emitted once."""
+    """Lowers the nodes of one exported program in order. Equal calls are emitted once."""
 
     def __init__(
         self, item: Shaped, program: torch.export.ExportedProgram, function: Any, constants: Constants
@@ -150,7 +149,7 @@ class _Translation:
         self.input_of: dict[str, str] = {}
 
     def run(self, ports: Sequence[Port | State]) -> list[Any]:
-        """Values of the graph's outputs, then of its recurrent states; other updated states were written in place."""
+        """Values of the graph's outputs, then of its recurrent states. Other updated states are written in place."""
         nodes = list(self.program.graph.nodes)
         self._bind_inputs(ports)
         for node in nodes:
@@ -223,7 +222,7 @@ class _Translation:
         return self.known[key][0]
 
     def _read_states(self, value: Any) -> Any:
-        """What a state held before this call, where an op takes its value."""
+        """The arguments, with each state replaced by its value before this call."""
         if isinstance(value, list):
             return [self._read_states(v) for v in value]
         if any(value is state for state in self.low.states.values()):
@@ -231,19 +230,19 @@ class _Translation:
         return value
 
     def _folded(self, node: torch.fx.Node) -> torch.Tensor:
-        """What a node makes of parameters alone, in the graph's own types; a tensor of its own, without their names."""
+        """The result of a call on parameters alone, in the graph's own types: a new tensor, which has no name in the checkpoint."""
 
         def own(value: Any) -> Any:
-            found = self.values[value.name]
-            return found.to(value.meta["val"].dtype) if isinstance(found, torch.Tensor) else found
+            known = self.values[value.name]
+            return known.to(value.meta["val"].dtype) if isinstance(known, torch.Tensor) else known
 
         target: Any = node.target
         args, kwargs = torch.fx.node.map_arg(node.args, own), torch.fx.node.map_arg(node.kwargs, own)
-        made: torch.Tensor = target(*args, **kwargs)
-        return made.clone(memory_format=torch.contiguous_format)
+        result: torch.Tensor = target(*args, **kwargs)
+        return result.clone(memory_format=torch.contiguous_format)
 
     def _narrowed(self, value: Any, node: torch.fx.Node) -> Any:
-        """A value computed in float32 as the float16 that its node's type stands for."""
+        """A value that was computed in float32, as float16 where its node is float32 in the graph."""
         if isinstance(value, Var) and value.dtype == types.fp32 and node.meta["val"].dtype == torch.float32:
             return self.low.cast(value, "fp16")
         return value
@@ -259,7 +258,7 @@ class _Translation:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether the arguments of a call are parameters, or made of them, and numbers."""
+    """Whether the arguments of a call are numbers and tensors known at export, at least one of these."""
     flat: list[Any] = []
     for item in value:
         flat += item if isinstance(item, list) else [item]

@@ -1,8 +1,7 @@
 """Weights of a Core ML program: codes and scales as `constexpr` ops, everything else as float16 constants.
 
-What may enter: coremltools, numpy, torch, `ops`. 4 and 8 bits are stored blockwise; 2, 3 and 6 bits as indices into an
-int8 table whose result is scaled by group; 5-bit codes ride in the 6-bit form. The dequantized value is code times scale
-in every form, and scales are canonical, hence exact in float16.
+4 and 8 bits are stored blockwise. 2, 3 and 6 bits are indices into an int8 table, whose result is scaled by group; 5-bit codes use
+the 6-bit form. In every form the dequantized value is code times scale. Scales are canonical, hence exact in float16.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _LARGEST = 65504.0  # of float16
 
 @dataclass(frozen=True)
 class Stored:
-    """One quantized weight as numpy arrays that several functions share: codes lie in a mapped scratch file."""
+    """One quantized weight as numpy arrays that several functions share. Its codes are in a mapped scratch file."""
 
     key: str
     codes: Any
@@ -39,17 +38,18 @@ class Stored:
 class WeightStore:
     """The weights of all functions of a package; the same bytes get the same `weight_id` and are written once.
 
-    scratch: a folder for the unpacked codes (a byte each), which coremltools packs again when it writes the package.
-    names: data pointer of a checkpoint tensor (of a quantized one, its codes) -> its name.
+    scratch: a folder for the unpacked codes, a byte each; coremltools packs them when it writes the package. names: data pointer
+    of a tensor of the checkpoint (of a quantized one, its codes) -> its name.
     """
 
     def __init__(self, scratch: Path, names: dict[int, str]) -> None:
         self.scratch, self.names = scratch, names
         self._stored: dict[str, Stored] = {}
         self.labels: dict[str, list[str]] = {}
-        """Name in the program -> the names the checkpoint has for it: several where tensors are alike."""
+        """Name in the program -> its names in the checkpoint: several where tensors are alike."""
 
     def stored(self, codes: torch.Tensor, scales: torch.Tensor, bits: int) -> Stored:
+        """The arrays of a weight, made once for equal contents. Raises ValueError for scales that are not canonical."""
         key = f"{bits}:{tuple(scales.shape)}:{content_key(codes)}:{content_key(scales)}"
         if key not in self._stored:
             wide = container("coreml", bits)
@@ -78,7 +78,7 @@ class WeightStore:
 
 
 class Constants:
-    """The constants of one function: each distinct weight, table and small array is emitted once."""
+    """The constants of one function. Each distinct weight, table and small array is emitted once."""
 
     def __init__(self, store: WeightStore) -> None:
         self.store = store
@@ -98,9 +98,9 @@ class Constants:
         return self.labelled(codes, self._vars[stored.key])
 
     def tensor(self, tensor: torch.Tensor) -> Any:
-        """A constant holding `tensor`: of float64 as float32, of other floats as float16, else int32 or bool.
+        """A constant: float64 as float32, other floats as float16, else int32 or bool.
 
-        Raises UserError beyond the range of float16.
+        Raises UserError for values beyond the range of float16.
         """
         key = ("tensor", content_key(tensor), tuple(tensor.shape), tensor.dtype)
         if key not in self._vars:
@@ -128,12 +128,12 @@ class Constants:
         return self._vars[key]
 
     def name(self, tensor: torch.Tensor, kind: str) -> str:
-        """A legal program name for a tensor of the checkpoint, or for one that the graph brought."""
+        """A legal name in the program, for a tensor of the checkpoint or one of the graph."""
         name = self.store.names.get(tensor.data_ptr(), f"{kind}_{len(self._vars)}")
         return "w_" + "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
 
     def labelled(self, tensor: torch.Tensor, var: Any) -> Any:
-        """`var`, remembered for `read_weights` under the checkpoint's name of `tensor` if it has one."""
+        """`var`; if `tensor` has a name in the checkpoint, `read_weights` will find it by that name."""
         name = self.store.names.get(tensor.data_ptr())
         if name is not None and name not in self.store.labels.setdefault(var.name, []):
             self.store.labels[var.name].append(name)
@@ -146,6 +146,6 @@ class Constants:
 
 
 def content_key(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes: never its address, which a freed buffer may have had."""
+    """SHA-256 of a tensor's bytes. Its address would not do: a freed buffer may have had the same."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data.data).hexdigest()

@@ -1,9 +1,9 @@
 """Fixed-point activations for the Ethos-U: ranges from a few runs, then quantize and dequantize around every op.
 
-What may enter: torch. Weights are not touched: their codes and scales are constants of the graph by now. Activations are
-16 bits and their scales powers of two, so that what multiplies a linear's integer product (input scale times weight scale
-over output scale) is the weight's own scale with another exponent, which TOSA's fixed point holds exactly. Where the
-NPU multiplies two activations in 8 bits alone (U55 and U65), they are taken apart into bytes.
+Weights do not change: their codes and scales are constants of the graph by now. Activations have 16 bits, and their scales are
+powers of two. So the factor of a linear's integer product (input scale times weight scale over output scale) is the weight's own
+scale with another exponent, which TOSA's fixed point holds exactly. Where the NPU multiplies two activations in 8 bits only (U55
+and U65), they are split into bytes.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # defines quantized_decomposed::*
 from torch import fx
 
+from .internals import register_quantized_ops
+
+register_quantized_ops()
 ATEN = torch.ops.aten
 QD = torch.ops.quantized_decomposed
 MARGIN = 1.5
-"""How far beyond the largest value seen an activation may go before it saturates."""
+"""How many times the largest value of the calibration an activation may reach before it saturates."""
 
 ENTRY = ATEN.clone.default
 _COMPUTED = {"_arm_annotation_info": {"quantized": True}}
-"""What ExecuTorch's Arm backend looks for on a node that it may fold its quantization into."""
+"""The mark by which ExecuTorch's Arm backend knows a node whose quantization it may fold."""
 
 _TOP = (1 << 15) - 1
 _SHAPES = {
@@ -39,7 +41,7 @@ _SHAPES = {
 
 _ONE_RANGE = _SHAPES | {ATEN.amax.default, ATEN.relu.default}
 _BOUNDED = {ATEN.tanh.default: 1.0, ATEN.exp.default: 1.0, ATEN.sigmoid.default: 1.0}
-"""Largest output whatever comes in; of exp because what it is given is at most 0."""
+"""The largest output for any input; the input of exp is at most 0 here."""
 
 _INVERSES = {ATEN.reciprocal.default, ATEN.rsqrt.default}
 
@@ -49,35 +51,37 @@ def fixed_point(
 ) -> tuple[fx.GraphModule, list[float]]:
     """(`module` with every value between its entries and its output in fixed point, steps of its linears).
 
-    calibration: inputs to take the ranges from. narrow_matmul: products of activations byte by byte. A step is the
+    calibration: inputs to take the ranges from. narrow_matmul: whether products of activations go byte by byte. A step is the
     output scale over the input scale, a power of two, for each linear in the order of the graph.
     """
-    made = _FixedPoint(module, _largest(module, calibration), narrow_matmul)
-    return made.run(), made.steps
+    conversion = _FixedPoint(module, _largest(module, calibration), narrow_matmul)
+    return conversion.run(), conversion.steps
 
 
 def _largest(module: fx.GraphModule, calibration: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, float]:
-    """Node name -> the largest magnitude it had."""
-    seen: dict[str, float] = {}
+    """Node name -> the largest magnitude of its value."""
+    largest: dict[str, float] = {}
 
     class Watch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             out = super().run_node(n)
             if n.target in _INVERSES:
-                out = out.masked_fill(torch.isinf(out), 0.0)  # of a row of zeros, which stays zeros in fixed point
+                out = out.masked_fill(torch.isinf(out), 0.0)  # for a row of zeros, which stays zero in fixed point
             if isinstance(out, torch.Tensor) and out.is_floating_point():
-                seen[n.name] = max(seen.get(n.name, 0.0), float(out.abs().max()))
+                largest[n.name] = max(largest.get(n.name, 0.0), float(out.abs().max()))
             return out
 
     with torch.no_grad():
         for inputs in calibration:
             Watch(module).run(*inputs)
-    return seen
+    return largest
 
 
 class _FixedPoint:
-    def __init__(self, module: fx.GraphModule, seen: dict[str, float], narrow_matmul: bool) -> None:
-        self.module, self.graph, self.seen, self.narrow = module, module.graph, seen, narrow_matmul
+    """One module during its conversion to fixed point. largest: see `_largest`."""
+
+    def __init__(self, module: fx.GraphModule, largest: dict[str, float], narrow_matmul: bool) -> None:
+        self.module, self.graph, self.largest, self.narrow = module, module.graph, largest, narrow_matmul
         self.inside = self._inside()
         self.reach = self._ranges()
         self.fixed: dict[fx.Node, fx.Node] = {}  # value -> the node that stands for it in fixed point
@@ -86,15 +90,16 @@ class _FixedPoint:
         self._count = 0
 
     def _inside(self) -> set[fx.Node]:
-        found: set[fx.Node] = set()
+        """The calls of the NPU's part: the entries and what depends on them."""
+        inside: set[fx.Node] = set()
         for node in self.graph.nodes:
-            entered = node.target == ENTRY or any(n in found for n in node.all_input_nodes)
+            entered = node.target == ENTRY or any(n in inside for n in node.all_input_nodes)
             if node.op == "call_function" and entered:
-                found.add(node)
-        return found
+                inside.add(node)
+        return inside
 
     def _ranges(self) -> dict[fx.Node, float]:
-        """The magnitude each value must hold; values that one op merely moves share it."""
+        """The magnitude that each value must hold. Values that an op only moves have the same."""
         parent: dict[fx.Node, fx.Node] = {n: n for n in self.inside}
 
         def root(node: fx.Node) -> fx.Node:
@@ -110,7 +115,7 @@ class _FixedPoint:
                 for source in node.all_input_nodes:
                     parent[root(source)] = root(node)
             else:
-                reach[node] = _BOUNDED.get(node.target, self.seen[node.name] * MARGIN)
+                reach[node] = _BOUNDED.get(node.target, self.largest[node.name] * MARGIN)
         limits: dict[fx.Node, Any] = {root(n): n.args[2] for n in self.inside if n.target == ATEN.clamp.default}
         shared: dict[fx.Node, float] = {}
         for node, value in reach.items():
@@ -161,9 +166,9 @@ class _FixedPoint:
         return self._through(node, scale, torch.int16)
 
     def _product(self, node: fx.Node) -> fx.Node:
-        """A product of two activations where the NPU multiplies 8 bits: each is a high and a low byte, exactly.
+        """A product of two activations where the NPU multiplies 8 bits: each is the exact sum of a high and a low byte.
 
-        Low times low, 2**-16 of the whole, is left out.
+        The product of the two low bytes, 2**-16 of the result, is left out.
         """
         (high, low), (other_high, other_low) = (self._bytes(self.fixed[n]) for n in node.all_input_nodes)
         reach = self.reach[node]
@@ -183,7 +188,7 @@ class _FixedPoint:
         return self.bytes[value]
 
     def _operands(self, node: fx.Node) -> None:
-        """Values become their fixed-point selves, float constants and numbers fixed-point constants."""
+        """Each operand of a node in fixed point; float constants and numbers become fixed-point constants."""
 
         def fixed(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -206,8 +211,8 @@ class _FixedPoint:
         """A float constant; None for anything else (weights are dequantized from their codes, and stay)."""
         if node.op != "get_attr":
             return None
-        found = getattr(self.module, str(node.target))
-        return found if isinstance(found, torch.Tensor) and found.is_floating_point() else None
+        tensor = getattr(self.module, str(node.target))
+        return tensor if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else None
 
     def _stored(self, values: torch.Tensor) -> fx.Node:
         scale = power_of_two(float(values.abs().max()))
@@ -219,5 +224,5 @@ class _FixedPoint:
 
 
 def power_of_two(reach: float) -> float:
-    """The smallest power of two that as the scale of 16-bit codes reaches `reach`."""
+    """The smallest power of two with which, as their scale, 16-bit codes reach `reach`."""
     return 2.0 ** math.ceil(math.log2(max(reach, 2.0**-30) / _TOP))

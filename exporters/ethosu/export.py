@@ -1,9 +1,8 @@
-"""Arm Ethos-U: the encoder as one delegated `.pte` a configuration. What may enter: `ops`, `graph`, `bundle`.
+"""Arm Ethos-U: the encoder as one delegated `.pte` for each configuration.
 
-Main path: the encoder at one static length -> rewrite by the table (`ethosu_lowerings`) -> activations in fixed point
-(`ethosu_activations`) -> ExecuTorch's Arm backend to TOSA -> Vela. Beside each `.pte` lies the `.tosa` that Vela was given:
-codes and scales are read back from it, and it compiles to the very bytes in the `.pte`. The embedding and the mask stay on
-the host, in the same program.
+The encoder at one static length -> rewrite by the table (`lowerings`) -> activations in fixed point (`activations`) -> TOSA by
+ExecuTorch's Arm backend -> Vela. Beside each `.pte` lies the `.tosa` that Vela compiled: codes and scales are read back from it,
+and it compiles to the very bytes in the `.pte`. The embedding and the mask stay on the host, in the same program.
 """
 
 from __future__ import annotations
@@ -29,12 +28,8 @@ from . import vela
 
 NAMES = "weights.json"
 
-
 POSITIONS = 64
-
-
-"""The most source tokens of the program: scores take memory with their square, and SRAM is small."""
-
+"""The most source tokens of the program: the scores' memory grows with the square of it, and SRAM is small."""
 
 _RANDOM_PROMPTS = 32
 
@@ -57,8 +52,8 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     ops: dict[str, dict[str, int]] = {}
     estimates: dict[str, object] = {}
     record: dict[str, Any] = {}
-    for narrow in dict.fromkeys(found.narrow_matmul for found in families.values()):
-        accelerators = [a for a, found in families.items() if found.narrow_matmul == narrow]
+    for narrow in dict.fromkeys(family.narrow_matmul for family in families.values()):
+        accelerators = [a for a, family in families.items() if family.narrow_matmul == narrow]
         progress(f"ethosu: activations in fixed point for {', '.join(accelerators)}")
         program, names = fixed(encoder, options, narrow)
         progress(f"ethosu: lowering for {', '.join(accelerators)}")
@@ -71,7 +66,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
             record[accelerator] = names
     (directory / NAMES).write_text(json.dumps({"programs": record}, indent=1) + "\n")
     progress("ethosu: reading the weights back")
-    _require_whole(encoder, dict(read_weights(directory)))
+    _require_every_weight(encoder, dict(read_weights(directory)))
     facts: dict[str, object] = {
         "source_tokens": positions(encoder, options),
         "calibration_prompts": len(options.prompts),
@@ -86,7 +81,7 @@ def positions(encoder: Graph, options: Options) -> int:
 
 
 def fixed(encoder: Graph, options: Options, narrow_matmul: bool) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """(the encoder in fixed point, which weights it has and the steps between a linear's input and output)."""
+    """(the encoder in fixed point; the names of its weights, with the step from each linear's input to its output)."""
     from .activations import fixed_point
     from .lowerings import Rewriter
 
@@ -109,10 +104,10 @@ def _module(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
 
 
 def _prompts(options: Options, length: int, vocabulary: int) -> list[list[int]]:
-    """Token ids to take ranges from: the bundle's prompts, or random ones, the last of them of full length."""
-    given = [list(p[:length]) for p in options.prompts if p]
-    if given:
-        return given
+    """Token ids for calibration: the prompts of the bundle, or random ones, the last of them of full length."""
+    prompts = [list(p[:length]) for p in options.prompts if p]
+    if prompts:
+        return prompts
     generator = torch.Generator().manual_seed(0)
     sizes = [*torch.randint(1, length + 1, (_RANDOM_PROMPTS - 1,), generator=generator).tolist(), length]
     return [torch.randint(vocabulary, (size,), generator=generator).tolist() for size in sizes]
@@ -135,8 +130,9 @@ def _lower(program: torch.export.ExportedProgram, accelerator: str) -> tuple[Any
     from executorch.backends.arm.ethosu import EthosUPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.exir.backend.partitioner import Partitioner, PartitionResult
-    from executorch.exir.backend.utils import WhyNoPartitionReporter
     from torch.fx.passes.operator_support import OperatorSupportBase
+
+    from .internals import operator_support
 
     class NoMask(OperatorSupportBase):
         """The mask stays on the host on every NPU: the smaller ones have no ops on booleans."""
@@ -145,8 +141,8 @@ def _lower(program: torch.export.ExportedProgram, accelerator: str) -> tuple[Any
             value = node.meta.get("val")
             return not (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
 
-    class Whole(Partitioner):  # type: ignore[misc]  # the library is untyped
-        """Arm's partitioner, whose result must be one piece: several would only fail later, naming no op."""
+    class OnePiece(Partitioner):  # type: ignore[misc]  # the library is untyped
+        """Arm's partitioner, whose result must be one piece: several pieces would fail later, with no op in the message."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -158,9 +154,8 @@ def _lower(program: torch.export.ExportedProgram, accelerator: str) -> tuple[Any
 
         def partition(self, exported_program: torch.export.ExportedProgram) -> PartitionResult:
             result = self.inner.partition(exported_program)
-            support = self.inner._create_operator_support(exported_program, WhyNoPartitionReporter())
             graph = result.tagged_exported_program.graph
-            _require_whole_delegate(graph, accelerator, lambda node: support.is_node_supported({}, node))
+            _require_one_delegate(graph, accelerator, operator_support(self.inner, exported_program))
             return result
 
     for name in ("executorch", "executorch.backends.arm"):
@@ -170,7 +165,7 @@ def _lower(program: torch.export.ExportedProgram, accelerator: str) -> tuple[Any
         spec = vela.compile_spec(accelerator).dump_intermediate_artifacts_to(scratch)
         config = EdgeCompileConfig(_check_ir_validity=False)
         try:
-            edge = to_edge_transform_and_lower(program, partitioner=[Whole()], compile_config=config)
+            edge = to_edge_transform_and_lower(program, partitioner=[OnePiece()], compile_config=config)
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # the passes' and Vela's own types
@@ -181,19 +176,20 @@ def _lower(program: torch.export.ExportedProgram, accelerator: str) -> tuple[Any
         return edge, tosa.read_bytes()
 
 
-def _require_whole_delegate(
-    graph: torch.fx.Graph, accelerator: str, supported: Callable[[torch.fx.Node], bool]
-) -> None:
-    """Raise UserError naming the ops that the NPU did not take, from the tags of the partitioner.
+def _require_one_delegate(graph: torch.fx.Graph, accelerator: str, supported: Callable[[torch.fx.Node], bool]) -> None:
+    """Raise UserError with the ops that the NPU did not take, by the tags of the partitioner.
 
-    An op that it refuses takes its neighbours along: they are named where none is refused for itself.
+    A refused op takes its neighbours along. The message has these only where no op is refused for itself.
     """
+    from .internals import op_name
+
     called = [n for n in graph.nodes if n.op == "call_function"]
     hosted = {op.partition(".")[0] for op in HOST_OPS}
-    untagged = [n for n in called if "delegation_tag" not in n.meta and hasattr(n.target, "_schema")]
-    left = [n for n in untagged if n.target._schema.name not in hosted]
-    if left:
-        named = sorted({n.target._schema.name for n in [n for n in left if not supported(n)] or left})
+    untagged = {n: op_name(n.target) for n in called if "delegation_tag" not in n.meta}
+    refused = {n: name for n, name in untagged.items() if name is not None and name not in hosted}
+    if refused:
+        themselves = {name for n, name in refused.items() if not supported(n)}
+        named = sorted(themselves or {*refused.values()})
         raise UserError(f"{accelerator} does not take {', '.join(named[:3])} of the encoder; choose another --format")
     pieces = len({n.meta["delegation_tag"] for n in called if "delegation_tag" in n.meta})
     if pieces != 1:
@@ -201,13 +197,14 @@ def _require_whole_delegate(
 
 
 def _write(edge: Any, tosa: bytes, accelerator: str, directory: Path) -> tuple[dict[str, int], dict[str, object]]:
-    """One configuration's files; (ops by where they run, Vela's estimate)."""
+    """Write one configuration's files. Returns the ops by where they run, and Vela's estimate."""
     from ...targets.ethosu.files import DELEGATE, Program, TosaFile
+    from .internals import replace_delegate, spec_list
 
     compiled, estimate = vela.command_stream(tosa, accelerator)
     (delegate,) = (m for m in edge.exported_program().graph_module.children() if hasattr(m, "compile_specs"))
-    # The TOSA is the family's; and a path of this machine, which the specs had, does not belong in the program.
-    delegate._processed_bytes, delegate._compile_specs = compiled, vela.compile_spec(accelerator)._to_list()
+    # The TOSA serves all of the family. And the specs had a path of this machine, which does not belong in the program.
+    replace_delegate(delegate, compiled, spec_list(vela.compile_spec(accelerator)))
     path = directory / f"{GRAPH}.{accelerator}.pte"
     path.with_suffix(".tosa").write_bytes(tosa)
     path.write_bytes(edge.to_executorch().buffer)
@@ -219,13 +216,13 @@ def _write(edge: Any, tosa: bytes, accelerator: str, directory: Path) -> tuple[d
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, float32 [N, K]) of every quantized weight as the files hold it.
 
-    Each `.tosa` is compiled again and must give the bytes that its `.pte` holds, and all configurations must hold the same
-    weights. Raises UserError for files that are damaged or do not belong together.
+    Each `.tosa` is compiled again and must give the bytes of its `.pte`; all configurations must hold the same weights. Raises
+    UserError for files that are damaged or do not belong together.
     """
     from ...targets.ethosu.files import Program, TosaFile
 
     path = directory / NAMES
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for accelerator, names in _programs(path).items():
         program = Program(directory / f"{GRAPH}.{accelerator}.pte")
         tosa = TosaFile(directory / f"{GRAPH}.{accelerator}.tosa")
@@ -240,15 +237,15 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             factors = (linear.factors * step).to(torch.float32)
             values[name] = linear.codes.to(torch.float32) * factors.unsqueeze(1)
         for name, value in values.items():
-            if not torch.equal(found.setdefault(name, value), value):
+            if not torch.equal(weights.setdefault(name, value), value):
                 raise UserError(
                     f"{one_line(name, 120)} is not the same in every configuration of {one_line(directory)}"
                 )
-    return iter(found.items())
+    return iter(weights.items())
 
 
 def _programs(path: Path) -> dict[str, dict[str, Any]]:
-    """What `weights.json` says of each configuration. Raises UserError if it says something else."""
+    """Configuration -> its entry in `weights.json`. Raises UserError for an entry of another form."""
     programs = read_json_object(path).get("programs")
     if not isinstance(programs, dict) or not programs:
         raise UserError(f"{one_line(path)} names no program; export again")
@@ -262,11 +259,11 @@ def _programs(path: Path) -> dict[str, dict[str, Any]]:
     return programs
 
 
-def _require_whole(encoder: Graph, found: dict[str, torch.Tensor]) -> None:
+def _require_every_weight(encoder: Graph, stored: dict[str, torch.Tensor]) -> None:
     """Raise ValueError if the files do not hold every weight of the encoder bit for bit."""
     for path, module in encoder.module.named_modules():
         if hasattr(module, "codes"):
             part: Any = module
             name = encoder.checkpoint_name(f"{path}.weight")
-            if not torch.equal(found[name], dequantize(part.codes, part.scales, part.bits, part.group_size)):
+            if not torch.equal(stored[name], dequantize(part.codes, part.scales, part.bits, part.group_size)):
                 raise ValueError(f"the files do not hold the codes and scales of {name}")

@@ -1,8 +1,8 @@
-"""The `edgewright::` ops in words that the Ethos-U takes whole, as a table. What may enter: `ops`.
+"""The `edgewright::` ops in ATen that the Ethos-U computes, as a table.
 
-Plain Python functions that `rewrite` points the private nodes at; tracing inlines them. The NPU has integer adds, products,
-sums, tables and matrix products: a mean is a sum, GELU is one table, a softmax divides after the product with the
-values, a mask is a number added on the way in.
+`Rewriter` points the private nodes at these functions, and tracing inlines them. The NPU has integer sums, products, tables and
+matrix products. So a mean is a sum, GELU is one table, a softmax divides after the product with the values, and a mask is a
+number that is added.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  defines the embedding kernels
 import torch
-import torch.ao.quantization.fx._decomposed  # defines the other quantized_decomposed ops
 from torch import fx
 
 from ...errors import UserError
 from ...ops.packing import unpack
+from .internals import register_quantized_ops
 
+register_quantized_ops()
 EW = torch.ops.edgewright
 QD = torch.ops.quantized_decomposed
 NEGLIGIBLE = 16.0
-"""exp(-16) is 1e-7: scores that far below the largest of their row count as nothing, and saturate there."""
+"""Scores that far below the largest of their row saturate there: exp(-16) is 1e-7, which counts as nothing."""
 
 NO_SOFTCAP = 112.0
-"""The largest score told from a masked one where no soft-capping bounds them."""
+"""Where no soft-capping bounds the scores, larger ones saturate here: masked scores must stay apart from the others."""
 
 
 def signed_codes(codes: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -38,9 +38,9 @@ def signed_codes(codes: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 def quantized_linear(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """A bias is added afterwards: as part of the product it would be rounded to a step that differs by channel.
+    """The bias is added afterwards: as part of the product it would be rounded to a step that differs by channel.
 
-    Narrow codes lie in 8 bits: the NPU's 4-bit weights take 8-bit activations alone.
+    Codes of fewer bits are stored in 8: the NPU's 4-bit weights take 8-bit activations only.
     """
     weight = QD.dequantize_per_channel.default(codes, scales, zeros, 0, -128, 127, torch.int8)
     product = torch.nn.functional.linear(x, weight)
@@ -48,24 +48,24 @@ def quantized_linear(
 
 
 def quantized_embedding(ids: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The one op of weights that stays on the host: ExecuTorch's own kernel over int8 rows."""
+    """The one op with weights that stays on the host: ExecuTorch's own kernel over int8 rows."""
     out: torch.Tensor = QD.embedding_byte.dtype(codes, scales, None, -128, 127, ids, dtype=torch.float32)
     return out
 
 
 def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """gamma: the weight times sqrt(D), so that a sum stands in for the mean.
+    """gamma: the weight times sqrt(D), so that a sum takes the place of the mean.
 
-    Each row is brought to a peak near 1 first, or the squares of rows far below the largest would vanish in 16 bits; how
-    near does not matter, for the norm takes the factor out again. eps is left out: it tells on rows of about its root
-    alone, a thousandth, which are a few steps of the fixed point.
+    Each row is first divided by its peak: else the squares of small rows would vanish in 16 bits. The norm takes that factor out
+    again, so it need not be exact. There is no eps: it matters only for rows near its root, which are a few steps of the fixed
+    point.
     """
     level = x * torch.reciprocal(x.abs().amax(-1, keepdim=True))
     return level * torch.rsqrt((level * level).sum(-1, keepdim=True)) * gamma
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """One table; spelled out, the cube would need a range that costs the small values their digits."""
+    """One table. Spelled out, the cube would need a range that costs small values their digits."""
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
@@ -75,9 +75,9 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def mask_bias(mask: torch.Tensor, seen: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def mask_bias(mask: torch.Tensor, allowed: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """bool [1, 1, T, T] -> float32 [1, T, T] to add to scores. On the host: the smaller NPUs have no select."""
-    return torch.where(mask.squeeze(0), seen, hidden)
+    return torch.where(mask.squeeze(0), allowed, masked)
 
 
 def bidirectional_attention(
@@ -104,8 +104,8 @@ def bidirectional_attention(
 class Rewriter:
     """Points the private nodes of one exported module at the functions above.
 
-    checkpoint_name: from the module's own name of a parameter to the checkpoint's. After `run`, `linears` names the
-    weights of the linears in the order of the graph, `table` that of the embedding, which has `rows` rows.
+    checkpoint_name: the module's own name of a parameter -> the checkpoint's. After `run`, `linears` are the names of the
+    linears' weights in the order of the graph, `table` is the name of the embedding's, which has `rows` rows.
     """
 
     def __init__(self, module: fx.GraphModule, checkpoint_name: Callable[[str], str]) -> None:
@@ -145,7 +145,7 @@ class Rewriter:
                 )
 
     def _fold_constants(self) -> None:
-        """What depends on no input (positions, distances) is computed now."""
+        """What depends on no input (positions, distances) becomes a constant."""
         varying: set[fx.Node] = set()
         for node in list(self.graph.nodes):
             if node.op in ("placeholder", "output") or any(n in varying for n in node.all_input_nodes):
@@ -156,18 +156,18 @@ class Rewriter:
                     node.replace_all_uses_with(self.constant(("folded", node.name), partial(self.value, node)))
 
     def _mark_entries(self) -> None:
-        """A clone, found again after tracing, where a value of the host enters the NPU's part of the graph."""
+        """Put a clone, which tracing keeps, where a value of the host enters the NPU's part of the graph."""
         functions = {quantized_linear, rms_norm, gelu_tanh, rope, bidirectional_attention}
         hosted: set[fx.Node] = {n for n in self.graph.nodes if n.op == "placeholder"}
         entries: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
-            given = [n for n in node.all_input_nodes if n in hosted]
-            if node.op == "output" or not given:
+            from_host = [n for n in node.all_input_nodes if n in hosted]
+            if node.op == "output" or not from_host:
                 continue
             if node.target not in functions and all(n in hosted or n.op == "get_attr" for n in node.all_input_nodes):
                 hosted.add(node)
                 continue
-            for value in given:
+            for value in from_host:
                 entries.setdefault(value, []).append(node)
         for value, users in entries.items():
             with self.graph.inserting_after(value):
@@ -176,12 +176,12 @@ class Rewriter:
                 user.replace_input_with(value, entry)
 
     def value(self, node: Any) -> torch.Tensor:
-        """A constant's tensor, whatever plain ops lie between it and `node`."""
+        """The tensor of a node that depends on constants alone."""
         if node.op == "get_attr":
-            found: torch.Tensor = operator.attrgetter(str(node.target))(self.module)
-            return found
-        given: Any = fx.map_arg((node.args, node.kwargs), self.value)
-        computed: torch.Tensor = node.target(*given[0], **given[1])
+            tensor: torch.Tensor = operator.attrgetter(str(node.target))(self.module)
+            return tensor
+        arguments: Any = fx.map_arg((node.args, node.kwargs), self.value)
+        computed: torch.Tensor = node.target(*arguments[0], **arguments[1])
         return computed
 
     def constant(self, key: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> fx.Node:
@@ -264,9 +264,9 @@ class Rewriter:
         key = (mask, softcap)
         if key not in self._memo:
             low = -2.0 * ((softcap or NO_SOFTCAP) + NEGLIGIBLE)
-            seen = self.constant(("number", 0.0), lambda: torch.zeros(()))
-            hidden = self.constant(("number", low), lambda: torch.full((), low))
-            self._memo[key] = self.graph.call_function(mask_bias, (mask, seen, hidden))
+            allowed = self.constant(("number", 0.0), lambda: torch.zeros(()))
+            masked = self.constant(("number", low), lambda: torch.full((), low))
+            self._memo[key] = self.graph.call_function(mask_bias, (mask, allowed, masked))
         node.target = bidirectional_attention
         node.args = (q, k, v, self._memo[key], scale, softcap)
 
@@ -282,3 +282,4 @@ _REWRITES: dict[Any, Callable[[Rewriter, fx.Node], None]] = {
     EW.rope.default: Rewriter.rope,
     EW.bidirectional_attention.default: Rewriter.attention,
 }
+"""An `edgewright::` op without a row is refused: the NPU must take the encoder in one piece."""

@@ -1,6 +1,6 @@
-"""Arm's compiler for the Ethos-U, Vela: from TOSA to the NPU's command stream, and its own estimate. What may enter: nothing.
+"""Vela, Arm's compiler for the Ethos-U: from TOSA to the NPU's command stream, and Vela's own estimate.
 
-The estimate is Vela's model of the NPU and its memories (vendor-simulated): no device and no cycle-accurate model runs here.
+The estimate is Vela's model of the NPU and its memories (vendor-simulated): no device and no cycle-accurate model runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """Sizes in multiply-accumulators, and the system and memory mode of Vela's own vela.ini that figures are given for.
+    """Sizes in multiply-accumulators, and the system and memory mode of Vela's own vela.ini for its estimate.
 
-    narrow_matmul: two activations are multiplied in 8 bits only.
+    narrow_matmul: whether the NPU multiplies two activations in 8 bits only.
     """
 
     sizes: tuple[int, ...]
@@ -39,17 +39,17 @@ FAMILIES = {
 
 
 def family(accelerator: str) -> Family:
-    """Raises UserError for a configuration that does not exist: Vela would end the process."""
+    """The family of a configuration. Raises UserError for an unknown one: Vela would end the process."""
     name, _, size = accelerator.rpartition("-")
-    found = FAMILIES.get(name)
-    if found is None or size not in map(str, found.sizes):
+    match = FAMILIES.get(name)
+    if match is None or size not in map(str, match.sizes):
         known = ", ".join(f"{n}-{s}" for n, f in FAMILIES.items() for s in f.sizes)
         raise UserError(f"no Ethos-U configuration {accelerator!r}; choose from {known}")
-    return found
+    return match
 
 
 def command_stream(tosa: bytes, accelerator: str) -> tuple[bytes, dict[str, object]]:
-    """(what Vela makes of a TOSA flatbuffer, its estimate). Raises UserError if it refuses."""
+    """(the command stream of a TOSA flatbuffer, Vela's estimate). Raises UserError if Vela refuses it."""
     from executorch.backends.arm.arm_vela import vela_compile
 
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -63,15 +63,15 @@ def command_stream(tosa: bytes, accelerator: str) -> tuple[bytes, dict[str, obje
 
 
 def compile_spec(accelerator: str) -> Any:
-    """ExecuTorch's own, with the memory mode named. Raises UserError as `family` does."""
+    """ExecuTorch's own compile spec, with the system and memory mode. Raises UserError as `family` does."""
     from executorch.backends.arm.ethosu import EthosUCompileSpec
 
-    found = family(accelerator)
-    return EthosUCompileSpec(accelerator, found.system, found.memory)
+    mode = family(accelerator)
+    return EthosUCompileSpec(accelerator, mode.system, mode.memory)
 
 
 def estimate(folder: Path) -> dict[str, object]:
-    """The summary that Vela left under `folder`: times, traffic in bytes, memory in bytes, and what they are given for."""
+    """Vela's summary under `folder`: times, traffic in bytes, memory in bytes, and the mode they are for."""
     (path,) = (folder / "output").glob("*_summary_*.csv")
     with path.open() as file:
         (row,) = csv.DictReader(file)

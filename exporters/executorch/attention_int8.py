@@ -1,8 +1,8 @@
-"""KV caches in int8 in words that ExecuTorch's kernels and XNNPACK know. What may enter: `ops`, `executorch_lowerings`.
+"""KV caches in int8 in ATen that ExecuTorch's kernels and XNNPACK compute; `passes` points the private nodes at these functions.
 
-Plain Python functions, as those of `executorch_lowerings`. Caches are buffers, codes [1, capacity, kv_heads, head_dim] and
-scales [1, capacity, kv_heads, 1]. ExecuTorch has an attention over int8 caches, but it wants the queries in int8 too; here
-the filled part is given to XNNPACK as floats, unscaled, and a token's scale multiplies a column of the scores.
+Caches are buffers: codes [1, capacity, kv_heads, head_dim] and scales [1, capacity, kv_heads, 1]. ExecuTorch's own attention over
+int8 caches wants the queries in int8 too. Here XNNPACK gets the filled codes as floats, unscaled, and a token's scale multiplies
+a column of the scores.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 
 from ...ops.quantized_cache import LEVELS
-from .lowerings import attend
+from .lowerings import Pair, attend
 
 
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without the copies that make the reference's results contiguous."""
+    """As the op, without the copies that make the reference's results contiguous."""
     scales = (x.abs().amax(-1, keepdim=True) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.round(x / scales).to(torch.int8), scales
 
@@ -26,61 +26,42 @@ def append_kv(cache: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tenso
 
 
 def causal_attention(
-    q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_codes: torch.Tensor,
-    v_scales: torch.Tensor,
-    bias: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    softcap: float,
+    q: torch.Tensor, keys: Pair, values: Pair, bias: torch.Tensor, slots: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
-    """Over the filled part of buffers, as many tokens as `slots` has; bias [1, G * S, filled]."""
+    """Over the filled part of buffers, as many tokens as `slots` has. keys, values: codes and scales; bias [1, G * S, filled]."""
     end = slots.shape[0]
-    keys, values = _filled(k_codes, end), _filled(v_codes, end)
-    scales = _filled_scales(k_scales, end), _filled_scales(v_scales, end)
-    return attend(q, keys.permute(0, 2, 1), values, bias, scale, softcap, scales)
+    k, v = _filled(keys[0], end), _filled(values[0], end)
+    scales = _filled_scales(keys[1], end), _filled_scales(values[1], end)
+    return attend(q, k.permute(0, 2, 1), v, bias, scale, softcap, scales)
 
 
 def cross_attention(
-    q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_codes: torch.Tensor,
-    v_scales: torch.Tensor,
-    bias: torch.Tensor,
-    scale: float,
-    softcap: float,
+    q: torch.Tensor, keys: Pair, values: Pair, bias: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
-    """Over codes [1, KV, T, D] and scales [1, KV, T, 1] that another method gave; bias [1, 1, T]."""
-    keys, values = k_codes.squeeze(0).to(torch.float32), v_codes.squeeze(0).to(torch.float32)
-    scales = k_scales.squeeze(0).permute(0, 2, 1), v_scales.squeeze(0).permute(0, 2, 1)
-    return attend(q, keys.permute(0, 2, 1), values, bias, scale, softcap, scales)
+    """Over codes [1, KV, T, D] and scales [1, KV, T, 1] from another method; bias [1, 1, T]."""
+    k, v = keys[0].squeeze(0).to(torch.float32), values[0].squeeze(0).to(torch.float32)
+    scales = keys[1].squeeze(0).permute(0, 2, 1), values[1].squeeze(0).permute(0, 2, 1)
+    return attend(q, k.permute(0, 2, 1), v, bias, scale, softcap, scales)
 
 
 def merged_attention(
     q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_codes: torch.Tensor,
-    v_scales: torch.Tensor,
-    cross_k_codes: torch.Tensor,
-    cross_k_scales: torch.Tensor,
-    cross_v_codes: torch.Tensor,
-    cross_v_scales: torch.Tensor,
+    keys: Pair,
+    values: Pair,
+    cross_keys: Pair,
+    cross_values: Pair,
     bias: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Over the filled part of buffers and what another method gave, together; bias [1, G * S, filled + T]."""
+    """Over the filled part of buffers and the codes from another method, together; bias [1, G * S, filled + T]."""
     end = slots.shape[0]
-    keys = torch.cat((_filled(k_codes, end), cross_k_codes.squeeze(0).to(torch.float32)), 1)
-    values = torch.cat((_filled(v_codes, end), cross_v_codes.squeeze(0).to(torch.float32)), 1)
-    key_scales = torch.cat((_filled_scales(k_scales, end), cross_k_scales.squeeze(0).permute(0, 2, 1)), 2)
-    value_scales = torch.cat((_filled_scales(v_scales, end), cross_v_scales.squeeze(0).permute(0, 2, 1)), 2)
-    return attend(q, keys.permute(0, 2, 1), values, bias, scale, softcap, (key_scales, value_scales))
+    k = torch.cat((_filled(keys[0], end), cross_keys[0].squeeze(0).to(torch.float32)), 1)
+    v = torch.cat((_filled(values[0], end), cross_values[0].squeeze(0).to(torch.float32)), 1)
+    key_scales = torch.cat((_filled_scales(keys[1], end), cross_keys[1].squeeze(0).permute(0, 2, 1)), 2)
+    value_scales = torch.cat((_filled_scales(values[1], end), cross_values[1].squeeze(0).permute(0, 2, 1)), 2)
+    return attend(q, k.permute(0, 2, 1), v, bias, scale, softcap, (key_scales, value_scales))
 
 
 def _filled(codes: torch.Tensor, end: int) -> torch.Tensor:

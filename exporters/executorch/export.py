@@ -1,7 +1,7 @@
-"""ExecuTorch: all graphs as methods of one `model.pte`, for XNNPACK. What may enter: `ops`, `graph`, `bundle`.
+"""ExecuTorch: all graphs as methods of one `model.pte`, for XNNPACK.
 
-Main path: export each graph for a batch of one with its KV cache as buffers -> rewrite (`executorch_rewriter`) ->
-export again -> lower all methods together, so that weights are stored once.
+Export each graph for a batch of one, with its KV caches as buffers -> rewrite (`passes`) -> export again -> lower all methods
+together (`partition`), so that weights are stored once.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 PROGRAM = "model.pte"
 NAMES = "weights.json"
 CHUNK, SHORT = 128, 16
-"""The most tokens that one call of the decoder takes; memory is planned for them. A session feeds more in pieces. Recurrences
-with a decay for each key dimension take the shorter ones: what they compute grows with the square."""
+"""The most tokens of one call of the decoder; memory is planned for them, and a session feeds more in pieces. Recurrences with a
+decay for each key dimension take the shorter chunk: their work grows with the square of it."""
 
 _NO_VARIANT = re.compile(r"Missing out variants: \{'([\w:.]+)'")
 
 FILLED = "filled"
-"""A last input of methods with a KV cache: int64 [tokens in the cache after this call], 0, 1, 2, …"""
+"""The last input of a method with a KV cache: int64 0, 1, 2, …, as long as the tokens in the cache after this call."""
 
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
     """Write `model.pte` into `directory` (which must exist), one method a graph.
 
-    `options.max_positions` is the capacity of the KV caches and the longest source. Raises UserError for a weight in a
-    form that XNNPACK does not have.
+    `options.max_positions` is the capacity of the KV caches and the longest source. Raises UserError for a weight in a form that
+    XNNPACK lacks, and for an op without a kernel.
     """
     quiet_torchao()
     from ...targets.executorch.program import ProgramFile, ops
@@ -68,12 +68,12 @@ def _require_kernels(written: ProgramFile) -> None:
     """Raise UserError for an op that ExecuTorch's own kernels do not compute."""
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401  both register kernels
-    from executorch.extension.pybindings import portable_lib
 
     from ...targets.executorch.program import KERNELS
+    from .internals import kernel_names
     from .lowerings import no_kernel
 
-    registered = set(portable_lib._get_operator_names())
+    registered = kernel_names()
     for graph, units in written.placement().items():
         lacking = {op.removesuffix(POSITIONS) for op in units[KERNELS]} - registered
         if lacking:
@@ -83,8 +83,8 @@ def _require_kernels(written: ProgramFile) -> None:
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, float32 [N, K]) of every quantized weight as `model.pte` holds it.
 
-    A weight that is stored more than once, such as the table of an embedding beside the matrix of the head tied to it, comes
-    once for each. Raises UserError for a program that is damaged or is not the one that `weights.json` speaks of.
+    A weight that is stored twice, such as an embedding's table and the matrix of the tied head, comes twice. Raises UserError for
+    a program that is damaged or is not the one of `weights.json`.
     """
     from ...targets.executorch.program import ProgramFile
 
@@ -93,17 +93,17 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for name, digests in names.items():
         for digest in _strings(directory / NAMES, digests):
             by_digest.setdefault(digest, []).append(name)
-    left = set(by_digest)
+    missing = set(by_digest)
     for weight in ProgramFile(directory / PROGRAM).weights():
         if weight.digest not in by_digest:
             raise UserError(f"{one_line(directory / PROGRAM)} holds a weight that {NAMES} does not know; export again")
-        if weight.digest in left:
-            left.remove(weight.digest)
+        if weight.digest in missing:
+            missing.remove(weight.digest)
             for name in by_digest[weight.digest]:
                 yield name, weight.values()
-    if left:
-        lost = one_line(by_digest[min(left)][0], 120)
-        raise UserError(f"{one_line(directory / PROGRAM)} does not hold {lost} as {NAMES} knows it; export again")
+    if missing:
+        name = one_line(by_digest[min(missing)][0], 120)
+        raise UserError(f"{one_line(directory / PROGRAM)} does not hold {name} as {NAMES} knows it; export again")
 
 
 def _strings(path: Path, value: object) -> list[str]:
@@ -113,40 +113,40 @@ def _strings(path: Path, value: object) -> list[str]:
 
 
 def _names(graphs: Sequence[Graph], written: ProgramFile) -> dict[str, list[str]]:
-    """Weight -> digests of its bytes in the program. Raises ValueError if the program does not hold it bit for bit."""
+    """Weight -> digests of its bytes in the program. Raises ValueError for a weight that is not there bit for bit."""
     from ...targets.executorch.program import fingerprint
     from .lowerings import container, table_bits
 
-    held: dict[tuple[str, bytes], set[str]] = {}
+    written_digests: dict[tuple[str, bytes], set[str]] = {}
     for weight in written.weights():
         key = (weight.kind, fingerprint(weight.codes, weight.scales, weight.bits, weight.bits))
-        held.setdefault(key, set()).add(weight.digest)
-    stored: dict[int, str] = {}  # where a tensor lies -> the name it is stored under, which comes before one tied to it
-    found: dict[str, set[str]] = {}
-    seen: set[int] = set()
+        written_digests.setdefault(key, set()).add(weight.digest)
+    stored: dict[int, str] = {}  # address of a tensor -> the name it is stored under, which comes before a tied name
+    by_name: dict[str, set[str]] = {}
+    visited: set[int] = set()
     for graph in graphs:
         for path, module in graph.module.named_modules():
-            if not hasattr(module, "codes") or id(module) in seen:
+            if not hasattr(module, "codes") or id(module) in visited:
                 continue
-            seen.add(id(module))
+            visited.add(id(module))
             part: Any = module
             name = stored.setdefault(part.codes.data_ptr(), graph.checkpoint_name(f"{path}.weight"))
             kind = "linear" if hasattr(module, "bias") else "embedding"
             columns = part.scales.shape[1] * part.group_size
             wide = container(part.bits, part.group_size, columns) if kind == "linear" else table_bits(part.bits)
-            digests = held.get((kind, fingerprint(part.codes, part.scales, part.bits, wide)))
+            digests = written_digests.get((kind, fingerprint(part.codes, part.scales, part.bits, wide)))
             if digests is None:
                 raise ValueError(f"{PROGRAM} does not hold the codes and scales of {name}")
-            found.setdefault(name, set()).update(digests)
-    return {name: sorted(digests) for name, digests in found.items()}
+            by_name.setdefault(name, set()).update(digests)
+    return {name: sorted(digests) for name, digests in by_name.items()}
 
 
 class _Method(nn.Module):
     """A graph for a batch of one whose updated states are buffers.
 
-    A KV cache lies [1, capacity, kv_heads, head_dim], as the kernels that write it want; `edgewright::cached_attention` only
-    passes it through while the graph is traced and is then rewritten. Other states have the graph's own shape; where a
-    stream begins they count as zero, whatever the stream before has left there.
+    A KV cache is [1, capacity, kv_heads, head_dim], as the kernels that write it want. While the graph is traced,
+    `edgewright::cached_attention` only passes it through; then it is rewritten. Other states have the graph's own shape. Where a
+    stream begins they count as zero, whatever the stream before has written there.
     """
 
     def __init__(self, graph: Graph, capacity: int) -> None:
@@ -164,12 +164,12 @@ class _Method(nn.Module):
                 self.register_buffer(f"state_{state.name}", torch.zeros([int(d) for d in shape], dtype=state.dtype))
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The graph's outputs, then what is to be carried on."""
-        given = iter(values[self.inputs :])  # the last, FILLED, is for the rewriter
+        """The graph's outputs, then the new values of the carried states."""
+        constant_states = iter(values[self.inputs :])  # the last, FILLED, is for the passes
         begins = _begins(values[self.past_length]) if self.carried else 0
         states: list[torch.Tensor] = []
         for state in self.states:
-            held = getattr(self, f"state_{state.name}") if state.updated else next(given)
+            held = getattr(self, f"state_{state.name}") if state.updated else next(constant_states)
             states.append(_held_or_zero(held, begins) if _is_carried(state) else held)
         out = self.inner(*values[: self.inputs], *([states] if states else []))
         updated = [s for s in self.states if s.updated]
@@ -186,14 +186,14 @@ class _Carrying(nn.Module):
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.rewritten(*values)
-        given = len(out) - len(self.names)
-        for name, value in zip(self.names, out[given:], strict=True):
+        outputs = len(out) - len(self.names)
+        for name, value in zip(self.names, out[outputs:], strict=True):
             self.rewritten.get_buffer(name).copy_(value)
-        return tuple(out[:given])
+        return tuple(out[:outputs])
 
 
 def _begins(past_length: torch.Tensor) -> int:
-    """1 where a stream begins, else 0, as a size known only at run time."""
+    """1 where a stream begins, else 0, as a size known at run time only."""
     begins = (past_length == 0).to(torch.int64)[0].item()
     torch._check(begins >= 0)  # type: ignore[no-untyped-call]
     torch._check(begins <= 1)  # type: ignore[no-untyped-call]
@@ -202,38 +202,38 @@ def _begins(past_length: torch.Tensor) -> int:
 
 
 def _held_or_zero(held: torch.Tensor, begins: int) -> torch.Tensor:
-    """A buffer [1, …], or zeros. Never a product with zero: a buffer may hold NaN. Copies alone: `where` is 20 times slower."""
+    """A buffer [1, …], or zeros where `begins` is 1. No product with zero: a buffer may hold NaN. No `where`: it is slower."""
     padding = [0, 0] * (held.dim() - 1) + [0, 1]
     return nn.functional.pad(held, padding).narrow(0, begins, 1)
 
 
 def _is_carried(state: State) -> bool:
-    """Whether a state is a buffer of its own shape, read and written whole; a KV cache is written where it is used."""
+    """Whether a state is read and written as a whole. A KV cache is not: it is written where it is used."""
     return state.updated and "capacity" not in state.shape
 
 
 def methods(graph: Graph, max_positions: int) -> dict[str, torch.export.ExportedProgram]:
-    """Name -> program of a graph's methods: one; of a graph with recurrent states a second one for a single token.
+    """Name -> program of a graph's methods: one, and for a graph with recurrent states a second one for a single token.
 
-    The first takes any number of tokens up to a limit; where it has a selective scan, exactly `SHORT`.
+    The first takes any number of tokens up to a limit. Where it has a selective scan, it takes exactly `SHORT`.
     """
     if not any(s.kind == "recurrent" for s in graph.states):
         return {graph.name: method(graph, max_positions)}
-    found = {n.target for n in graph.export().graph.nodes}
+    targets = {n.target for n in graph.export().graph.nodes}
     step = {graph.name + STEP: method(graph, max_positions, exactly=1)}
-    if torch.ops.edgewright.selective_scan.default in found:
+    if torch.ops.edgewright.selective_scan.default in targets:
         exactly = min(SHORT, max_positions, graph.bounds["sequence"][1])
         return {graph.name + EXACT: method(graph, max_positions, exactly=exactly)} | step
-    most = SHORT if torch.ops.edgewright.linear_attention.default in found else CHUNK
+    most = SHORT if torch.ops.edgewright.linear_attention.default in targets else CHUNK
     return {graph.name: method(graph, max_positions, most=most)} | step
 
 
 def method(graph: Graph, max_positions: int, most: int = 0, exactly: int = 0) -> torch.export.ExportedProgram:
-    """The graph as a program over ATen, torchao, llama and quantized_decomposed ops alone.
+    """The graph as a program of ATen, llama and quantized_decomposed ops, and the private ops that a delegate computes.
 
-    most: tokens of one call, `CHUNK` if 0; exactly: all calls have so many, if not 0.
+    most: the most tokens of one call, `CHUNK` if 0. exactly: the number of tokens of every call, if not 0.
     """
-    from .rewrite_pass import Rewriter, decomposed
+    from .passes import decompose, rewrite
 
     chunk = exactly or min(most or CHUNK, max_positions)
     limits = {"sequence": chunk, "logits": chunk, "capacity": max_positions, "source": max_positions}
@@ -242,20 +242,20 @@ def method(graph: Graph, max_positions: int, most: int = 0, exactly: int = 0) ->
     example = {n: min(size, bounds[n][1]) for n, size in graph.example.items()} | {"batch": 1}
     example |= {"sequence": exactly} if exactly else {}
     single = replace(graph, example=example, bounds=bounds)
-    given: list[Port | State] = [*graph.inputs, *(s for s in graph.states if not s.updated)]
+    ports: list[Port | State] = [*graph.inputs, *(s for s in graph.states if not s.updated)]
     named = dict(zip(graph.input_names, single.example_inputs(), strict=True))
-    args = [named[p.name] for p in given]
+    args = [named[p.name] for p in ports]
     if "capacity" in graph.bounds:
-        given.append(Port(FILLED, torch.int64, ("capacity",)))
+        ports.append(Port(FILLED, torch.int64, ("capacity",)))
         args.append(torch.arange(single.example["capacity"]))
     dims = {n: torch.export.Dim(n, min=low, max=high) for n, (low, high) in bounds.items() if n not in fixed}
-    shapes = [{i: dims[d] for i, d in enumerate(p.shape) if isinstance(d, str) and d not in fixed} for p in given]
+    shapes = [{i: dims[d] for i, d in enumerate(p.shape) if isinstance(d, str) and d not in fixed} for p in ports]
     with torch.no_grad():
         wrapped = _Method(graph, max_positions).eval().requires_grad_(False)
-        traced = decomposed(torch.export.export(wrapped, tuple(args), dynamic_shapes=(tuple(shapes),)))
+        traced = decompose(torch.export.export(wrapped, tuple(args), dynamic_shapes=(tuple(shapes),)))
         module = traced.module(check_guards=False)
         assert isinstance(module, torch.fx.GraphModule)
-        rewritten: nn.Module = Rewriter(module, max_positions).run()
+        rewritten: nn.Module = rewrite(module, max_positions)
         if wrapped.carried:
             rewritten = _Carrying(rewritten, [f"state_{s.name}" for s in wrapped.carried])
         rewritten.requires_grad_(False)
@@ -281,7 +281,7 @@ def lower(programs: dict[str, torch.export.ExportedProgram]) -> Any:
         try:
             return edge_programs(programs).to_executorch(config)
         except RuntimeError as error:
-            found = _NO_VARIANT.search(str(error))
-            if found is None:
+            variant = _NO_VARIANT.search(str(error))
+            if variant is None:
                 raise
-            raise no_kernel(names, found[1]) from error
+            raise no_kernel(names, variant[1]) from error

@@ -1,8 +1,7 @@
-"""The `edgewright::` ops in words that XNNPACK and ExecuTorch's kernels know. What may enter: `ops`.
+"""The `edgewright::` ops in ATen that XNNPACK and ExecuTorch's kernels compute, and the forms in which codes are stored.
 
-Plain Python functions that `executorch_rewriter` points the private nodes at; tracing inlines them. What XNNPACK would
-refuse (a slice of dynamic length, a mask of booleans) is said in ops it takes, so that a delegate spans everything between
-two writes to a KV cache. Also the forms in which codes are stored.
+`passes` points the private nodes at these functions, and tracing inlines them. They avoid what XNNPACK refuses (a slice of
+dynamic length, a mask of booleans), so that one delegate spans everything between two writes to a KV cache.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ...ops.packing import repack, swap_nibbles
 
 
 def container(bits: int, group: int, columns: int) -> int:
-    """Bits that a linear's codes take: 4, or 8 per channel. Raises UserError for what XNNPACK cannot hold."""
+    """Bits of a linear's stored codes: 4, or 8 with one scale per channel. Raises UserError for a form that XNNPACK lacks."""
     if bits <= 4 and group % 32 == 0:
         return 4
     if group == columns:
@@ -28,16 +27,17 @@ def container(bits: int, group: int, columns: int) -> int:
 
 
 def no_kernel(graph: str, op: str) -> UserError:
-    """What to raise for an op that ExecuTorch cannot compute."""
+    """The error for an op that ExecuTorch cannot compute."""
     return UserError(f"--format executorch: the graph '{graph}' uses {op}, which has no kernel; leave this target out")
 
 
 def table_bits(bits: int) -> int:
-    """Bits that an embedding's codes take: its kernels read 2, 4 and 8."""
+    """Bits of an embedding's stored codes: its kernels read 2, 4 and 8."""
     return {2: 2, 3: 4, 4: 4}.get(bits, 8)
 
 
 def quantized_embedding(ids: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of a table of `bits` 2, 4 or 8 by ExecuTorch's own kernel."""
     name = "embedding_byte" if bits == 8 else f"embedding_{bits}bit"
     half = 1 << (bits - 1)
     out: torch.Tensor = getattr(torch.ops.quantized_decomposed, name).dtype(
@@ -47,7 +47,7 @@ def quantized_embedding(ids: torch.Tensor, codes: torch.Tensor, scales: torch.Te
 
 
 def frequencies(inv_freq: torch.Tensor, width: int) -> torch.Tensor:
-    """[width] of inv_freq [half]: both halves of what is rotated, and 0 for the dimensions behind it, which stay."""
+    """inv_freq [half] for each of `width` dimensions: twice for the rotated ones, 0 for those behind them, which do not turn."""
     return torch.cat((inv_freq, inv_freq, torch.zeros(width - 2 * inv_freq.shape[0])))
 
 
@@ -58,7 +58,7 @@ def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[t
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """The halves change places by a matrix of 0, 1 and -1, which is exact; slices of dynamic length are refused."""
+    """The halves change places by a matrix of 0, 1 and -1, which is exact: XNNPACK refuses slices of dynamic length."""
     return x * cos + torch.nn.functional.linear(x, rotation) * sin
 
 
@@ -69,15 +69,15 @@ def mask_bias(mask: torch.Tensor) -> torch.Tensor:
 
 def causal_bias(positions: torch.Tensor, slots: torch.Tensor, window: int) -> torch.Tensor:
     """float32 [seq, slots]: 0 where the token at `positions` sees the cache slot, the lowest float elsewhere."""
-    seen = slots.unsqueeze(0) <= positions.unsqueeze(1)
+    allowed = slots.unsqueeze(0) <= positions.unsqueeze(1)
     if window:
-        seen = torch.logical_and(seen, slots.unsqueeze(0) > positions.unsqueeze(1) - window)
-    return _bias(seen)
+        allowed = torch.logical_and(allowed, slots.unsqueeze(0) > positions.unsqueeze(1) - window)
+    return _bias(allowed)
 
 
-def _bias(seen: torch.Tensor) -> torch.Tensor:
+def _bias(allowed: torch.Tensor) -> torch.Tensor:
     lowest = torch.full((), torch.finfo(torch.float32).min)
-    return torch.where(seen, torch.zeros((), dtype=torch.float32), lowest)
+    return torch.where(allowed, torch.zeros((), dtype=torch.float32), lowest)
 
 
 def per_group(bias: torch.Tensor, groups: int) -> torch.Tensor:
@@ -137,79 +137,57 @@ def start_of(past_length: torch.Tensor, capacity: int) -> int:
     return start
 
 
-def flash_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    start: int,
-    scale: float,
-) -> tuple[torch.Tensor]:
-    """ExecuTorch's own kernel, which reads the grouped heads and the filled part of the cache alone."""
-    torch.ops.llama.update_cache(k, k_cache, start)
-    torch.ops.llama.update_cache(v, v_cache, start)
-    out = torch.ops.llama.custom_sdpa(q, k_cache, v_cache, start, None, 0.0, True, scale)
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, or codes and scales of one of them."""
+
+
+def _write(new: Pair, caches: Pair, start: int) -> None:
+    """New keys and values [1, S, KV, D] into the buffers, behind their first `start` tokens."""
+    for tensor, cache in zip(new, caches, strict=True):
+        torch.ops.llama.update_cache(tensor, cache, start)
+
+
+def flash_attention(q: torch.Tensor, new: Pair, caches: Pair, start: int, scale: float) -> tuple[torch.Tensor]:
+    """ExecuTorch's own kernel, which reads the grouped heads and only the filled part of the cache."""
+    _write(new, caches, start)
+    out = torch.ops.llama.custom_sdpa(q, *caches, start, None, 0.0, True, scale)
     return (out.reshape(1, -1, q.shape[2] * q.shape[3]),)
 
 
 def windowed_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    start: int,
-    bias: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, new: Pair, caches: Pair, start: int, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor]:
-    """The same kernel with a mask; it then reads all it is given, so it is given the filled part of the cache."""
-    torch.ops.llama.update_cache(k, k_cache, start)
-    torch.ops.llama.update_cache(v, v_cache, start)
-    keys, values = (cache.narrow(1, 0, bias.shape[1]) for cache in (k_cache, v_cache))
-    out = torch.ops.llama.custom_sdpa(q, keys, values, start, bias, 0.0, False, scale)
-    return (out.reshape(1, -1, q.shape[2] * q.shape[3]),)
+    """The same kernel with a mask [S, filled]. It then reads all slots it is given, so it is given the filled ones."""
+    _write(new, caches, start)
+    return (shared_attention(q, *caches, start, bias, scale),)
 
 
 def capped_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    start: int,
-    bias: torch.Tensor,
-    scale: float,
-    softcap: float,
+    q: torch.Tensor, new: Pair, caches: Pair, start: int, bias: torch.Tensor, scale: float, softcap: float
 ) -> tuple[torch.Tensor]:
-    """The same with soft-capping, spelled out over the filled part of the cache."""
-    torch.ops.llama.update_cache(k, k_cache, start)
-    torch.ops.llama.update_cache(v, v_cache, start)
-    kv, width, end = k_cache.shape[2], k_cache.shape[3], bias.shape[2]
-    keys, values = (cache.narrow(1, 0, end).view(-1, kv, width) for cache in (k_cache, v_cache))
+    """The same with soft-capping, spelled out over the filled part of the cache; bias [1, G * S, filled]."""
+    _write(new, caches, start)
+    kv, width, end = caches[0].shape[2], caches[0].shape[3], bias.shape[2]
+    keys, values = (cache.narrow(1, 0, end).view(-1, kv, width) for cache in caches)
     return (attend(q, keys.permute(1, 2, 0), values.permute(1, 0, 2), bias, scale, softcap),)
 
 
 def merged_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cross_k: torch.Tensor,
-    cross_v: torch.Tensor,
+    new: Pair,
+    caches: Pair,
+    cross: Pair,
     start: int,
     bias: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor]:
-    """Over the filled part of the cache and cross_k, cross_v [1, KV, T, D] together; bias [1, G * S, filled + T]."""
-    torch.ops.llama.update_cache(k, k_cache, start)
-    torch.ops.llama.update_cache(v, v_cache, start)
-    kv, width, end = k_cache.shape[2], k_cache.shape[3], slots.shape[0]
-    own = [cache.narrow(1, 0, end).view(-1, kv, width).permute(1, 0, 2) for cache in (k_cache, v_cache)]
-    keys, values = (torch.cat((x, y.squeeze(0)), 1) for x, y in zip(own, (cross_k, cross_v), strict=True))
+    """Over the filled part of the caches and `cross` [1, KV, T, D] together; bias [1, G * S, filled + T]."""
+    _write(new, caches, start)
+    kv, width, end = caches[0].shape[2], caches[0].shape[3], slots.shape[0]
+    own = [cache.narrow(1, 0, end).view(-1, kv, width).permute(1, 0, 2) for cache in caches]
+    keys, values = (torch.cat((x, y.squeeze(0)), 1) for x, y in zip(own, cross, strict=True))
     return (attend(q, keys.permute(0, 2, 1), values, bias, scale, softcap),)
 
 
@@ -222,7 +200,7 @@ def merged_bias(own: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def shared_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """ExecuTorch's kernel over a cache that this call has already written; bias [n, filled] tells what each query sees."""
+    """ExecuTorch's kernel over a cache that this call has already written; bias [S, filled] says what each query sees."""
     keys, values = (cache.narrow(1, 0, bias.shape[1]) for cache in (k_cache, v_cache))
     out = torch.ops.llama.custom_sdpa(q, keys, values, start, bias, 0.0, False, scale)
     merged: torch.Tensor = out.reshape(1, -1, q.shape[2] * q.shape[3])
@@ -230,20 +208,20 @@ def shared_attention(
 
 
 def new_positions(past_length: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64 [seq]: where the tokens ids [1, seq] stand."""
+    """int64 [seq]: the positions of the tokens ids [1, seq]."""
     return past_length + torch.arange(ids.shape[1])
 
 
-def table(packed: torch.Tensor, bits: int, held: int, columns: int) -> torch.Tensor:
-    """An embedding table as its kernel wants it: int8; or 4 bits, first code high; or 2 bits, first code low."""
-    wide = repack(packed, bits, held, columns)
-    if held == 8:
-        return (wide ^ 0x80).view(torch.int8)  # the top bit: from 0..255 to two's complement
-    return swap_nibbles(wide) if held == 4 else wide.clone()
+def table(packed: torch.Tensor, bits: int, wide: int, columns: int) -> torch.Tensor:
+    """An embedding table as its kernel reads it: int8; 4 bits, first code in the high half; or 2 bits, first code lowest."""
+    codes = repack(packed, bits, wide, columns)
+    if wide == 8:
+        return (codes ^ 0x80).view(torch.int8)  # the top bit: from 0..255 to two's complement
+    return swap_nibbles(codes) if wide == 4 else codes.clone()
 
 
 def rotation(half: int, width: int) -> torch.Tensor:
-    """[width, width]: `linear(x, rotation)` is (-x2, x1) for the halves x1, x2 of what is rotated of x, 0 behind it."""
+    """[width, width]: `linear(x, rotation)` is (-x2, x1) for the halves x1, x2 of the rotated dimensions of x, 0 behind them."""
     turned, identity = torch.zeros(width, width), torch.eye(half)
     turned[:half, half : 2 * half] = -identity
     turned[half : 2 * half, :half] = identity

@@ -1,8 +1,7 @@
-"""The recurrences in words that XNNPACK knows: products of matrices a head, masks as numbers, no dynamic slice inside.
+"""The recurrences in ATen that XNNPACK computes: a matrix product for each head, masks as numbers, no slice of dynamic length.
 
-What may enter: `ops`. The batch is one. Of one token each is the plain recurrence; of more, the matrix form of
-`ops.recurrence`, whose masks over pairs of tokens are cut once for all layers from constants (`square`). Heads come first:
-[H, T, D].
+The batch is one, and heads come first: [H, T, D]. For one token each is the plain recurrence. For more it is the matrix form of
+`ops.recurrence`; its masks over pairs of tokens are cut from constants, once for all layers (`square`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from torch.nn.functional import linear
 from ...ops.recurrence import CHUNK
 
 _SIDE = CHUNK + 1
-"""Of the masks: a cut of all of one would not be a cut, and torch.export would say so of the dynamic length."""
+"""The side of a mask. It is larger than any cut of it: else torch.export would fix the dynamic length."""
+
 QUARTERS = tuple(1 << i for i in range(CHUNK.bit_length() - 1))
 """The block sizes by whose doubling a triangular matrix is inverted (see `ops.recurrence`)."""
 
@@ -33,14 +33,14 @@ def identity_mask() -> torch.Tensor:
 
 
 def quarter_mask(size: int) -> torch.Tensor:
-    """1 in the lower left quarter of each diagonal block of twice `size`."""
+    """1 in the lower left quarter of each diagonal block of size 2 * `size`."""
     block = torch.arange(_SIDE) // size
     rows, columns = block.unsqueeze(1), block.unsqueeze(0)
     return ((rows == columns + 1) & (columns % 2 == 0)).to(torch.float32)
 
 
 def of_head_mask(heads: int, width: int) -> torch.Tensor:
-    """[H, H * Dk]: 1 where a key dimension is of the head. It sums over them without a view of two dynamic lengths."""
+    """[H, H * Dk]: 1 where a key dimension is of the head. Its product sums over them; a view would have two unknown sizes."""
     return torch.eye(heads).repeat_interleave(width, 1)
 
 
@@ -74,9 +74,9 @@ def causal_conv_step(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [1, 1, C]: one product and one sum."""
-    seen = torch.cat((state, x.permute(0, 2, 1)), 2)  # [1, C, K]
-    out = (seen * weight).sum(2, keepdim=True).permute(0, 2, 1)
-    return out if bias is None else out + bias, seen.narrow(2, 1, state.shape[2])
+    inputs = torch.cat((state, x.permute(0, 2, 1)), 2)  # [1, C, K]
+    out = (inputs * weight).sum(2, keepdim=True).permute(0, 2, 1)
+    return out if bias is None else out + bias, inputs.narrow(2, 1, state.shape[2])
 
 
 def causal_conv(
@@ -84,26 +84,29 @@ def causal_conv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [1, T, C]; rows: K of [C], the columns of the weight."""
     length, before = x.shape[1], state.shape[2]
-    seen = torch.cat((state.permute(0, 2, 1), x), 1)
-    out = seen.narrow(1, 0, length) * rows[0]
+    inputs = torch.cat((state.permute(0, 2, 1), x), 1)
+    out = inputs.narrow(1, 0, length) * rows[0]
     for tap in range(1, before + 1):
-        out = out + seen.narrow(1, tap, length) * rows[tap]
-    return out if bias is None else out + bias, seen.narrow(1, length, before).permute(0, 2, 1)
+        out = out + inputs.narrow(1, tap, length) * rows[tap]
+    return out if bias is None else out + bias, inputs.narrow(1, length, before).permute(0, 2, 1)
 
 
 # ---- decays ---------------------------------------------------------------------------------------------------------
 
 
-def _fading(
-    fade: torch.Tensor, until: torch.Tensor, after: torch.Tensor, whole: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of log decays [1, N, T]: what is left of token j at token i, [N, T, T], 0 for j > i; of what was before the chunk at
-    token i, [1, N, T]; of token j after the chunk, [1, N, T]; and of what was before it there, [1, N, 1].
+Masks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""`until_mask`, `after_mask` and a row of ones, cut to the tokens of the call."""
+
+
+def _decays(fade: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decays from log decays [1, N, T]: from token j to token i, [N, T, T], 0 for j > i; from the start of the chunk to token i,
+    [1, N, T]; from token j to the end of the chunk, [1, N, T]; and over all of it, [1, N, 1].
     """
+    until, after, _ = masks
     each = fade.view(fade.shape[1], 1, -1)
     between = torch.exp(linear(each * until, after)) * until
-    reached, left, total = (torch.exp(linear(fade, mask)) for mask in (until, after, whole))
-    return between, reached, left, total
+    since_start, to_end, total = (torch.exp(linear(fade, mask)) for mask in masks)
+    return between, since_start, to_end, total
 
 
 # ---- gated delta rule -----------------------------------------------------------------------------------------------
@@ -134,24 +137,22 @@ def delta_rule(
     beta: torch.Tensor,
     state: torch.Tensor,
     scale: float,
-    until: torch.Tensor,
-    after: torch.Tensor,
-    whole: torch.Tensor,
+    masks: Masks,
     identity: torch.Tensor,
     quarters: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads, before = v.shape[2], state.squeeze(0)
     queries, keys, values = (_by_head(x, heads) for x in (q, k, v))
     queries, turned, rate = queries * scale, keys.permute(0, 2, 1), beta.permute(2, 1, 0)
-    between, reached, left, total = _fading(g.permute(0, 2, 1), until, after, whole)
-    reached, left, total = (x.permute(1, 2, 0) for x in (reached, left, total))  # [H, T or 1, 1]
-    answers = torch.bmm(keys, turned) * between * rate
-    inverse = identity - answers * quarters[0]
+    between, since_start, to_end, total = _decays(g.permute(0, 2, 1), masks)
+    since_start, to_end, total = (x.permute(1, 2, 0) for x in (since_start, to_end, total))  # [H, T or 1, 1]
+    reads = torch.bmm(keys, turned) * between * rate
+    inverse = identity - reads * quarters[0]
     for quarter in quarters[1:]:
-        inverse = inverse - torch.bmm(torch.bmm(inverse, answers * quarter), inverse)
-    change = torch.bmm(inverse, rate * (values - torch.bmm(keys * reached, before)))
-    out = torch.bmm(queries * reached, before) + torch.bmm(torch.bmm(queries, turned) * between, change)
-    new = before * total + torch.bmm((keys * left).permute(0, 2, 1), change)
+        inverse = inverse - torch.bmm(torch.bmm(inverse, reads * quarter), inverse)
+    change = torch.bmm(inverse, rate * (values - torch.bmm(keys * since_start, before)))
+    out = torch.bmm(queries * since_start, before) + torch.bmm(torch.bmm(queries, turned) * between, change)
+    new = before * total + torch.bmm((keys * to_end).permute(0, 2, 1), change)
     return _by_token(out), new.unsqueeze(0)
 
 
@@ -175,30 +176,28 @@ def linear_attention(
     g: torch.Tensor,
     state: torch.Tensor,
     scale: float,
-    until: torch.Tensor,
-    after: torch.Tensor,
-    whole: torch.Tensor,
+    masks: Masks,
     of_head: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """of_head: see `of_head_mask`."""
     heads, before, decays = v.shape[2], state.squeeze(0), g.shape[3]
     queries, keys, values = (_by_head(x, heads) for x in (q, k, v))
     queries = queries * scale
-    between, reached, left, total = _fading(g.view(1, -1, heads * decays).permute(0, 2, 1), until, after, whole)
-    reached, left = (x.view(heads, decays, -1).permute(0, 2, 1) for x in (reached, left))  # [H, T, 1 or Dk]
+    between, since_start, to_end, total = _decays(g.view(1, -1, heads * decays).permute(0, 2, 1), masks)
+    since_start, to_end = (x.view(heads, decays, -1).permute(0, 2, 1) for x in (since_start, to_end))  # [H, T, 1 or Dk]
     if decays == 1:
         weights = torch.bmm(queries, keys.permute(0, 2, 1)) * between
     else:
         weights = _weights_by_key(queries, keys, between, of_head)
-    out = torch.bmm(queries * reached, before) + torch.bmm(weights, values)
-    new = before * total.view(heads, decays, 1) + torch.bmm((keys * left).permute(0, 2, 1), values)
+    out = torch.bmm(queries * since_start, before) + torch.bmm(weights, values)
+    new = before * total.view(heads, decays, 1) + torch.bmm((keys * to_end).permute(0, 2, 1), values)
     return _by_token(out), new.unsqueeze(0)
 
 
 def _weights_by_key(
     queries: torch.Tensor, keys: torch.Tensor, between: torch.Tensor, of_head: torch.Tensor
 ) -> torch.Tensor:
-    """[H, T, T] of queries, keys [H, T, Dk] and what is left of each key dimension, [H * Dk, T, T]."""
+    """[H, T, T] of queries, keys [H, T, Dk] and the decays of each key dimension, [H * Dk, T, T]."""
     heads, width = queries.shape[0], queries.shape[2]
     of_query, of_key = (x.permute(0, 2, 1).reshape(heads * width, -1, 1) for x in (queries, keys))
     pairs = between * of_query * of_key.permute(0, 2, 1)
@@ -219,10 +218,10 @@ def selective_scan_step(
 def selective_scan(
     x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A constant number of tokens, one after the other: the form without a loop moves many times the memory."""
+    """A constant number of tokens, one after the other: the form without a loop moves much more memory."""
     outs = []
     for at in range(x.shape[1]):
-        here = [y.narrow(1, at, 1) for y in (x, dt, b, c)]
-        out, state = selective_scan_step(here[0], here[1], a, here[2], here[3], state)
+        x_t, dt_t, b_t, c_t = (y.narrow(1, at, 1) for y in (x, dt, b, c))
+        out, state = selective_scan_step(x_t, dt_t, a, b_t, c_t, state)
         outs.append(out)
     return torch.cat(outs, 1), state

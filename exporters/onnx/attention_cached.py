@@ -1,35 +1,30 @@
-"""Attention over caches as they lie, without GroupQueryAttention: merged, shared and cross attention, heads of any size.
+"""Attention on ONNX Runtime's CPU kernels without GroupQueryAttention: merged, shared and cross attention, heads of any size.
 
-What may enter: onnx_ir, `onnx_lowerings`. TensorScatter writes a cache in place: past and present are one buffer
-(`runtimes.onnxruntime`). tests/test_onnx_attention_facts.py pins what the kernels do.
+TensorScatter writes a cache in place: past and present are one buffer (`runtimes.onnx`). What the kernels do is tested in
+tests/exporters/onnx/test_onnx_attention_facts.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from ...targets.onnx.nodes import attr
-from .lowering import MS, Lowering
+from .lowering import MS, Lowering, dims, kv_heads_of
+from .positions import causal_mask, new_positions
 
-MASKED = float(np.finfo(np.float32).min)  # finite: a fully masked row must stay finite, padding rows feed later layers
+MASKED = float(np.finfo(np.float32).min)
+"""What is added to a masked score. A row that is masked throughout must stay finite: later layers read padding rows too."""
 
 
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 
-def dims(value: ir.Value | None) -> tuple[int, int]:
-    """The two last dimensions of a value of rank 4."""
-    assert value is not None
-    assert value.shape is not None
-    return int(value.shape[2]), int(value.shape[3])  # type: ignore[arg-type]
-
-
 def flat(low: Lowering, value: ir.Value | None, before: ir.Node) -> ir.Value:
-    """[B, S, heads, D] as [B, S, heads * D]: what a Reshape made its heads of, or through one of its own."""
+    """[B, S, heads, D] as [B, S, heads * D]: the input of the Reshape that made the heads, else the output of a new Reshape."""
     assert value is not None
     reshape = value.producer()
     if reshape is not None and reshape.op_type == "Reshape" and reshape.domain == "":
@@ -65,17 +60,18 @@ def float_mask(low: Lowering, mask: ir.Value) -> ir.Value:
 
 
 def lower_merged_attention(low: Lowering, node: ir.Node) -> None:
-    """One softmax over the own cache and the encoder's keys: scores of each apart, so that no keys are copied."""
+    """One softmax over the own cache and the encoder's keys. The scores are computed apart, so that no key is copied."""
     cross_k, cross_v, mask = node.inputs[5:8]
     over_its_cache(low, node, [Part(cross_k, cross_v, mask)])
 
 
 def lower_shared_attention(low: Lowering, node: ir.Node) -> None:
-    """Over the slots in use of a cache that another layer wrote; they are cut out once for all layers that share it."""
+    """Over the filled slots of a cache that another layer wrote."""
     q, k_cache, v_cache, positions = node.inputs[:4]
+    assert positions is not None
     keys, values = (in_use(low, node, cache, positions) for cache in (k_cache, v_cache))
-    seen = causal(low, node, keys, positions, 0, ("seen", positions, 0))
-    low.replace(node, [attend(low, node, q, heads_of(k_cache), [Part(keys, values, seen)])])
+    allowed = low.built(("seen", positions, 0), lambda: causal_mask(low, node, keys, positions, 0))
+    low.replace(node, [attend(low, node, q, kv_heads_of(k_cache), [Part(keys, values, allowed)])])
 
 
 def in_use(low: Lowering, node: ir.Node, cache: ir.Value | None, positions: ir.Value | None) -> ir.Value:
@@ -102,13 +98,6 @@ class Part(NamedTuple):
     value_scales: ir.Value | None = None
 
 
-def heads_of(cache: ir.Value | None) -> int:
-    """The heads of a cache [B, KV, C, D]."""
-    assert cache is not None
-    assert cache.shape is not None
-    return int(cache.shape[1])  # type: ignore[arg-type]
-
-
 def starts(low: Lowering, node: ir.Node, past: ir.Value | None) -> ir.Value:
     """past [1] for every row of the batch, int64 [B]: where TensorScatter writes."""
 
@@ -125,47 +114,23 @@ def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None
     past = node.inputs[8 if others else 5]
     assert past is not None
 
-    def counted() -> ir.Value:
-        length = low.one(node, "Squeeze", [low.one(node, "Shape", [low.graph.inputs[0]], start=1, end=2)])
-        zero, one = (low.constant(np.array(n, np.int64)) for n in (0, 1))
-        return low.one(node, "Add", [past, low.one(node, "Range", [zero, length, one])])
-
     def written(cache: ir.Value | None, new: ir.Value | None) -> ir.Value:
         turned = low.one(node, "Transpose", [new], perm=[0, 2, 1, 3])
         return low.one(node, "TensorScatter", [cache, turned, starts(low, node, past)], axis=-2)
 
     caches = [written(k_cache, k), written(v_cache, v)]
     window = int(attr(node, "window"))
-    positions = low.built(("positions", past), counted)
-    seen = causal(low, node, caches[0], positions, window, ("causal", past, window))
-    parts = [Part(caches[0], caches[1], seen), *others]
-    low.replace(node, [attend(low, node, q, heads_of(k_cache), parts), *caches])
-
-
-def causal(
-    low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Value | None, window: int, key: Any
-) -> ir.Value:
-    """Which slots of a cache each position sees, bool [S, T]: those up to its own, the last `window` of them."""
-
-    def build() -> ir.Value:
-        length = low.one(node, "Squeeze", [low.one(node, "Shape", [cache], start=2, end=3)])
-        zero, one = (low.constant(np.array(n, np.int64)) for n in (0, 1))
-        slots = low.one(node, "Range", [zero, length, one])
-        rows = low.one(node, "Unsqueeze", [positions, low.ints(1)])
-        allowed = low.one(node, "LessOrEqual", [slots, rows])
-        if window:
-            first = low.one(node, "Sub", [rows, low.ints(window)])
-            allowed = low.one(node, "And", [allowed, low.one(node, "Greater", [slots, first])])
-        return allowed
-
-    return low.built(key, build)
+    positions = low.built(("positions", past), lambda: new_positions(low, node, past, low.graph.inputs[0]))
+    allowed = low.built(("causal", past, window), lambda: causal_mask(low, node, caches[0], positions, window))
+    parts = [Part(caches[0], caches[1], allowed), *others]
+    low.replace(node, [attend(low, node, q, kv_heads_of(k_cache), parts), *caches])
 
 
 def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
     """Attention of q [B, S, H, D] to all `parts` under one softmax, [B, S, H * D].
 
-    The heads of a group are folded into the query axis, so that no key is repeated; softcap comes before the mask. A scale
-    a key, or a value, is a factor of a column of the scores: codes are not multiplied one by one.
+    The heads that share a key head are folded into the query axis, so that no key is repeated. Soft-capping comes before the mask.
+    The scale of a key or value multiplies a column of the scores: codes are not multiplied one by one.
     """
     heads, dim = dims(q)
     cap = float(attr(node, "softcap")) if "softcap" in node.attributes else 0.0
@@ -211,7 +176,7 @@ def _scaled(low: Lowering, node: ir.Node, scores: ir.Value, scales: ir.Value) ->
 
 
 def lower_cross_attention(low: Lowering, node: ir.Node) -> None:
-    """The standard Attention-24: the one CPU kernel with soft-capping whose query and key lengths may differ."""
+    """The standard's Attention (opset 24): the only CPU kernel with soft-capping whose query and key lengths may differ."""
     q, k, v, mask = node.inputs[:4]
     heads, dim = dims(q)
     rows = _mask_rows(low, node, mask, q)

@@ -1,7 +1,7 @@
-"""KV caches in int8 on ONNX Runtime's CPU kernels. What may enter: onnx_ir, `onnx_cache_attention`, `onnx_lowerings`.
+"""KV caches in int8 on ONNX Runtime's CPU kernels.
 
-GroupQueryAttention takes int8 caches, but one scale for all tokens; so the attention is spelled out, over the slots in use.
-Codes are not multiplied by their scales one by one: a token's scale is a factor of a column of the scores.
+GroupQueryAttention takes int8 caches, but with one scale for all tokens. So the attention is spelled out, over the filled slots.
+A token's scale multiplies a column of the scores: codes are not multiplied one by one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from ...ops.quantized_cache import LEVELS
 from ...targets.onnx.nodes import attr
-from .attention_cached import Part, attend, causal, heads_of, in_use, starts
-from .lowering import Lowering
+from .attention_cached import Part, attend, in_use, starts
+from .lowering import Lowering, kv_heads_of
+from .positions import causal_mask
 
 
 def lower_quantize_kv(low: Lowering, node: ir.Node) -> None:
@@ -34,26 +35,26 @@ def lower_append_kv(low: Lowering, node: ir.Node) -> None:
 def lower_quantized_attention(low: Lowering, node: ir.Node) -> None:
     q, keys, key_scales, values, value_scales, mask = node.inputs[:6]
     part = Part(keys, values, mask, key_scales, value_scales)
-    low.replace(node, [attend(low, node, q, heads_of(keys), [part])])
+    low.replace(node, [attend(low, node, q, kv_heads_of(keys), [part])])
 
 
 def lower_quantized_causal_attention(low: Lowering, node: ir.Node) -> None:
     q, *caches = node.inputs[:5]
     own = _own(low, node, caches, node.inputs[5])
-    low.replace(node, [attend(low, node, q, heads_of(caches[0]), [own])])
+    low.replace(node, [attend(low, node, q, kv_heads_of(caches[0]), [own])])
 
 
 def lower_quantized_merged_attention(low: Lowering, node: ir.Node) -> None:
-    """One softmax over the own cache and the encoder's keys: scores of each apart, so that no keys are copied."""
+    """One softmax over the own cache and the encoder's keys. The scores are computed apart, so that no key is copied."""
     q, *caches = node.inputs[:5]
     keys, key_scales, values, value_scales, mask = node.inputs[5:10]
     parts = [_own(low, node, caches, node.inputs[10]), Part(keys, values, mask, key_scales, value_scales)]
-    low.replace(node, [attend(low, node, q, heads_of(caches[0]), parts)])
+    low.replace(node, [attend(low, node, q, kv_heads_of(caches[0]), parts)])
 
 
 def _own(low: Lowering, node: ir.Node, caches: list[ir.Value | None], positions: ir.Value | None) -> Part:
-    """The slots in use of caches that this call has written: codes and scales of keys, then of values."""
+    """The filled slots of caches that this call has written: codes and scales of keys, then of values."""
     keys, key_scales, values, value_scales = (in_use(low, node, cache, positions) for cache in caches)
     window = int(attr(node, "window"))
-    seen = causal(low, node, keys, positions, window, ("seen", positions, window))
-    return Part(keys, values, seen, key_scales, value_scales)
+    allowed = low.built(("seen", positions, window), lambda: causal_mask(low, node, keys, positions, window))
+    return Part(keys, values, allowed, key_scales, value_scales)

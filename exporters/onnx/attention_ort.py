@@ -1,7 +1,7 @@
-"""The attentions on ONNX Runtime's CPU kernels: by GroupQueryAttention where it fits.
+"""Attention on ONNX Runtime's CPU kernels, by GroupQueryAttention where it fits.
 
-What may enter: onnx_ir, `onnx_cache_attention`, `onnx_lowerings`. Facts of the kernels are pinned in
-tests/test_onnx_attention_facts.py. Caches are written in place: past and present are one buffer (`runtimes.onnxruntime`).
+Caches are written in place: past and present are one buffer (`runtimes.onnx`). What the kernels do is tested in
+tests/exporters/onnx/test_onnx_attention_facts.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import onnx_ir as ir
 import torch
 
 from ...targets.onnx.nodes import attr
-from .attention_cached import Part, attend, dims, first_node, flat, float_mask, over_its_cache
-from .lowering import MS, Lowering, has_bias, matmul, torch_tensor
+from .attention_cached import Part, attend, first_node, flat, float_mask, over_its_cache
+from .linear import has_bias, matmul
+from .lowering import MS, Lowering, dims, torch_tensor
 from .translate import DOMAIN
 
 HEAD, ROTATED = 16, 16
@@ -28,7 +29,7 @@ HEAD, ROTATED = 16, 16
 
 @dataclass
 class Heads:
-    """An attention operand [B, S, heads, head_dim] traced back to its flat [B, S, heads * head_dim] value."""
+    """An attention operand [B, S, heads, head_dim] and its flat value [B, S, heads * head_dim]."""
 
     flat: ir.Value
     heads: int
@@ -42,7 +43,7 @@ def _heads(low: Lowering, value: ir.Value, before: ir.Node) -> Heads:
 
 @dataclass
 class Rotation:
-    """A query or key, [B, S, heads, D], before its rotary embedding, and the Rope node that turns its first dimensions."""
+    """A query or key [B, S, heads, D] before its rotary embedding, and the Rope node that rotates its first dimensions."""
 
     before: ir.Value
     rope: ir.Node
@@ -53,7 +54,7 @@ class Rotation:
 
 
 def _rotation(value: ir.Value | None) -> Rotation | None:
-    """How `value` was rotated: wholly, or in its first dimensions with the rest of each head behind them."""
+    """How `value` was rotated: all of each head, or its first dimensions with the others joined to them; None if neither."""
     node = value.producer() if value is not None else None
     if node is None:
         return None
@@ -95,23 +96,23 @@ def _rotary_inside(
 ) -> tuple[ir.Value, ir.Value, list[ir.Value | None]]:
     """q and k as GroupQueryAttention takes them, and its tables: none where it does not rotate.
 
-    counts: whether positions are those the kernel would count by itself.
+    counts: whether positions are those that the kernel counts by itself.
     """
     assert q is not None
     assert k is not None
-    turned, other = _rotation(q), _rotation(k)
-    if turned is None or other is None or not torch.equal(turned.frequencies, other.frequencies):
+    of_q, of_k = _rotation(q), _rotation(k)
+    if of_q is None or of_k is None or not torch.equal(of_q.frequencies, of_k.frequencies):
         return q, k, [None, None]
-    inside = counts(turned.rope.inputs[1]) and counts(other.rope.inputs[1])
-    if not inside or 2 * len(turned.frequencies) % ROTATED:
+    inside = counts(of_q.rope.inputs[1]) and counts(of_k.rope.inputs[1])
+    if not inside or 2 * len(of_q.frequencies) % ROTATED:
         return q, k, [None, None]
-    return turned.before, other.before, [*_tables(low, turned.frequencies)]
+    return of_q.before, of_k.before, [*_tables(low, of_q.frequencies)]
 
 
 def _operands(low: Lowering, node: ir.Node, parts: list[Heads]) -> list[ir.Value | None]:
-    """q, k and v for GroupQueryAttention: packed by one MatMulNBits where their linears allow it, else apart.
+    """q, k and v for GroupQueryAttention: the packed output of one MatMulNBits where their linears are alike, else apart.
 
-    Only here are linears fused: gate and up as one product would need a Split, which costs more than it saves.
+    No other linears are fused: gate and up as one product would need a Split, which costs more than the fusion saves.
     """
     family = [p.flat.producer() for p in parts]
     linears = [n for n in family if n is not None and n.domain == DOMAIN and n.op_type == "QuantizedLinear"]
@@ -125,7 +126,7 @@ def _operands(low: Lowering, node: ir.Node, parts: list[Heads]) -> list[ir.Value
 
 
 def lower_rope(low: Lowering, node: ir.Node) -> None:
-    """RotaryEmbedding by tables, for a query or key that GroupQueryAttention does not rotate."""
+    """RotaryEmbedding with tables, for a query or key that GroupQueryAttention does not rotate."""
     x, positions, inv_freq = node.inputs[:3]
     heads, dim = dims(x)
 
@@ -136,15 +137,15 @@ def lower_rope(low: Lowering, node: ir.Node) -> None:
 
     inputs = [flat(low, x, node), low.built(("rows", positions), rows)]
     inputs += _tables(low, torch_tensor(inv_freq).to(torch.float32))
-    turned = low.one(node, "RotaryEmbedding", [*inputs], domain=MS)
-    low.replace(node, [low.one(node, "Reshape", [turned, low.ints(0, 0, heads, dim)])])
+    rotated = low.one(node, "RotaryEmbedding", [*inputs], domain=MS)
+    low.replace(node, [low.one(node, "Reshape", [rotated, low.ints(0, 0, heads, dim)])])
 
 
 # ---- GroupQueryAttention --------------------------------------------------------------------------------------------
 
 
 def lower_cached_attention(low: Lowering, node: ir.Node) -> None:
-    """GroupQueryAttention with past and present in one buffer, RoPE inside where positions count on from past_length."""
+    """GroupQueryAttention with past and present in one buffer. It rotates q and k where positions go on from past_length."""
     q_in, k_in, v, k_cache, v_cache, past = node.inputs[:6]
     if dims(q_in)[1] % HEAD:
         return over_its_cache(low, node, [])
@@ -156,25 +157,12 @@ def lower_cached_attention(low: Lowering, node: ir.Node) -> None:
     total = low.built(("total", past), lambda: _total_length(low, past))
     lengths = low.built(("lengths", past), lambda: _seqlens(low, total))
     window = int(attr(node, "window"))
-    outs = low.emit(
-        node,
-        "GroupQueryAttention",
-        [*operands, k_cache, v_cache, lengths, total, *tables],
-        outputs=3,
-        domain=MS,
-        num_heads=parts[0].heads,
-        kv_num_heads=parts[1].heads,
-        scale=float(attr(node, "scale")),
-        softcap=float(attr(node, "softcap")),
-        local_window_size=window if window else -1,
-        do_rotary=int(tables[0] is not None),
-        rotary_interleaved=0,
-    )
-    return low.replace(node, list(outs))
+    inputs = [*operands, k_cache, v_cache, lengths, total, *tables]
+    return low.replace(node, list(_group_query_attention(low, node, inputs, parts, local_window_size=window or -1)))
 
 
 def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
-    """GroupQueryAttention with causal off, the mask as a bias; softcap comes before the bias."""
+    """GroupQueryAttention that is not causal, with the mask as a bias; soft-capping comes before the bias."""
     q_in, k_in, v, mask = node.inputs[:4]
     assert v is not None
     assert mask is not None
@@ -186,22 +174,35 @@ def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
     operands = _operands(low, node, parts)
     total = low.built("source_total", lambda: _source_length(low))
     lengths = low.built("source_lengths", lambda: _seqlens(low, total))
-    outs = low.emit(
+    inputs = [*operands, None, None, lengths, total, *tables, None, float_mask(low, mask)]
+    out, _, _ = _group_query_attention(low, node, inputs, parts, local_window_size=-1, causal=0)
+    return low.replace(node, [out])
+
+
+def _group_query_attention(
+    low: Lowering,
+    node: ir.Node,
+    inputs: list[ir.Value | None],
+    parts: list[Heads],
+    local_window_size: int,
+    **others: int,
+) -> tuple[ir.Value, ...]:
+    """The kernel for q, k and v as `parts`; inputs 7 and 8 are the rotary tables, or None where it does not rotate."""
+    return low.emit(
         node,
         "GroupQueryAttention",
-        [*operands, None, None, lengths, total, *tables, None, float_mask(low, mask)],
+        inputs,
         outputs=3,
         domain=MS,
         num_heads=parts[0].heads,
         kv_num_heads=parts[1].heads,
         scale=float(attr(node, "scale")),
         softcap=float(attr(node, "softcap")),
-        local_window_size=-1,
-        do_rotary=int(tables[0] is not None),
+        local_window_size=local_window_size,
+        do_rotary=int(inputs[7] is not None),
         rotary_interleaved=0,
-        causal=0,
+        **others,
     )
-    return low.replace(node, [outs[0]])
 
 
 def _counts_on(positions: ir.Value | None, past: ir.Value | None) -> bool:
@@ -213,10 +214,10 @@ def _counts_on(positions: ir.Value | None, past: ir.Value | None) -> bool:
 
 
 def _counts_from_zero(positions: ir.Value | None) -> bool:
-    made = positions.producer() if positions is not None else None
-    if made is None or made.op_type != "Range":
+    numbers = positions.producer() if positions is not None else None
+    if numbers is None or numbers.op_type != "Range":
         return False
-    start, _, step = made.inputs
+    start, _, step = numbers.inputs
     return _is(start, 0) and _is(step, 1)
 
 

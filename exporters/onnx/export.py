@@ -1,7 +1,7 @@
-"""ONNX for ONNX Runtime: each graph a file, all weights in one `weights.bin`. What may enter: `ops`, `graph`, `bundle`.
+"""ONNX for ONNX Runtime: each graph a file, all weights in one `weights.bin`.
 
-Main path: translate (torch.onnx, private nodes) -> lower (by `LOWERINGS`) -> save. Codes and scales stream from the mapped
-quantized checkpoint; the ONNX files hold the graph alone.
+Translate (torch.onnx, private nodes) -> lower (by `LOWERINGS`) -> save. Codes and scales stream from the mapped quantized
+checkpoint; the ONNX files contain the graph alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from .attention_int8 import (
     lower_quantized_merged_attention,
 )
 from .attention_ort import lower_bidirectional_attention, lower_cached_attention, lower_rope
-from .lowering import MS, Lowering, fuse_silu, lower_embedding, lower_gelu_tanh, lower_linear, lower_rms_norm, nodes
+from .linear import lower_embedding, lower_linear
+from .lowering import MS, Lowering, nodes
+from .pointwise import fuse_silu, lower_gelu_tanh, lower_rms_norm
 from .recurrence import lower_causal_conv, lower_gated_delta_rule, lower_linear_attention, lower_selective_scan
 from .translate import DOMAIN, translate
 from .weight_file import WeightFile
@@ -57,7 +59,10 @@ LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
     "RmsNorm": lower_rms_norm,
     "GeluTanh": lower_gelu_tanh,
 }
-"""Lowered one node at a time, in this order: attention first, which takes Rope and the q/k/v linears into itself."""
+"""Private node -> its lowering, in the order of work: attention first, which takes Rope and the q, k and v linears into itself.
+
+An op without a row is decomposed before.
+"""
 
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
@@ -81,32 +86,32 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, float32 [N, K]) of every quantized weight that a graph in `directory` holds."""
+    """(checkpoint name, float32 [N, K]) of every quantized weight of the graphs in `directory`."""
     for path in sorted(directory.glob("*.onnx")):
         yield from read_nbits(path)
 
 
 def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
-    """Rewrite every private node of `model` by the table. Raises ValueError if one is left."""
+    """Rewrite every private node of `model` by the table. Raises ValueError for one without a row."""
     low = Lowering(model.graph, weights, max_positions)
     for op, lowering in LOWERINGS.items():
         for node in nodes(model.graph, op):
             lowering(low, node)
-        RemoveUnusedNodesPass()(model)  # q/k/v that were packed must not be lowered, and stored, a second time
+        RemoveUnusedNodesPass()(model)  # the linears of q, k and v that were packed: else they would be stored again
     fuse_silu(low)
     RemoveUnusedNodesPass()(model)
     _move_large_tensors(low)
     TopologicalSortPass()(model)
-    left = sorted({n.op_type for n in model.graph if n.domain == DOMAIN})
-    if left:
-        raise ValueError(f"no ONNX lowering for {', '.join(left)}")
+    remaining = sorted({n.op_type for n in model.graph if n.domain == DOMAIN})
+    if remaining:
+        raise ValueError(f"no ONNX lowering for {', '.join(remaining)}")
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[MS] = 1
     model.producer_name = "edgewright"
 
 
 def _move_large_tensors(low: Lowering) -> None:
-    """Float weights (16-bit ones, norms) and other constants over the inline size go to the weight file as they are."""
+    """Float weights (16-bit ones, norms) and other constants above the inline size go to the weight file as they are."""
     for name, value in list(low.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= _INLINE:

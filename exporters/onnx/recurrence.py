@@ -1,7 +1,7 @@
-"""The recurrences on ONNX Runtime's CPU kernels: CausalConvWithState, LinearAttention, and a Scan where no kernel is.
+"""The recurrences on ONNX Runtime's CPU kernels: CausalConvWithState, LinearAttention, and a Scan where there is no kernel.
 
-What may enter: onnx_ir, `onnx_cache_attention`, `onnx_lowerings`. The kernels go token by token in float32, for any number of
-tokens; tests/test_onnx_facts.py pins what they compute.
+The kernels go token by token in float32, for any number of tokens. What they compute is tested in
+tests/exporters/onnx/test_onnx_facts.py.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import onnx_ir as ir
 import torch
 
 from ...targets.onnx.nodes import attr
-from .attention_cached import dims, flat
-from .lowering import MS, Lowering, parameter
+from .attention_cached import flat
+from .lowering import MS, Lowering, dims, parameter
 
 
 def lower_causal_conv(low: Lowering, node: ir.Node) -> None:
-    """CausalConvWithState, channels first: its other layout takes several times as long at several tokens."""
+    """CausalConvWithState with channels first: its other layout is slower for several tokens."""
     x, weight, bias, state = node.inputs[:4]
     name, taps = parameter(weight)
     kernel = low.float_tensor(f"{name}.f32", taps.to(torch.float32).reshape(taps.shape[0], 1, -1))
@@ -47,7 +47,7 @@ def _linear_attention(
     others: list[ir.Value | None],
     rule: str,
 ) -> None:
-    """LinearAttention; where it has more heads of values than of queries, each query and key serves a group of them."""
+    """LinearAttention. Where there are more value heads than query heads, each query and key serves a group of value heads."""
     groups, _ = dims(operands[0])
     heads, width = dims(operands[2])
     out, new = low.emit(
@@ -65,12 +65,12 @@ def _linear_attention(
 
 
 def lower_selective_scan(low: Lowering, node: ir.Node) -> None:
-    """A Scan over the tokens, all channels of a token at once: several times as fast as the chunk form, or LinearAttention."""
+    """A Scan over the tokens, all channels of a token at once: faster than the chunk form, and than LinearAttention."""
     x, dt, a, b, c, state = node.inputs[:6]
     assert a is not None
     scaled = low.one(node, "Mul", [x, dt])  # [B, T, C]
     last, channel = low.ints(-1), low.ints(1)
-    before, step, value, key, query = (ir.val(f"scan.{n}", ir.DataType.FLOAT) for n in ("h", "dt", "x", "b", "c"))
+    before, step, dt_x, key, query = (ir.val(f"scan.{n}", ir.DataType.FLOAT) for n in ("h", "dt", "x", "b", "c"))
     body: list[ir.Node] = []
 
     def one(op: str, *inputs: ir.Value) -> ir.Value:
@@ -78,12 +78,12 @@ def lower_selective_scan(low: Lowering, node: ir.Node) -> None:
         return body[-1].outputs[0]
 
     decay = one("Exp", one("Mul", one("Unsqueeze", step, last), a))  # [B, C, N]
-    added = one("Mul", one("Unsqueeze", value, last), one("Unsqueeze", key, channel))
+    added = one("Mul", one("Unsqueeze", dt_x, last), one("Unsqueeze", key, channel))
     after = one("Add", one("Mul", before, decay), added)
     read = one("Squeeze", one("MatMul", after, one("Unsqueeze", query, last)), last)  # [B, C]
-    for i, made in enumerate(n.outputs[0] for n in body):
-        made.name, made.type = f"scan.{i}", ir.TensorType(ir.DataType.FLOAT)
-    loop = ir.Graph([before, step, value, key, query], [after, read], nodes=body, name="selective_scan")
+    for i, value in enumerate(n.outputs[0] for n in body):
+        value.name, value.type = f"scan.{i}", ir.TensorType(ir.DataType.FLOAT)
+    loop = ir.Graph([before, step, dt_x, key, query], [after, read], nodes=body, name="selective_scan")
     new, out = low.emit(
         node,
         "Scan",

@@ -1,7 +1,6 @@
-"""A `Graph` as ONNX IR: torch.onnx translates plain ATen, `edgewright::` ops become nodes of the private domain 1:1.
+"""A `Graph` as ONNX IR: torch.onnx translates plain ATen, and each `edgewright::` op becomes one node of a private domain.
 
-An op that the target's table lacks is decomposed first. The private nodes are what the exporters lower; none reaches a file.
-What may enter: `ops`, `graph`.
+An op without a row in the target's table is decomposed first. The exporters lower the private nodes; none reaches a file.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from ...ops import DECOMPOSITIONS
 DOMAIN = "edgewright"
 OPSET = 24
 LEAST_DECAY = -80.0
-"""Log decays are cut here before a decomposition: exp of it is nothing, and minus infinity times a mask's 0 is no number."""
+"""The least log decay in a decomposition: its exp counts as nothing, and minus infinity times a mask's 0 would be NaN."""
 _FLOATS = ["tensor(float)", "tensor(bfloat16)", "tensor(float16)"]
 _ANY = [*_FLOATS, "tensor(int64)", "tensor(int32)", "tensor(int8)", "tensor(uint8)", "tensor(bool)"]
 
 
 def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
-    """The graph as an ONNX IR model whose inputs and outputs bear the graph's names; weights stay lazy torch tensors.
+    """The graph as an ONNX IR model. Its inputs and outputs have the graph's names; weights stay lazy torch tensors.
 
-    kept: the private nodes the target's table has (see `onnx_name`). Initializers bear the checkpoint's names, so that a
-    weight has one name in all graphs.
+    kept: the private nodes of the target's table (see `onnx_name`). Initializers have the checkpoint's names, so that a weight has
+    one name in all graphs.
     """
     program = graph.export()
     used = {node.target for node in program.graph.nodes}
-    apart = {op: _decomposition(op) for op in DECOMPOSITIONS if op in used and onnx_name(op) not in kept}
-    if apart:
-        program = program.run_decompositions(apart)
+    decompositions = {op: _decomposition(op) for op in DECOMPOSITIONS if op in used and onnx_name(op) not in kept}
+    if decompositions:
+        program = program.run_decompositions(decompositions)
     _quieten()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,21 +61,21 @@ def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
 
 
 def _decomposition(op: Any) -> Callable[..., Any]:
-    """The op's reference, its log decays `g` cut."""
+    """The op's reference, with its log decays `g` bounded by `LEAST_DECAY`."""
     reference = DECOMPOSITIONS[op]
     names = [a.name for a in op._schema.arguments]
     if "g" not in names:
         return reference
     at = names.index("g")
 
-    def cut(*args: Any) -> Any:
+    def bounded(*args: Any) -> Any:
         return reference(*args[:at], args[at].clamp(min=LEAST_DECAY), *args[at + 1 :])
 
-    return cut
+    return bounded
 
 
 def _quieten() -> None:
-    # torch.onnx warns about torchvision ops on every import; nobody here can act on it.
+    # torch.onnx warns about torchvision ops on every import, and no user can act on it.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
 
 
@@ -114,8 +113,8 @@ def _translation(op: Any) -> Callable[..., Any]:
     order = [a.name for a in arguments]
 
     def emit(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(order, args, strict=False)) | kwargs
-        return node(*[given.get(t) for t in tensors], **{a: given[a] for a in attributes})
+        named = dict(zip(order, args, strict=False)) | kwargs
+        return node(*[named.get(t) for t in tensors], **{a: named[a] for a in attributes})
 
     return emit
 

@@ -1,7 +1,7 @@
-"""External data of the ONNX files: one `weights.bin`, written by streaming, the same bytes stored once.
+"""External data of the ONNX files: one `weights.bin`, written as a stream, with equal bytes stored once.
 
-What may enter: numpy, torch, onnx_ir, `ops`. Codes and scales go from the mapped quantized checkpoint to the file in row
-chunks; nothing here changes a value, only the container it lies in.
+Codes and scales go from the mapped quantized checkpoint to the file in chunks of rows. Values do not change, only the width of
+their container.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from ...ops.packing import repack
 
-ALIGNMENT = 4096  # a page: the runtime maps external data, and only aligned tensors avoid a copy
+ALIGNMENT = 4096  # a page: the runtime maps external data, and a tensor that is not aligned is copied
 _CHUNK = 8 << 20  # bytes of source codes converted at a time
 
 
@@ -32,7 +32,7 @@ class WeightFile:
     def add(
         self, name: str, key: str, chunks: Iterable[np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        """An initializer over the bytes of `chunks`; the same `key` is written once whatever its shapes are called."""
+        """An initializer over the bytes of `chunks`, which are written once for each `key`, also if shapes differ."""
         if key not in self._known:
             start = self._file.tell()
             padding = -start % ALIGNMENT
@@ -72,5 +72,5 @@ def scales_chunks(parts: Iterable[torch.Tensor], repeat: int) -> Iterator[np.nda
 
 
 def content_key(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes: never its name or address, which two graphs or a freed buffer may share."""
+    """SHA-256 of a tensor's bytes. A name or an address would not do: two graphs, or a freed buffer, may have the same."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

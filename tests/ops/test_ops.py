@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from edgewright import ops
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.graph import Graph
 from edgewright.models.layers.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
@@ -306,6 +307,12 @@ def test_the_fake_of_strided_arguments_has_the_strides_of_the_result(name: str) 
         for a in samples()[name]
     ]
     torch.library.opcheck(getattr(EW, name).default, tuple(args), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_file_of_ops_is_imported_with_the_package() -> None:
+    """Its ops are in `DECOMPOSITIONS` whatever else a program imports."""
+    files = {path.stem for path in Path(ops.__file__).parent.glob("*.py") if "@define(" in path.read_text()}
+    assert files <= set(ops.__all__)
 
 
 def test_no_registered_op_is_forgotten() -> None:

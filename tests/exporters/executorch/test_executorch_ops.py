@@ -18,7 +18,7 @@ pytest.importorskip("executorch")
 
 from edgewright.exporters.executorch import export as exporter
 from edgewright.exporters.executorch import lowerings, xnnpack
-from edgewright.exporters.executorch.rewrite_pass import Rewriter
+from edgewright.exporters.executorch.passes import rewrite
 from edgewright.targets.executorch.program import ProgramFile
 
 CONTEXT = 32
@@ -112,7 +112,7 @@ def test_an_exact_gelu_is_one_op_of_xnnpack(tmp_path: Path) -> None:
     for module, count in ((Exact(), 1), (Other(), 0)):
         traced = torch.export.export(module, (x,)).module(check_guards=False)
         assert isinstance(traced, torch.fx.GraphModule)
-        rewritten = Rewriter(traced, CONTEXT).run()
+        rewritten = rewrite(traced, CONTEXT)
         targets = [n.target for n in rewritten.graph.nodes]
         assert targets.count(torch.ops.aten.gelu.default) == count
         assert targets.count(torch.ops.aten.erf.default) == 1 - count
@@ -139,7 +139,7 @@ def test_sums_paddings_selections_and_products_are_xnnpacks(tmp_path: Path) -> N
     x, module = torch.randn(1, 4, 5, 8, generator=torch.Generator().manual_seed(1)), Vision()
     traced = torch.export.export(module, (x,)).module(check_guards=False)
     assert isinstance(traced, torch.fx.GraphModule)
-    found = computed(Rewriter(traced, CONTEXT).run(), x, tmp_path)
+    found = computed(rewrite(traced, CONTEXT), x, tmp_path)
     want = module(x)
     assert float((found - want).abs().max()) < 1e-5 * float(want.abs().max())
     (units,) = ProgramFile(tmp_path / "one.pte").placement().values()

@@ -146,7 +146,7 @@ def test_programs_are_static_and_an_encoder_has_a_short_one(made: Made) -> None:
 
 
 def test_a_large_vocabulary_asks_for_few_logits_at_a_time() -> None:
-    from edgewright.exporters.qnn.export import programs
+    from edgewright.exporters.qnn.programs import programs
 
     with torch.device("meta"):
         graph = build(tiny.merged(tiny.LLAMA, {"vocab_size": 1 << 18})).graphs()[0]

@@ -104,7 +104,7 @@ def test_engines_of_merged_attention_and_of_a_memory(tmp_path: Path) -> None:
 
 
 def test_profiles_keep_to_the_bounds_of_the_graph() -> None:
-    from edgewright.exporters.tensorrt.export import profiles
+    from edgewright.exporters.tensorrt.engine import profiles
 
     (delta,), (_, memory) = blocks.BLOCKS["delta"](1000), blocks.remembering(1000, 16)
     several, single = profiles(delta, 1000)
@@ -183,9 +183,9 @@ def test_htp_computes_the_norm_of_a_rank_of_4_wrongly(tmp_path: Path) -> None:
 def test_asking_for_more_logits_than_a_chunk_gives_moves_a_state_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from edgewright.exporters.qnn import export
+    from edgewright.exporters.qnn import programs
 
-    monkeypatch.setattr(export, "LOGITS", (5, 1 << 20))
+    monkeypatch.setattr(programs, "LOGITS", (5, 1 << 20))
     graphs = blocks.BLOCKS["hgrn"](CONTEXT)
     session, reference, ids = compiled(graphs, tmp_path), EagerSession(graphs), blocks.tokens(1, 34, 1)
     want, got = (blocks.feed(s, s.new_state(1, CONTEXT), ids, (32, 2)) for s in (reference, session))
@@ -244,7 +244,7 @@ def test_a_graph_of_fixed_shapes_is_one_program_of_any_inputs(tmp_path: Path) ->
 
 
 def test_a_graph_that_cannot_be_padded_is_refused() -> None:
-    from edgewright.exporters.qnn.export import programs
+    from edgewright.exporters.qnn.programs import programs
 
     ids = Port("input_ids", torch.int64, ("batch", "source"))
     out = Port("memory", torch.float32, ("batch", "memory", 8))

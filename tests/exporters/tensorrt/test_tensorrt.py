@@ -110,7 +110,7 @@ def test_weights_read_back_from_the_onnx_are_the_checkpoints_to_the_bit(made: Ma
 
 
 def test_every_weight_stands_in_the_engine_with_our_codes(made: Made) -> None:
-    from edgewright.exporters.tensorrt.export import codes_in_engine
+    from edgewright.exporters.tensorrt.weights import codes_in_engine
 
     facts, count = made.artefact.facts, 0
     for graph in made.graphs:
@@ -122,7 +122,7 @@ def test_every_weight_stands_in_the_engine_with_our_codes(made: Made) -> None:
 
 
 def test_codes_that_are_not_in_the_engine_are_counted_out(made: Made, tmp_path: Path) -> None:
-    from edgewright.exporters.tensorrt.export import codes_in_engine
+    from edgewright.exporters.tensorrt.weights import codes_in_engine
 
     plan = (made.directory / "decoder.engine").read_bytes()
     (tmp_path / "decoder.engine").write_bytes(plan.translate(bytes(b ^ 1 for b in range(256))))
@@ -237,7 +237,7 @@ def test_weights_that_do_not_fit_their_file_are_refused(made: Made, tmp_path: Pa
 
 def test_two_builds_are_byte_identical_but_for_the_order_of_caches(made: Made) -> None:
     """TensorRT-RTX 1.7 orders like cache writes anew in each build, in one thread and with fixed addresses too."""
-    from edgewright.exporters.tensorrt.export import build_engine, profiles
+    from edgewright.exporters.tensorrt.engine import build_engine, profiles
 
     graph = made.graphs[0]
     again = bytes(build_engine(made.directory / f"{graph.name}.onnx", SMS, profiles(graph, CONTEXT)))
@@ -248,7 +248,7 @@ def test_two_builds_are_byte_identical_but_for_the_order_of_caches(made: Made) -
 
 
 def test_profiles_are_one_for_prefill_and_one_for_the_step(made: Made) -> None:
-    from edgewright.exporters.tensorrt.export import profiles
+    from edgewright.exporters.tensorrt.engine import profiles
 
     decoder = made.graphs[-1]
     prefill, step = profiles(decoder, CONTEXT)
@@ -271,7 +271,7 @@ def test_states_are_float16_in_and_out_and_the_weights_int4_or_int8(made: Made) 
 
 
 def test_an_unused_input_is_an_error(tmp_path: Path) -> None:
-    from edgewright.exporters.tensorrt.export import build_engine
+    from edgewright.exporters.tensorrt.engine import build_engine
 
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, 8]) for n in ("x", "idle", "y")]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:2], values[2:])
@@ -282,7 +282,7 @@ def test_an_unused_input_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_the_parser_refuses_is_reported(tmp_path: Path) -> None:
-    from edgewright.exporters.tensorrt.export import build_engine
+    from edgewright.exporters.tensorrt.engine import build_engine
 
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, 8]) for n in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Odd", ["x"], ["y"], domain="nowhere")], "g", values[:1], values[1:])

@@ -33,7 +33,7 @@ def build(
     weights: Sequence[onnx.TensorProto] = (),
     sm: int = 86,
 ) -> bytes:
-    from edgewright.exporters.tensorrt.export import build_engine
+    from edgewright.exporters.tensorrt.engine import build_engine
 
     graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
     domains = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]

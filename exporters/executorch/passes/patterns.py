@@ -1,4 +1,4 @@
-"""Forms of several nodes that `executorch_rewriter` makes one op of. A leaf: torch alone enters."""
+"""Forms of several nodes that a pass turns into one op."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ def joined_rest(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     part, joins = _slice_of_last(node.args[0]), list(node.users)
     if part is None or part[1] != 0 or len(joins) != 1 or joins[0].target is not torch.ops.aten.cat.default:
         return None
-    given, axis = joins[0].args[0], joins[0].args[1] if len(joins[0].args) > 1 else 0
-    if not isinstance(given, list | tuple) or len(given) != 2 or given[0] is not node or axis not in (-1, 3):
+    parts, axis = joins[0].args[0], joins[0].args[1] if len(joins[0].args) > 1 else 0
+    if not isinstance(parts, list | tuple) or len(parts) != 2 or parts[0] is not node or axis not in (-1, 3):
         return None
-    rest = _slice_of_last(given[1])
-    whole = (part[0], part[2], int(part[0].meta["val"].shape[-1]))
-    return (joins[0], part[0]) if rest == whole else None
+    rest = (part[0], part[2], int(part[0].meta["val"].shape[-1]))
+    return (joins[0], part[0]) if _slice_of_last(parts[1]) == rest else None
 
 
 def _slice_of_last(node: Any) -> tuple[fx.Node, int, int] | None:
@@ -37,7 +36,7 @@ def _slice_of_last(node: Any) -> tuple[fx.Node, int, int] | None:
 
 
 def exact_gelu(erf: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(the node of the whole, x) where `erf` is that of an exact GELU."""
+    """(the node of the GELU, x) where `erf` belongs to an exact GELU."""
     inner = _times_number(erf.args[0])
     above = list(erf.users)
     if inner is None or len(above) != 1 or abs(inner[1] - 0.5**0.5) > 1e-12:
@@ -45,11 +44,11 @@ def exact_gelu(erf: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     x, plus = inner[0], above[0]
     if plus.target is not torch.ops.aten.add.Tensor or 1.0 not in plus.args or plus.kwargs or len(plus.users) != 1:
         return None
-    (whole,) = plus.users
-    others = [a for a in whole.args if a is not plus]
-    if whole.target is not torch.ops.aten.mul.Tensor or len(others) != 1 or _times_number(others[0]) != (x, 0.5):
+    (product,) = plus.users
+    others = [a for a in product.args if a is not plus]
+    if product.target is not torch.ops.aten.mul.Tensor or len(others) != 1 or _times_number(others[0]) != (x, 0.5):
         return None
-    return whole, x
+    return product, x
 
 
 def _times_number(node: Any) -> tuple[fx.Node, float] | None:
