@@ -12,7 +12,7 @@ from typing import Any
 
 from ..bundle import Bundle, Generation
 from ..errors import UserError
-from ..runtimes.benchmark import Lengths
+from ..runtimes.benchmark import Lengths, Measurement, NotMeasured, ProfileResult, SimulatedFact
 from ..targets.libraries import BACKENDS
 
 SIMULATED = "vendor_simulated"
@@ -56,7 +56,7 @@ class ProfileLengths:
 
 def profile(
     path: str | Path, formats: Sequence[str] = (), lengths: ProfileLengths | None = None, threads: int = 0
-) -> dict[str, Any]:
+) -> ProfileResult:
     """Measure a bundle on this machine, each target in a fresh process.
 
     Args:
@@ -65,15 +65,13 @@ def profile(
         lengths: what to measure; None is the default of each.
         threads: of the runtime; 0 is all cores.
 
-    Returns {"model", "bits", "targets": format -> measured, "simulated": format -> what the vendor's simulator said at
-    export, "not_measured": format -> why}. Raises UserError for lengths beyond the bundle's context, or a target asked for
-    that cannot run here.
+    Raises UserError for lengths beyond the bundle's context, or a target in `formats` that cannot run on this machine.
     """
     bundle = Bundle.open(path)
     requested = [bundle.target(name).format for name in dict.fromkeys(formats)]
     chosen = requested or [entry.format for entry in bundle.manifest.targets]
     fitted = (lengths or ProfileLengths()).within(bundle.manifest.generation)
-    measured: dict[str, Any] = {}
+    measured: dict[str, Measurement] = {}
     missing: dict[str, str] = {}
     for name in chosen:
         if not (requested or (name in BACKENDS and BACKENDS[name].installed)):
@@ -85,8 +83,8 @@ def profile(
             missing[name] = result["not_measured"]
         else:
             measured[name] = result
-    simulated = {
-        entry.format: {key: value for key, value in entry.facts.items() if key.startswith(SIMULATED)}
+    simulated: dict[str, dict[str, SimulatedFact]] = {
+        entry.format: {key: fact for key, fact in entry.facts.items() if key.startswith(SIMULATED)}
         for entry in bundle.manifest.targets
         if entry.format in chosen
     }
@@ -99,7 +97,7 @@ def profile(
     }
 
 
-def _in_a_process(path: str | Path, request: dict[str, Any]) -> dict[str, Any]:
+def _in_a_process(path: str | Path, request: dict[str, Any]) -> Measurement | NotMeasured:
     child = subprocess.run(
         [sys.executable, "-m", "edgewright.runtimes.benchmark"],
         input=json.dumps(request),
@@ -110,5 +108,5 @@ def _in_a_process(path: str | Path, request: dict[str, Any]) -> dict[str, Any]:
     if child.returncode:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         raise UserError(f"measuring {path} ({request['format']}) failed: {last[0]}")
-    result: dict[str, Any] = json.loads(child.stdout)
+    result: Measurement | NotMeasured = json.loads(child.stdout)
     return result
