@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -288,7 +289,7 @@ class Bundle:
             if not same:
                 raise VerificationFailure(f"{name}: the file is not what was exported (its SHA-256 differs)")
 
-    def write_report(self, name: str, report: dict[str, Any]) -> Path:
+    def write_report(self, name: str, report: Mapping[str, object]) -> Path:
         """Write `reports/<name>.json`; reports have no hash, as every check writes them. Raises UserError if it cannot."""
         folder = self.path / REPORTS
         path, temporary = folder / f"{name}.json", folder / f".{name}.json.partial"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..bundle import Bundle, Generation
 from ..errors import UserError
-from ..runtimes.benchmark import Lengths
+from ..runtimes.benchmark import Lengths, Measurement, NotMeasured, ProfileResult, SimulatedFact
 from ..system.subprocesses import ChildFailed, run_child
 from ..targets.registry import TARGETS
 
@@ -54,7 +54,7 @@ class ProfileLengths:
 
 def profile(
     path: str | Path, formats: Sequence[str] = (), lengths: ProfileLengths | None = None, threads: int = 0
-) -> dict[str, Any]:
+) -> ProfileResult:
     """Measure a bundle on this machine, each target in a fresh process.
 
     Args:
@@ -63,15 +63,13 @@ def profile(
         lengths: what to measure; None is the default of each.
         threads: of the runtime; 0 is all cores.
 
-    Returns {"model", "bits", "targets": format -> measured, "simulated": format -> what the vendor's simulator said at
-    export, "not_measured": format -> why}. Raises UserError for lengths beyond the bundle's context, or a target asked for
-    that cannot run here.
+    Raises UserError for lengths beyond the bundle's context, or a target in `formats` that cannot run on this machine.
     """
     bundle = Bundle.open(path)
     requested = [bundle.target(name).format for name in dict.fromkeys(formats)]
     chosen = requested or [entry.format for entry in bundle.manifest.targets]
     fitted = (lengths or ProfileLengths()).within(bundle.manifest.generation)
-    measured: dict[str, Any] = {}
+    measured: dict[str, Measurement] = {}
     missing: dict[str, str] = {}
     for name in chosen:
         if not (requested or (name in TARGETS and TARGETS[name].installed)):
@@ -83,8 +81,8 @@ def profile(
             missing[name] = result["not_measured"]
         else:
             measured[name] = result
-    simulated = {
-        entry.format: {key: value for key, value in entry.facts.items() if key.startswith(SIMULATED)}
+    simulated: dict[str, dict[str, SimulatedFact]] = {
+        entry.format: {key: fact for key, fact in entry.facts.items() if key.startswith(SIMULATED)}
         for entry in bundle.manifest.targets
         if entry.format in chosen
     }
@@ -97,8 +95,8 @@ def profile(
     }
 
 
-def _in_a_process(path: str | Path, request: dict[str, Any]) -> dict[str, Any]:
+def _in_a_process(path: str | Path, request: dict[str, Any]) -> Measurement | NotMeasured:
     try:
-        return run_child("edgewright.runtimes.benchmark", request)
+        return cast("Measurement | NotMeasured", run_child("edgewright.runtimes.benchmark", request))
     except ChildFailed as error:
         raise UserError(f"measuring {path} ({request['format']}) failed: {error}") from None

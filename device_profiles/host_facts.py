@@ -26,7 +26,7 @@ def measured(what: str) -> str:
 def buffer_bytes(cache: int | None) -> int:
     """Four times the last-level cache, at least 128 MiB; at most 1.5 GiB and a 32nd of the memory that is free.
 
-    An ONNX model may have 2 GiB at most. The two sessions over the weights and their packing take about 13 times the buffer.
+    An ONNX model may have 2 GiB at most, and the sessions over the weights take many times the buffer.
     """
     wanted = max(128 * MEBIBYTE, 4 * (cache or 32 * MEBIBYTE))
     free = _meminfo("MemAvailable")

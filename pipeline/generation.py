@@ -15,7 +15,9 @@ from ..system.reading import one_line
 DEFAULT_CONTEXT = 4096
 
 
-def generation_of(model: LanguageModel, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None) -> Generation:
+def generation_of(
+    model: LanguageModel, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None
+) -> Generation:
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):

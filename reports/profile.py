@@ -7,7 +7,8 @@ import html
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
+
+from ..runtimes.benchmark import Measurement, ProfileResult, Row, SimulatedFact
 
 _MIB = 1 << 20
 
@@ -32,7 +33,7 @@ class _Table:
         return "\n".join(["<table>", line(self.head, "th"), *(line(row, "td") for row in self.rows), "</table>"])
 
 
-def profile_text(result: dict[str, Any], output_format: str) -> str:
+def profile_text(result: ProfileResult, output_format: str) -> str:
     """A profile in the format "md", "json", "csv" (the measured rows alone) or "html"."""
     if output_format == "json":
         return json.dumps(result, indent=1)
@@ -42,7 +43,7 @@ def profile_text(result: dict[str, Any], output_format: str) -> str:
     return "\n\n".join(t.html() if output_format == "html" else t.markdown() for t in tables)
 
 
-def _rate_rows(result: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+def _rate_rows(result: ProfileResult) -> list[tuple[list[str], Row]]:
     """For each measured row: target, model, bits and threads as text, then the measurement."""
     return [
         ([name, result["model"], f"{result['bits']:.2f}", str(measured["host"]["threads"])], row)
@@ -51,7 +52,7 @@ def _rate_rows(result: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]
     ]
 
 
-def _csv(result: dict[str, Any]) -> str:
+def _csv(result: ProfileResult) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["target", "model", "bits", "threads", "test", "tokens_per_s", "std", "median", "repeats"])
@@ -60,7 +61,7 @@ def _csv(result: dict[str, Any]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _tables(result: dict[str, Any]) -> list[_Table]:
+def _tables(result: ProfileResult) -> list[_Table]:
     measured = result["targets"]
     tables = []
     if measured:
@@ -74,25 +75,26 @@ def _tables(result: dict[str, Any]) -> list[_Table]:
     return tables
 
 
-def _rate_table(result: dict[str, Any]) -> _Table:
+def _rate_table(result: ProfileResult) -> _Table:
     rows = [
         [*labels, row["test"], f"{row['tokens_per_s']:.2f} ± {row['std']:.2f}"] for labels, row in _rate_rows(result)
     ]
     return _Table(["target", "model", "bits", "threads", "test", "t/s"], rows)
 
 
-def _memory_table(measured: dict[str, Any]) -> _Table:
+def _memory_table(measured: dict[str, Measurement]) -> _Table:
     cpu = next(iter(measured.values()))["host"]["cpu"]
     rows = []
     for name, target in measured.items():
-        loads = [f"{target[key] * 1e3:.0f}" for key in ("load_first_s", "load_warm_s")]
-        kinds = ("peak_resident", "anonymous_after_load", "anonymous_after_run")
-        rows.append([name, *loads, *(f"{target['memory'][kind] / _MIB:.0f}" for kind in kinds)])
+        loads = [f"{seconds * 1e3:.0f}" for seconds in (target["load_first_s"], target["load_warm_s"])]
+        memory = target["memory"]
+        sizes = (memory["peak_resident"], memory["anonymous_after_load"], memory["anonymous_after_run"])
+        rows.append([name, *loads, *(f"{size / _MIB:.0f}" for size in sizes)])
     head = ["first load, ms", "warm load, ms", "peak resident, MiB", "anonymous loaded, MiB", "anonymous after, MiB"]
     return _Table([f"measured on {cpu}", *head], rows)
 
 
-def _op_table(measured: dict[str, Any]) -> _Table:
+def _op_table(measured: dict[str, Measurement]) -> _Table:
     rows = [
         [name, graph, op["op"], op["unit"], str(op["calls"]), f"{op['ms']:.2f}", f"{op['share']:.0%}"]
         for name, target in measured.items()
@@ -102,9 +104,9 @@ def _op_table(measured: dict[str, Any]) -> _Table:
     return _Table(["target", "graph", "op", "unit", "calls", "ms", "share"], rows)
 
 
-def _simulated_table(name: str, key: str, fact: dict[str, Any]) -> _Table:
+def _simulated_table(name: str, key: str, fact: SimulatedFact) -> _Table:
     """A row for each program; the columns are what the simulator reports."""
-    programs: dict[str, dict[str, Any]] = fact.get("programs", {})
+    programs = fact.get("programs", {})
     columns = list(dict.fromkeys(column for values in programs.values() for column in values))
     head = [f"{name}: vendor-simulated by {fact.get('simulator', key)} ({fact.get('note', '')})", *columns]
     rows = [[program, *(str(values.get(column, "")) for column in columns)] for program, values in programs.items()]

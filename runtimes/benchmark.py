@@ -10,10 +10,10 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, final
 
 import numpy as np
 
@@ -44,8 +44,84 @@ class Lengths:
     repeats: int
 
 
-def measure(path: str, format: str, lengths: Lengths, threads: int) -> dict[str, Any]:
-    """Rows `pp<n>` and `tg<n> @ d<depth>` (tokens/s of each repeat), load times, memory, time by op.
+class Row(TypedDict):
+    """One measured row; rates are over its repeats."""
+
+    test: str
+    tokens_per_s: float
+    std: float
+    median: float
+    repeats: int
+
+
+class OpTime(TypedDict):
+    """Kernel time of one op on one unit; share: of all kernel time of the graph."""
+
+    op: str
+    unit: str
+    ms: float
+    calls: int
+    share: float
+
+
+class MemoryUse(TypedDict):
+    """Bytes of the process: the peak, and anonymous memory after loading and after the rows."""
+
+    peak_resident: int
+    anonymous_after_load: int
+    anonymous_after_run: int
+
+
+class Host(TypedDict):
+    """The machine: the CPU's name and the threads used."""
+
+    cpu: str
+    threads: int | str
+
+
+@final
+class Measurement(TypedDict):
+    """One target measured. ops: graph -> its slowest ops, of ONNX artefacts alone."""
+
+    rows: list[Row]
+    load_first_s: float
+    load_warm_s: float
+    memory: MemoryUse
+    ops: dict[str, list[OpTime]]
+    host: Host
+    kind: str
+
+
+@final
+class NotMeasured(TypedDict):
+    """Why a target was not measured."""
+
+    not_measured: str
+
+
+class ProfileResult(TypedDict):
+    """All targets of a bundle. simulated: target -> key of the fact -> what the vendor's simulator reported at export.
+
+    not_measured: target -> why.
+    """
+
+    model: str
+    bits: float
+    targets: dict[str, Measurement]
+    simulated: dict[str, dict[str, SimulatedFact]]
+    not_measured: dict[str, str]
+
+
+class SimulatedFact(TypedDict, total=False):
+    """A vendor's simulation: program -> what was simulated -> its value."""
+
+    simulator: str
+    note: str
+    programs: dict[str, dict[str, float]]
+
+
+def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measurement | NotMeasured:
+    """Rows `pp<n>` and `tg<n> @ d<depth>`, load times, memory, time by op.
 
     pp: an encoder-decoder reads so many source tokens and makes its first decoder step; a decoder-only model reads a
     prompt; a decoder-decoder reads a context and then a question of 8 tokens. tg: the depth is the source length of an
@@ -91,7 +167,7 @@ def _tokens(spec: Generation, count: int) -> list[int]:
     return [int(t) for t in rng.integers(min(4, spec.vocab - 1), spec.vocab, count)]
 
 
-def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: int) -> dict[str, Any]:
+def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: int) -> Row:
     rates = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -105,7 +181,7 @@ def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: 
     return _row(f"pp{count}", rates[1:])
 
 
-def _call_row(session: PlacedSession, calls: list[Call], repeats: int) -> dict[str, Any]:
+def _call_row(session: PlacedSession, calls: list[Call], repeats: int) -> Row:
     rates = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -115,7 +191,7 @@ def _call_row(session: PlacedSession, calls: list[Call], repeats: int) -> dict[s
     return _row("calls a second", rates[1:])
 
 
-def _decode_row(session: PlacedSession, spec: Generation, count: int, depth: int, repeats: int) -> dict[str, Any]:
+def _decode_row(session: PlacedSession, spec: Generation, count: int, depth: int, repeats: int) -> Row:
     rates = []
     for _ in range(repeats + 1):
         stream = Stream(session, spec, [_tokens(spec, max(1, depth))], count + 1)
@@ -127,7 +203,7 @@ def _decode_row(session: PlacedSession, spec: Generation, count: int, depth: int
     return _row(f"tg{count}" + (f" @ d{depth}" if depth else ""), rates[1:])
 
 
-def _row(test: str, rates: list[float]) -> dict[str, Any]:
+def _row(test: str, rates: list[float]) -> Row:
     return {
         "test": test,
         "tokens_per_s": float(np.mean(rates)),
@@ -137,7 +213,7 @@ def _row(test: str, rates: list[float]) -> dict[str, Any]:
     }
 
 
-def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[dict[str, Any]]]:
+def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[OpTime]]:
     """Kernel time by op type and provider for one prefill and some decode steps, from ONNX Runtime's own profiler."""
     from .onnx.session import OnnxSession
 
@@ -154,7 +230,8 @@ def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[dic
         return {name: _summarise(Path(file)) for name, file in files.items()}
 
 
-def _summarise(trace: Path) -> list[dict[str, Any]]:
+def _summarise(trace: Path) -> list[OpTime]:
+    """The slowest ops of a trace of ONNX Runtime's profiler."""
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
     for event in json.loads(trace.read_text()):
         if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
@@ -185,7 +262,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _measure_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _measure_job(job: dict[str, Any], progress: Progress) -> Mapping[str, object]:
     return measure(job["path"], job["format"], Lengths(**job["lengths"]), job["threads"])
 
 

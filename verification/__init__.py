@@ -1,1 +1,1 @@
-"""Artefacts held against their reference, and models against their originals."""
+"""Artefacts compared with their reference, and quantized models with their originals."""

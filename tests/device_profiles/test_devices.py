@@ -59,14 +59,14 @@ def text_of(**changed: str) -> str:
 
 def quantities(model: BaseModel) -> list[tuple[str, Quantity]]:
     """Every number of a profile with the name of its field."""
-    found: list[tuple[str, Quantity]] = []
+    collected: list[tuple[str, Quantity]] = []
     for key, value in model:
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Quantity):
-                found.append((key, item))
+                collected.append((key, item))
             elif isinstance(item, BaseModel):
-                found += quantities(item)
-    return found
+                collected += quantities(item)
+    return collected
 
 
 # --- the round trip ---------------------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def quantities(model: BaseModel) -> list[tuple[str, Quantity]]:
 _line = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(lambda s: s.isprintable() and s.strip())
 
 
-def _quantity(unit: str, whole: bool = False) -> st.SearchStrategy[dict[str, Any]]:
-    number = st.integers(1, 2**60).map(float) if whole else st.floats(5e-324, 1.7e308, allow_nan=False)
+def _quantity(unit: str, integer: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+    number = st.integers(1, 2**60).map(float) if integer else st.floats(5e-324, 1.7e308, allow_nan=False)
     kinds = st.sampled_from([("measured by ", "measured"), ("vendor: ", "vendor"), ("public: ", "derived")])
     return st.builds(lambda v, k, s: {"value": v, "unit": unit, "source": k[0] + s, "kind": k[1]}, number, kinds, _line)
 
@@ -88,7 +88,7 @@ _rates = _some(fp32=_quantity("GFLOP/s"), fp16=_quantity("GFLOP/s"), int8=_quant
 _unit = st.fixed_dictionaries(
     {"name": _line, "kind": st.sampled_from(["cpu", "gpu", "npu"])},
     optional={
-        "cores": _quantity("cores", whole=True),
+        "cores": _quantity("cores", integer=True),
         "peak": _rates,
         "peak_one_thread": _rates,
         "weight_stream": _quantity("bytes/s"),
@@ -112,7 +112,7 @@ _profiles = st.fixed_dictionaries(
     optional={
         "description": _line,
         "reach": _reach,
-        "memory": _some(size=_quantity("bytes", whole=True), energy_per_byte=_quantity("J/byte")),
+        "memory": _some(size=_quantity("bytes", integer=True), energy_per_byte=_quantity("J/byte")),
         "targets": st.lists(_target, max_size=3),
     },
 ).map(DeviceProfile.model_validate)
@@ -120,10 +120,10 @@ _profiles = st.fixed_dictionaries(
 
 @given(_profiles)
 @settings(max_examples=150, deadline=None)
-def test_toml_round_trip_is_exact(made: DeviceProfile) -> None:
-    text = to_toml(made)
+def test_toml_round_trip_is_exact(device: DeviceProfile) -> None:
+    text = to_toml(device)
     again = parse(text, "x")
-    assert again == made
+    assert again == device
     assert to_toml(again) == text
 
 
@@ -180,16 +180,16 @@ def test_a_bad_profile_is_one_line(tmp_path: Path, text: str, says: str) -> None
 
 
 def test_the_good_text_is_good() -> None:
-    made = parse(text_of(), "x")
-    assert made.memory.size is not None
-    assert made.memory.size.value == 1024
-    assert made.unit("cpu").name == "Cortex"
-    found = made.target("onnx")
-    assert found is not None
-    assert found.bits == (4, 8)
-    assert made.target("qnn") is None
+    device = parse(text_of(), "x")
+    assert device.memory.size is not None
+    assert device.memory.size.value == 1024
+    assert device.unit("cpu").name == "Cortex"
+    target = device.target("onnx")
+    assert target is not None
+    assert target.bits == (4, 8)
+    assert device.target("qnn") is None
     with pytest.raises(UserError, match="thing has no npu; it has cpu"):
-        made.unit("npu")
+        device.unit("npu")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"#" * (64 << 10)])
@@ -211,7 +211,7 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
         load(str(tmp_path / "pipe.toml"))
 
 
-# --- where profiles are found -----------------------------------------------------------------------------------------
+# --- where profiles are kept ------------------------------------------------------------------------------------------
 
 
 def test_unknown_name_lists_the_known() -> None:
@@ -244,17 +244,17 @@ def test_config_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_save_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "thing.toml"
-    made = parse(text_of(), "x")
-    save(made, path)
+    device = parse(text_of(), "x")
+    save(device, path)
     before = path.read_text()
-    assert load(path) == made
+    assert load(path) == device
 
     def full(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(profile.os, "replace", full)
     with pytest.raises(UserError, match=r"thing\.toml: cannot be written \(No space left on device\)"):
-        save(made.model_copy(update={"description": "changed"}), path)
+        save(device.model_copy(update={"description": "changed"}), path)
     assert path.read_text() == before
     assert os.listdir(path.parent) == ["thing.toml"]
 
@@ -265,8 +265,8 @@ def test_save_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", sorted(LIBRARY))
 def test_library_numbers_follow_from_their_sources(name: str) -> None:
     """A derived number is the product of the two that its source names, to the 4 digits kept."""
-    found = load(name)
-    numbers = quantities(found)
+    device = load(name)
+    numbers = quantities(device)
     assert len(numbers) == 6
     for field, quantity in numbers:
         assert quantity.kind == "derived"
@@ -330,9 +330,9 @@ def test_rounds_are_interleaved() -> None:
 
 def test_quantity_is_the_median_rate() -> None:
     task = host_tasks.Task("fp32, 1 threads", "a product", 6e9, lambda: None)
-    made = measure._quantity(task, [1.0, 2.0, 3.0, 2.0, 60.0])
-    assert (made.value, made.unit) == (3.0, "GFLOP/s")
-    assert "median of 5 interleaved runs, quartiles 2 and 3" in made.source
+    quantity = measure._quantity(task, [1.0, 2.0, 3.0, 2.0, 60.0])
+    assert (quantity.value, quantity.unit) == (3.0, "GFLOP/s")
+    assert "median of 5 interleaved runs, quartiles 2 and 3" in quantity.source
     assert measure._quantity(host_tasks.Task("read, 1 threads", "", 8.0, lambda: None), [2.0]).unit == "bytes/s"
 
 

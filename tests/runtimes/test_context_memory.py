@@ -82,9 +82,9 @@ def test_without_memory_tokens_a_part_is_read_whole() -> None:
     assert memory[0, :, 0].tolist() == [10, 5]
 
 
-def fed(given: Generation, memory: Array | None, prompt: list[int]) -> tuple[list[int], list[int]]:
+def fed(generation: Generation, memory: Array | None, prompt: list[int]) -> tuple[list[int], list[int]]:
     session = Recorder()
-    list(generate(session, given, prompt, 3, memory=memory))
+    list(generate(session, generation, prompt, 3, memory=memory))
     (ids, slots), *steps = session.fed
     assert all(step == ([5], [-1]) for step in steps)
     return ids, slots
@@ -97,8 +97,8 @@ def test_the_splice() -> None:
     assert fed(early, memory, [9]) == ([7, 0, 0, 0, 0, 9], [-1, 0, 1, 2, -1, -1])
     single = spec(context={"splice": "released", "prefix": (7,)})  # as Dolphin is released: memory on positions 0 …
     assert fed(single, memory, [9]) == ([0, 0, 0, 0, 9], [0, 1, 2, -1, -1])
-    for given in (spec(), early):
-        assert fed(given, None, [9]) == ([7, 8, 9], [-1, -1, -1])
+    for generation in (spec(), early):
+        assert fed(generation, None, [9]) == ([7, 8, 9], [-1, -1, -1])
 
 
 def test_refusals() -> None:
@@ -112,11 +112,11 @@ def test_refusals() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("dolphin") / "bundle"
-    report = compiler.export(asking(str(EXAMPLE), bits=6.0), made).report
+    path = tmp_path_factory.mktemp("dolphin") / "bundle"
+    report = compiler.export(asking(str(EXAMPLE), bits=6.0), path).report
     assert report is not None
     assert report.passed
-    return made
+    return path
 
 
 def edgewright(*arguments: Any) -> Any:
@@ -195,20 +195,20 @@ def test_profile_measures_reading(bundle: Path) -> None:
 
 
 def test_a_manifest_whose_contexts_do_not_fit_is_refused(bundle: Path, tmp_path: Path) -> None:
-    given = Bundle.open(bundle).manifest.model_dump(mode="json")
-    assert len(given["contexts"]) == len(given["prompts"])
+    manifest = Bundle.open(bundle).manifest.model_dump(mode="json")
+    assert len(manifest["contexts"]) == len(manifest["prompts"])
     from pydantic import ValidationError
 
     from edgewright.bundle import Manifest
 
     for change, words in (
-        ({"contexts": given["contexts"][1:]}, "do not fit"),
-        ({"generation": given["generation"] | {"context": None}}, "needs generation.context"),
-        ({"contexts": [[10**6], *given["contexts"][1:]]}, "vocabulary"),
-        ({"graphs": [g for g in given["graphs"] if g["name"] != "context"]}, "needs the graph context"),
+        ({"contexts": manifest["contexts"][1:]}, "do not fit"),
+        ({"generation": manifest["generation"] | {"context": None}}, "needs generation.context"),
+        ({"contexts": [[10**6], *manifest["contexts"][1:]]}, "vocabulary"),
+        ({"graphs": [g for g in manifest["graphs"] if g["name"] != "context"]}, "needs the graph context"),
     ):
         with pytest.raises(ValidationError, match=words):
-            Manifest.model_validate(given | change)
+            Manifest.model_validate(manifest | change)
 
 
 def test_more_context_than_the_prompt_holds_is_refused(tmp_path: Path) -> None:

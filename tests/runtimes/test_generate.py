@@ -74,11 +74,11 @@ class Formula:
         assert past + ids.shape[1] <= self.capacity
         for row, new in zip(state["tokens"], ids.tolist()):
             row.extend(new)
-        made = [
+        rows = [
             [logits_after(row[: past + int(p) + 1], source) for p in positions]
             for row, source in zip(state["tokens"], state["source"])
         ]
-        return {"logits": np.stack([np.stack(row) for row in made])}
+        return {"logits": np.stack([np.stack(row) for row in rows])}
 
 
 def test_greedy_is_the_argmax_loop() -> None:

@@ -30,8 +30,8 @@ PROMPTS = [[3, 4, 5, 6], [7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [5] * 9]
 
 
 def one(candidate: Formula, spec: Generation, prompts: Sequence[Sequence[int]] = PROMPTS) -> Agreement:
-    (found,) = compare(Formula(), [candidate], spec, prompts)
-    return found
+    (result,) = compare(Formula(), [candidate], spec, prompts)
+    return result
 
 
 def agreement(**changes: Any) -> Agreement:
@@ -60,7 +60,7 @@ def test_the_numbers_are_what_their_names_say() -> None:
     def shifted(logits: Array, past: int, new: int) -> Array:
         return logits + 0.4 * np.sin(np.arange(VOCAB) + past)
 
-    found = one(Formula(shifted), SEQ2SEQ)
+    result = one(Formula(shifted), SEQ2SEQ)
     worst = scale = kl = 0.0
     same = positions = 0
     for prompt in PROMPTS:
@@ -74,24 +74,24 @@ def test_the_numbers_are_what_their_names_say() -> None:
             kl += float((p * np.log(p / q)).sum())
             same += int(want.argmax() == got.argmax())
             positions += 1
-    assert found.positions == positions
-    assert found.max_relative_error == pytest.approx(worst / scale, rel=1e-4)
-    assert found.mean_kl == pytest.approx(kl / positions, rel=1e-4)
-    assert found.top1 == pytest.approx(same / positions)
+    assert result.positions == positions
+    assert result.max_relative_error == pytest.approx(worst / scale, rel=1e-4)
+    assert result.mean_kl == pytest.approx(kl / positions, rel=1e-4)
+    assert result.top1 == pytest.approx(same / positions)
 
 
 @pytest.mark.parametrize("spec", [CAUSAL, SEQ2SEQ])
 def test_a_fault_in_the_decode_step_alone_is_seen(spec: Generation) -> None:
-    found = one(Formula(lambda logits, past, new: logits[:, ::-1] if new == 1 and past > 1 else logits), spec)
-    assert found.prompts_identical < found.prompts
-    assert not target(found).passed
+    result = one(Formula(lambda logits, past, new: logits[:, ::-1] if new == 1 and past > 1 else logits), spec)
+    assert result.prompts_identical < result.prompts
+    assert not target(result).passed
 
 
 @pytest.mark.parametrize("spec", [CAUSAL, SEQ2SEQ])
 def test_a_fault_in_the_prefill_alone_is_seen(spec: Generation) -> None:
-    found = one(Formula(lambda logits, past, new: logits[:, ::-1] if new > 1 else logits), spec)
-    assert found.max_relative_error > TOLERANCE
-    assert not target(found).passed
+    result = one(Formula(lambda logits, past, new: logits[:, ::-1] if new > 1 else logits), spec)
+    assert result.max_relative_error > TOLERANCE
+    assert not target(result).passed
 
 
 def test_padding_that_is_read_is_seen() -> None:
@@ -102,10 +102,10 @@ def test_padding_that_is_read_is_seen() -> None:
 
 def test_a_fault_that_only_long_prompts_meet_is_seen() -> None:
     spec = CAUSAL.model_copy(update={"max_context": 1024})
-    found = one(Formula(lambda logits, past, new: -logits if past > 300 else logits), spec)
-    assert found.prompts == len(PROMPTS) + 1
-    assert found.prompts_identical == len(PROMPTS)
-    assert not target(found).passed
+    result = one(Formula(lambda logits, past, new: -logits if past > 300 else logits), spec)
+    assert result.prompts == len(PROMPTS) + 1
+    assert result.prompts_identical == len(PROMPTS)
+    assert not target(result).passed
 
 
 def test_a_prompt_that_fills_the_context_is_compared() -> None:
@@ -167,8 +167,8 @@ def test_what_passes(changes: dict[str, Any], activations: str, passes: bool) ->
     ],
 )
 def test_of_few_positions_one_near_tie_may_differ(positions: int, others: int, kl: float, passes: bool) -> None:
-    found = agreement(top1=1 - others / positions, positions=positions, prompts_identical=0, mean_kl=kl)
-    assert target(found, "float16").passed is passes
+    lowering = agreement(top1=1 - others / positions, positions=positions, prompts_identical=0, mean_kl=kl)
+    assert target(lowering, "float16").passed is passes
 
 
 @pytest.mark.parametrize(
@@ -176,21 +176,21 @@ def test_of_few_positions_one_near_tie_may_differ(positions: int, others: int, k
     [(0.85, 0.1, True), (0.8 - SLACK, 0.2, True), (0.8 - SLACK - 0.001, 0.1, False), (0.85, 0.201, False)],
 )
 def test_int8_activations_may_cost_what_they_cost_the_reference(top1: float, kl: float, passes: bool) -> None:
-    found = target(agreement(top1=top1, mean_kl=kl, prompts_identical=1, positions=4000), "int8")
-    assert not found.passed
+    alone = target(agreement(top1=top1, mean_kl=kl, prompts_identical=1, positions=4000), "int8")
+    assert not alone.passed
     emulated = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=4000)
-    beside = replace(found, arithmetic=emulated)
+    beside = replace(alone, arithmetic=emulated)
     assert beside.passed is passes
     assert "77.00%" in beside.allowed
 
 
 def test_of_few_positions_two_standard_errors_may_be_missing() -> None:
-    found = target(agreement(top1=0.71, mean_kl=0.1, prompts_identical=1, positions=50), "int8")
+    alone = target(agreement(top1=0.71, mean_kl=0.1, prompts_identical=1, positions=50), "int8")
     emulated = agreement(top1=0.8, mean_kl=0.1, prompts_identical=1, positions=50)
-    few = replace(found, arithmetic=emulated)
+    few = replace(alone, arithmetic=emulated)
     assert few.passed
     assert "70.00%" in few.allowed  # two standard errors would be 0.16
-    more = replace(found, arithmetic=replace(emulated, positions=200))
+    more = replace(alone, arithmetic=replace(emulated, positions=200))
     assert "72.00%" in more.allowed  # 0.8 - 2 * sqrt(2 * 0.8 * 0.2 / 200)
     assert not more.passed
 
@@ -228,14 +228,14 @@ def test_the_reference_with_int8_activations_rounds_each_row_of_the_quantized_li
     session = Int8Session([Graph("one", module, (port,), outputs)], {"rounded.weight"})
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32) * 5
     x[2] = np.abs(x[2]) + 1  # zero is among the steps though nothing of the row is near
-    found = session.run("one", {"x": x}, {})
+    outputs = session.run("one", {"x": x}, {})
     low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
     scale = (high - low) / 255
     zero = np.rint(-128 - low / scale)
     steps = (np.clip(np.rint(x / scale) + zero, -128, 127) - zero) * scale
     assert 0 < np.abs(steps - x).max() <= scale.max()
-    np.testing.assert_allclose(found["a"], steps @ module.rounded.weight.numpy().T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found["b"], x @ module.exact.weight.numpy().T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs["a"], steps @ module.rounded.weight.numpy().T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(outputs["b"], x @ module.exact.weight.numpy().T, rtol=1e-5, atol=1e-5)
     assert not module.rounded._forward_pre_hooks
 
 

@@ -126,15 +126,15 @@ def test_local_tasks_end_to_end(
         settings["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "docs.json")}}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(settings | task))  # JSON is YAML
 
-    found = lm_eval.simple_evaluate(
+    evaluated = lm_eval.simple_evaluate(
         model="edgewright",
         model_args=f"bundle={bundle},format=onnx,threads=1",
         tasks=[f"edgewright_{name}" for name in TASKS],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
     )
-    assert found is not None
-    results, samples = found["results"], found["samples"]
+    assert evaluated is not None
+    results, samples = evaluated["results"], evaluated["samples"]
     assert results["edgewright_choice"]["acc,none"] == 0.5
     assert results["edgewright_writing"]["exact_match,none"] == 0.5
     for doc, sample in zip(docs, samples["edgewright_choice"], strict=True):
@@ -168,8 +168,8 @@ def test_likelihoods_are_those_of_plain_loops(llama: Path) -> None:
     """One-token continuations of one context, which are one run, among others."""
     lm = model(llama)
     asked = [("k n", " i"), ("k n", " g h t"), ("k n", " o"), ("k n", " g h u"), ("", "k n i"), ("k n ", "i")]
-    found = lm.loglikelihood(requests(*asked), disable_tqdm=True)
-    for (context, continuation), (total, greedy) in zip(asked, found, strict=True):
+    scores = lm.loglikelihood(requests(*asked), disable_tqdm=True)
+    for (context, continuation), (total, greedy) in zip(asked, scores, strict=True):
         before = lm.tokenizer.encode(context.strip(), special=False) or [2]
         tokens = lm.tokenizer.encode(continuation, special=False)
         sequence, want, best = list(before), 0.0, True
@@ -178,7 +178,7 @@ def test_likelihoods_are_those_of_plain_loops(llama: Path) -> None:
             want, best = want + p[token], best and int(p.argmax()) == token
             sequence.append(token)
         assert (total, greedy) == (pytest.approx(want, rel=1e-5), best)
-    assert found[0] == found[5]
+    assert scores[0] == scores[5]
 
 
 def test_greedy_is_what_generation_gives_ties_included(llama: Path) -> None:
@@ -188,19 +188,19 @@ def test_greedy_is_what_generation_gives_ties_included(llama: Path) -> None:
         if not text:
             continue  # an end, or a token that is no text
         others = [" a", " b", " c", " d", f" {text}"]
-        found = lm.loglikelihood(requests(*[(context, other) for other in others]), disable_tqdm=True)
-        assert [greedy for _, greedy in found] == [other.strip() == text for other in others]
+        scores = lm.loglikelihood(requests(*[(context, other) for other in others]), disable_tqdm=True)
+        assert [greedy for _, greedy in scores] == [other.strip() == text for other in others]
 
 
 def test_a_long_context_keeps_its_end_and_what_does_not_fit_is_refused(llama: Path, t5gemma: Path) -> None:
     letters = "abcdefghij" * 12
     for bundle in (llama, t5gemma):
         lm = model(bundle)
-        ((whole, _),) = lm.loglikelihood(requests((" ".join(letters), " k n")), disable_tqdm=True)
+        ((full, _),) = lm.loglikelihood(requests((" ".join(letters), " k n")), disable_tqdm=True)
         room = 62 if bundle == llama else 63  # two tokens of its own, or the end that the encoder reads
         ((cut, _),) = lm.loglikelihood(requests((" ".join(letters[-room:]), " k n")), disable_tqdm=True)
         ((shorter, _),) = lm.loglikelihood(requests((" ".join(letters[-3:]), " k n")), disable_tqdm=True)
-        assert whole == cut != shorter
+        assert full == cut != shorter
         with pytest.raises(UserError, match="a continuation of 70 tokens does not fit"):
             lm.loglikelihood(requests(("k", " " + " ".join(letters[:70]))), disable_tqdm=True)
         (text,) = lm.generate_until(
@@ -212,14 +212,14 @@ def test_a_long_context_keeps_its_end_and_what_does_not_fit_is_refused(llama: Pa
 def test_text_ends_before_the_first_stop_or_at_the_allowed_length(llama: Path) -> None:
     lm = model(llama)
     context = "k n"
-    (whole,) = lm.generate_until(requests((context, {"until": [], "max_gen_toks": 12})), disable_tqdm=True)
+    (full,) = lm.generate_until(requests((context, {"until": [], "max_gen_toks": 12})), disable_tqdm=True)
     tokens = list(generate(lm._session, lm.spec, lm.tok_encode(context), 12))
-    assert whole == lm.tokenizer.decode(tokens)
-    assert len(whole) > 4
-    middle = whole[2:5]
-    for until in ([middle], [whole[-1] + "!", middle], middle):
+    assert full == lm.tokenizer.decode(tokens)
+    assert len(full) > 4
+    middle = full[2:5]
+    for until in ([middle], [full[-1] + "!", middle], middle):
         (text,) = lm.generate_until(requests((context, {"until": until, "max_gen_toks": 12})), disable_tqdm=True)
-        assert text == whole[: whole.find(middle)]
+        assert text == full[: full.find(middle)]
     (text,) = lm.generate_until(requests((context, {"until": ["no such"], "max_gen_toks": 2})), disable_tqdm=True)
     assert text == lm.tokenizer.decode(tokens[:2])
     sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 3.0}

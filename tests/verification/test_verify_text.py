@@ -70,7 +70,7 @@ def test_text_scores_are_those_of_plain_loops(spec: Generation) -> None:
     def shift(position: int) -> Array:
         return 0.4 * np.sin(np.arange(VOCAB) + position)
 
-    own, found = score_text(Formula(), [Formula(lambda x, past, new: x + shift(past))], spec, passages)
+    own, score = score_text(Formula(), [Formula(lambda x, past, new: x + shift(past))], spec, passages)
     losses: list[list[float]] = [[], []]
     kl, same = [], []
     for passage in passages:
@@ -85,9 +85,9 @@ def test_text_scores_are_those_of_plain_loops(spec: Generation) -> None:
             rows.append(TABLE[token])
     assert len(kl) == sum(len(p.scored) for p in passages)
     assert own == TextScore(pytest.approx(math.exp(np.mean(losses[0])), rel=1e-5), 0.0, 1.0)
-    assert found.perplexity == pytest.approx(math.exp(np.mean(losses[1])), rel=1e-5)
-    assert found.mean_kl == pytest.approx(np.mean(kl), rel=1e-4)
-    assert found.top1 == np.mean(same)
+    assert score.perplexity == pytest.approx(math.exp(np.mean(losses[1])), rel=1e-5)
+    assert score.mean_kl == pytest.approx(np.mean(kl), rel=1e-4)
+    assert score.top1 == np.mean(same)
     if spec.task == "causal":
         windows = [[*p.prompt, *p.scored] for p in passages if len(p.prompt) == 1]
         alone = score_text(Formula(), [], spec, [p for p in passages if len(p.prompt) == 1])
@@ -96,9 +96,9 @@ def test_text_scores_are_those_of_plain_loops(spec: Generation) -> None:
 
 def test_a_text_on_which_a_candidate_overflows_reads_as_json() -> None:
     broken = Formula(lambda logits, past, new: logits * math.nan if past == 2 else logits)
-    _, found = score_text(Formula(), [broken], CAUSAL, PASSAGES["causal"])
-    assert found.perplexity > 1e300
-    assert json.loads(json.dumps(asdict(found), allow_nan=False))["mean_kl"] > 1e300
+    _, score = score_text(Formula(), [broken], CAUSAL, PASSAGES["causal"])
+    assert score.perplexity > 1e300
+    assert json.loads(json.dumps(asdict(score), allow_nan=False))["mean_kl"] > 1e300
     with pytest.raises(UserError, match="not finite"):
         score_text(broken, [Formula()], CAUSAL, PASSAGES["causal"])
 
@@ -120,20 +120,20 @@ def test_passages_are_the_text_in_order_cut_as_each_task_reads_it(tmp_path: Path
         assert len(passage.scored) == 62
     assert [t for p in text_passages(text, tokenizer, causal, 99) for t in p.scored] == ids
     seq2seq = SEQ2SEQ.model_copy(update={"vocab": 70})
-    found = text_passages(text, tokenizer, seq2seq, 99)
-    assert [t for p in found for t in (*p.prompt[:-1], *p.scored)] == ids
-    assert {p.prompt[-1] for p in found} == {1}
-    assert max(len(p.prompt) for p in found) == max(len(p.scored) for p in found) == 64
+    read = text_passages(text, tokenizer, seq2seq, 99)
+    assert [t for p in read for t in (*p.prompt[:-1], *p.scored)] == ids
+    assert {p.prompt[-1] for p in read} == {1}
+    assert max(len(p.prompt) for p in read) == max(len(p.scored) for p in read) == 64
     assert MEMORY.context is not None
     memory = MEMORY.model_copy(
         update={"vocab": 70, "context": MEMORY.context.model_copy(update={"vocab": 70, "hidden": 70, "window": 40})}
     )
-    found = text_passages(text, tokenizer, memory, 99)
-    assert [t for p in found for t in (*p.context, *p.scored)] == ids
-    assert max(len(p.context) for p in found) == 32
-    assert max(len(p.scored) for p in found) == 64 - 2 - 4
+    read = text_passages(text, tokenizer, memory, 99)
+    assert [t for p in read for t in (*p.context, *p.scored)] == ids
+    assert max(len(p.context) for p in read) == 32
+    assert max(len(p.scored) for p in read) == 64 - 2 - 4
     wide = np.random.default_rng(0).standard_normal((70, 70)) / 9
-    assert score_text(Formula(table=wide), [], memory, found)[0].top1 == 1.0  # the longest fits the context
+    assert score_text(Formula(table=wide), [], memory, read)[0].top1 == 1.0  # the longest fits the context
     with pytest.raises(UserError, match=r"gives token \d+, the model has 19"):
         text_passages(text, tokenizer, CAUSAL, 3)
     text.write_text("k n")
@@ -157,16 +157,16 @@ def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_
     bundle = Bundle.open(path)
     text, task = tmp_path / "text.txt", tmp_path / "task.tsv"
     text.write_text("k n i g h t o u g h " * 30)
-    said = "".join(open_bundle(path, "onnx", threads=1).generate("a b c")).strip()
-    assert said
-    task.write_text(f"a b c\tnot this | {said}\na b d\tcertainly not this\n")
+    generated = "".join(open_bundle(path, "onnx", threads=1).generate("a b c")).strip()
+    assert generated
+    task.write_text(f"a b c\tnot this | {generated}\na b d\tcertainly not this\n")
 
     report = verify(path, VerifyOptions(model=str(model), task=task, text=text, threads=1))
     assert report.passed
     assert report.quantization is not None
     assert report.quantization.mean_kl > 0
-    (found,) = report.targets
-    assert found.task_accuracy == 0.5
+    (target,) = report.targets
+    assert target.task_accuracy == 0.5
     assert report.task_size == 2
     assert verify(path, VerifyOptions(task=task, task_limit=1, threads=1)).targets[0].task_accuracy == 1.0
 
@@ -182,15 +182,15 @@ def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_
     assert [report.original_text, report.dequantized_text] == score_text(eager[0], eager[1:], spec, passages)
     assert report.dequantized_text is not None
     assert report.dequantized_text.mean_kl > 0
-    assert found.text is not None
-    assert found.text.perplexity == pytest.approx(report.dequantized_text.perplexity, rel=0.05)  # int8 activations
-    assert found.text.mean_kl > 0
+    assert target.text is not None
+    assert target.text.perplexity == pytest.approx(report.dequantized_text.perplexity, rel=0.05)  # int8 activations
+    assert target.text.mean_kl > 0
 
     alone = verify(path, VerifyOptions(text=text, text_windows=2, threads=1))
     assert (alone.text_against, alone.text_windows, alone.original_text) == ("dequantized", 2, None)
     assert alone.dequantized_text == score_text(eager[1], [], spec, passages[:2])[0]
     assert alone.targets[0].text is not None
-    assert 0 < alone.targets[0].text.mean_kl < found.text.mean_kl
+    assert 0 < alone.targets[0].text.mean_kl < target.text.mean_kl
 
 
 @pytest.mark.parametrize("family", ["t5gemma", "dolphin"])
@@ -206,8 +206,8 @@ def test_text_and_task_through_encoders_and_contexts(family: str, tmp_path: Path
     task.write_text(("k n o t\t" if family == "dolphin" else "") + "k n i g h t\tanswer\n")
 
     def run(*arguments: Any) -> str:
-        told = ["verify", path, "--text", text, "--text-windows", 2, "--task", task, "--threads", 1, *arguments]
-        result = CliRunner().invoke(main, [str(a) for a in told])
+        command = ["verify", path, "--text", text, "--text-windows", 2, "--task", task, "--threads", 1, *arguments]
+        result = CliRunner().invoke(main, [str(a) for a in command])
         assert result.exit_code == 0, result.stderr
         return result.stdout
 
@@ -223,10 +223,10 @@ def test_text_and_task_through_encoders_and_contexts(family: str, tmp_path: Path
     assert values["text_against"] == "original"
     assert values["text_windows"] == 2
     assert values["text_positions"] == sum(len(p.scored) for p in passages)
-    (found,) = values["targets"]
-    assert found["text"]["mean_kl"] == pytest.approx(lossy.mean_kl, rel=0.3)  # int8 activations
-    assert found["text"]["perplexity"] == pytest.approx(lossy.perplexity, rel=0.02)
-    assert values["original_task_accuracy"] == found["task_accuracy"] == 0
+    (target,) = values["targets"]
+    assert target["text"]["mean_kl"] == pytest.approx(lossy.mean_kl, rel=0.3)  # int8 activations
+    assert target["text"]["perplexity"] == pytest.approx(lossy.perplexity, rel=0.02)
+    assert values["original_task_accuracy"] == target["task_accuracy"] == 0
     alone = run()
     assert f"text: 2 windows, {values['text_positions']} tokens scored" in alone
     assert "against the dequantized weights" in alone
