@@ -9,13 +9,16 @@ import pytest
 
 from edgewright import compiler
 from edgewright.pipeline import plan
+from edgewright.runtimes.registry import has_runtime
+from edgewright.targets.registry import TARGETS
 from edgewright.verification.report import Report
 from helpers import tiny
 from helpers.requests import asking
 from helpers.tiny_families import FAMILIES
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "families.md"
-FORMATS = ("onnx", "executorch", "coreml", "tensorrt", "qnn")
+FORMATS = tuple(name for name, target in TARGETS.items() if not target.graphs and has_runtime(name))
+"""The columns of the table: the targets that take every graph and run here."""
 CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
 MODULE = "helpers.user_modules:unet"
 NAMES = {
