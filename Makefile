@@ -6,7 +6,7 @@ EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-fast test-slow lint clean
 
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ demo: $(VENV)/.product
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Lint, types, and the tests that export nothing.
+test-fast: lint
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not exports"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
