@@ -65,13 +65,13 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
 
 def _plan(request: Request, checkpoint: Checkpoint, run: ResumableExport, progress: Progress) -> Planned:
     """The plan, or the one that an earlier run of this job made. Both calibrate with the threads of the first."""
-    threads = run.found("threads")
+    threads = run.finished("threads")
     if threads is None:
         run.finish("threads", {"count": torch.get_num_threads()})
     else:
         progress(f"going on with the unfinished run in {run.path}")
         torch.set_num_threads(int(threads["count"]))
-    kept = run.found("plan")
+    kept = run.finished("plan")
     if kept is not None:
         request = replace(request, budget=replace(request.budget, plan=BitPlan.from_json(kept["plan"])))
     planned = plan(request, progress, checkpoint)

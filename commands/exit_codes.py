@@ -1,4 +1,4 @@
-"""How a command ends: as its exit code says, by an interrupt, with what it began put away. What may enter: click, errors."""
+"""How a command ends: its exit code, its last line, and what an interrupt does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One target's artefact from the quantized checkpoint, in this process or in one of its own. All rooms but the compiler enter.
+"""One target's artefact from the quantized checkpoint, in this process or in one of its own (`system.subprocesses`).
 
-Several targets go apart: what one backend's library holds and leaves behind would count for the next, and one that
-crashes ends as one line. `python -m edgewright.pipeline.lower JOB RESULT` is the other process; both are JSON files.
+Several targets get a process each. The memory that one backend's library keeps does not count for the next, and a crash ends
+as one line.
 """
 
 from __future__ import annotations

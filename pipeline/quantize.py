@@ -32,7 +32,7 @@ def quantize(planned: Planned, request: Request, run: ResumableExport, progress:
 
     A weight that the calibration data do not reach is rounded to nearest, whatever the plan says.
     """
-    if run.found("checkpoint") is not None:
+    if run.finished("checkpoint") is not None:
         progress("quantized already")
         return planned
     codes: ReadCodes | None = None
@@ -105,7 +105,7 @@ def _tuning_fits(planned: Planned, run: ResumableExport, progress: Progress) -> 
     if not enough(planned.samples):
         progress("norms: kept, as there are too few calibration data to tune them on")
         return False
-    decision = run.found("tuning")
+    decision = run.finished("tuning")
     if decision is None:
         needed = tuning_bytes(planned.model, planned.generation, planned.samples)
         available = available_bytes()
@@ -122,7 +122,7 @@ def _tuning_fits(planned: Planned, run: ResumableExport, progress: Progress) -> 
 def _tuned(planned: Planned, run: ResumableExport, store: CodeStore, progress: Progress) -> dict[str, torch.Tensor]:
     """Norms tuned to the finished codes, by stored name; those of an earlier run if there are any."""
     file = run.work / "norms.safetensors"
-    if run.found("norms") is None:
+    if run.finished("norms") is None:
         require_available(
             tuning_bytes(planned.model, planned.generation, planned.samples),
             "tuning norms takes memory",

@@ -63,7 +63,7 @@ def write_bundle(
     if tokenizer.exists():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     progress("hashing")
-    norms = run.found("norms")
+    norms = run.finished("norms")
     manifest = Manifest(
         source=_source_name(request.model),
         source_fingerprint=planned.fingerprint,
@@ -97,7 +97,7 @@ def _entry(planned: Planned, name: str, artefact: Artefact) -> TargetEntry:
 
 def _lower(name: str, request: Request, run: ResumableExport, options: Options, progress: Progress) -> Lowered:
     """One target's artefact, unless an earlier run made it."""
-    finished = run.found(name)
+    finished = run.finished(name)
     if finished is not None:
         progress(f"{name}: lowered already")
         return Lowered(Artefact(tuple(finished["files"]), finished["ops"], finished["facts"]), Cost(**finished["cost"]))

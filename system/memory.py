@@ -1,6 +1,6 @@
-"""How much anonymous memory this process took, and how much it may take. A leaf: the standard library and `errors`.
+"""How much anonymous memory this process takes, and how much it may take.
 
-Anonymous memory (RssAnon), because pages of mapped weight files are reclaimable cache: peak RSS would count the checkpoint.
+Anonymous memory (RssAnon) is counted, because pages of mapped weight files are cache that can be reclaimed.
 """
 
 from __future__ import annotations

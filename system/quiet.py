@@ -1,4 +1,4 @@
-"""Keeping libraries' own chatter off standard error, which is for our notes. A leaf: the standard library alone."""
+"""Standard error without the messages of libraries: it is for Edgewright's own notes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def quiet_torchao() -> None:
-    """torchao warns, each time it is imported, about kernels for GPUs and of enums that nobody here can act on."""
+    """Silence torchao's warnings about GPU kernels and enums, which it prints at every import."""
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Standard error goes nowhere while a library loads: C++ prints to file descriptor 2, bindings to `sys.stderr`.
+    """Standard error goes nowhere within this context, for a library that prints while it loads. Exceptions pass.
 
-    Errors come as exceptions all the same.
+    C++ code prints to file descriptor 2, Python code to `sys.stderr`; both are redirected.
     """
     sys.stderr.flush()
     try:

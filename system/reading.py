@@ -1,7 +1,4 @@
-"""Reading small files that strangers wrote: bounded in size, checked in kind, and failing in one line.
-
-A leaf like `errors`: the checkpoint and tokenizer readers use it; only `errors` enters.
-"""
+"""Small files that strangers wrote: read with a bound on their size, checked, refused in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ MEBIBYTE = 1 << 20
 
 
 def one_line(text: object, limit: int = 240) -> str:
-    """`str(text)` on one line, unprintable characters replaced, cut at `limit` characters: fit for a UserError."""
+    """`str(text)` for an error message: on one line, unprintable characters replaced, cut at `limit` characters."""
     words = " ".join(str(text).split())
     shown = "".join(c if c.isprintable() else "?" for c in words)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"

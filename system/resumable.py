@@ -1,7 +1,7 @@
-"""The folder of an export under way, named by its job: the same command finds it again and goes on. A leaf: `errors`, `untrusted`.
+"""The hidden folder of an export under way. Its name comes from the job, so the same command finds it and goes on.
 
-It lies beside the output, hidden, and becomes it by a rename when all is there. What is finished in it is marked by a file
-that appears last, so that a run killed at any moment leaves either a whole stage or one that is done again.
+It lies beside the output and is renamed to it when it is whole. A finished stage is marked by a file that is written last. So
+a run that is killed at any moment leaves whole stages, and at most one that is done again.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from .reading import one_line, read_json_object
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs of one command at the same time are not told apart
+except ImportError:  # Windows: nothing stops two runs of one command at the same time
     fcntl = None  # type: ignore[assignment]
 
 WORK = ".work"
-"""The folder in it that only the work needs; no part of the bundle."""
+"""The folder of working files inside it; no part of the bundle."""
 
 _SUFFIX = ".partial"
 
 
 class ResumableExport:
-    """The folder of `job` for `output`, new or found again. job: what decides the result, as JSON.
+    """The folder of a job, new or from an earlier run.
 
-    Raises UserError when the disk refuses or another run of the same command is at it.
+    output: what the folder becomes. job: everything that decides the result, as JSON. Raises UserError when the folder cannot
+    be made, or when another run of the same command is using it.
     """
 
     def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
@@ -55,32 +56,32 @@ class ResumableExport:
             raise UserError(f"{output} cannot be made ({error.strerror}); choose another -o") from None
 
     def others(self) -> list[Path]:
-        """Folders that other unfinished runs for the same output left."""
-        found = self.output.parent.glob(f".{_escaped(self.output.name[:64])}.*{_SUFFIX}")
-        return sorted(p for p in found if p != self.path)
+        """Folders of other unfinished runs for the same output."""
+        folders = self.output.parent.glob(f".{_escaped(self.output.name[:64])}.*{_SUFFIX}")
+        return sorted(p for p in folders if p != self.path)
 
-    def found(self, stage: str) -> dict[str, Any] | None:
-        """What `finish` was told of a stage; None if it is not finished."""
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The facts that `finish` stored for a stage; None if the stage is not finished."""
         path = self.work / f"{stage}.json"
         return read_json_object(path) if path.is_file() else None
 
     def finish(self, stage: str, facts: Mapping[str, Any]) -> None:
-        """Mark a stage, all of whose files are written, as done."""
+        """Mark a stage as finished. All of its files must be written."""
         self._write(f"{stage}.json", json.dumps(facts))
 
     def fresh_folder(self, name: str) -> Path:
-        """The folder `name` of the bundle, empty: what an unfinished stage left there is removed."""
+        """The folder `name` of the bundle, empty. What an unfinished stage left in it is removed."""
         folder = self.path / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
 
     def forget(self, stage: str) -> None:
-        """Take the mark of `finish` away again."""
+        """The stage is no longer finished."""
         (self.work / f"{stage}.json").unlink(missing_ok=True)
 
     def publish(self) -> None:
-        """Rename to the output. Raises OSError, with everything still there when the output exists by now."""
+        """Rename the folder to the output. Raises OSError and keeps everything if the output exists by now."""
         if self.output.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.output))
         shutil.rmtree(self.work)
@@ -89,11 +90,12 @@ class ResumableExport:
         self._release()
 
     def discard(self) -> None:
+        """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._release()
 
     def worth_keeping(self, stages: Iterable[str]) -> bool:
-        """Whether work that cost time lies here: codes found by calibration, or one of `stages` finished."""
+        """Whether there is work that cost time: codes from calibration, or a finished stage among `stages`."""
         codes = any((self.work / "codes").glob("*.safetensors"))
         return codes or any((self.work / f"{stage}.json").is_file() for stage in stages)
 

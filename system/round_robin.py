@@ -1,6 +1,6 @@
-"""Computations that go on in turn, one at a time, and meet wherever all of them have come to. A leaf: the standard library.
+"""Computations that take turns at barriers: each has a thread, and one thread runs at a time.
 
-A thread each, of which one alone runs: what they share needs no locks, and what comes out does not depend on timing.
+So shared data need no locks, and the result does not depend on timing.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 _POLL = 0.1
-"""Seconds between two looks for an interrupt."""
+"""Seconds between two checks for an interrupt."""
 
 
 class _Abandoned(BaseException):
-    """Another computation failed: this one has nothing left to do."""
+    """Another computation failed, so this one ends."""
 
 
 class RoundRobin(Generic[T]):
-    """Runs `works`, which must all call `meet` equally often. current: the index of the one that runs.
+    """Runs `works`, which must all call `barrier` equally often. current: the index of the one that runs.
 
-    The first runs until it meets, then the second, up to the last; then the first goes on. So when the last one arrives at a
-    meeting, all are there.
+    The first runs up to its barrier, then the second, and so on; after the last one the first goes on.
     """
 
     def __init__(self, works: Sequence[Callable[[], T]]) -> None:
@@ -32,16 +31,16 @@ class RoundRobin(Generic[T]):
         self._turns = [threading.Semaphore(0) for _ in self._works]
         self._results: dict[int, T] = {}
         self._failure: BaseException | None = None
-        # not Thread.join, which an interrupt makes believe that the thread is at its end (Python 3.11)
+        # Thread.join takes an interrupt for the end of the thread (Python 3.11), so ends are counted.
         self._end, self._ended = threading.Semaphore(0), 0
 
     @property
     def last(self) -> bool:
-        """Whether the one that runs is the last of them."""
+        """Whether the last computation is the one that runs."""
         return self.current == len(self._works) - 1
 
     def run(self) -> list[T]:
-        """Their results, in order. Raises what the first to fail raised; the others are given up then."""
+        """The results, in order. If one fails, the others end and its exception is raised."""
         if len(self._works) == 1:
             return [self._works[0]()]
         threads: list[threading.Thread] = []
@@ -51,11 +50,9 @@ class RoundRobin(Generic[T]):
                 thread.start()
                 threads.append(thread)
             self._pass_to(0)
-            while self._ended < len(
-                threads
-            ):  # with a time, or an interrupt that another thread raises waits for the end
+            while self._ended < len(threads):  # without a timeout an interrupt would wait for the end
                 self._ended += self._end.acquire(timeout=_POLL)
-        except BaseException as error:  # an interrupt, that the main thread alone gets
+        except BaseException as error:  # an interrupt, which only the main thread gets
             self._fail(error)
             while self._ended < len(threads):
                 self._ended += self._end.acquire()
@@ -68,7 +65,7 @@ class RoundRobin(Generic[T]):
         return [self._results[i] for i in range(len(self._works))]
 
     def barrier(self) -> None:
-        """Let the others come to this point. To be called by what `run` runs."""
+        """Wait until the others have come to this point. Called by the works."""
         if len(self._works) == 1:
             return
         own = self.current

@@ -1,6 +1,6 @@
-"""Independent pieces of work over processes here, or over a Ray cluster. Top-level: joblib enters, and ray where it is asked for.
+"""Independent pieces of work in several processes on this machine, or on a Ray cluster.
 
-Results are those of one process, to the bit: a piece is computed with one thread and depends on nothing beside it.
+The results are the same, bit for bit, as in one process: each piece is computed with one thread and depends on nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .reading import one_line
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes, and where: cluster None is this machine, else the address of a Ray cluster (`ray://host:10001`)."""
+    """How many processes, and where. cluster: the address of a Ray cluster (`ray://host:10001`); None is this machine."""
 
     count: int = 1
     cluster: str | None = None
@@ -31,7 +31,7 @@ class Workers:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this context `over` has its workers. Raises UserError when the cluster cannot be reached."""
+        """The context in which `over` has its workers. Raises UserError if the cluster cannot be reached."""
         if self.alone:
             yield
             return
@@ -56,10 +56,10 @@ class Workers:
             ray.shutdown()
 
     def over(self, work: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """`work(*piece)` of every piece, in order. Called within `running`, unless there is one worker."""
+        """`work(*piece)` for every piece, in order. Call it within `running`, unless there is one worker."""
         if self.alone or len(pieces) == 1:
             return [work(*piece) for piece in pieces]
-        with self._backend():  # of `running` another thread knows nothing
+        with self._backend():  # another thread does not know the context of `running`
             return list(joblib.Parallel()(joblib.delayed(_alone)(work, piece) for piece in pieces))
 
     def _backend(self) -> Any:
@@ -69,7 +69,7 @@ class Workers:
 
 
 def _alone(work: Callable[..., Any], piece: tuple[Any, ...]) -> Any:
-    """In a worker: with one thread, as everywhere (Ray's processes are not told)."""
+    """Run a piece in a worker, with one thread: Ray does not set that itself."""
     import torch
 
     threads = torch.get_num_threads()
@@ -77,7 +77,7 @@ def _alone(work: Callable[..., Any], piece: tuple[Any, ...]) -> Any:
     try:
         return work(*piece)
     finally:
-        torch.set_num_threads(threads)  # joblib may have run it in this very process
+        torch.set_num_threads(threads)  # joblib may run it in this process
 
 
 ONE = Workers()

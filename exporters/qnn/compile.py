@@ -1,7 +1,7 @@
 """The QNN compiler in a process of its own (see `system.subprocesses`).
 
 It writes to standard output, a graph it cannot compile may end it, and where the vendor's simulator has run no context
-binary can run any more. What may enter: the leaves `runtimes.qnn_provider` and `memory`; never torch.
+binary can run any more. It imports no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading an Ethos-U artefact back: the TOSA file that Vela was given, and the `.pte` around it. What may enter: torch.
+"""Reading an Ethos-U artefact back: the TOSA file that Vela was given, and the `.pte` around it.
 
 Sizes, indices and names in the files are their own word: what does not fit together raises a UserError.
 """

@@ -1,4 +1,4 @@
-"""Reading a `.pte` back: which kernels and delegates it calls, and the weights it holds. What may enter: `ops`.
+"""Reading a `.pte` back: which kernels and delegates it calls, and the weights it holds.
 
 ExecuTorch's own deserialiser opens the mapped file; each XNNPACK delegate is a flatbuffer behind a header, opened with the
 schema that ships with the backend. Its constants lie in the program's named data, keyed by their SHA-256. Every size and

@@ -1,4 +1,4 @@
-"""Quantized weights read back from ONNX files, as the runtime will find them. What may enter: onnx_ir, `ops`.
+"""Quantized weights read back from ONNX files, as the runtime will find them.
 
 Only the files are read: which weight a node holds is written on the node, its codes and scales lie in `weights.bin`.
 """

@@ -1,6 +1,6 @@
 """onnxruntime-qnn's HTP backend, compiling or running, and the list of programs beside the binaries.
 
-A leaf: ONNX Runtime and pydantic enter, never torch. On Qualcomm hardware the backend is the NPU, on x86 the vendor's
+It imports no torch. On Qualcomm hardware the backend is the NPU, on x86 the vendor's
 emulator of it.
 """
 
