@@ -120,11 +120,11 @@ def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
     problem = planned.problem
     if problem is None:
         raise UserError("--frontier makes its own plans; leave out --plan")
-    found = frontier(problem, asked=(planned.plan.budget,))
+    plans = frontier(problem, asked=(planned.plan.budget,))
     if plot is not None:
-        plots.plot_frontier(found, str(planned.config["model_type"]), plot)
+        plots.plot_frontier(plans, str(planned.config["model_type"]), plot)
         note(f"wrote {plot}")
-    _print(plan_report.frontier_json(found), plan_report.frontier_text(found), as_json)
+    _print(plan_report.frontier_json(plans), plan_report.frontier_text(plans), as_json)
 
 
 @main.command()
@@ -161,35 +161,25 @@ def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", type=cli_options.path, required=True, help="The checkpoint to write; must not exist.")
 @cli_options.as_json
-def rewrite(
-    model: str,
-    eugen: str | None,
-    smooth: bool,
-    bits: str | None,
-    group_size: str | None,
-    calibration: Path | None,
-    adapt: bool,
-    decoder: str | None,
-    seed: int,
-    output: Path,
-    as_json: bool,
-) -> None:
+def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: bool, **options: Any) -> None:
     """Change MODEL into another checkpoint, which exports as any other."""
     if (eugen is not None) + smooth + adapt != 1:
         raise UserError("say what to change: --eugen REGEX:m=M,k=K, --smooth or --adapt, one of them")
+    calibration: Path | None = options["calibration"]
     if adapt and calibration is not None:
         raise UserError("--calibration is for --eugen and --smooth; --adapt reads no text")
-    if not smooth and (bits is not None or group_size is not None):
+    if not smooth and (options["bits"] is not None or options["group_size"] is not None):
         raise UserError("--bits and --group-size are for --smooth; 'export' says the bits of a model")
     from .reports import rewrite as rewrite_report
 
+    output, seed = options["output"], options["seed"]
     if adapt:
         from .rewrites.adapt import adapt as initialise
 
-        made = initialise(model, decoder, output, seed, note)
-        _print(rewrite_report.adapted_json(made), rewrite_report.adapted_text(made), as_json)
+        adapted = initialise(model, options["decoder"], output, seed, note)
+        _print(rewrite_report.adapted_json(adapted), rewrite_report.adapted_text(adapted), as_json)
         return
-    if decoder is not None:
+    if options["decoder"] is not None:
         raise UserError("--decoder is for --adapt")
     if calibration is None:
         why = "--eugen fits the blocks on text" if eugen is not None else "--smooth measures activations on text"
@@ -197,8 +187,8 @@ def rewrite(
     if eugen is None:
         from .rewrites.smooth import rewrite_smooth
 
-        group = 0 if group_size == "channel" else int(group_size or 64)
-        smoothed = rewrite_smooth(model, calibration, output, int(bits or 4), group, note)
+        group = 0 if options["group_size"] == "channel" else int(options["group_size"] or 64)
+        smoothed = rewrite_smooth(model, calibration, output, int(options["bits"] or 4), group, note)
         _print(smoothed.to_json(), rewrite_report.smooth_text(smoothed), as_json)
         return
     from .rewrites.eugen.rewrite import rewrite_eugen
@@ -222,18 +212,7 @@ def rewrite(
 @cli_options.strict
 @cli_options.threads
 @cli_options.as_json
-def verify(
-    bundle: Path,
-    model: str | None,
-    task: Path | None,
-    task_limit: int | None,
-    text: Path | None,
-    text_windows: int | None,
-    formats: tuple[str, ...],
-    strict_placement: bool,
-    threads: int,
-    as_json: bool,
-) -> None:
+def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_json: bool, **options: Any) -> None:
     """Check every artefact of BUNDLE against its reference."""
     from .bundle import Bundle
     from .reports import verify as verify_report
@@ -241,19 +220,9 @@ def verify(
     from .verification.verify import TEXT_WINDOWS, VerifyOptions
     from .verification.verify import verify as check
 
-    if text_windows is not None and text is None:
+    if text_windows is not None and options["text"] is None:
         raise UserError("--text-windows says how much of a text is scored; give --text FILE")
-    windows = text_windows or TEXT_WINDOWS
-    options = VerifyOptions(
-        model=model,
-        task=task,
-        task_limit=task_limit,
-        text=text,
-        text_windows=windows,
-        formats=formats,
-        threads=threads,
-    )
-    report = check(bundle, options, note)
+    report = check(bundle, VerifyOptions(text_windows=text_windows or TEXT_WINDOWS, **options), note)
     Bundle.open(bundle).write_report("verify", report.to_json())
     _print(report.to_json(), verify_report.verify_text(report), as_json)
     require(report)
@@ -274,22 +243,9 @@ def verify(
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--format", "form", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
-def run(
-    bundle: Path,
-    prompt: str,
-    context: Path | None,
-    memory: Path | None,
-    save_memory: Path | None,
-    chat: bool | None,
-    max_new_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    form: str | None,
-    threads: int,
-) -> None:
+def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None:
     """Answer a prompt, streaming to standard output.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
@@ -298,25 +254,16 @@ def run(
     from .runtimes.generate import Sampling
     from .system.reading import MEBIBYTE, read_text
 
+    temperature, top_p = options.pop("temperature"), options.pop("top_p")
     if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, options.pop("seed"))
     context_text = None if context is None else read_text(context, 256 * MEBIBYTE)
-    options = RunOptions(
-        format=form,
-        threads=threads,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        chat=chat,
-        context=context_text,
-        memory=memory,
-        save_memory=save_memory,
-    )
-    for piece in run_prompt(bundle, text, options, note):
+    for piece in run_prompt(bundle, text, RunOptions(sampling=sampling, context=context_text, **options), note):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -334,18 +281,11 @@ def run(
     "-d", "depths", type=cli_options.IntList(), default="0", show_default=True, help="Context depths of the tg rows."
 )
 @click.option("-r", "repeats", type=int, default=5, show_default=True)
-@click.option("-o", "form", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
+@click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @cli_options.threads
 def profile(
-    bundle: Path,
-    formats: tuple[str, ...],
-    prompts: tuple[int, ...] | None,
-    new: int | None,
-    depths: tuple[int, ...],
-    repeats: int,
-    form: str,
-    threads: int,
+    bundle: Path, formats: tuple[str, ...], new: int | None, output_format: str, threads: int, **lengths: Any
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
     from .bundle import Bundle
@@ -353,9 +293,9 @@ def profile(
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
-    result = measure(bundle, formats, ProfileLengths(prompts, new, depths, repeats), threads)
+    result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads)
     Bundle.open(bundle).write_report("profile", result)
-    click.echo(profile_text(result, form))
+    click.echo(profile_text(result, output_format))
 
 
 @main.group()
@@ -369,8 +309,8 @@ def devices_list(as_json: bool) -> None:
     """Name the known devices."""
     from .device_profiles.profile import list_profiles
 
-    found = list_profiles()
-    _print([p.name for p in found], "\n".join(f"{p.name}  ({p.kind})" for p in found), as_json)
+    profiles = list_profiles()
+    _print([p.name for p in profiles], "\n".join(f"{p.name}  ({p.kind})" for p in profiles), as_json)
 
 
 @devices.command("show")
@@ -380,8 +320,8 @@ def devices_show(name: str, as_json: bool) -> None:
     """Print a profile as TOML."""
     from .device_profiles.profile import load, to_toml
 
-    found = load(name)
-    _print(found.model_dump(mode="json"), to_toml(found).rstrip("\n"), as_json)
+    device = load(name)
+    _print(device.model_dump(mode="json"), to_toml(device).rstrip("\n"), as_json)
 
 
 @devices.command("measure")
@@ -394,11 +334,11 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     from .device_profiles.measure_host import measure_host
     from .device_profiles.profile import save, to_toml, user_path
 
-    found = measure_host(seconds, note)
-    target = output or user_path(found.name)
-    save(found, target)
+    host = measure_host(seconds, note)
+    target = output or user_path(host.name)
+    save(host, target)
     note(f"wrote {target}")
-    click.echo(to_toml(found).rstrip("\n"))
+    click.echo(to_toml(host).rstrip("\n"))
 
 
 @main.command()
@@ -409,8 +349,8 @@ def inspect(target: str, as_json: bool) -> None:
     from .commands.inspect import inspect as look
     from .reports.inspect import inspect_text
 
-    found = look(target)
-    _print(found, inspect_text(found), as_json)
+    contents = look(target)
+    _print(contents, inspect_text(contents), as_json)
 
 
 @main.command()
@@ -420,8 +360,8 @@ def doctor(as_json: bool) -> None:
     from .commands.doctor import doctor as examine
     from .commands.doctor import doctor_text
 
-    found = examine()
-    _print(found, doctor_text(found), as_json)
+    state = examine()
+    _print(state, doctor_text(state), as_json)
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:
