@@ -194,9 +194,11 @@ class _Carrying(nn.Module):
 
 def _begins(past_length: torch.Tensor) -> int:
     """1 where a stream begins, else 0, as a size known at run time only."""
+    from .internals import check
+
     begins = (past_length == 0).to(torch.int64)[0].item()
-    torch._check(begins >= 0)  # type: ignore[no-untyped-call]
-    torch._check(begins <= 1)  # type: ignore[no-untyped-call]
+    check(begins >= 0)
+    check(begins <= 1)
     assert isinstance(begins, int | torch.SymInt)
     return begins
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.backend_api import _create_partitions as create_partitions
 from executorch.exir.backend.backend_api import _insert_lowered_submodule as insert_lowered_submodule
@@ -15,6 +16,7 @@ __all__ = [
     "HigherOrderOperator",  # control flow and effects in a graph are recognised by their type, which has no public name
     "NamedDataStore",  # a delegate's constants go into the program as named data, and only this class writes its form
     "OpOverload",  # an op in a graph is recognised by its type, which has no public name
+    "check",
     "create_partitions",  # cuts the tagged nodes out; the public way would copy every weight on the way to the delegate
     "default_decompositions",  # ExecuTorch's own table, without which its kernels lack ops; no public function returns it
     "duplicate_constant_nodes",  # each delegate needs its own node of a constant; the public way does this after its copies
@@ -23,6 +25,11 @@ __all__ = [
     "overload_name",
     "parameters",
 ]
+
+
+def check(condition: bool | torch.SymBool) -> None:
+    """Tell torch.export a bound of a size that is known at run time only: the documented function has a private name."""
+    torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 def kernel_names() -> set[str]:

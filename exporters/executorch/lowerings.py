@@ -12,6 +12,7 @@ import torch
 
 from ...errors import UserError
 from ...ops.packing import repack, swap_nibbles
+from .internals import check
 
 
 def container(bits: int, group: int, columns: int) -> int:
@@ -131,8 +132,8 @@ def cross_attention(
 def start_of(past_length: torch.Tensor, capacity: int) -> int:
     """The number of tokens in the cache, as a size known only at run time."""
     start = past_length[0].item()
-    torch._check(start >= 0)  # type: ignore[no-untyped-call]
-    torch._check(start < capacity)  # type: ignore[no-untyped-call]
+    check(start >= 0)
+    check(start < capacity)
     assert isinstance(start, int | torch.SymInt)
     return start
 
