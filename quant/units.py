@@ -1,9 +1,8 @@
-"""What of a model can be quantized, and what must share a choice of bits. What may enter: `models`, `plan`."""
+"""Which weights of a model can be quantized, and which must share a choice of bits."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding, Linear
 from ..models.registry import stored_name
 from .plan import Unit, WeightSpec
@@ -11,10 +10,10 @@ from .plan import Unit, WeightSpec
 SMALLEST_BLOCK = 16  # the smallest block of inputs any target holds; other widths stay as they are
 
 
-def quantizable_units(model: Any) -> list[Unit]:
+def quantizable_units(model: LanguageModel) -> list[Unit]:
     """The units of a built model (its parameters may be on the meta device), in the model's order.
 
-    Linears that a module names in `fused` are one unit. An alias of a tied weight is none: the stored weight stands for
+    Linears that a module names in `fused` are one unit. An alias of a tied weight is no unit: the stored weight counts for
     both. A weight whose inputs are no multiple of 16 is left out and stays unquantized.
     """
     layers = _layers(model)
@@ -34,7 +33,7 @@ def quantizable_units(model: Any) -> list[Unit]:
     return units
 
 
-def protected_weights(model: Any) -> set[str]:
+def protected_weights(model: LanguageModel) -> set[str]:
     """Weights that modules name in `protected` (gates, decays of recurrences): 16 bits unless the user overrides it."""
     return {
         f"{path}.{child}.weight".removeprefix(".")
@@ -44,7 +43,7 @@ def protected_weights(model: Any) -> set[str]:
     }
 
 
-def key_value_weights(model: Any) -> set[str]:
+def key_value_weights(model: LanguageModel) -> set[str]:
     """Weights that modules name in `key_value`: of keys and values, which one token's query reads for many tokens at once."""
     names = {
         f"{path}.{child}.weight".removeprefix(".")
@@ -55,7 +54,7 @@ def key_value_weights(model: Any) -> set[str]:
     return {stored_name(model, name) for name in names}
 
 
-def _layers(model: Any) -> list[tuple[str, str, int]]:
+def _layers(model: LanguageModel) -> list[tuple[str, str, int]]:
     """(path prefix, stack, layer index) of every layer."""
     paths = {id(module): path for path, module in model.named_modules()}
     return [
@@ -65,9 +64,9 @@ def _layers(model: Any) -> list[tuple[str, str, int]]:
     ]
 
 
-def _spec(model: Any, path: str, layers: list[tuple[str, str, int]]) -> WeightSpec | None:
+def _spec(model: LanguageModel, path: str, layers: list[tuple[str, str, int]]) -> WeightSpec | None:
     name = f"{path}.weight"
-    rows, columns = model.get_submodule(path).weight.shape
+    rows, columns = model.get_parameter(name).shape
     if name in model.tied or columns % SMALLEST_BLOCK:
         return None
     for prefix, stack, index in layers:
