@@ -16,13 +16,10 @@ from statistics import mean
 
 import torch
 
-from edgewright.bundle import Generation
 from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.samples import read_samples
-from edgewright.checkpoints.checkpoint import Checkpoint
-from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.calibration.source import Source
 from edgewright.models.layers.linear import Linear
-from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
 from edgewright.pipeline.request import BudgetOptions, CalibrationOptions, Request
 from edgewright.quant.gptq import quantize_gptq
@@ -36,9 +33,7 @@ SHARE = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 """A linear and those that have the same input."""
 
 
-def inputs(
-    checkpoint: Checkpoint, spec: Generation, text: Path, tokens: int, layers: Sequence[int]
-) -> dict[str, torch.Tensor]:
+def inputs(source: Source, text: Path, tokens: int, layers: Sequence[int]) -> dict[str, torch.Tensor]:
     """Name of a weight -> the inputs [T, K] that the original model gives it."""
     found: dict[str, torch.Tensor] = {}
 
@@ -47,8 +42,8 @@ def inputs(
         if kind in SHARE and layer in map(str, layers):
             found[name] = torch.cat(list(forward.all_rows(parts)))
 
-    samples = read_samples(text, checkpoint, spec, 512, tokens)
-    forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples, (), None, visit)
+    samples = read_samples(text, source.checkpoint, source.generation, 512, tokens)
+    forward = CalibrationForward(source.build(), source.over(samples), visit=visit)
     forward.to_head()
     return found
 
@@ -83,12 +78,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=(2, 3, 4))
     parser.add_argument("--tokens", type=int, default=8192, help="of the calibration text; half as many for the test")
     options = parser.parse_args()
-    checkpoint = open_checkpoint(options.model)
-    spec = plan(
-        Request(options.model, BudgetOptions(importance="uniform"), CalibrationOptions(quantizer="rtn"))
-    ).generation
-    fitted = inputs(checkpoint, spec, options.calibration, options.tokens, options.layers)
-    unseen = inputs(checkpoint, spec, options.text, options.tokens // 2, options.layers)
+    request = Request(options.model, BudgetOptions(importance="uniform"), CalibrationOptions(quantizer="rtn"))
+    source = plan(request).source
+    checkpoint = source.checkpoint
+    fitted = inputs(source, options.calibration, options.tokens, options.layers)
+    unseen = inputs(source, options.text, options.tokens // 2, options.layers)
     print("| bits | quantizer | error | with bias | with norm |\n|---|---|---|---|---|")
     for bits in options.bits:
         for quantizer in ("rtn", "gptq"):

@@ -28,11 +28,14 @@ import torch
 from quality_text import CACHE, WINDOW, Reference
 
 from edgewright.bundle import Generation
-from edgewright.calibration.prompts import text_windows
+from edgewright.calibration.prompts import Prompts, text_windows
 from edgewright.calibration.samples import Sample
+from edgewright.calibration.source import Source
 from edgewright.checkpoints.opening import open_checkpoint
+from edgewright.importance.candidates import Candidates
+from edgewright.importance.layer_scores import score_layers
 from edgewright.importance.lim_zd import order_by_importance
-from edgewright.importance.score import CalibrationInputs, score, score_layers
+from edgewright.importance.score import ScoreOptions, score
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.quant.plan import Choice
@@ -207,19 +210,19 @@ def main() -> None:
     model = build(checkpoint.config)
     reference = Reference(checkpoint, options.text, options.windows, cache=options.cache)
 
-    probes = CalibrationInputs(text_windows(options.calibration, checkpoint.tokenizer, WINDOW, CALIBRATION_WINDOWS))
+    prompts = Prompts(text_windows(options.calibration, checkpoint.tokenizer, WINDOW, CALIBRATION_WINDOWS))
     spec = Generation(task="causal", vocab=reference.vocabulary, max_context=model.max_context, max_new_tokens=1)
     units = quantizable_units(model)
+    source = Source(checkpoint, checkpoint.config, spec, [Sample(tuple(prompt)) for prompt in prompts.tokens])
     scores: dict[str, dict[int, float]] = {}
     for method in ("lim", "zd"):
-        found = score_layers(method, model, checkpoint, units, probes, spec, progress)
+        found = score_layers(method, source, units, prompts, progress)
         scores[method] = {layer: score for (_, layer), score in found.items()}
-    samples = [Sample(tuple(prompt)) for prompt in probes.prompts]
-    low = [Choice(options.low, options.group)]
-    losses = score("fisher", checkpoint, checkpoint.config, units, low, spec, probes, samples, progress=progress).layers
+    low = Candidates(units, [Choice(options.low, options.group)])
+    losses = score(ScoreOptions("fisher"), source, low, progress=progress).layers
     scores["fisher"] = {layer: loss for (_, layer), loss in losses.items()}
 
-    load_original(model, checkpoint)  # LIM has, unless it is computed otherwise one day
+    load_original(model, checkpoint)
     about = {
         "model": Path(options.model).name,
         "high": options.high,

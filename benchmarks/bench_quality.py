@@ -20,17 +20,18 @@ from typing import Any
 
 from quality_text import Reference
 
-from edgewright.calibration.samples import Sample, read_samples
-from edgewright.checkpoints.checkpoint import Checkpoint
+from edgewright.calibration.prompts import Prompts
+from edgewright.calibration.samples import read_samples
+from edgewright.calibration.source import PART_TOKENS, Source
 from edgewright.checkpoints.opening import open_checkpoint
-from edgewright.importance.score import CalibrationInputs, Scores, score
-from edgewright.models.registry import build
+from edgewright.importance.candidates import Candidates
+from edgewright.importance.fisher import WINDOWS
+from edgewright.importance.score import ScoreOptions, Scores, score
 from edgewright.pipeline.gptq import CodeStore, load_rounded, quantize_layerwise
 from edgewright.pipeline.plan import plan
-from edgewright.pipeline.planned import Planned
 from edgewright.pipeline.request import BudgetOptions, CalibrationOptions, Request
 from edgewright.pipeline.tune_norms import tune_norms
-from edgewright.quant.allocator import Problem, plan_within
+from edgewright.quant.allocator import Problem, allocate
 from edgewright.quant.frontier import uniform
 from edgewright.quant.plan import BitPlan, Budget, Choice
 from edgewright.runtimes.eager import EagerSession
@@ -41,13 +42,13 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 METHODS = ("fisher", "uniform", "zd", "lim")
 
 
-def rounded(checkpoint: Checkpoint, planned: Planned, made: BitPlan, samples: list[Sample]) -> Any:
+def rounded(source: Source, made: BitPlan) -> Any:
     """The model with every planned weight as its codes and scales give it, fp32."""
-    model = build(planned.config)
+    model = source.build()
     with tempfile.TemporaryDirectory() as folder:
         store = CodeStore(Path(folder))
-        quantize_layerwise(checkpoint, build(planned.config), made, planned.generation, samples, (), store)
-        load_rounded(model, checkpoint, made, store)
+        quantize_layerwise(source, made, store)
+        load_rounded(model, source.checkpoint, made, store)
     return model
 
 
@@ -58,6 +59,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1 << 14, help="of the calibration text")
+    parser.add_argument("--part-tokens", type=int, default=PART_TOKENS, help="that go through the model together")
+    parser.add_argument("--fisher-windows", type=int, default=WINDOWS, help="of Fisher's backward pass")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="average bits, scales counted")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--norms", choices=("kept", "tuned"), default="kept")
@@ -65,20 +68,20 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
     planned = plan(Request(options.model, BudgetOptions(importance="uniform"), CalibrationOptions(quantizer="rtn")))
-    spec, units, config = planned.generation, planned.units, planned.config
-    samples = read_samples(options.calibration, checkpoint, spec, 512, options.tokens)
+    units = planned.units
+    samples = read_samples(options.calibration, checkpoint, planned.generation, 512, options.tokens)
+    source = replace(planned.source, checkpoint=checkpoint, samples=samples, part_tokens=options.part_tokens)
     reference = Reference(checkpoint, options.text, options.windows)
     start = time.perf_counter()
 
     def said(text: str) -> None:
         print(f"{time.perf_counter() - start:7.0f} s  {text}", flush=True)
 
-    said(f"{sum(s.size for s in samples)} tokens of calibration text, perplexity {reference.perplexity:.3f} as it is")
+    said(f"{source.tokens} tokens of calibration text, perplexity {reference.perplexity:.3f} as it is")
     choices = [Choice(b, g, q) for b in WIDTHS for g in ((0,) if b == 8 else GROUPS) for q in ("rtn", "gptq")]
-    windows = [s.tokens for s in samples]
-    probes = CalibrationInputs([list(w) for w in windows[:8]])
+    prompts, candidates = Prompts([s.tokens for s in samples[:8]]), Candidates(units, choices, signed=True)
     scores = {
-        m: score(m, checkpoint, config, units, choices, spec, probes, samples, signed=True, progress=said)
+        m: score(ScoreOptions(m, windows=options.fisher_windows), source, candidates, prompts, said)
         for m in options.methods
     }
     about = [checkpoint.fingerprint(), str(options.calibration), str(options.text), options.windows, options.tokens]
@@ -95,9 +98,9 @@ def main() -> None:
         lines = [(n, e.bits, e.group_size, e.quantizer, e.signed) for n, e in sorted(made.entries.items())]
         key = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
         if key not in scored:
-            model = rounded(checkpoint, planned, made, samples)
+            model = rounded(source, made)
             tuned = options.norms == "tuned" and any(e.quantizer == "gptq" for e in made.entries.values())
-            if tuned and tune_norms(model, checkpoint, config, spec, samples, said) is None:
+            if tuned and tune_norms(model, source, said) is None:
                 raise SystemExit("too few --tokens to tune norms on")
             scored[key] = asdict(reference.score(EagerSession(model.graphs())))
         row = {"method": method, "budget": budget, "bits": made.average_bits, "bytes": made.total_bytes, "key": key}
@@ -119,7 +122,7 @@ def main() -> None:
     budgets = [Budget("bits", value) for value in sorted(options.budgets, reverse=True)]
     for method in (m for m in options.methods if m != "uniform"):
         for budget in (b for b in budgets if method == "fisher" or b.value in BUDGETS):
-            run(f"{method} gptq", budget.value, by(plan_within(problem(scores[method]), budget), "gptq"))
+            run(f"{method} gptq", budget.value, by(allocate(problem(scores[method]), budget), "gptq"))
     for quantizer in ("gptq", "rtn") if "uniform" in options.methods else ():
         for budget in budgets:
             run(f"uniform {quantizer}", budget.value, by(uniform(problem(scores["uniform"]), budget), quantizer))

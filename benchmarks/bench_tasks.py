@@ -26,7 +26,7 @@ from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
 from edgewright.pipeline.request import BudgetOptions, CalibrationOptions, CheckOptions, Request
-from edgewright.quant.allocator import plan_within
+from edgewright.quant.allocator import allocate
 from edgewright.quant.frontier import uniform
 from edgewright.quant.plan import BitPlan, Budget
 from edgewright.runtimes.eager import EagerSession
@@ -97,7 +97,7 @@ def plans(source: Path, calibration: Path, budgets: list[float]) -> Iterator[tup
         assert made.problem is not None
         for bits in budgets:
             budget = Budget("bits", bits)
-            found = (uniform if importance == "uniform" else plan_within)(made.problem, budget)
+            found = (uniform if importance == "uniform" else allocate)(made.problem, budget)
             if found is None:
                 continue
             entries = {n: replace(e, quantizer=quantizer) for n, e in found.entries.items()}  # type: ignore[arg-type]

@@ -1,18 +1,20 @@
-"""A model's graphs run so that a backward pass can follow. Top-level: graph, ops, layers and the eager runtime enter."""
+"""A model's graphs run so that a backward pass can follow, and the gradients that it gives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph import Graph
 from ..models.language_model import LanguageModel
 from ..models.layers.block import attention_heads
-from ..models.layers.linear import Linear
+from ..models.layers.linear import Embedding, Linear
 from ..ops import DECOMPOSITIONS
 from ..runtimes.eager import EagerSession
 
@@ -23,8 +25,8 @@ RECURRENCES = frozenset(
 )
 """Ops whose references keep a state for every token when they are differentiated: megabytes a token."""
 
-# What a backward pass keeps, measured: of a linear's ends, of attention's scores, of logits, of a scan's state at every token;
-# and of the matrices over tokens and tokens that a recurrence with matrices for states is computed by; in times their size.
+# What a backward pass keeps, measured, in times the size: of a linear's inputs and outputs, of attention's scores, of logits, of
+# a scan's state at every token, and of the matrices over tokens and tokens of a recurrence whose states are matrices.
 _KEPT, _SCORES, _LOGITS, _SCANNED, _FADES = 2, 2, 4, 64, 64
 _WIDE = 16  # outputs an input, above which a linear is a head
 
@@ -45,7 +47,7 @@ def backward_bytes(model: LanguageModel, tokens: int, longest: int, positions: i
 
 
 class References(TorchFunctionMode):
-    """`edgewright::` ops run as their references, plain operations that PyTorch can differentiate; those of `cut` as they are."""
+    """Runs `edgewright::` ops as their references, which PyTorch can differentiate. Ops of `cut` run as they are."""
 
     def __init__(self, cut: Collection[Any] = ()) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class References(TorchFunctionMode):
 
 
 class GradientSession(EagerSession):
-    """The eager runtime that keeps what a backward pass needs; inputs and outputs are tensors, or arrays as elsewhere.
+    """The eager runtime that keeps what a backward pass needs. Inputs and outputs are tensors, or arrays as elsewhere.
 
     cut: ops through which no gradient goes.
     """
@@ -72,9 +74,50 @@ class GradientSession(EagerSession):
 
     def run(self, graph: str, inputs: Any, state: Any) -> dict[str, Any]:
         g = self._graphs[graph]
-        given = [torch.as_tensor(inputs[p.name]) for p in g.inputs] + [state[s.name] for s in g.states]
+        values = [torch.as_tensor(inputs[p.name]) for p in g.inputs] + [state[s.name] for s in g.states]
         with torch.enable_grad(), References(self._cut):
-            outputs = dict(zip(g.output_names, g.call(given), strict=True))
+            outputs = dict(zip(g.output_names, g.call(values), strict=True))
         for name in [n for n in outputs if n.removesuffix("_out") in self._states]:
             state[name.removesuffix("_out")] = outputs.pop(name)
         return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """One call of an embedding. ids: int64 [...]. rows: the rows of `table` at them, [..., K], of which gradients are taken."""
+
+    table: Embedding
+    ids: torch.Tensor
+    rows: torch.Tensor
+
+
+class GradientRecorder:
+    """Takes the gradients of weights: of a parameter as soon as the backward pass has it, of a table by its lookups."""
+
+    def __init__(self) -> None:
+        self._lookups: list[Lookup] = []
+
+    def watch_parameter(self, parameter: nn.Parameter, take: Callable[[torch.Tensor], None]) -> None:
+        """Give the gradient of `parameter` to `take` in each backward pass, then free it. `parameter` must require it."""
+
+        def hook(weight: torch.Tensor) -> None:
+            if weight.grad is not None:
+                take(weight.grad)
+                weight.grad = None
+
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def watch_table(self, table: Embedding) -> None:
+        """Record what `table` looks up. Its rows become leaves: gradients end there, and the table itself gets none."""
+
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            leaf = output.detach().requires_grad_()
+            self._lookups.append(Lookup(table, args[0], leaf))
+            return leaf
+
+        table.register_forward_hook(hook)
+
+    def take_lookups(self) -> list[Lookup]:
+        """The lookups since the last call, in order; the recorder forgets them."""
+        lookups, self._lookups = self._lookups, []
+        return lookups

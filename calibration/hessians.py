@@ -1,9 +1,9 @@
-"""What GPTQ works with at each linear that a walk visits: the Hessian of its inputs, factored. Top-level: `walk`, `quant` enter.
+"""What GPTQ works with at each linear: the Hessian of its inputs, factored.
 
 An error in a key or value counts for all tokens that read it: most of all one that is the same for many of them, or at the
 first token, on which attention rests (arXiv 2309.17453). So for these weights the means of the tokens up to each, and the
-first tokens, are added to the Hessian as if they were inputs. A table that rows are looked up in has what `lookups` gives: alone,
-or added to the Hessian of the head that it also is.
+first tokens, are added to the Hessian as if they were inputs. A table that rows are looked up in has the matrix that
+`embedding_hessians` gives: alone, or added to the Hessian of the head that it also is.
 """
 
 from __future__ import annotations
@@ -18,42 +18,41 @@ from ..quant.hessian import Factor, damping_for, factor
 from .forward import CalibrationForward
 
 KEY_VALUE_SHARE = 0.04
-"""What means of tokens and first tokens add to the Hessian of keys and values, each, as a share of its trace. On SmolLM2 their
-loss, as the Fisher information of other text sees it, falls to 0.37 (4 bits) and 0.68 (2 bits) of that without; shares from
-0.015 to 0.075 give 0.36 to 0.39. Of the examples, trained on single words or short records, no layer's moves by more than 15 %
-at 2 bits and their sum by 1 %; at 2.5 bits two of the three answer a little less as the original does (benchmarks/RESULTS.md)."""
+"""What means of tokens and first tokens add to the Hessian of keys and values, each, as a share of its trace."""
 
 EMBEDDING_SHARE = 0.2
-"""What the lookups of a tied table add to the Hessian of the head's inputs, as a share of its trace. With 0.15 and 0.3 the table
-alone costs Gemma 3 270M 0.63 and 0.64 nats at 2 bits (0.93 without), SmolLM2 0.48 and 0.47 (0.53)."""
+"""What the lookups of a tied table add to the Hessian of the head's inputs, as a share of its trace."""
 
 
 class InputHessians:
-    """The factor of each weight's inputs. Linears that share inputs (k, v; gate, up) share it: the last one is kept.
+    """The factor of each weight's inputs. Linears that share inputs (k and v; gate and up) share it: the last one is kept.
 
     embeddings: as `embedding_hessians` gives.
     """
 
     def __init__(
-        self, forward: CalibrationForward, model: LanguageModel, embeddings: Mapping[str, tuple[torch.Tensor, int]]
+        self,
+        forward: CalibrationForward,
+        model: LanguageModel,
+        embeddings: Mapping[str, tuple[torch.Tensor, int]],
     ) -> None:
         self._forward, self._keys_values, self._embeddings = forward, model.key_value_weights(), embeddings
         self._inputs: Sequence[torch.Tensor] = ()
-        self._added: object = None
+        self._kind: str | bool = False
         self._last: Factor | None = None
 
     def of(self, name: str, inputs: Sequence[torch.Tensor]) -> Factor:
-        """The factor for the weight `name` on `inputs`, which a visit of the walk gave. Raises UserError if they are not finite."""
-        added = name if name in self._embeddings else name in self._keys_values
-        if self._last is None or self._added != added or not _same(self._inputs, inputs):
+        """The factor for the weight `name` on `inputs`, as a visit gets them. Raises UserError if they are not finite."""
+        kind = name if name in self._embeddings else name in self._keys_values
+        if self._last is None or self._kind != kind or not _same(self._inputs, inputs):
             self._last = None  # before the next one is made: each takes several K x K matrices
-            made, tokens = (key_value_hessian if added is True else hessian)(self._forward, inputs)
+            matrix, tokens = (key_value_hessian if kind is True else hessian)(self._forward, inputs)
             if name in self._embeddings:
-                made.add_(self._embeddings[name][0], alpha=EMBEDDING_SHARE * float(made.trace()))
-            if not bool(torch.isfinite(made.diagonal()).all()):
+                matrix.add_(self._embeddings[name][0], alpha=EMBEDDING_SHARE * float(matrix.trace()))
+            if not bool(torch.isfinite(matrix.diagonal()).all()):
                 raise UserError(f"{name}: its inputs are not finite on the calibration data; use --quantizer rtn")
-            self._last = factor(made, damping_for(len(made), tokens))
-            self._inputs, self._added = inputs, added
+            self._last = factor(matrix, damping_for(len(matrix), tokens))
+            self._inputs, self._kind = inputs, kind
         return self._last
 
     def of_embedding(self, name: str) -> Factor | None:
@@ -61,8 +60,8 @@ class InputHessians:
         if name not in self._embeddings:
             return None
         self._last, self._inputs = None, ()
-        made, draws = self._embeddings[name]
-        return factor(made, damping_for(len(made), draws))
+        matrix, draws = self._embeddings[name]
+        return factor(matrix, damping_for(len(matrix), draws))
 
 
 def hessian(forward: CalibrationForward, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -85,10 +84,10 @@ def key_value_hessian(forward: CalibrationForward, inputs: Sequence[torch.Tensor
         first = x[real & (so_far == 1)]
         means.addmm_(mean.T, mean)
         firsts.addmm_(first.T, first)
-    whole = float(plain.trace())
-    for more in (means, firsts):
-        trace = float(more.trace())
-        plain.add_(more, alpha=KEY_VALUE_SHARE * whole / trace if trace > 0.0 else 0.0)
+    plain_trace = float(plain.trace())
+    for added in (means, firsts):
+        trace = float(added.trace())
+        plain.add_(added, alpha=KEY_VALUE_SHARE * plain_trace / trace if trace > 0.0 else 0.0)
     return plain, count
 
 

@@ -1,4 +1,4 @@
-"""How much memory GPTQ takes, and how many tokens fit a limit, before any of it is done. Top-level: `walk`, models, ops enter."""
+"""How much memory GPTQ takes, and how many tokens fit a limit, before any of the work is done."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ..models.layers.linear import Linear
 from ..ops import recurrence
 from ..quant.gptq import BLOCK_WEIGHTS
 from .embedding_hessians import embedding_hessian_bytes
-from .forward import CHUNK_WEIGHTS, PART_TOKENS
+from .forward import CHUNK_WEIGHTS
 from .samples import MOST_TOKENS, WINDOW
+from .source import PART_TOKENS
 
 FEWEST_TOKENS = 512
 
@@ -23,12 +24,12 @@ PROCESS_BYTES = 700 << 20
 """Anonymous memory of the process before any of the work (measured, rounded up)."""
 
 
-def walk_bytes(model: LanguageModel, longest: int = WINDOW) -> tuple[int, int]:
+def gptq_bytes(model: LanguageModel, longest: int = WINDOW) -> tuple[int, int]:
     """Anonymous memory that GPTQ takes, (fixed, for each token of calibration data), estimated. longest: tokens of a sample.
 
     Counted: what Python and torch take, the Hessian of the widest linear's inputs and its factor, a chunk of weights; for one
-    part all that a layer gives, attention over a window and a recurrence; of a token, what lives on while its part waits; or, if
-    that is more, a backward pass through a first layer. Caches are in files.
+    part all that a layer computes, attention over a window and a recurrence; of a token, what lives on while its part waits.
+    If a backward pass through a first layer takes more, that is counted. Caches are in files.
     """
     vocab = {int(p.shape[-1]) for g in model.graphs() for p in g.outputs if p.name == "logits"}
     linears = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, Linear)]
@@ -45,9 +46,9 @@ def walk_bytes(model: LanguageModel, longest: int = WINDOW) -> tuple[int, int]:
     return PROCESS_BYTES + tables + max(work + part, embeddings), 10 * (broadest + widest)
 
 
-def tokens_within(model: LanguageModel, limit: int, longest: int = WINDOW) -> int:
-    """How many tokens GPTQ can calibrate on within `limit` bytes, at most MOST_TOKENS. Raises UserError for too few."""
-    fixed, each = walk_bytes(model, longest)
+def tokens_within(model: LanguageModel, limit: int, longest: int = WINDOW, most: int = MOST_TOKENS) -> int:
+    """How many tokens GPTQ can calibrate on within `limit` bytes, at most `most`. Raises UserError for too few."""
+    fixed, each = gptq_bytes(model, longest)
     tokens = (limit - fixed) // each
     if tokens < FEWEST_TOKENS:
         need = (fixed + FEWEST_TOKENS * each) / 2**30
@@ -55,4 +56,4 @@ def tokens_within(model: LanguageModel, limit: int, longest: int = WINDOW) -> in
             f"--memory-limit {limit / 2**30:.2f} GiB is too little for GPTQ of this model, which takes {need:.2f} GiB; "
             "give more, or --quantizer rtn"
         )
-    return min(MOST_TOKENS, tokens)
+    return min(most, tokens)

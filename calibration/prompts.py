@@ -1,7 +1,7 @@
-"""Text files into token prompts: calibration text, text to be scored, and task files. What may enter: `tokenizer`, `bundle`.
+"""Text files as token prompts: calibration text, text to be scored, and task files.
 
-A task file is TSV: a prompt, a tab, and the accepted answers separated by ` | `; where the answers lie in a context, that
-comes first in the line, and a tab.
+A task file is TSV: a prompt, a tab, and the accepted answers separated by ` | `. For a model that reads a context a line
+begins with that context and a tab.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ _LIMIT = 256 * MEBIBYTE
 
 WINDOW = 512
 """Tokens of a window of text to be scored, unless the model takes fewer."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as token ids, with a context for each where the model reads one."""
+
+    tokens: Sequence[Sequence[int]] = ()
+    contexts: Sequence[Sequence[int]] = ()
+
+
+NO_PROMPTS = Prompts()
 
 
 @dataclass(frozen=True)
@@ -64,15 +75,15 @@ def text_windows(path: Path, tokenizer: Tokenizer, length: int, count: int) -> l
     pieces = _pieces(path, tokenizer, max(1, length - len(start)), count)
     windows = [w for w in (start + piece for piece in pieces) if len(w) > 1]
     if not windows:
-        have = sum(map(len, pieces))
-        raise UserError(f"{path}: too little text; {length} tokens a window are wanted, there are {have}")
+        total = sum(map(len, pieces))
+        raise UserError(f"{path}: too little text; {length} tokens a window are wanted, there are {total}")
     return windows
 
 
 def _pieces(path: Path, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
     """Up to `count` consecutive pieces of `length` tokens, the last one maybe shorter, no special tokens among them."""
     text = read_text(path, _LIMIT)
-    # A token is at least about a byte; reading far more text than the pieces need would be waste.
+    # A token is at least about a byte: far more text than the pieces need is not encoded.
     ids = tokenizer.encode(text[: length * count * 16], special=False)
     return [ids[i : i + length] for i in range(0, len(ids), length)][:count]
 
@@ -90,53 +101,54 @@ class Passage:
     context: tuple[int, ...] = ()
 
 
-def text_passages(path: Path, tokenizer: Tokenizer, spec: Generation, count: int) -> list[Passage]:
+def text_passages(path: Path, tokenizer: Tokenizer, generation: Generation, count: int) -> list[Passage]:
     """Up to `count` consecutive windows of WINDOW tokens, or of what the context allows, from the start of a text file.
 
     A decoder-only model is scored on all but a window's first token. An encoder-decoder reads a window's first half with the
     special tokens of a prompt and is scored on the second; a model with a context reads the first half, one part of it at
     most, and is scored on the rest. Raises UserError for too little text or a tokenizer that is not the model's.
     """
-    if spec.task == "seq2seq":
+    if generation.task == "seq2seq":
         before, after = special_tokens(tokenizer)
-        half = min(WINDOW // 2, spec.max_context - len(before) - len(after))
-        sizes = (half, min(WINDOW // 2, spec.max_context))
-    elif spec.context is not None:
+        half = min(WINDOW // 2, generation.max_context - len(before) - len(after))
+        sizes = (half, min(WINDOW // 2, generation.max_context))
+    elif generation.context is not None:
         before, after = [], []
-        half = min(WINDOW // 2, spec.context.window, spec.max_context // 2)
-        rows = min(spec.context.rows, len(spec.context.tokens) or half + 1)
-        sizes = (half, min(WINDOW // 2, spec.max_context - len(spec.context.prefix) - rows))
+        half = min(WINDOW // 2, generation.context.window, generation.max_context // 2)
+        rows = min(generation.context.rows, len(generation.context.tokens) or half + 1)
+        sizes = (half, min(WINDOW // 2, generation.max_context - len(generation.context.prefix) - rows))
     else:
-        windows = text_windows(path, tokenizer, max(2, min(WINDOW, spec.max_context - 1)), count)
-        return _checked(path, spec, [Passage(tuple(w[1:]), (w[0],)) for w in windows])
+        windows = text_windows(path, tokenizer, max(2, min(WINDOW, generation.max_context - 1)), count)
+        return _checked(path, generation, [Passage(tuple(w[1:]), (w[0],)) for w in windows])
     if min(sizes) < 2:
-        raise UserError(f"a context of {spec.max_context} tokens holds no window of text; export with a larger one")
-    made = []
+        raise UserError(
+            f"a context of {generation.max_context} tokens holds no window of text; export with a larger one"
+        )
+    passages = []
     for ids in _pieces(path, tokenizer, sum(sizes), count):
         first = min(sizes[0], len(ids) // 2)
         read, scored = (*before, *ids[:first], *after), tuple(ids[first:][: sizes[1]])
         if first and len(scored) > 1:
-            made.append(Passage(scored, read) if spec.context is None else Passage(scored, (), read))
-    if not made:
+            passages.append(Passage(scored, read) if generation.context is None else Passage(scored, (), read))
+    if not passages:
         raise UserError(f"{path}: too little text; {sum(sizes)} tokens a window are wanted, at least 3")
-    return _checked(path, spec, made)
+    return _checked(path, generation, passages)
 
 
-def _checked(path: Path, spec: Generation, passages: list[Passage]) -> list[Passage]:
-    vocab = spec.vocab if spec.context is None else min(spec.vocab, spec.context.vocab)
-    worst = max(max((*p.scored, *p.prompt, *p.context)) for p in passages)
-    if worst >= vocab:
-        raise UserError(f"{path}: the tokenizer gives token {worst}, the model has {vocab}; export the bundle again")
+def _checked(path: Path, generation: Generation, passages: list[Passage]) -> list[Passage]:
+    vocab = generation.vocab if generation.context is None else min(generation.vocab, generation.context.vocab)
+    largest = max(max((*p.scored, *p.prompt, *p.context)) for p in passages)
+    if largest >= vocab:
+        raise UserError(f"{path}: the tokenizer gives token {largest}, the model has {vocab}; export the bundle again")
     return passages
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and behind a prompt, each maybe none (Gemma: bos before; T5Gemma: eos behind)."""
-    probe = "a"
-    plain, whole = tokenizer.encode(probe, special=False), tokenizer.encode(probe)
-    for at in range(len(whole) - len(plain) + 1):
-        if plain and whole[at : at + len(plain)] == plain:
-            return whole[:at], whole[at + len(plain) :]
+    """The ids that the tokenizer puts before and after a prompt, each maybe none (Gemma: bos before; T5Gemma: eos after)."""
+    plain, special = tokenizer.encode("a", special=False), tokenizer.encode("a")
+    for at in range(len(special) - len(plain) + 1):
+        if plain and special[at : at + len(plain)] == plain:
+            return special[:at], special[at + len(plain) :]
     return [], []
 
 

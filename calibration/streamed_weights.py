@@ -1,4 +1,4 @@
-"""A model of which a module's weights are in memory only while it runs. Top-level: checkpoint and models enter."""
+"""A model of which a module's weights are in memory only while it runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class StreamedWeights:
     """
 
     def __init__(self, model: LanguageModel, checkpoint: Checkpoint, transform: WeightTransform | None = None) -> None:
-        self._checkpoint, self._provide = checkpoint, transform
+        self._checkpoint, self._transform = checkpoint, transform
         self._held: set[nn.Module] = set()
-        self._once: set[nn.Module] = set()
+        self._until_release: set[nn.Module] = set()
         self._names: dict[nn.Module, dict[str, str]] = {}
         for path, module in model.named_modules():
             own = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.is_meta}
             names = {leaf: stored_name(model, f"{path}.{leaf}") for leaf in own}
-            # A small one that is no linear's is there all the time: whatever module holds it, others may read it.
+            # A small one that is no linear's stays in memory: modules other than its own may read it.
             small = [n for n, p in own.items() if p.numel() <= SMALL and not isinstance(module, Linear)]
             for leaf in small:
                 self._set(module, leaf, names.pop(leaf))
@@ -55,9 +55,9 @@ class StreamedWeights:
     def _set(self, module: nn.Module, leaf: str, name: str) -> None:
         self._checkpoint.expect(name, tuple(getattr(module, leaf).shape))
         value = self._checkpoint.tensor(name)
-        if self._provide is not None:
-            value = self._provide(name, module, value)
-        # Only the rows looked up are converted: an embedding may be the largest tensor there is.
+        if self._transform is not None:
+            value = self._transform(name, module, value)
+        # An embedding may be the largest tensor there is: only the rows that are looked up are converted.
         value = value if isinstance(module, Embedding) and leaf == "weight" else value.to(torch.float32)
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
@@ -73,25 +73,25 @@ class StreamedWeights:
         if module not in self._held:
             self._read(module)
             self._held.add(module)
-            self._once.add(module)
+            self._until_release.add(module)
 
     def release(self, module: nn.Module) -> None:
-        """Give back what `hold` kept; what `holding` keeps stays."""
-        if module in self._once:
-            self._once.remove(module)
+        """Drop what `hold` kept. What `holding` keeps stays."""
+        if module in self._until_release:
+            self._until_release.remove(module)
             self._held.remove(module)
             self._drop(module)
 
     @contextmanager
     def holding(self, block: nn.Module) -> Iterator[None]:
         """Keep the parameters of `block` and what is in it until the end of the context."""
-        inside = [module for module in block.modules() if module in self._names]
-        self._held |= set(inside)
+        modules = [module for module in block.modules() if module in self._names]
+        self._held |= set(modules)
         try:
-            for module in inside:
+            for module in modules:
                 self._read(module)
             yield
         finally:
-            self._held -= set(inside)
-            for module in inside:
+            self._held -= set(modules)
+            for module in modules:
                 self._drop(module)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..pipeline.request import Request
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZES_OF_CALIBRATION = {"tokens": "calibration_tokens", "fisher_windows": "fisher_windows"}
 
 
 class SizeType(click.ParamType[int]):
@@ -105,6 +106,8 @@ def planning(command: Any) -> Any:
         ),
         click.option("--calibration", type=path, help="Text to calibrate on; verify compares on prompts from it, too."),
         click.option("--task", type=path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
+        click.option("--calibration-tokens", type=click.IntRange(1, 1 << 24), hidden=True),
+        click.option("--fisher-windows", type=click.IntRange(1, 1 << 16), hidden=True),
         click.option(
             "--workers",
             type=click.IntRange(1, 1024),
@@ -198,6 +201,7 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
             task=options["task"],
             quantizer=options["quantizer"],
             norms=options.get("norms", "tuned"),
+            **{key: options[name] for key, name in _SIZES_OF_CALIBRATION.items() if options[name]},
         ),
         targets=TargetOptions(
             formats=formats,

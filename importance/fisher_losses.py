@@ -1,25 +1,23 @@
-"""What a choice of bits costs the model, from how its likelihood curves over a weight. What may enter: quantizers, plan, torch.
+"""What a choice of bits costs the model, from how its likelihood curves over a weight.
 
 Near the original the Kullback-Leibler divergence of a model is half a quadratic form of the error of its weights, the Fisher
 information. Of a weight [N, K] it is kept as a Kronecker product (arXiv 1503.05671, 1802.09568): a number for each output
-and a matrix over the inputs, both from the weight's gradients over whole windows, so that an error that adds up from token
-to token, as in keys and values, counts as it does in the model.
+and a matrix over the inputs, both from the weight's gradients over whole windows. So an error that adds up from token to token,
+as in keys and values, counts as it does in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..ops.packing import period
-from ..quant.expected_error import expected_error
 from ..quant.gptq import quantize_gptq
 from ..quant.hessian import Factor
-from ..quant.plan import UNQUANTIZED, Choice, Unit
+from ..quant.plan import UNQUANTIZED, Choice
 from ..quant.rtn import effective_group, quantize_rtn
-from ..targets.storage import PER_CHANNEL
 
 SAMPLED_ROWS = 256
 """Rows of a weight that are really quantized to predict its loss."""
@@ -53,7 +51,7 @@ class Gradients:
         self._inputs.addmm_(gradient.T, gradient)
 
     def curvature(self, tokens: int) -> Curvature | None:
-        """The curvature a token; None where no gradient came, or it was zero or not finite. The sums are given away."""
+        """The curvature a token; None where no gradient came, or it was zero or not finite. Afterwards the sums are of no use."""
         total = float(self._rows.double().sum())
         if not 0.0 < total < float("inf") or tokens < 1:
             return None
@@ -66,22 +64,22 @@ def quadratic(errors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 
 class WeightLosses:
-    """Predicted losses, in nats a token, of one weight at any choice; what was worked out once is kept.
+    """Predicted losses, in nats a token, of one weight at any choice; each is computed once.
 
     weight: [N, K] in any float dtype, best a mapped view: some rows are read. uses: the curvature of each use of it, such as
-    lookup and head. made: the factor that GPTQ would work with; None where no data reached it. signed: whether scales may be
-    negative.
+    lookup and head. factor: what GPTQ would work with; None where no data reached the weight. count: rows that are really
+    quantized. signed: whether scales may be negative.
     """
 
     def __init__(
         self,
         weight: torch.Tensor,
         uses: Sequence[Curvature],
-        made: Factor | None = None,
+        factor: Factor | None = None,
         count: int = SAMPLED_ROWS,
         signed: bool = False,
     ) -> None:
-        self._factor, self._columns, self._signed = made, int(weight.shape[1]), signed
+        self._factor, self._columns, self._signed = factor, int(weight.shape[1]), signed
         self._samples = [_sample(weight, use, count) for use in uses]
         self._known: dict[tuple[int, int, str], float] = {}
 
@@ -111,7 +109,10 @@ class WeightLosses:
 
 
 def _sample(weight: torch.Tensor, use: Curvature, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [R, K] drawn evenly along their share of what the weight itself is worth; with what one row's error counts."""
+    """Rows [R, K], the curvature over inputs, and the share that each row's error counts with, fp64 [R].
+
+    Rows are drawn evenly along their share of what the weight itself would cost.
+    """
     size = torch.cat([part.float().square().sum(1) for part in torch.split(weight, 1 << 14)])
     mass = use.rows.double() * size.double()
     total = float(mass.sum())
@@ -121,54 +122,3 @@ def _sample(weight: torch.Tensor, use: Curvature, count: int) -> tuple[torch.Ten
     chosen = torch.searchsorted(mass.cumsum(0), steps).clamp_(max=len(mass) - 1)
     shares = total / count / size[chosen].double() / 2
     return weight[chosen].to(torch.float32), use.inputs, shares
-
-
-def unit_losses(
-    unit: Unit, choices: Iterable[Choice], at: Callable[[str, Choice], float | None]
-) -> dict[Choice, float]:
-    """The loss of a unit at each choice that all its weights have one for. at: (weight's name, choice) -> its loss."""
-    found: dict[Choice, float] = {}
-    for choice in choices:
-        parts = [at(w.name, choice) for w in unit.weights]
-        if all(p is not None for p in parts):
-            found[choice] = sum(p for p in parts if p is not None)
-    return found
-
-
-def relative_error(choice: Choice, columns: int, signed: bool) -> float:
-    """The expected relative squared error of `choice` on a weight of `columns` inputs, from the table."""
-    group = PER_CHANNEL if choice.bits == UNQUANTIZED else effective_group(columns, choice.group_size)
-    return expected_error(choice.bits, group, signed)
-
-
-def extrapolated(unit: Unit, choices: Iterable[Choice], at: Choice, loss: float, signed: bool) -> dict[Choice, float]:
-    """The losses of a unit from its `loss` at one choice, in the ratio of expected errors."""
-    base = expected_of(unit, at, signed)
-    return {choice: loss * expected_of(unit, choice, signed) / base for choice in choices}
-
-
-def expected_of(unit: Unit, choice: Choice, signed: bool) -> float:
-    """The expected relative squared error of `choice` times weights, summed over the unit."""
-    return sum(w.numel * relative_error(choice, w.shape[1], signed) for w in unit.weights)
-
-
-def fill_unreached(
-    units: Sequence[Unit], choices: Sequence[Choice], losses: Mapping[str, Mapping[Choice, float]], signed: bool
-) -> dict[str, dict[Choice, float]]:
-    """`losses` with those of units that no data reached: a weight's worth of the middle of all others, RTN alone."""
-    rates = []
-    for unit in units:
-        known = losses.get(unit.name)
-        reference = next((c for c in choices if known and c in known and c.bits != UNQUANTIZED), None)
-        if known and reference is not None:
-            rates.append(known[reference] / expected_of(unit, reference, signed))
-    middle = sorted(rates)[len(rates) // 2] if rates else 1.0
-    filled = {name: dict(of) for name, of in losses.items()}
-    for unit in units:
-        if not filled.get(unit.name):
-            filled[unit.name] = {
-                c: middle * expected_of(unit, c, signed)
-                for c in choices
-                if c.quantizer == "rtn" or c.bits == UNQUANTIZED
-            }
-    return filled

@@ -1,12 +1,13 @@
-"""How far a model's predictions move when weights are rounded: the divergence of its logits. Top-level: calibration enters.
+"""How far a model's predictions move when weights are rounded: the divergence of its logits.
 
-Weights are read when their module runs, so this works for models larger than memory; the logits at a bounded number of
-positions are held.
+Weights are read when their module runs, so this works for models larger than memory. In memory are the logits of a bounded
+number of positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from torch import nn
 from ..bundle import Generation
 from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample
+from ..calibration.source import Source
 from ..calibration.streamed_weights import WeightTransform
-from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.layers.linear import Embedding
-from ..models.registry import build
 from ..models.user_module.checkpoint import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan
 from ..quant.rtn import effective_group, quantize_rtn
@@ -39,34 +39,25 @@ Width = tuple[int, int, bool]
 """Bits, effective group size, and whether scales may be negative."""
 
 
-def measured_kl(
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    plans: Sequence[BitPlan | WeightTransform],
-    spec: Generation,
-    samples: Sequence[Sample],
-) -> list[float]:
+def measured_kl(source: Source, plans: Sequence[BitPlan | WeightTransform]) -> list[float]:
     """Mean Kullback-Leibler divergence, nats a token, of the original model from itself under each plan.
 
-    Of a plan every weight is rounded to nearest; in its place may stand what gives a weight's values by its stored name, such
-    as those of finished codes. Raises UserError for a model without logits.
+    Of a plan every weight is rounded to nearest. A transform may be given in its place, such as one that returns the values of
+    finished codes. Raises UserError for a model without logits.
     """
-    reference = _logits(checkpoint, config, spec, samples, None)
-    used = _tokens(spec, samples)
-    found = []
+    reference = _logits(source, None)
+    used = _tokens(source.generation, source.samples)
+    divergences = []
     for plan in plans:
         if isinstance(plan, BitPlan):
             plan = rounding({n: (e.bits, e.group_size, e.signed) for n, e in plan.entries.items()}, used)
-        found.append(_divergence(reference, _logits(checkpoint, config, spec, samples, plan)))
-    return found
+        divergences.append(_divergence(reference, _logits(source, plan)))
+    return divergences
 
 
 def kl_of_each(
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
+    source: Source,
     parts: Sequence[Mapping[str, Width]],
-    spec: Generation,
-    samples: Sequence[Sample],
     workers: Workers = ONE,
     progress: Progress = lambda _: None,
 ) -> list[float]:
@@ -75,53 +66,60 @@ def kl_of_each(
     workers: each opens the checkpoint itself, under the same name, and computes with one thread, so that their number changes
     no result. Called within their `running`.
     """
-    reference = _single(checkpoint.source, config, spec, samples, None)
-    path = Path(checkpoint.source).expanduser()
-    # A worker may be in another folder. Links stay as they are: what a GGUF's leads to need not be called .gguf.
-    source = str(path.absolute()) if path.exists() else checkpoint.source
-    step = max(workers.count, -(-len(parts) // 10))  # between two, progress is said
-    found: list[float] = []
+    name = source.checkpoint.source
+    data = _WorkerSource(name, source.config, source.generation, source.samples, source.part_tokens)
+    reference = _single(data, None)
+    path = Path(name).expanduser()
+    # A worker may be in another folder. A link stays a link: the file that it leads to need not be called .gguf.
+    data = replace(data, checkpoint=str(path.absolute()) if path.exists() else name)
+    step = max(workers.count, -(-len(parts) // 10))  # progress is reported after each step
+    divergences: list[float] = []
     for start in range(0, len(parts), step):
-        pieces = [(source, config, spec, samples, reference, part) for part in parts[start : start + step]]
-        found += workers.over(_kl_of_part, pieces)
-        progress(f"divergence: {len(found)} of {len(parts)} parts")
-    return found
+        divergences += workers.over(_kl_of_part, [(data, reference, part) for part in parts[start : start + step]])
+        progress(f"divergence: {len(divergences)} of {len(parts)} parts")
+    return divergences
 
 
-def _kl_of_part(
-    source: str,
-    config: dict[str, Any],
-    spec: Generation,
-    samples: Sequence[Sample],
-    reference: tuple[Array, Array],
-    part: Mapping[str, Width],
-) -> float:
-    made = _single(source, config, spec, samples, rounding(part, _tokens(spec, samples)))
-    return _divergence(reference, made)
+@dataclass(frozen=True, eq=False)
+class _WorkerSource:
+    """A source as a worker is sent it: with the checkpoint's name, which it opens itself."""
+
+    checkpoint: str
+    config: dict[str, Any]
+    generation: Generation
+    samples: Sequence[Sample]
+    part_tokens: int
+
+    def open(self) -> Source:
+        checkpoint = open_model(self.checkpoint)
+        return Source(checkpoint, self.config, self.generation, self.samples, (), self.part_tokens)
 
 
-def _single(
-    source: str, config: dict[str, Any], spec: Generation, samples: Sequence[Sample], transform: WeightTransform | None
-) -> tuple[Array, Array]:
+def _kl_of_part(data: _WorkerSource, reference: tuple[Array, Array], part: Mapping[str, Width]) -> float:
+    return _divergence(reference, _single(data, rounding(part, _tokens(data.generation, data.samples))))
+
+
+def _single(data: _WorkerSource, transform: WeightTransform | None) -> tuple[Array, Array]:
+    """`_logits` by one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _logits(open_model(source), config, spec, samples, transform)
+        return _logits(data.open(), transform)
     finally:
         torch.set_num_threads(threads)
 
 
 def rounding(widths: Mapping[str, Width], used: torch.Tensor) -> WeightTransform:
-    """Weights rounded to nearest where `widths` has them; of a table, only the rows of `used` ids, int64 [n], are filled in."""
+    """Rounds weights to nearest where `widths` has them. Of a table only the rows of the ids `used`, int64 [n], are filled in."""
 
     def transform(name: str, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
         bits, group, signed = widths.get(name, (0, 0, False))
         if not bits or name.rpartition(".")[2] != "weight":
             return value
         if isinstance(module, Embedding):
-            made = torch.empty(value.shape)  # untouched pages take no memory
-            made[used] = _rounded(value[used], bits, group, signed)
-            return made
+            table = torch.empty(value.shape)  # untouched pages take no memory
+            table[used] = _rounded(value[used], bits, group, signed)
+            return table
         return _rounded(value, bits, group, signed)
 
     return transform
@@ -133,25 +131,19 @@ def _rounded(value: torch.Tensor, bits: int, group: int, signed: bool) -> torch.
     return quantize_rtn(value, bits, effective_group(int(value.shape[1]), group), signed).dequantize()
 
 
-def _tokens(spec: Generation, samples: Sequence[Sample]) -> torch.Tensor:
+def _tokens(generation: Generation, samples: Sequence[Sample]) -> torch.Tensor:
     """All ids that the samples hold."""
-    ids = {0, spec.pad_id, *(t for s in samples for part in (s.tokens, s.decoded, s.context) for t in part)}
-    if spec.context is not None:
-        ids |= {*spec.context.tokens, *spec.context.prefix}
+    ids = {0, generation.pad_id, *(t for s in samples for part in (s.tokens, s.decoded, s.context) for t in part)}
+    if generation.context is not None:
+        ids |= {*generation.context.tokens, *generation.context.prefix}
     return torch.tensor(sorted(ids))
 
 
-def _logits(
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    spec: Generation,
-    samples: Sequence[Sample],
-    transform: WeightTransform | None,
-) -> tuple[Array, Array]:
-    if not samples or spec.task == "module":
+def _logits(source: Source, transform: WeightTransform | None) -> tuple[Array, Array]:
+    if not source.has_logits:
         raise UserError("the divergence of logits needs calibration text and a model that has logits")
-    most = max(len(samples), min(POSITIONS, _LOGIT_BYTES // (4 * spec.vocab)))
-    return CalibrationForward(build(config), checkpoint, spec, samples, transform=transform).logits(most)
+    most = max(len(source.samples), min(POSITIONS, _LOGIT_BYTES // (4 * source.generation.vocab)))
+    return CalibrationForward(source.build(), source, transform=transform).logits(most)
 
 
 def _divergence(reference: tuple[Array, Array], made: tuple[Array, Array]) -> float:

@@ -1,7 +1,7 @@
-"""How much a layer matters: LIM and ZD of "Layer-wise quantization" (arXiv 2406.17415). What may enter: torch.
+"""How much a layer matters: LIM and ZD of "Layer-wise quantization" (arXiv 2406.17415).
 
-LIM looks at what a layer does to its input (needs calibration text), ZD at the layer's weights alone. Either gives an
-order of the layers; the paper lowers the least important first.
+LIM reads what a layer does to its input, for which it needs calibration text; ZD reads the layer's weights alone. Both give an
+order of the layers, and the paper lowers the least important first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import UserError
 METHODS = ("lim", "zd")
 
 CHUNK_WEIGHTS = 1 << 17
-"""Weights converted to fp64 at once by `zd`, 1 MiB: pieces of 8 MiB tore the heap up, 100 MB of it on a busy machine."""
+"""Weights that `zd` converts to fp64 at once, 1 MiB: large pieces leave holes in the heap."""
 
 WEIGHT_RANGE = 16.0
 """The most important layer's error counts this many times the least important one's: two bits (4x in error each)."""

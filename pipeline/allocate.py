@@ -1,108 +1,205 @@
-"""Bits for a model under the request's budget: scored, allocated, compared with uniform. Top-level: `scoring`, `quant` enter."""
+"""Bits for a model under the request's budget: scored, allocated, compared with uniform."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from ..bundle import Generation
-from ..calibration.samples import Sample
+from ..calibration.prompts import Prompts
+from ..calibration.source import Source
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_writer import StreamingWriter
 from ..device_profiles.profile import load
 from ..errors import UserError
-from ..importance.fisher_losses import expected_of
-from ..importance.score import CalibrationInputs, Scores, score, unit_weights
+from ..importance.candidates import Candidates, expected_of
+from ..importance.layer_scores import unit_weights
+from ..importance.score import ScoreOptions, Scores, score
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding, Linear
-from ..models.registry import build, stored_name
-from ..quant.allocator import Problem, expected_loss, offers, plan_within, reach
+from ..models.registry import stored_name
+from ..quant.allocator import Problem, allocate, expected_loss, offers, reach
 from ..quant.frontier import better, uniform
-from ..quant.latency import decode_step
+from ..quant.latency import DecodeStep, decode_step
 from ..quant.overrides import Override
 from ..quant.plan import UNQUANTIZED, BitPlan, Budget, Choice, Quantizer, Unit
 from ..quant.quantize_checkpoint import METADATA
 from ..system.memory import require_available
 from ..targets.storage import common_bits, legal_choices, signed_scales
-from .baseline import Baseline, SingleTargetPlan, _against
+from .baseline import Baseline, SingleTargetPlan, compare_with_uniform
+from .calibration_data import quantizer_of
+from .original import Original
 from .request import DEFAULT_BITS, Progress, Request
 
 GATE_LOSS = 1e-6
-
-
 """The most that 8 bits may cost a gate or decay of a recurrence for it to have them: in nats a token, as Fisher predicts it."""
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """A plan and what it was made from. alone: for each of several targets. baseline: where there are data to measure on."""
+
+    plan: BitPlan
+    scores: Scores
+    problem: Problem
+    alone: dict[str, SingleTargetPlan] = field(default_factory=dict)
+    baseline: Baseline | None = None
+
+
 def allocate_bits(
-    request: Request,
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    units: list[Unit],
-    other: list[str],
-    spec: Generation,
-    probes: CalibrationInputs,
-    samples: list[Sample],
-    quantizer: Quantizer,
-    progress: Progress,
-) -> tuple[BitPlan, Scores, dict[str, SingleTargetPlan], Problem, Baseline | None]:
-    """Refuse an impossible budget first (it costs nothing), then score and allocate, and compare with uniform."""
-    model = build(config)
-    other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
-    # Gates and decays are small, and what they get wrong stays in the state: 16 bits, unless the user or the data say otherwise.
-    gates = _free_gates(units, model.protected_weights(), request.budget.overrides)
-    overrides = whole = (*request.budget.overrides, *_kept(gates, UNQUANTIZED))
-    step = None
-    if request.budget.latency_ms is not None:
-        step = decode_step(model, units, load(request.budget.device or "host"), request.formats)
+    request: Request, original: Original, source: Source, prompts: Prompts, progress: Progress
+) -> Allocation:
+    """Score the units, allocate bits and compare with uniform. prompts: what LIM runs on.
 
-    def problem_for(scores: Scores, targets: tuple[str, ...], overrides: tuple[Override, ...] = whole) -> Problem:
-        widths = request.budget.widths or common_bits(targets)
-        head = (units, scores.weights, other_bytes, widths, request.budget.groups, overrides, targets, scores.method)
-        return Problem(*head, losses=scores.losses, step=step)
+    An impossible budget is refused first, as that costs nothing. Raises UserError.
+    """
+    units, quantizer = original.units, quantizer_of(request)
+    setting = _Setting.of(request, original)
+    # Gates and decays are small, and their errors stay in the state: 16 bits, unless the user or the data say otherwise.
+    gates = _free_gates(units, original.model.protected_weights(), request.budget.overrides)
+    overrides = (*request.budget.overrides, *_kept(gates, UNQUANTIZED))
 
-    even = Scores("uniform", {}, unit_weights(units, {}, "uniform"))
-    budget = _budget(request, problem_for(even, request.formats))
-    plan_within(problem_for(even, request.formats), budget)
-    if request.budget.importance == "lim" and not samples:
+    unscored = setting.problem(Scores("uniform", {}, unit_weights(units, {}, "uniform")), request.formats, overrides)
+    budget = _budget(request, unscored)
+    allocate(unscored, budget)
+    if request.budget.importance == "lim" and not source.samples:
         require_available(
             4 * sum(u.numel for u in units), "LIM runs the original model in float32", "give --importance zd"
         )
     choices = _choices(request, (*overrides, *_kept(gates, 8)), quantizer)
-    memory, workers = request.memory_limit, request.workers
+    scores = _score(request, unscored, source, choices, prompts, progress)
+    if scores.losses is not None:
+        scores = _by_gptq_where_possible(scores)
+        overrides = _ease_gates(setting, gates, scores, overrides, budget, progress)
+    problem = setting.problem(scores, request.formats, overrides)
+    plan = allocate(problem, budget)
+    alone = _alone(setting, scores, overrides, plan, budget)
+
+    even = uniform(problem, budget)
+    baseline = compare_with_uniform(plan, even, source, progress)
+    plan = better(plan, even, units, None if baseline is None else (baseline.planned, baseline.uniform))
+    if quantizer == "gptq" and not any(e.quantizer == "gptq" for e in plan.entries.values()):
+        plan = by_gptq(plan, original.model)
+    return Allocation(plan, scores, problem, alone, baseline)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all problems of one request share. step: for a budget of milliseconds."""
+
+    request: Request
+    units: list[Unit]
+    other_bytes: int
+    step: DecodeStep | None
+
+    @staticmethod
+    def of(request: Request, original: Original) -> _Setting:
+        units, checkpoint, other = original.units, original.checkpoint, original.other
+        other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
+        step = None
+        if request.budget.latency_ms is not None:
+            step = decode_step(original.model, units, load(request.budget.device or "host"), request.formats)
+        return _Setting(request, units, other_bytes, step)
+
+    def problem(self, scores: Scores, targets: tuple[str, ...], overrides: Sequence[Override]) -> Problem:
+        budget = self.request.budget
+        return Problem(
+            self.units,
+            scores.weights,
+            self.other_bytes,
+            widths=budget.widths or common_bits(targets),
+            groups=budget.groups,
+            overrides=overrides,
+            targets=targets,
+            method=scores.method,
+            losses=scores.losses,
+            step=self.step,
+        )
+
+
+def _budget(request: Request, problem: Problem) -> Budget:
+    """The request's; without one, the default average or what comes nearest to it."""
+    asked = request.budget
+    if asked.latency_ms is not None:
+        return Budget.of(latency_ms=asked.latency_ms, device=asked.device)
+    if asked.size is not None:
+        return Budget.of(size=asked.size)
+    if asked.bits is not None:
+        return Budget.of(bits=asked.bits)
+    low, high = reach(problem)
+    return Budget.of(bits=min(max(DEFAULT_BITS, low), high))
+
+
+def _choices(request: Request, overrides: Sequence[Override], quantizer: Quantizer) -> list[Choice]:
+    """Every choice that a unit could be given: for all targets together, for each alone, and by an override."""
+    asked = request.budget
+    pairs: dict[tuple[int, int], None] = {}
+    for targets in (request.formats, *((t,) for t in request.formats)):
+        pairs |= dict.fromkeys(legal_choices(targets, asked.widths or common_bits(targets), asked.groups))
+        for override in (o for o in overrides if o.bits != UNQUANTIZED):
+            groups = asked.groups if override.group is None else (override.group,)
+            pairs |= dict.fromkeys(legal_choices(targets, (override.bits,), groups))
+    quantizers: list[Quantizer] = ["rtn", "gptq"] if quantizer == "gptq" else ["rtn"]
+    return [Choice(bits, group, q) for bits, group in pairs for q in quantizers]
+
+
+def _score(
+    request: Request,
+    unscored: Problem,
+    source: Source,
+    choices: Sequence[Choice],
+    prompts: Prompts,
+    progress: Progress,
+) -> Scores:
     method = request.budget.importance
-    if method == "auto" and all(len(offer.options) == 1 for offer in offers(problem_for(even, request.formats))):
+    if method == "auto" and all(len(offer.options) == 1 for offer in offers(unscored)):
         method = "uniform"  # one choice for each unit: there is nothing to weigh
-    with workers.running():
-        signed = signed_scales(request.formats)
-        data = (choices, spec, probes, samples)
-        scores = score(method, checkpoint, config, units, *data, memory, workers, signed, progress)
-    if scores.losses is not None:  # what GPTQ can have, it gets: it is never the worse
-        by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
-        losses = {u: by_gptq[u] or of for u, of in scores.losses.items()}
-        scores = replace(scores, losses=losses)
-        eased = _eased(gates, scores) if 8 in (request.budget.widths or common_bits(request.formats)) else []
-        lower = (*request.budget.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
-        if eased and _holds(problem_for(scores, request.formats, lower), budget):
-            overrides = lower
-            progress(
-                f"{len(eased)} of {len(gates)} gates and decays get 8 bits: that costs each {GATE_LOSS:g} nats at most"
-            )
-    problem = problem_for(scores, request.formats, overrides)
-    made = plan_within(problem, budget)
-    loss = expected_loss(made, units)
+    options = ScoreOptions(method, request.memory_limit, request.workers, request.calibration.fisher_windows)
+    candidates = Candidates(unscored.units, choices, signed_scales(request.formats))
+    with request.workers.running():
+        return score(options, source, candidates, prompts, progress)
+
+
+def _by_gptq_where_possible(scores: Scores) -> Scores:
+    """The losses by GPTQ alone of each unit that has such: GPTQ is never worse."""
+    assert scores.losses is not None
+    by_gptq = {u: {c: v for c, v in of.items() if c.quantizer == "gptq"} for u, of in scores.losses.items()}
+    return replace(scores, losses={u: by_gptq[u] or of for u, of in scores.losses.items()})
+
+
+def _ease_gates(
+    setting: _Setting,
+    gates: Sequence[Unit],
+    scores: Scores,
+    overrides: Sequence[Override],
+    budget: Budget,
+    progress: Progress,
+) -> tuple[Override, ...]:
+    """`overrides`, with 8 bits for the gates that lose nothing by them, if the budget can still be met then."""
+    request = setting.request
+    eased = _eased(gates, scores) if 8 in (request.budget.widths or common_bits(request.formats)) else []
+    lower = (*request.budget.overrides, *_kept(eased, 8), *_kept(gates, UNQUANTIZED))
+    if not eased or not _holds(setting.problem(scores, request.formats, lower), budget):
+        return tuple(overrides)
+    progress(f"{len(eased)} of {len(gates)} gates and decays get 8 bits: that costs each {GATE_LOSS:g} nats at most")
+    return lower
+
+
+def _alone(
+    setting: _Setting, scores: Scores, overrides: Sequence[Override], plan: BitPlan, budget: Budget
+) -> dict[str, SingleTargetPlan]:
+    """For each of several targets the plan that it could have alone."""
+    request, units = setting.request, setting.units
+    loss = expected_loss(plan, units)
+    signed = signed_scales(request.formats)
     alone = {}
     for target in request.formats if len(request.formats) > 1 else ():
         own = scores if signed_scales((target,)) == signed else _with_signed_scales(scores, units)
-        ratio = loss / expected_loss(plan_within(problem_for(own, (target,), overrides), budget), units)
+        ratio = loss / expected_loss(allocate(setting.problem(own, (target,), overrides), budget), units)
         alone[target] = SingleTargetPlan(request.budget.widths or common_bits((target,)), ratio)
-    baseline = uniform(problem, budget)
-    measured = _against(made, baseline, checkpoint, config, spec, samples, progress)
-    made = better(made, baseline, units, None if measured is None else (measured.planned, measured.uniform))
-    return made, scores, alone, problem, measured
+    return alone
 
 
 def _with_signed_scales(scores: Scores, units: Sequence[Unit]) -> Scores:
@@ -123,16 +220,16 @@ def _free_gates(units: Sequence[Unit], protected: set[str], overrides: Sequence[
 
 
 def _eased(gates: Sequence[Unit], scores: Scores) -> list[Unit]:
-    """Those that the data reached and to which 8 bits do nothing; other importance than Fisher's has not tried 8 bits."""
+    """Those that the data reached and that lose nothing at 8 bits. Only Fisher's scores say so."""
     losses = scores.losses or {}
     reached = [u for u in gates if all(w.name in scores.linears for w in u.weights)]
     return [u for u in reached if any(c.bits == 8 and v <= GATE_LOSS for c, v in losses[u.name].items())]
 
 
 def _holds(problem: Problem, budget: Budget) -> bool:
-    """Whether there is a plan: fewer bits for the gates lower what a model can take at most."""
+    """Whether there is a plan: with fewer bits for the gates a budget may be above the ceiling."""
     try:
-        plan_within(problem, budget)
+        allocate(problem, budget)
     except UserError:
         return False
     return True
@@ -142,48 +239,13 @@ def _kept(units: Sequence[Unit], bits: int) -> list[Override]:
     return [Override(f"^{re.escape(w.name)}$", bits) for u in units for w in u.weights]
 
 
-def _budget(request: Request, problem: Problem) -> Budget:
-    """What was asked for; without, the default average, or what comes nearest to it."""
-    if request.budget.latency_ms is not None:
-        return Budget("latency", float(request.budget.latency_ms), request.budget.device)
-    if request.budget.size is not None:
-        return Budget("size", float(request.budget.size))
-    if request.budget.bits is not None:
-        return Budget("bits", float(request.budget.bits))
-    low, high = reach(
-        problem.units,
-        widths=problem.widths,
-        groups=problem.groups,
-        overrides=problem.overrides,
-        targets=problem.targets,
-    )
-    return Budget("bits", min(max(DEFAULT_BITS, low), high))
-
-
-def _choices(request: Request, overrides: Sequence[Override], quantizer: Quantizer) -> list[Choice]:
-    """Every choice that a unit could be given: for all targets together, for each alone, and by an override."""
-    pairs: dict[tuple[int, int], None] = {}
-    for targets in (request.formats, *((t,) for t in request.formats)):
-        pairs |= dict.fromkeys(
-            legal_choices(targets, request.budget.widths or common_bits(targets), request.budget.groups)
-        )
-        for override in (o for o in overrides if o.bits != UNQUANTIZED):
-            groups = request.budget.groups if override.group is None else (override.group,)
-            pairs |= dict.fromkeys(legal_choices(targets, (override.bits,), groups))
-    by: list[Quantizer] = ["rtn", "gptq"] if quantizer == "gptq" else ["rtn"]
-    return [Choice(bits, group, q) for bits, group in pairs for q in by]
-
-
 def _bytes(checkpoint: Checkpoint, name: str) -> int:
     info = checkpoint.info(name)
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count * info.dtype.itemsize
+    return math.prod(info.shape) * info.dtype.itemsize
 
 
-def _header_bytes(units: list[Unit], checkpoint: Checkpoint, other: list[str]) -> int:
-    """No fewer bytes than the header of the quantized checkpoint will take: --size means the file."""
+def _header_bytes(units: Sequence[Unit], checkpoint: Checkpoint, other: Sequence[str]) -> int:
+    """At least the bytes of the quantized checkpoint's header: --size means the file."""
     entries = [(n, "F32", checkpoint.info(n).shape) for n in other]
     for w in (w for u in units for w in u.weights):
         entries += [(f"{w.name}.codes", "U8", w.shape), (f"{w.name}.scales", "BF16", w.shape)]

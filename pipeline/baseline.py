@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..bundle import Generation
-from ..calibration.samples import Sample, evenly
-from ..checkpoints.checkpoint import Checkpoint
+from ..calibration.samples import evenly
+from ..calibration.source import Source
 from ..importance.kl import measured_kl
 from ..quant.plan import BitPlan
 from .request import Progress
 
 COMPARED = 8
-
-
 """Samples on which plan and uniform are compared."""
 
 
@@ -31,30 +27,22 @@ class Baseline:
 class SingleTargetPlan:
     """What the plan could be for one target alone, at the same budget: the price of carrying one plan to several.
 
-    widths: those it stores whole. loss_ratio: the joint plan's expected loss (importance * weights * expected relative
-    error, predicted) over that of the plan for this target alone; 1 or more.
+    widths: those that it stores without a wider container. loss_ratio: the joint plan's predicted loss over that of the plan
+    for this target alone; 1 or more.
     """
 
     widths: tuple[int, ...]
     loss_ratio: float
 
 
-def _against(
-    plan: BitPlan,
-    even: BitPlan | None,
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    spec: Generation,
-    samples: list[Sample],
-    progress: Progress,
-) -> Baseline | None:
-    """The plan and the uniform one measured on some of the data, both rounded to nearest; None where there are no data.
+def compare_with_uniform(plan: BitPlan, even: BitPlan | None, source: Source, progress: Progress) -> Baseline | None:
+    """The plan and the uniform one, `even`, measured on some of the data, both rounded to nearest; None without data.
 
-    Data that the scores come from: a plan that loses on these is no plan.
+    The scores come from these data, too: a plan that loses even on them is refused.
     """
-    if even is None or not samples or _widths(plan) == _widths(even):
+    if even is None or not source.samples or _widths(plan) == _widths(even):
         return None
-    ours, theirs = measured_kl(checkpoint, config, [plan, even], spec, evenly(samples, COMPARED))
+    ours, theirs = measured_kl(source.over(evenly(source.samples, COMPARED)), [plan, even])
     taken = "; uniform is taken" if theirs < ours else ""
     progress(f"mean KL on {COMPARED} samples, rounded to nearest: {ours:.4f} planned, {theirs:.4f} uniform{taken}")
     return Baseline(even.average_bits, ours, theirs)

@@ -18,21 +18,25 @@ DEFAULT_CONTEXT = 4096
 def generation_of(
     model: LanguageModel, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None
 ) -> Generation:
+    """How `model` generates. max_context: tokens that a prompt and its answer may take; None: at most DEFAULT_CONTEXT.
+
+    Raises UserError for a context too short, or token ids that are none.
+    """
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):
         if isinstance(source, dict):
             eos |= _token_ids("eos_token_id", source.get("eos_token_id"))
-    wanted = DEFAULT_CONTEXT if max_context is None else max_context
-    if wanted < 2:
-        raise UserError(f"--max-context {wanted} is too short; give at least 2")
-    context = min(model.max_context, wanted)
+    limit = DEFAULT_CONTEXT if max_context is None else max_context
+    if limit < 2:
+        raise UserError(f"--max-context {limit} is too short; give at least 2")
+    context = min(model.max_context, limit)
     new_tokens = checkpoint.generation.get("max_new_tokens")
     new_tokens = new_tokens if isinstance(new_tokens, int) and new_tokens > 0 else 256
     graphs = model.graphs()
     widths = [int(p.shape[-1]) for g in graphs for p in g.outputs if p.name == "logits"]
     main = [m for m in model.modules() if isinstance(m, Embedding)]
-    if model.task == "memory":  # the context's decoder has a vocabulary of its own, which its graph alone reads
+    if model.task == "memory":  # the context's decoder has another vocabulary, which only its graph reads
         main = [m for m in main if m.weight.shape[0] >= widths[0]] or main
     vocab = min([*widths, *(m.weight.shape[0] for m in main)], default=1)
     if (model.decoder_start or 0) >= vocab:
@@ -57,7 +61,8 @@ def _context(model: LanguageModel, most: int) -> ContextSpec:
     assert layout is not None
     decoder = next(g for g in model.graphs() if g.name == "decoder")
     hidden = next(int(p.shape[-1]) for p in decoder.inputs if p.name == "memory")
-    vocab = min(m.weight.shape[0] for m in model.modules() if isinstance(m, Embedding))  # of either stack: both hold it
+    # the smaller vocabulary of the two stacks: both have such ids
+    vocab = min(m.weight.shape[0] for m in model.modules() if isinstance(m, Embedding))
     window = min(layout.window, most - len(layout.tokens))
     if window < 1:
         raise UserError(f"--max-context {most} leaves no room for a context beside its memory tokens; give more")

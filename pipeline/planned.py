@@ -2,49 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ..bundle import Generation
-from ..calibration.samples import Sample
+from ..calibration.samples import Call, Sample
+from ..calibration.source import Source
 from ..checkpoints.checkpoint import Checkpoint
-from ..importance.score import Scores
 from ..models.language_model import LanguageModel
 from ..quant.allocator import Problem
 from ..quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
 from ..targets.registry import TARGETS
 from ..targets.storage import stored_bytes
+from .allocate import Allocation
 from .baseline import Baseline, SingleTargetPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planned:
-    """The model opened and the plan made; nothing has been written yet. alone: for each target of several.
+    """The model opened and the plan made; nothing has been written yet.
 
-    checkpoint: the source. contexts: of a model that reads one, a context for
-    each of `prompts`. examples: (graph, inputs) of a model without a generate loop. samples: what GPTQ calibrates on.
+    source: the original and the data that GPTQ calibrates on. model: on the meta device. units: the planned weights; other: names
+    of all other tensors. prompts: token ids, with a context each in `contexts` where the model reads one. allocation: what the
+    plan was chosen from; None where the user gave the plan.
     """
 
-    checkpoint: Checkpoint
-    config: dict[str, Any]
+    source: Source
     model: LanguageModel
     units: list[Unit]
-    plan: BitPlan
     other: list[str]
-    scores: dict[tuple[str, int], float]
-    generation: Generation
     prompts: list[list[int]]
+    contexts: list[list[int]]
     formats: tuple[str, ...]
-    alone: dict[str, SingleTargetPlan] = field(default_factory=dict)
-    contexts: list[list[int]] = field(default_factory=list)
-    examples: list[tuple[str, dict[str, torch.Tensor]]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    problem: Problem | None = None
-    baseline: Baseline | None = None
-    importance: Scores | None = None
+    plan: BitPlan
+    allocation: Allocation | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.source.checkpoint
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the model as it is planned: a rehearsal's has fewer layers than the checkpoint's."""
+        return self.source.config
+
+    @property
+    def generation(self) -> Generation:
+        return self.source.generation
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        return self.source.samples
+
+    @property
+    def examples(self) -> Sequence[Call]:
+        """What a model without a generate loop is compared on."""
+        return self.source.calls
+
+    @property
+    def scores(self) -> dict[tuple[str, int], float]:
+        """Of each layer, (stack, index); none where the user gave the plan."""
+        return {} if self.allocation is None else self.allocation.scores.layers
+
+    @property
+    def alone(self) -> dict[str, SingleTargetPlan]:
+        """For each of several targets the plan it could have alone."""
+        return {} if self.allocation is None else self.allocation.alone
+
+    @property
+    def problem(self) -> Problem | None:
+        return None if self.allocation is None else self.allocation.problem
+
+    @property
+    def baseline(self) -> Baseline | None:
+        return None if self.allocation is None else self.allocation.baseline
 
     @cached_property
     def fingerprint(self) -> str:
@@ -53,10 +86,11 @@ class Planned:
 
     @property
     def weights(self) -> int:
+        """How many numbers the plan covers."""
         return sum(u.numel for u in self.units)
 
     def held_by(self, target: str) -> list[WeightSpec]:
-        """The planned weights that an artefact of `target` holds: all, but for a target of some graphs."""
+        """The planned weights that an artefact of `target` holds: all, except where it takes some graphs alone."""
         part = TARGETS[target].graphs
         names = {n for g in self.model.graphs() if g.name in part for n in g.parameters()}
         return [w for u in self.units for w in u.weights if not part or w.name in names]

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 import safetensors.torch
 import torch
 
-from ..bundle import (
-    CHECKPOINT,
-    EXAMPLES,
-)
-from ..models.registry import build
-from ..quant.quantize_checkpoint import quantize_checkpoint
-from ..quant.tensor import QuantizedTensor
+from ..bundle import CHECKPOINT, EXAMPLES
+from ..quant.quantize_checkpoint import Calibrated, quantize_checkpoint
 from ..system.memory import available_bytes, require_available
 from ..system.resumable import ResumableExport
 from .gptq import CodeStore, load_rounded, quantize_layerwise
 from .planned import Planned
 from .request import Progress, Request
 from .tune_norms import enough, tune_norms, tuning_bytes
-
-ReadCodes = Callable[[str], QuantizedTensor | None]
-"""A weight's name -> its finished codes, None where it has none."""
 
 
 def quantize(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> Planned:
@@ -35,33 +26,22 @@ def quantize(planned: Planned, request: Request, run: ResumableExport, progress:
     if run.finished("checkpoint") is not None:
         progress("quantized already")
         return planned
-    codes: ReadCodes | None = None
-    norms: dict[str, torch.Tensor] = {}
+    calibrated = Calibrated()
     if planned.plan.calibration is not None:
-        planned, codes, norms = _calibrated(planned, request, run, progress)
-    _write_checkpoint(planned, run, codes, norms, progress)
+        planned, calibrated = _calibrate(planned, request, run, progress)
+    _write_checkpoint(planned, run, calibrated, progress)
     run.finish("checkpoint", {})
     return planned
 
 
-def _calibrated(
+def _calibrate(
     planned: Planned, request: Request, run: ResumableExport, progress: Progress
-) -> tuple[Planned, ReadCodes, dict[str, torch.Tensor]]:
-    """The plan as GPTQ could carry it out, its codes by weight name, and the norms tuned to them."""
+) -> tuple[Planned, Calibrated]:
+    """The plan as GPTQ could carry it out, with its codes and the norms tuned to them."""
     tune = request.calibration.norms == "tuned" and _tuning_fits(planned, run, progress)
     store = CodeStore(run.work / "codes")
     entries = planned.plan.entries
-    unreached = quantize_layerwise(
-        planned.checkpoint,
-        build(planned.config),
-        planned.plan,
-        planned.generation,
-        planned.samples,
-        planned.examples,
-        store,
-        progress,
-        request.workers,
-    )
+    unreached = quantize_layerwise(planned.source, planned.plan, store, progress, request.workers)
     if unreached:
         progress(
             f"gptq: the calibration data do not reach {len(unreached)} weights ({unreached[0]}): rounded to nearest"
@@ -71,28 +51,22 @@ def _calibrated(
     norms = _tuned(planned, run, store, progress) if tune else {}
     shapes = {w.name: w.shape for u in planned.units for w in u.weights}
     entries = planned.plan.entries
-    return planned, lambda name: store.read(name, shapes[name], entries[name]), norms
+    return planned, Calibrated(lambda name: store.read(name, shapes[name], entries[name]), norms)
 
 
-def _write_checkpoint(
-    planned: Planned,
-    run: ResumableExport,
-    codes: ReadCodes | None,
-    norms: dict[str, torch.Tensor],
-    progress: Progress,
-) -> None:
+def _write_checkpoint(planned: Planned, run: ResumableExport, calibrated: Calibrated, progress: Progress) -> None:
     reported = -1
 
     def count(name: str, done: int, total: int) -> None:
         nonlocal reported
         tenth = 10 * done // max(1, total)
-        if tenth > reported:  # a line for every tenth, not for every tensor
+        if tenth > reported:  # one line for each tenth
             reported = tenth
             progress(f"quantizing: {10 * tenth}% ({name})")
 
     directory = run.fresh_folder(CHECKPOINT)
     tied = planned.model.tied
-    quantize_checkpoint(planned.checkpoint, planned.plan, tied, directory, planned.other, count, codes, norms)
+    quantize_checkpoint(planned.checkpoint, planned.plan, tied, directory, planned.other, count, calibrated)
     # The planned config: a rehearsal's has fewer layers than the source.
     (directory / "config.json").write_text(json.dumps(planned.config, indent=1, sort_keys=True) + "\n")
     if planned.examples:
@@ -102,12 +76,12 @@ def _write_checkpoint(
 
 def _tuning_fits(planned: Planned, run: ResumableExport, progress: Progress) -> bool:
     """Whether norms can be tuned in the memory there is; decided once, so that a killed run ends as it would have."""
-    if not enough(planned.samples):
+    if not enough(planned.source):
         progress("norms: kept, as there are too few calibration data to tune them on")
         return False
     decision = run.finished("tuning")
     if decision is None:
-        needed = tuning_bytes(planned.model, planned.generation, planned.samples)
+        needed = tuning_bytes(planned.model, planned.source)
         available = available_bytes()
         decision = {"fits": needed <= available}
         if not decision["fits"]:
@@ -124,13 +98,13 @@ def _tuned(planned: Planned, run: ResumableExport, store: CodeStore, progress: P
     file = run.work / "norms.safetensors"
     if run.finished("norms") is None:
         require_available(
-            tuning_bytes(planned.model, planned.generation, planned.samples),
+            tuning_bytes(planned.model, planned.source),
             "tuning norms takes memory",
             "free some, and give the same command again",
         )
-        model = build(planned.config)
+        model = planned.source.build()
         load_rounded(model, planned.checkpoint, planned.plan, store)
-        tuned = tune_norms(model, planned.checkpoint, planned.config, planned.generation, planned.samples, progress)
+        tuned = tune_norms(model, planned.source, progress)
         values, facts = ({}, {}) if tuned is None else (tuned.values, tuned.facts())
         safetensors.torch.save_file(values, file)
         run.finish("norms", facts)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..calibration.samples import MOST_TOKENS
+from ..calibration.source import PART_TOKENS
+from ..importance.fisher import WINDOWS
 from ..quant.overrides import Override
 from ..quant.plan import BitPlan
 from ..system.workers import ONE, Workers
@@ -41,13 +44,19 @@ class BudgetOptions:
 class CalibrationOptions:
     """The calibration data, a text or a task file, and what is done with them.
 
-    quantizer: auto is gptq where there are data, else rtn. norms: whether they are tuned to GPTQ's codes.
+    quantizer: auto is gptq where there are data, else rtn. norms: whether they are tuned to GPTQ's codes. tokens: of the data, at
+    most. part_tokens: that go through the model together. fisher_windows: samples that Fisher's backward pass reads at most.
+    prompts: how many LIM and every later `verify` use.
     """
 
     text: Path | None = None
     task: Path | None = None
     quantizer: Literal["auto", "rtn", "gptq"] = "auto"
     norms: Literal["tuned", "kept"] = "tuned"
+    tokens: int = MOST_TOKENS
+    part_tokens: int = PART_TOKENS
+    fisher_windows: int = WINDOWS
+    prompts: int = 32
 
     @property
     def file(self) -> Path | None:

@@ -1,9 +1,9 @@
-"""Norms tuned to the codes: gains that bring a model's predictions back to the original's. Top-level: forward, models enter.
+"""Norms tuned to the codes: gains that bring a model's predictions back to the original's.
 
-GPTQ makes each linear right for its own inputs; what the errors of all of them together do to the predictions nobody looks
-at. The gains of norms are a few numbers a layer that no target quantizes, so they are free to make up for some of
-that: steps of Adam (arXiv 1412.6980) on the divergence of the logits from the original's. Tuning norms to a quantized model is
-of arXiv 2309.02784, there layer by layer. What is won is measured on data that no step was made on; without it nothing changes.
+GPTQ corrects each linear for its own inputs, but not what the errors of all of them together do to the predictions. The gains of
+norms are a few numbers a layer that no target quantizes, so they can correct some of that: steps of Adam (arXiv 1412.6980) on the
+divergence of the logits from the original's. Tuning norms to a quantized model is of arXiv 2309.02784, there layer by layer. The
+result is measured on data that no step was made on; where nothing is won there, nothing changes.
 """
 
 from __future__ import annotations
@@ -12,53 +12,61 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..bundle import Generation
-from ..calibration.backward import GradientSession, backward_bytes
-from ..calibration.forward import PART_TOKENS, CalibrationForward, parted
+from ..calibration.backward import GradientRecorder, GradientSession, backward_bytes
+from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, evenly
+from ..calibration.source import Source
 from ..checkpoints.checkpoint import Checkpoint
 from ..models.language_model import LanguageModel
-from ..models.layers.norm import RMSNorm
-from ..models.registry import build, stored_name
+from ..models.registry import stored_name
 from ..runtimes.eager import EagerSession
-from ..runtimes.logits import torch_divergence, torch_log_softmax
 
-RATE = 1e-2
-"""The largest step of a gain, as a share of it; the steps rise to it at first and fall to nothing."""
-
-WARM_UP = 4
-EPOCHS = 2
 APART = 8
-"""Each so-manieth part of the data is kept apart, to see what was won."""
+"""Of so many parts one is kept apart, to measure what was won."""
 
 FEWEST_PARTS, MOST_PARTS = 4, 16
-"""Parts of the data, of PART_TOKENS each, that are used; more are evenly thinned out."""
+"""Parts of the data that are used; of more, some are chosen evenly."""
 
-LOGITS = 1 << 25
-"""Logits of a step at most, unless that were fewer than FEWEST_POSITIONS."""
-
-FEWEST_POSITIONS = 128
 SAMPLE_POSITIONS = 16
 """Logits of a sample, unless it is shorter: the first tokens of all samples alone would say little of the others."""
 
 BASE_BYTES = 160 << 20
-"""Of all that is small: what tiny models take beside what is counted (70 to 150 MiB measured)."""
+"""Of everything small that is not counted, measured on tiny models and rounded up."""
 
+_BETAS = (0.9, 0.95)
 _SEED = 7
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class TuningOptions:
+    """How norms are tuned.
+
+    rate: the largest step of a gain, as a share of it; the steps rise to it in `warm_up` steps and then fall to nothing. logits: of
+    a step at most, unless that were fewer than `fewest_positions` positions.
+    """
+
+    rate: float = 1e-2
+    warm_up: int = 4
+    epochs: int = 2
+    logits: int = 1 << 25
+    fewest_positions: int = 128
+
+    def positions(self, source: Source) -> int:
+        """At which a step computes logits, at most."""
+        return max(self.fewest_positions, min(source.part_tokens, self.logits // source.generation.vocab))
+
+
+@dataclass(frozen=True)
 class Tuned:
-    """What tuning gave. values: stored name -> the tuned vector, as its file's dtype holds it; none where nothing was won.
+    """What tuning gave. values: stored name -> the tuned vector in its file's dtype; none where nothing was won.
 
     before, after: the divergence from the original on the parts kept apart, in nats a token; GPTQ has seen these too. tokens: of
-    the samples learnt from.
+    the samples that the gains were tuned on.
     """
 
     values: dict[str, torch.Tensor]
@@ -73,82 +81,52 @@ class Tuned:
 
 def tune_norms(
     model: LanguageModel,
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    spec: Generation,
-    samples: Sequence[Sample],
+    source: Source,
     progress: Progress = lambda _: None,
+    options: TuningOptions = TuningOptions(),
 ) -> Tuned | None:
-    """Tune the norms of `model`, filled with the values of its codes in fp32, to the original of `checkpoint`.
+    """Tune the norms of `model`, filled with the values of its codes in fp32, to the original of `source`.
 
-    samples: calibration data. Returns None where they are too few or the model has no logits or no norms. The model is left
-    with the tuned values, or those that it had.
+    Returns None where the data are too few or the model has no logits or no norms. The model is left with the tuned values, or
+    with those that it had.
     """
-    if spec.task == "module" or not enough(samples):
+    if not source.has_logits or not enough(source):
         return None
-    norms = _vectors(model, checkpoint)
+    norms = _vectors(model, source.checkpoint)
     if not norms:
         return None
-    most = _positions(spec)
-    every = parted(samples)
-    count = min(MOST_PARTS, len(every))
-    chosen = [[samples[i] for i in every[at * len(every) // count]] for at in range(count)]
-    parts = [evenly(part, max(1, most // SAMPLE_POSITIONS)) for part in chosen]
-    held = set(range(APART // 2, count, APART)) or {count - 1}
-    apart, learnt = ([part for i, part in enumerate(parts) if (i in held) == kept] for kept in (True, False))
-    learning, plain = GradientSession(model.graphs()), EagerSession(model.graphs())
-
-    def original(part: list[Sample]) -> torch.Tensor:
-        """Log-probabilities [P, V] of the original, its weights read when their module runs."""
-        fresh = build(config)
-        found, real = CalibrationForward(fresh, checkpoint, spec, part, session=EagerSession(fresh.graphs())).logits(
-            most
-        )
-        return torch_log_softmax(torch.as_tensor(found)[torch.as_tensor(real)])
-
-    def divergence(part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
-        found, real = CalibrationForward(model, checkpoint, spec, part, session=session).logits(most)
-        logits = torch_log_softmax(torch.as_tensor(found)[torch.as_tensor(real)])
-        return torch_divergence(wanted, logits) / len(wanted)
-
-    def lost() -> float:
-        total, count = 0.0, 0
-        for part in apart:
-            wanted = original(part)
-            total += float(divergence(part, wanted, plain)) * len(wanted)
-            count += len(wanted)
-        return total / count if count else math.nan
-
-    before = best = lost()
+    apart, learnt = _split(source, options)
+    divergence = _Divergence(model, source, options.positions(source))
+    before = best = divergence.mean(apart)
     if not math.isfinite(before):
         progress("norms: kept, as the logits on the calibration data are not finite or of no sample's tokens")
         return None
-    kept = {norm.name: norm.held() for norm in norms}
+    kept = {norm.name: norm.value() for norm in norms}
     tokens = sum(s.size for part in learnt for s in part)
     progress(f"norms: tuning {len(norms)} on {tokens} tokens")
-    optimizer = torch.optim.Adam([norm.change for norm in norms], lr=RATE, betas=(0.9, 0.95))
-    order, steps, step = random.Random(_SEED), EPOCHS * len(learnt), 0
-    for _ in range(EPOCHS):
+    recorder = GradientRecorder()
+    for norm in norms:
+        recorder.watch_parameter(norm.parameter, norm.take_gradient)
+    optimizer = torch.optim.Adam([norm.change for norm in norms], lr=options.rate, betas=_BETAS)
+    order, steps, step = random.Random(_SEED), options.epochs * len(learnt), 0
+    for _ in range(options.epochs):
         order.shuffle(learnt)
         for part in learnt:
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / steps)
-            wanted = original(part)
-            if len(wanted):  # none where the logits looked at are of no sample's tokens
-                divergence(part, wanted, learning).backward()  # type: ignore[no-untyped-call]
-                for norm in norms:
-                    norm.take_gradient()
+                group["lr"] = options.rate * min(1.0, (step + 1) / options.warm_up) * (1.0 - step / steps)
+            optimizer.zero_grad()
+            if divergence.differentiate(part):
                 optimizer.step()
                 for norm in norms:
                     norm.apply()
             step += 1
         for norm in norms:
-            norm.set(norm.held())
-        now = lost()
+            norm.set(norm.value())
+        now = divergence.mean(apart)
         if not math.isfinite(now):
             break
         if now < best:
-            best, kept = now, {norm.name: norm.held() for norm in norms}
+            best, kept = now, {norm.name: norm.value() for norm in norms}
         progress(f"norms: {100 * step // steps}%")
     for norm in norms:
         norm.set(kept[norm.name])
@@ -159,28 +137,74 @@ def tune_norms(
     return Tuned(kept if best < before else {}, before, best, tokens)
 
 
-def enough(samples: Sequence[Sample]) -> bool:
+def enough(source: Source) -> bool:
     """Whether there are data to tune on."""
-    return len(parted(samples)) >= FEWEST_PARTS
+    return len(source.parts()) >= FEWEST_PARTS
 
 
-def tuning_bytes(model: LanguageModel, spec: Generation, samples: Sequence[Sample]) -> int:
+def tuning_bytes(model: LanguageModel, source: Source, options: TuningOptions = TuningOptions()) -> int:
     """About the memory that `tune_norms` takes: weights in fp32, the original's largest, activations and logits of a part."""
     sizes = [p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in model.tied]
-    longest = max((s.size for s in samples), default=0)
-    activations = backward_bytes(model, max(PART_TOKENS, longest), longest, 2 * _positions(spec))
+    longest = source.longest
+    activations = backward_bytes(model, max(source.part_tokens, longest), longest, 2 * options.positions(source))
     return BASE_BYTES + int(4 * (sum(sizes) + max(sizes, default=0))) + activations
 
 
-def _positions(spec: Generation) -> int:
-    return max(FEWEST_POSITIONS, min(PART_TOKENS, LOGITS // spec.vocab))
+def _split(source: Source, options: TuningOptions) -> tuple[list[list[Sample]], list[list[Sample]]]:
+    """Parts of the data that are kept apart, and those that are learnt from."""
+    every = source.parts()
+    count = min(MOST_PARTS, len(every))
+    chosen = [[source.samples[i] for i in every[at * len(every) // count]] for at in range(count)]
+    parts = [evenly(part, max(1, options.positions(source) // SAMPLE_POSITIONS)) for part in chosen]
+    held = set(range(APART // 2, count, APART)) or {count - 1}
+    apart, learnt = ([part for i, part in enumerate(parts) if (i in held) == kept] for kept in (True, False))
+    return apart, learnt
+
+
+class _Divergence:
+    """The divergence of `model` from the original, in nats a token, at `most` positions of a part."""
+
+    def __init__(self, model: LanguageModel, source: Source, most: int) -> None:
+        self._model, self._source, self._most = model, source, most
+        self._learning, self._plain = GradientSession(model.graphs()), EagerSession(model.graphs())
+
+    def mean(self, parts: Sequence[list[Sample]]) -> float:
+        """Over all parts; nan where their positions are of no sample's tokens."""
+        total, count = 0.0, 0
+        for part in parts:
+            wanted = self._original(part)
+            total += float(self._of(part, wanted, self._plain)) * len(wanted)
+            count += len(wanted)
+        return total / count if count else math.nan
+
+    def differentiate(self, part: list[Sample]) -> bool:
+        """The gradients of one part, to the recorder's hooks; False where its positions are of no sample's tokens."""
+        wanted = self._original(part)
+        if len(wanted):
+            self._of(part, wanted, self._learning).backward()  # type: ignore[no-untyped-call]
+        return len(wanted) > 0
+
+    def _original(self, part: list[Sample]) -> torch.Tensor:
+        """Log-probabilities [P, V] of the original, whose weights are read when their module runs."""
+        original = self._source.build()
+        forward = CalibrationForward(original, self._source.over(part), session=EagerSession(original.graphs()))
+        return self._log_probabilities(forward)
+
+    def _of(self, part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
+        forward = CalibrationForward(self._model, self._source.over(part), session=session)
+        return nn.functional.kl_div(self._log_probabilities(forward), wanted, reduction="batchmean", log_target=True)
+
+    def _log_probabilities(self, forward: CalibrationForward) -> torch.Tensor:
+        logits, real = forward.logits(self._most)
+        return torch.log_softmax(torch.as_tensor(logits)[torch.as_tensor(real)], -1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Vector:
-    """A gain or a bias of a norm, by its stored name, and the share by which it is changed, to be learnt.
+    """A gain or a bias of a norm, by its stored name, and the share by which it is changed, which is learnt.
 
-    parameter: of the model. offset: what it is held less by. gain: what multiplied at first, fp32. dtype: of its file.
+    parameter: of the model. offset: what the parameter holds less than the gain. gain: the gain at first, fp32. dtype: of its
+    file.
     """
 
     name: str
@@ -190,10 +214,9 @@ class _Vector:
     change: nn.Parameter
     dtype: torch.dtype
 
-    def take_gradient(self) -> None:
-        """From the parameter to the change."""
-        self.change.grad = None if self.parameter.grad is None else self.parameter.grad * self.gain
-        self.parameter.grad = None
+    def take_gradient(self, gradient: torch.Tensor) -> None:
+        """The parameter's gradient as one of the change."""
+        self.change.grad = gradient * self.gain
 
     def apply(self) -> None:
         """The change to the parameter."""
@@ -203,25 +226,24 @@ class _Vector:
         with torch.no_grad():
             self.parameter.copy_(value)
 
-    def held(self) -> torch.Tensor:
-        """The value as the file's dtype holds it."""
+    def value(self) -> torch.Tensor:
+        """As the file's dtype holds it."""
         return self.parameter.detach().to(self.dtype, copy=True)
 
 
 def _vectors(model: LanguageModel, checkpoint: Checkpoint) -> list[_Vector]:
     """Gains and biases of all norms, a norm being a module whose weight is a vector."""
-    found: dict[str, _Vector] = {}
+    vectors: dict[str, _Vector] = {}
     for path, module in model.named_modules():
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if weight is None or weight.ndim != 1:
+        if getattr(getattr(module, "weight", None), "ndim", 0) != 1:
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             name = stored_name(model, f"{path}.{leaf}")
-            if parameter.ndim != 1 or name in found:
+            if parameter.ndim != 1 or name in vectors:
                 continue
-            offset = module.offset if isinstance(module, RMSNorm) and leaf == "weight" else 0.0
+            offset = float(getattr(module, "offset", 0.0)) if leaf == "weight" else 0.0
             parameter.data = parameter.detach().clone()  # it may be a view of the checkpoint's file
             gain, change = parameter.detach() + offset, nn.Parameter(torch.zeros_like(parameter))
             dtype = checkpoint.info(name).dtype
-            found[name] = _Vector(name, parameter.requires_grad_(), offset, gain, change, dtype)
-    return list(found.values())
+            vectors[name] = _Vector(name, parameter.requires_grad_(), offset, gain, change, dtype)
+    return list(vectors.values())

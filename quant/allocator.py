@@ -1,8 +1,8 @@
-"""Bits for every weight under a budget, exactly. What may enter: plan, targets, knapsack, latency, rtn (for the effective group).
+"""Bits for every weight under a budget, exactly.
 
-The allocator minimises the sum over units of the predicted loss: importance * weights * expected relative error, or what
-was measured. The budget is bytes of codes and scales, or predicted time of a decode step. A budget that cannot be met
-is refused before any weight is read.
+The allocator minimises the sum over units of the predicted loss: importance * weights * expected relative error, or the losses
+that were measured. The budget is bytes of codes and scales, or predicted time of a decode step. A budget that cannot be met is
+refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from .expected_error import expected_error
 from .knapsack import Option, solve, undominated
 from .latency import PICOSECONDS, DecodeStep
 from .overrides import Override, _check_widths
-from .plan import UNQUANTIZED, BitPlan, Budget, BudgetKind, Choice, Entry, Quantizer, Unit, weight_bytes
+from .plan import UNQUANTIZED, BitPlan, Budget, Choice, Entry, Quantizer, Unit, weight_bytes
 from .rtn import effective_group
 
 Losses = Mapping[str, Mapping[Choice, float]]
-
-
 """Unit name -> choice -> the predicted loss of the unit at it, in nats a token."""
 
 
@@ -34,11 +32,11 @@ Losses = Mapping[str, Mapping[Choice, float]]
 class Problem:
     """All that an allocation depends on, but for its budget.
 
-    units: what shares a choice. scores: unit name -> importance weight > 0. other_bytes: of the checkpoint, not quantized.
+    units: weights that share a choice. scores: unit name -> importance weight > 0. other_bytes: of the checkpoint, not quantized.
     widths: allowed bits (16 = bf16). groups: allowed sizes (0: per channel; 8 bits always are). overrides: the first that
-    matches a weight decides its unit. targets: choices are limited to what all of them hold. losses: where given, they
-    take the place of importance * weights * expected error, and a choice that a unit's do not name is not offered to it. step:
-    the decode step that a budget of milliseconds is for. Scales may be negative where all targets hold that.
+    matches a weight decides its unit. targets: choices are limited to those that all of them hold. losses: where given, they
+    replace importance * weights * expected error, and a choice that has none in a unit is not offered to it. step: the decode
+    step that a budget of milliseconds is for. Scales may be negative where all targets hold that.
     """
 
     units: Sequence[Unit]
@@ -59,50 +57,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one unit may take: every option that its shapes and the targets allow, and why those; forced: by an override."""
+    """What one unit may take: every option that its shapes and the targets allow. why: what says so. forced: by an override."""
 
     options: list[Option]
     why: str
     forced: bool
 
 
-def allocate(
-    units: Sequence[Unit],
-    scores: Mapping[str, float],
-    *,
-    bits: float | None = None,
-    size: int | None = None,
-    latency_ms: float | None = None,
-    other_bytes: int = 0,
-    widths: Sequence[int] = WIDTHS,
-    groups: Sequence[int] = (32, 64, 128),
-    overrides: Sequence[Override] = (),
-    targets: Sequence[str] = (),
-    method: str = "uniform",
-    losses: Losses | None = None,
-    step: DecodeStep | None = None,
-) -> BitPlan:
-    """The plan of least predicted loss within the budget, which is never exceeded; the rest is a `Problem`'s.
-
-    Exactly one of bits (average over all weights of the units, scales counted), size (bytes of the quantized checkpoint's
-    tensors, of which other_bytes are not quantized) and latency_ms (predicted milliseconds of `step`).
+def allocate(problem: Problem, budget: Budget) -> BitPlan:
+    """The plan of least predicted loss within the budget, which is never exceeded.
 
     Raises UserError for a budget below the floor or above the ceiling (naming both), an override that matches nothing
     or that a target cannot hold, a weight no width fits, a score that is not positive, or a loss that is not finite.
     """
-    given: dict[BudgetKind, float | None] = {"bits": bits, "size": size, "latency": latency_ms}
-    asked = [(kind, float(value)) for kind, value in given.items() if value is not None]
-    if len(asked) != 1:
-        raise UserError("give one budget: average bits, size or latency")
-    kind, value = asked[0]
-    if not math.isfinite(value):
-        raise UserError(f"a budget of {value} is not a number; try --bits 4.25")
-    made = Problem(units, scores, other_bytes, widths, groups, overrides, targets, method, losses, step)
-    return plan_within(made, Budget(kind, value))
-
-
-def plan_within(problem: Problem, budget: Budget) -> BitPlan:
-    """`allocate` for a problem at hand. Raises UserError as it does."""
     offered = offers(problem, budget.kind == "latency")
     tables = [undominated(offer.options) for offer in offered]
     return plan_of(problem, offered, solve(tables, capacity(problem, budget, tables)), budget)
@@ -125,18 +92,8 @@ def plan_of(problem: Problem, offered: Sequence[Offer], chosen: Sequence[Option]
     return BitPlan(1, problem.method, budget, entries, total * 8 / problem.numel, total)
 
 
-def reach(
-    units: Sequence[Unit],
-    *,
-    widths: Sequence[int],
-    groups: Sequence[int],
-    overrides: Sequence[Override],
-    targets: Sequence[str],
-    losses: Losses | None = None,
-) -> tuple[float, float]:
+def reach(problem: Problem) -> tuple[float, float]:
     """The least and the largest average bits that `allocate` can give, scales counted. Raises UserError as it does."""
-    scores = {unit.name: 1.0 for unit in units}
-    problem = Problem(units, scores, 0, widths, groups, overrides, targets, losses=losses)
     low, high = ends([undominated(offer.options) for offer in offers(problem)])
     return _shown(low * 8, problem.numel, 4), _shown(high * 8, problem.numel, 4)
 
@@ -147,7 +104,7 @@ def ends(tables: Sequence[Sequence[Option]]) -> tuple[int, int]:
 
 
 def expected_loss(plan: BitPlan, units: Sequence[Unit]) -> float:
-    """What the allocator minimised, of a plan it made: the entries' losses, or importance * weights * expected error, summed."""
+    """The sum that the allocator minimised, of a plan that it made: entries' losses, or importance * weights * expected error."""
     total = 0.0
     for weight in (w for unit in units for w in unit.weights):
         entry = plan.entries[weight.name]
@@ -202,7 +159,7 @@ def offers(problem: Problem, timed: bool = False) -> list[Offer]:
 
 
 def capacity(problem: Problem, budget: Budget, tables: Sequence[Sequence[Option]]) -> int:
-    """What the units may cost together. Raises UserError, with floor and ceiling, when no plan is that small or that large."""
+    """What the units may cost together. Raises UserError that names floor and ceiling when no plan is that small or large."""
     floor, ceiling = ends(tables)
     if budget.kind == "latency":
         rest = 0 if problem.step is None else problem.step.rest
@@ -278,19 +235,19 @@ def _with_losses(problem: Problem, unit: Unit, choices: Sequence[Choice]) -> lis
         return [(choice, None) for choice in choices]
     known = problem.losses.get(unit.name, {})
     quantizers: tuple[Quantizer, ...] = ("rtn", "gptq")
-    found: list[tuple[Choice, float | None]] = []
+    offered: list[tuple[Choice, float | None]] = []
     for choice in (replace(choice, quantizer=by) for choice in choices for by in quantizers):
         loss = known.get(choice)
         if loss is not None:
             if not (math.isfinite(loss) and loss >= 0):
                 raise UserError(f"unit {unit.name} has a predicted loss of {loss}; the calibration was not finite")
-            found.append((choice, float(loss)))
-    if not found and all(choice.bits == UNQUANTIZED for choice in choices):
-        return [(choices[0], 0.0)]  # kept as it is: nothing to measure
-    if not found:
+            offered.append((choice, float(loss)))
+    if not offered and all(choice.bits == UNQUANTIZED for choice in choices):
+        return [(choices[0], 0.0)]  # not quantized: it loses nothing
+    if not offered:
         tried = ", ".join(f"{choice.bits} bits" for choice in choices)
         raise UserError(f"unit {unit.name}: no loss was predicted at {tried}; choose widths that were")
-    return found
+    return offered
 
 
 def _option(

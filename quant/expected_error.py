@@ -13,11 +13,8 @@ EXPECTED_ERROR: dict[tuple[int, int], float] = {
     (8, 0): 6.02e-5,
     (16, 0): 2.76e-6,
 }  # fmt: skip
-
-
 """(bits, group) -> |w - w'|**2 / |w|**2, measured: `quantize_rtn` on a 4096 x 1024 standard normal matrix (group 0: one
-scale for the 1024 inputs); 16 bits: rounding fp32 to bf16. tests/test_allocate.py measures it again."""
-
+scale for the 1024 inputs); 16 bits: rounding fp32 to bf16. tests/quant/test_allocate.py measures it again."""
 
 SIGNED_ERROR: dict[tuple[int, int], float] = {
     (2, 16): 0.0923, (2, 32): 0.112, (2, 64): 0.124, (2, 128): 0.133, (2, 256): 0.138, (2, 0): 0.145,
@@ -28,8 +25,6 @@ SIGNED_ERROR: dict[tuple[int, int], float] = {
     (8, 0): 6.02e-5,
     (16, 0): 2.76e-6,
 }  # fmt: skip
-
-
 """The same where scales may be negative."""
 
 

@@ -1,7 +1,7 @@
-"""Quality against bytes: the best plan of each of many budgets, and the best uniform one beside it. What may enter: allocate.
+"""Quality against bytes: the best plan of each of many budgets, and the best uniform one beside it.
 
-A uniform plan gives every weight the same bits and group size, but for overrides. It is what a plan must beat, so it is
-always computed from the same choices, targets and losses.
+A uniform plan gives every weight the same bits and group size, except for overrides. A plan must beat it, so it is always computed
+from the same choices, targets and losses.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Frontier:
 
 
 def frontier(problem: Problem, points: int = POINTS, asked: Sequence[Budget] = ()) -> Frontier:
-    """Plans at `points` budgets, equal steps of bytes from the floor to the ceiling, and at the budgets asked for.
+    """Plans at `points` budgets, equal steps of bytes from the floor to the ceiling, and at the budgets `asked` for.
 
     Raises UserError as `allocate` does, and for fewer than 2 points.
     """
@@ -51,24 +51,24 @@ def frontier(problem: Problem, points: int = POINTS, asked: Sequence[Budget] = (
     floor, ceiling = ends(tables)
     steps = sorted({floor + (ceiling - floor) * i // (points - 1) for i in range(points)})
     budgets = [Budget("size", float(room + problem.other_bytes)) for room in steps]
-    found: dict[tuple[int, float], Point] = {}
+    by_cost: dict[tuple[int, float], Point] = {}
     for budget in [*budgets, *asked]:
         if budget.kind == "latency":
             raise UserError("the frontier is of bytes; leave out --latency")
         room = capacity(problem, budget, tables)
-        made = plan_of(problem, offered, solve(tables, room), budget)
+        plan = plan_of(problem, offered, solve(tables, room), budget)
         even = _uniform(problem, offered, room, budget)
-        loss = expected_loss(made, problem.units)
+        loss = expected_loss(plan, problem.units)
         even_loss = None if even is None else expected_loss(even, problem.units)
-        found.setdefault((made.total_bytes, loss), Point(made, loss, even, even_loss))
-    return Frontier(tuple(found[key] for key in sorted(found)), problem.losses is not None)
+        by_cost.setdefault((plan.total_bytes, loss), Point(plan, loss, even, even_loss))
+    return Frontier(tuple(by_cost[key] for key in sorted(by_cost)), problem.losses is not None)
 
 
 def uniform(problem: Problem, budget: Budget) -> BitPlan | None:
     """The plan of least predicted loss within `budget` that gives all weights one choice; None where none is that small.
 
-    An override keeps its weights. A weight that the choice does not fit takes the next larger that it can have. Raises
-    UserError as `allocate` does.
+    Weights that an override decides keep its choice. A weight that the choice does not fit takes the next larger that it can
+    have. Raises UserError as `allocate` does.
     """
     offered = offers(problem, budget.kind == "latency")
     tables = [undominated(offer.options) for offer in offered]
@@ -78,10 +78,10 @@ def uniform(problem: Problem, budget: Budget) -> BitPlan | None:
 def better(
     plan: BitPlan, even: BitPlan | None, units: Sequence[Unit], measured: tuple[float, float] | None = None
 ) -> BitPlan:
-    """Whichever of a plan and the uniform one loses less; the plan where they are equal.
+    """The one of the two plans that loses less; `plan` where they are equal.
 
-    measured: the losses of the two on data, such as mean KL; they count where they are given, and the predicted ones
-    where not. Raises UserError when a measured one is not finite.
+    measured: the losses of the two on data, such as mean KL. Without them the predicted losses count. Raises UserError when a
+    measured one is not finite.
     """
     if even is None:
         return plan
@@ -94,10 +94,10 @@ def better(
 def _uniform(problem: Problem, offered: Sequence[Offer], room: int, budget: Budget) -> BitPlan | None:
     best: tuple[float, int, list[Option]] | None = None
     for choice in _choices(offered):
-        taken = [_taken(offer, choice) for offer in offered]
-        cost, loss = sum(option.cost for option in taken), math.fsum(option.loss for option in taken)
+        nearest = [_nearest(offer, choice) for offer in offered]
+        cost, loss = sum(option.cost for option in nearest), math.fsum(option.loss for option in nearest)
         if cost <= room and (best is None or (loss, cost) < best[:2]):
-            best = loss, cost, taken
+            best = loss, cost, nearest
     return None if best is None else plan_of(problem, offered, best[2], budget)
 
 
@@ -107,8 +107,8 @@ def _choices(offered: Sequence[Offer]) -> list[Choice]:
     return list(dict.fromkeys(option.choice for offer in free for option in offer.options))
 
 
-def _taken(offer: Offer, choice: Choice) -> Option:
-    """The unit's option that is nearest to the choice: the same, or with the same group and quantizer, or the next larger."""
+def _nearest(offer: Offer, choice: Choice) -> Option:
+    """The unit's option that is nearest to the choice: the same, then one of the same group and quantizer, then the next larger."""
 
     def distance(option: Option) -> tuple[bool, int, bool, bool, int]:
         other = option.choice

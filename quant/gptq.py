@@ -1,9 +1,9 @@
-"""GPTQ: rounding that knows the inputs, from a weight and the Hessian of its inputs. What may enter: torch, packing.
+"""GPTQ: rounding that knows the inputs, from a weight and the Hessian of its inputs.
 
-Three steps, each on many rows at once. Scales are searched group by group. Inputs are rounded one after the other, each
-meeting the errors that those before it left (arXiv 2210.17323); scales being fixed beforehand for contiguous groups,
-the order of rounding is free of the stored layout. Then sweeps over the groups move a scale, and a code, wherever that
-lowers the output error while all else stays (codes: arXiv 2309.01885).
+There are three steps, each on many rows at once. Scales are searched group by group. Inputs are rounded one after the other, and
+each corrects the errors of those before it (arXiv 2210.17323). Scales of contiguous groups are fixed before, so the order of
+rounding does not depend on the stored layout. Then sweeps over the groups change a scale, and a code, wherever that lowers the
+output error while everything else stays (codes: arXiv 2309.01885).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tensor import LARGEST_SCALE, QuantizedTensor, canonical, sides
 __all__ = ["Factor", "damping_for", "factor", "hessian_error", "quantize_gptq", "row_block"]
 
 FEWEST_ROWS, MOST_ROWS = 256, 1024
-"""Rows worked on at once, about. With 256 the calls take more time than their work: 1024 take half as long a row (K 576)."""
+"""Rows worked on at once, about. With few rows the calls take more time than their work."""
 
 BLOCK_WEIGHTS = 3 << 20
 """Weights worked on at once, unless that is fewer than FEWEST_ROWS: about 100 MB of scratch memory."""
@@ -26,8 +26,7 @@ COLUMN_BLOCK = 128
 """Inputs rounded between two matrix products that carry their errors on."""
 
 SWEEPS = 2
-"""Sweeps over scales and codes. On trained linears the first is worth 3 to 13 % of the error (the fewer bits the more),
-the second 1 to 4 %, the next two together 1 to 3 % for twice the time, four more under 1 %."""
+"""Sweeps over scales and codes; more of them win little for their time."""
 
 GRID_STEPS = 16
 """Candidate scales per group, spaced geometrically; the sweeps find the last few percent."""
@@ -40,8 +39,10 @@ _REFINEMENTS = 2
 
 
 def row_block(rows: int, columns: int) -> int:
-    """How many rows of a weight [rows, columns] are worked on at once: in two blocks at least, to be shared by threads, where
-    there are more than FEWEST_ROWS; each a multiple of 32."""
+    """How many rows of a weight [rows, columns] are worked on at once, a multiple of 32.
+
+    A weight of more than FEWEST_ROWS is in two blocks at least, so that threads can share it.
+    """
     most = max(FEWEST_ROWS, min(MOST_ROWS, BLOCK_WEIGHTS // columns))
     blocks = 1 if rows <= FEWEST_ROWS else 2 * -(-rows // (2 * most))
     return -(-rows // (32 * blocks)) * 32
@@ -67,7 +68,7 @@ def quantize_gptq(
     block = block or row_block(rows, columns)
     packed = torch.empty((rows, packed_bytes(columns, bits)), dtype=torch.uint8)
     scales = torch.empty((rows, columns // group_size), dtype=torch.bfloat16)
-    # what no scale reaches is clipped either way, and this keeps every product below finite
+    # no scale reaches larger weights: they are clipped either way, and so every product below is finite
     reach = LARGEST_SCALE * (1 << (bits - 1))
     held = torch.empty((columns, block))
     with torch.no_grad():

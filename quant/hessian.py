@@ -1,8 +1,8 @@
-"""The Hessian of a linear's inputs, factored once for every linear that shares them. What may enter: torch.
+"""The Hessian of a linear's inputs, factored once for every linear that shares them.
 
 With H = X^T X / T, the squared output error a token of a row that goes from w to q is (w - q) H (w - q)^T. Factored as
-H = L L^T it is a sum over inputs of squares, each of one input's error and those of the inputs after it: what rounds
-one input after the other with the errors fed back needs (arXiv 2210.17323; in this form arXiv 2507.18553).
+H = L L^T it is a sum over inputs of squares, each of one input's error and those of the inputs after it. In this form one input
+after the other can be rounded, with the errors fed back (arXiv 2210.17323; in this form arXiv 2507.18553).
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ DAMPING = 0.01
 """The least that is added to the diagonal, as a share of its mean, so that the matrix can be factored in fp32."""
 
 MOST_DAMPING = 0.8
-"""The most that `damping_for` gives; with more the correlations that are real count too little."""
+"""The most that `damping_for` gives. With more, real correlations count too little."""
 
 DAMPING_TOKENS = 1.5
-"""Damping times tokens an input. Over SmolLM2's linears the error on unseen text is least for 1 to 2; against a damping
-of 0.01 it falls by 12 to 14 % with 1536 inputs and 8192 tokens, by about half with 2048 tokens."""
+"""Damping times tokens an input, with which the error on unseen text is least."""
 
 LARGEST = 1e20
-"""The largest mean square of an input that is believed; below it nothing overflows in what is made from H."""
+"""The largest mean square of an input that is accepted; below it nothing computed from H overflows."""
 
 SMALLEST = 1e-24
 """A matrix of smaller mean squares counts as zero."""

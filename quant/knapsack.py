@@ -1,6 +1,6 @@
-"""The multiple-choice knapsack: an option for each unit, the least total loss within a budget. What may enter: plan, scipy.
+"""The multiple-choice knapsack: an option for each unit, the least total loss within a budget, solved exactly by HiGHS.
 
-Costs are integers (bytes, or picoseconds), so that what fits is never a question of rounding. Solved to optimality by HiGHS.
+Costs are integers (bytes, or picoseconds), so whether a plan fits is never a question of rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COST_RANGE = 100.0
 
 @dataclass(frozen=True)
 class Option:
-    """One choice a unit may take: its bytes, what it takes of the budget (bytes or picoseconds), its predicted loss."""
+    """One choice a unit may take. cost: in the budget's unit, bytes or picoseconds. loss: predicted."""
 
     choice: Choice
     bytes: int
@@ -50,10 +50,10 @@ def undominated(options: Sequence[Option]) -> list[Option]:
 def solve(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     """The option of each unit that minimises the total loss within `budget` (the floor is within it).
 
-    options: of each unit its `undominated` ones. Raises UserError when nothing was proved best in time.
+    options: of each unit its `undominated` ones. Raises UserError when no plan was proved best in time.
     """
-    # Units with the same options are interchangeable: one integer count per option instead of many equal binaries,
-    # without which branch and bound walks through their permutations.
+    # Units with the same options are interchangeable: they have one integer count per option. With a binary for each unit
+    # and option, branch and bound would try their permutations.
     classes: dict[tuple[tuple[int, float], ...], list[int]] = defaultdict(list)
     for index, rows in enumerate(options):
         classes[tuple((o.cost, o.loss) for o in rows)].append(index)
@@ -63,7 +63,7 @@ def solve(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     picks = _solve_core(tables, counts, budget)
     chosen: dict[int, Option] = {}
     for indices, table, pick in zip(members, tables, picks, strict=True):
-        # within a class the earlier units, in the model's order, get the more bits
+        # within a class the earlier units, in the model's order, get more bits
         best_first = [option for option, n in zip(reversed(table), reversed(pick), strict=True) for _ in range(n)]
         chosen.update(zip(indices, best_first, strict=True))
     return [chosen[index] for index in range(len(options))]
@@ -72,9 +72,9 @@ def solve(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
 def _solve_core(tables: Sequence[Sequence[Option]], counts: Sequence[int], budget: int) -> list[list[int]]:
     """`_solve_counts` over the options that can be part of an optimum, which are few.
 
-    With the linear relaxation's price of cost, an option's reduced cost says by how much any plan that uses it
-    must exceed the relaxation's loss. Solve over the options of least reduced cost first; only those below the gap that
-    is left can still better the result. Only when some of these were left out, solve again with them.
+    With the linear relaxation's price of cost, an option's reduced cost says by how much any plan that uses it must exceed the
+    relaxation's loss. The options of least reduced cost are solved first. Only options below the remaining gap can still improve
+    the result: where some of these were not among the first, it is solved again with them.
     """
     price = _price(tables, counts, budget)
     lagrangian = [[option.loss + price * option.cost for option in table] for table in tables]
@@ -86,11 +86,11 @@ def _solve_core(tables: Sequence[Sequence[Option]], counts: Sequence[int], budge
     slack = 1e-12 * abs(bound)  # rounding in the sums above; too many options do no harm
     while True:
         core = [[j for j, cost in enumerate(row) if cost <= limit + slack] for row in reduced]
-        found = _solve_counts(
+        solved = _solve_counts(
             [[t[j] for j in keep] for t, keep in zip(tables, core, strict=True)], counts, budget, price
         )
         picks = [[0] * len(table) for table in tables]
-        for pick, keep, values in zip(picks, core, found, strict=True):
+        for pick, keep, values in zip(picks, core, solved, strict=True):
             for j, n in zip(keep, values, strict=True):
                 pick[j] = n
         loss = math.fsum(
@@ -129,8 +129,8 @@ def _solve_counts(
 ) -> list[list[int]]:
     """How many units of each class take each option: an integer program with a row a class and one for the cost.
 
-    The solver's tolerances and its smallest gap are absolute, about 1e-6. So costs and losses are measured from the
-    relaxation's choice of each class and scaled, until these are nothing and only the differences it weighs are left.
+    The solver's tolerances and its smallest gap are absolute, about 1e-6. So costs and losses are counted from the relaxation's
+    choice of each class and scaled: against the differences that are compared, the tolerances are then nothing.
     """
     base = [min(table, key=lambda o: (o.loss + price * o.cost, o.cost)) for table in tables]
     owner = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
@@ -163,18 +163,18 @@ def _solve_counts(
         excess = int(taken @ extra) - capacity
         if excess <= 0:
             break
-        allowed -= excess  # within the solver's tolerance, yet over the budget: ask for that much less
+        allowed -= excess  # within the solver's tolerance but over the budget: allow that much less
     ends = np.cumsum([len(table) for table in tables])[:-1]
     return [part.tolist() for part in np.split(taken, ends)]
 
 
 @contextmanager
 def _silent_standard_output() -> Iterator[None]:
-    """Keep file descriptor 1 clean: HiGHS prints debugging lines there whatever it is told."""
+    """Keep file descriptor 1 clean: HiGHS prints debugging lines there whatever its options say."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)
-    except OSError:  # no standard output at all
+    except OSError:  # there is no standard output
         yield
         return
     try:
@@ -182,7 +182,9 @@ def _silent_standard_output() -> Iterator[None]:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
-        with suppress(OSError, TypeError, AttributeError):  # no such C library: what it buffered may still come out
+        with suppress(
+            OSError, TypeError, AttributeError
+        ):  # where this fails, what the C library buffered may still be printed
             ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)

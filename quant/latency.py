@@ -1,7 +1,7 @@
-"""Predicted time of a decode step, weight by weight, on a device. What may enter: device_profiles, graph, targets, plan.
+"""Predicted time of a decode step, weight by weight, on a device.
 
-A step multiplies one row with every weight of the decoder's graph: it takes the time of reading them, at the rate that the
-device's profile gives for its kernels, or the time of the arithmetic where that is longer. A prediction, not a measurement.
+A step multiplies one row with every weight of the decoder's graph. It takes the time of reading them, at the rate that the device's
+profile gives for its kernels, or the time of the arithmetic where that is longer. It is a prediction, not a measurement.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEPTH = 512
 
 @dataclass(frozen=True)
 class Rates:
-    """What of a device bounds a decode step of `target`'s artefact.
+    """The rates of a device that bound a decode step of `target`'s artefact.
 
     codes, floats: bytes/s at which quantized and 16-bit weights are read. code_products, float_products: operations/s, a
     multiply-add counting as 2; None where the profile gives none, so that reading alone is counted.
@@ -80,18 +80,19 @@ class Rates:
 
     def seconds(self, weight: WeightSpec, bits: int, group_size: int) -> float:
         """Of one row times `weight`, [N, K], at these bits and this effective group size, in the target's container."""
-        whole = bits == UNQUANTIZED
-        read = stored_bytes(self.target, bits, group_size, *weight.shape) / (self.floats if whole else self.codes)
-        products = self.float_products if whole else self.code_products
+        unquantized = bits == UNQUANTIZED
+        rate = self.floats if unquantized else self.codes
+        read = stored_bytes(self.target, bits, group_size, *weight.shape) / rate
+        products = self.float_products if unquantized else self.code_products
         return read if products is None else max(read, 2 * weight.numel / products)
 
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One step of a model's decoder: how often it reads each planned weight, and the picoseconds of all that is not planned.
+    """One step of a model's decoder.
 
-    reads: weight name -> times read, a fraction where only some rows are (one row of an embedding); a name that is not
-    there is not read at all (an encoder's).
+    reads: planned weight's name -> how many times it is read; a fraction where only some rows are (one row of an embedding). A
+    weight that has no entry is not read at all (an encoder's). rest: picoseconds of everything that is not planned.
     """
 
     rates: Rates
@@ -119,7 +120,7 @@ def decode_step(
     """
     if len(targets) != 1:
         raise UserError(f"--latency is of one target, not of {', '.join(targets)}; give one --format")
-    weight_storage(targets[0], 4)  # a target that exists
+    weight_storage(targets[0], 4)  # refuses a target that does not exist
     rates = Rates.of(device, targets[0])
     decoder = next((graph for graph in model.graphs() if graph.name == "decoder"), None)
     if decoder is None:
@@ -133,8 +134,10 @@ def decode_step(
 def _run(
     model: LanguageModel, decoder: Graph, planned: Mapping[str, WeightSpec]
 ) -> tuple[Counter[str], dict[str, float], int]:
-    """Run the decoder on shapes alone: calls of each planned weight, the part of it that a token looks up, and the bytes
-    of the other parameters it read.
+    """Run the decoder on shapes alone.
+
+    Returns the calls of each planned weight, the share of its rows that one token looks up, and the bytes of the other
+    parameters that were read.
     """
     calls: Counter[str] = Counter()
     rows: dict[str, float] = dict.fromkeys(planned, 0.0)
@@ -169,7 +172,7 @@ def _run(
 
 
 def _traffic(state: State, depth: int) -> int:
-    """Bytes a step reads of a state whose symbolic sizes are `depth` (one batch); one of a fixed size is written whole too."""
+    """Bytes a step reads of a state whose symbolic sizes are `depth` (one batch). A state of fixed size is written, too."""
     sizes = [1 if size == "batch" else depth if isinstance(size, str) else size for size in state.shape]
     fixed = all(isinstance(size, int) or size == "batch" for size in state.shape)
     return math.prod(sizes) * state.dtype.itemsize * (2 if fixed and state.updated else 1)

@@ -24,11 +24,11 @@ class Override:
     @staticmethod
     def parse(text: str) -> Override:
         """Read 'regex=bits' or 'regex=bits:group' (group 0: one scale per channel). Raises UserError."""
-        found = re.fullmatch(r"(.+)=([0-9]{1,3})(?::([0-9]{1,6}))?", text, re.DOTALL)
-        if found is None:
+        match = re.fullmatch(r"(.+)=([0-9]{1,3})(?::([0-9]{1,6}))?", text, re.DOTALL)
+        if match is None:
             raise UserError(f"override {text!r} is not 'regex=bits' or 'regex=bits:group', for example 'embed=8'")
-        group = None if found[3] is None else int(found[3])
-        override = Override(found[1], int(found[2]), group)
+        group = None if match[3] is None else int(match[3])
+        override = Override(match[1], int(match[2]), group)
         override.check()
         return override
 

@@ -1,12 +1,12 @@
-"""The bit plan: for each weight its bits, group size and quantizer, and why. What may enter: packing, targets, errors.
+"""The bit plan: for each weight its bits, group size and quantizer, and why.
 
-A plan is JSON, written by `plan`, edited by hand, and accepted back: reading is strict and every mistake is one line.
+A plan is JSON, written by `plan`, edited by hand, and accepted back. Reading is strict, and every mistake gives one line.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, replace
@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from ..errors import UserError
 from ..ops.packing import WIDTHS, packed_bytes, period
+from ..system.digest import of_text
 from ..system.reading import MEBIBYTE, one_line, read_text
 from ..targets.target import GROUP_SIZES
 
@@ -79,10 +80,10 @@ class Choice:
 class Entry:
     """One weight's line of the plan. group_size is the effective one: K means one scale per channel (or 16 bits).
 
-    score is the importance weight the allocator used, why says in words where the choice came from. At 16 bits the
-    quantizer means nothing. loss: where losses were measured, the predicted one of the weight's unit at this choice, in nats
-    a token, shared out over the unit's weights by their size; of an entry edited by hand it is stale. signed: scales may be
-    negative, which not every target holds.
+    score: the importance weight that the allocator used. why: in words, where the choice comes from. quantizer: without
+    meaning at 16 bits. loss: where losses were measured, the predicted one of the weight's unit at this choice, in nats a token,
+    divided among the unit's weights by their size; it is stale after an edit by hand. signed: scales may be negative, which not
+    every target holds.
     """
 
     bits: int
@@ -96,13 +97,30 @@ class Entry:
 
 @dataclass(frozen=True, config=_STRICT)
 class Budget:
-    """What was asked for: average bits a weight, scales counted; bytes of the whole quantized checkpoint; or predicted
-    milliseconds of a decode step on `device`.
+    """A limit: average bits a weight, scales counted; bytes of the whole quantized checkpoint; or predicted milliseconds of a
+    decode step on `device`.
     """
 
     kind: BudgetKind
     value: Finite
     device: Name | None = None
+
+    @staticmethod
+    def of(
+        bits: float | None = None,
+        size: float | None = None,
+        latency_ms: float | None = None,
+        device: str | None = None,
+    ) -> Budget:
+        """The one of `bits`, `size` and `latency_ms` that is given. Raises UserError for none, for two, and for no number."""
+        options: dict[BudgetKind, float | None] = {"bits": bits, "size": size, "latency": latency_ms}
+        limits = [(kind, float(value)) for kind, value in options.items() if value is not None]
+        if len(limits) != 1:
+            raise UserError("give one budget: average bits, size or latency")
+        kind, value = limits[0]
+        if not math.isfinite(value):
+            raise UserError(f"a budget of {value} is not a number; try --bits 4.25")
+        return Budget(kind, value, device)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -158,7 +176,7 @@ class BitPlan:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the plan's text."""
-        return hashlib.sha256(self.to_json().encode("utf-8", "surrogatepass")).hexdigest()
+        return of_text(self.to_json())
 
     def validate(self, units: Iterable[Unit]) -> BitPlan:
         """This plan with its totals computed anew, once it fits a model's units.
@@ -228,9 +246,9 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _written(part: Budget | Entry) -> dict[str, Any]:
-    """Its fields but those that are as they are when left out, so that a plan without them reads as it always did."""
-    left_out = {f.name for f in fields(part) if f.default is not MISSING and getattr(part, f.name) == f.default}
-    return {key: value for key, value in asdict(part).items() if key not in left_out}
+    """Its fields without those that have their default: such a plan has the same text as before the field existed."""
+    defaults = {f.name for f in fields(part) if f.default is not MISSING and getattr(part, f.name) == f.default}
+    return {key: value for key, value in asdict(part).items() if key not in defaults}
 
 
 def _dumps(value: object) -> str:

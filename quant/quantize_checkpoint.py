@@ -1,7 +1,7 @@
-"""From checkpoint and plan to a quantized checkpoint, row chunk by row chunk. What may enter: checkpoint, plan, rtn.
+"""From checkpoint and plan to a quantized checkpoint, row chunk by row chunk.
 
-Nothing larger than a few row chunks is ever in memory: rows come from the mapped file, codes and scales go straight to
-their places in the new one.
+Nothing larger than a few row chunks is ever in memory: rows come from the mapped file, codes and scales go straight to their
+places in the new one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -38,8 +38,18 @@ _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with its name, the weights done so far, and all there are."""
 
-Ready = Callable[[str], QuantizedTensor | None]
-"""Codes of a weight that are there already, as its line of the plan asks; None: there are none."""
+ReadCodes = Callable[[str], QuantizedTensor | None]
+"""A weight's name -> its finished codes, as its line of the plan asks; None where it has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What calibration computed. codes: of weights; the others are rounded to nearest. vectors: stored name -> value of
+    tensors that stay unquantized, in place of the checkpoint's.
+    """
+
+    codes: ReadCodes = lambda _: None
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,15 +73,12 @@ def quantize_checkpoint(
     out_dir: Path,
     copy: Iterable[str],
     progress: Progress | None = None,
-    ready: Ready | None = None,
-    changed: Mapping[str, torch.Tensor] | None = None,
+    calibrated: Calibrated | None = None,
 ) -> QuantizedStats:
-    """Write the quantized checkpoint directory `out_dir`; the same checkpoint, plan and `changed` give the same bytes.
+    """Write the quantized checkpoint directory `out_dir`; the same checkpoint, plan and `calibrated` give the same bytes.
 
     tied: alias name -> stored name; aliases are not written. copy: tensors to keep unquantized, in their dtype (fp64
-    becomes fp32). ready: codes that calibration found; the other weights are rounded to nearest. changed: of `copy`, values to
-    write in place of the checkpoint's. model.safetensors appears last, under a temporary name until it is whole: where it is,
-    all is.
+    becomes fp32); `calibrated.vectors` are some of them. model.safetensors appears last: where it is, everything is.
     Raises UserError for NaN or infinite weights (naming the tensor), a plan that does not fit the checkpoint's shapes,
     a tensor that is missing, or a disk that refuses.
     """
@@ -84,8 +91,9 @@ def quantize_checkpoint(
             raise UserError(f"plan: {name} is to be kept unquantized; give it 16 bits or leave it out of the plan")
     for name in kept:
         checkpoint.info(name)
-    if changed is not None and not changed.keys() <= set(kept):
-        raise ValueError(f"{min(changed.keys() - set(kept))} is to be changed, but not kept unquantized")
+    calibrated = calibrated or Calibrated()
+    if not calibrated.vectors.keys() <= set(kept):
+        raise ValueError(f"{min(calibrated.vectors.keys() - set(kept))} is to be changed, but not kept unquantized")
     place = {name: i for i, name in enumerate(checkpoint.names())}  # the file's order, so that reading is sequential
     order = sorted((*specs, *kept), key=lambda name: place[name])
     layout = [row for name in order for row in _layout(checkpoint, name, plan.entries.get(name))]
@@ -100,14 +108,15 @@ def quantize_checkpoint(
     with one_threaded() as pool, StreamingWriter(model, layout, METADATA) as writer:
         for name in order:
             entry = plan.entries.get(name)
-            if changed is not None and name in changed:
-                check_finite(name, changed[name])
-                writer.write(name, changed[name].to(_stored_dtype(checkpoint, name, None)))
+            if name in calibrated.vectors:
+                value = calibrated.vectors[name]
+                check_finite(name, value)
+                writer.write(name, value.to(_stored_dtype(checkpoint, name, None)))
             elif entry is None or entry.bits == UNQUANTIZED:
                 _copy(checkpoint, name, entry, writer)
-            elif ready is not None and (found := ready(name)) is not None:
-                writer.write(f"{name}.codes", found.codes)
-                writer.write(f"{name}.scales", found.scales)
+            elif (quantized := calibrated.codes(name)) is not None:
+                writer.write(f"{name}.codes", quantized.codes)
+                writer.write(f"{name}.scales", quantized.scales)
             else:
                 _quantize(checkpoint, specs[name], entry, writer, pool)
             done += _numel(checkpoint, name)
@@ -159,10 +168,10 @@ def _copy(checkpoint: Checkpoint, name: str, entry: Entry | None, writer: Stream
     info = checkpoint.info(name)
     dtype = _stored_dtype(checkpoint, name, entry)
     if not info.shape or not info.dtype.is_floating_point:
-        whole = checkpoint.tensor(name).to(dtype)  # a view of the file, unless it is a scalar of another dtype
+        tensor = checkpoint.tensor(name).to(dtype)  # a view of the file, unless it is a scalar of another dtype
         if dtype.is_floating_point:
-            check_finite(name, whole)
-        writer.write(name, whole)
+            check_finite(name, tensor)
+        writer.write(name, tensor)
         return
     for start, stop in _row_chunks(info.shape):
         piece = checkpoint.rows(name, start, stop).to(dtype)
@@ -202,7 +211,7 @@ def _row_chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def one_threaded() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as torch has threads (at most 8), each running torch on one: small operations split badly."""
+    """As many threads as torch has (at most 8), each of which runs torch on one: small operations split badly."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -217,7 +226,7 @@ def _in_order(
     work: Callable[[int, int], tuple[QuantizedTensor, float]],
     chunks: Iterable[tuple[int, int]],
 ) -> Iterator[tuple[QuantizedTensor, float]]:
-    """The results of `work` in the order of `chunks`; only a few are under way or waiting at a time."""
+    """The results of `work` in the order of `chunks`; at most a few of them are computed ahead."""
     waiting: deque[Future[tuple[QuantizedTensor, float]]] = deque()
     try:
         for chunk in chunks:

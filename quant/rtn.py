@@ -1,8 +1,8 @@
-"""Round to nearest: a weight to codes and canonical scales, without data. What may enter: torch, packing, tensor.
+"""Round to nearest: a weight to codes and canonical scales, without data.
 
-Each group's scale is chosen, not taken from its largest weight: a grid of canonical scales is tried, the best is
-refined by least squares for its own codes, then its neighbours are tried; the least squared error wins. Plain absmax is
-among the candidates, so no group ends worse than with it.
+Each group's scale is searched: a grid of canonical scales is tried, the best is refined by least squares for its own codes, then
+its neighbours are tried. The least squared error wins. The scale of the largest weight (absmax) is among the candidates, so no
+group is worse than with it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from ..ops.packing import pack, packed_bytes
 from .tensor import QuantizedTensor, canonical, sides
 
 CHUNK_WEIGHTS = 1 << 20
-"""Weights worked on at once (or one row, if longer). Calls of less than some 20 us make threads wait for the interpreter: with
-two threads, 1 << 16 (which fits L2) took three times as long."""
+"""Weights worked on at once (or one row, if longer). With short calls, threads wait for the interpreter."""
 
 GRID_STEPS = 10
-"""Candidate scales per group in the coarse grid, spaced geometrically. Against 14, with five neighbours: 0.6 times as many
-errors to compute for a squared error that is under 1 % larger (4 % with 8 bits)."""
+"""Candidate scales per group in the coarse grid, spaced geometrically; more cost time and lower the error little."""
 
 NEIGHBOURS = 2
-"""Canonical scales tried on either side of the best one. With few codes the error is smooth and this changes little;
-with 5 to 8 bits the luck of the lattice is worth 1 to 5 % of the error."""
+"""Canonical scales tried on either side of the best one: with 5 to 8 bits the error is not smooth in the scale."""
 
 _SMALLEST_FRACTION = {2: 0.1, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8, 8: 0.9}
 """Where the grid begins, as a fraction of the absmax scale: the fewer codes, the more clipping pays."""
@@ -42,8 +39,8 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int, signed: bool 
 
     `group_size` divides K (K itself: one scale per output channel). signed: scales may be negative. A row's result depends
     on that row alone, so a matrix may be given in row chunks. Scratch memory is about 24 MB; the caller has refused NaN and
-    infinities. With torch threads above 1 the small operations mostly wait for each other: give row chunks to threads, as
-    `stream` does. Raises ValueError when the group does not divide K or a row of codes does not fill whole bytes.
+    infinities. With more than one torch thread the small operations mostly wait for each other: give row chunks to threads, as
+    `quantize_checkpoint` does. Raises ValueError when the group does not divide K or a row of codes does not fill whole bytes.
     """
     rows, columns = weight.shape
     if group_size < 1 or columns % group_size:
@@ -128,7 +125,7 @@ def _better(
 def _error(
     groups: torch.Tensor, scale: torch.Tensor, bits: int, scratch: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Squared error of each group, [G, 1]; measured in steps and scaled back, so that nothing cancels."""
+    """Squared error of each group, [G, 1], computed in steps and scaled back, so that nothing cancels."""
     steps, codes = scratch
     limit = 1 << (bits - 1)
     torch.mul(groups, scale.reciprocal(), out=steps)
@@ -137,7 +134,9 @@ def _error(
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    """[G, group] -> [G, 1], the same for a row whatever rows are beside it and however many threads there are."""
-    if values.shape[1] >= _TORCH_GRAIN:  # torch splits a lone sum this long over its threads; the sums of stretches not
+    """[G, group] -> [G, 1]. A row's sum does not depend on the other rows or on the number of threads."""
+    if (
+        values.shape[1] >= _TORCH_GRAIN
+    ):  # torch would split one sum this long over its threads, but not the sums of pieces
         values = values.view(len(values), gcd(values.shape[1], 64), -1).sum(dim=2)
     return values.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What of a model can be quantized, and what must share a choice of bits. What may enter: `models`, `plan`."""
+"""Which weights of a model can be quantized, and which must share a choice of bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALLEST_BLOCK = 16  # the smallest block of inputs any target holds; other widt
 def quantizable_units(model: LanguageModel) -> list[Unit]:
     """The units of a built model (its parameters may be on the meta device), in the model's order.
 
-    Linears that a module names in `fused` are one unit. An alias of a tied weight is none: the stored weight stands for
+    Linears that a module names in `fused` are one unit. An alias of a tied weight is no unit: the stored weight counts for
     both. A weight whose inputs are no multiple of 16 is left out and stays unquantized.
     """
     layers = _layers(model)

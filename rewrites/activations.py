@@ -1,8 +1,8 @@
-"""The calibration text through a model once, from layer to layer. What may enter: calibration, checkpoint, models, runtimes.
+"""The calibration text through a model once, from layer to layer.
 
-Weights are read from the mapped checkpoint when their module runs and dropped after it, so one matrix, or those of one
-feed-forward block, is in memory at a time, in float32; the activations of the whole text are carried along, and the keys
-and values of every layer stay until the end.
+Weights are read from the mapped checkpoint when their module runs and dropped after it: in memory at a time, in float32, is one
+matrix, or those of one feed-forward block. The activations of all the text go from layer to layer together. Keys and values of
+every layer stay until the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..bundle import Generation
-from ..calibration.forward import padded
+from ..calibration.batches import padded
 from ..calibration.prompts import read_task, text_windows
 from ..calibration.streamed_weights import StreamedWeights
 from ..checkpoints.checkpoint import Checkpoint
@@ -33,24 +33,26 @@ WINDOW = 256
 _BATCH = 64  # prompts an encoder-decoder answers at a time
 
 Visit = Callable[[str, GatedMLP, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(path, block, its inputs [rows, hidden], the sequence each row is of [rows]) -> what flows on [rows, hidden]."""
+"""(path, block, its inputs [rows, hidden], the sequence each row is of [rows]) -> the outputs that the next layer reads."""
 
 
 class _Visited(nn.Module):
-    """Stands in a block's place while the text goes through: hands the rows that are no padding to `visit`."""
+    """Stands in a block's place while the text goes through: gives the rows that are no padding to `visit`."""
 
-    def __init__(self, path: str, block: GatedMLP, weights: StreamedWeights, pass_: BlockForward, visit: Visit) -> None:
+    def __init__(
+        self, path: str, block: GatedMLP, weights: StreamedWeights, forward_pass: BlockForward, visit: Visit
+    ) -> None:
         super().__init__()
-        self.path, self.pass_, self.visit, self.weights = path, pass_, visit, weights
+        self.path, self.forward_pass, self.visit, self.weights = path, forward_pass, visit, weights
         self.block = (block,)  # in a tuple: registered, its parameters would have two names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept = self.pass_.real
-        sequence = torch.arange(len(kept)).unsqueeze(1).expand_as(kept)[kept]
+        real = self.forward_pass.real
+        sequence = torch.arange(len(real)).unsqueeze(1).expand_as(real)[real]
         with self.weights.holding(self.block[0]):
-            rows = self.visit(self.path, self.block[0], x[kept], sequence)
+            rows = self.visit(self.path, self.block[0], x[real], sequence)
         out = torch.zeros(*x.shape[:2], rows.shape[-1])
-        out[kept] = rows
+        out[real] = rows
         return out
 
 
@@ -58,54 +60,57 @@ class BlockForward:
     """One pass of prompts through every graph of a model, `visit` called at each block of `paths` as it is reached.
 
     model: built on the meta device. prompts: token ids, each of at least one token. An encoder-decoder's decoder is fed
-    the model's own greedy answers. spec: the kind of loop and where it stops.
+    the model's own greedy answers. generation: the kind of loop and where it stops.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         checkpoint: Checkpoint,
-        spec: Generation,
+        generation: Generation,
         prompts: Sequence[Sequence[int]],
         paths: Sequence[str],
         visit: Visit,
     ) -> None:
-        self.model, self.spec, self.prompts = model, spec, [list(p) for p in prompts]
-        self.session = EagerSession(model.graphs())
+        self._generation, self._prompts = generation, [list(p) for p in prompts]
+        self._session = EagerSession(model.graphs())
         self.real = torch.zeros(0, 0, dtype=torch.bool)
         self._weights = StreamedWeights(model, checkpoint)
-        self._answers = self._generate() if spec.task == "seq2seq" else []
+        self._answers = self._generate() if generation.task == "seq2seq" else []
         blocks = gated_mlps(model)
         for path in paths:
             model.set_submodule(path, _Visited(path, blocks[path], self._weights, self, visit))
 
     def run(self) -> int:
-        """Do it; the tokens seen. The model is of no use afterwards."""
-        decoded, extra, seen = self.prompts, {}, 0
-        if self.spec.task == "seq2seq":
-            start = [] if self.spec.decoder_start is None else [self.spec.decoder_start]
+        """Run it and return the number of tokens. The model is of no use afterwards."""
+        decoded, extra, tokens = self._prompts, {}, 0
+        pad, seq2seq = self._generation.pad_id, self._generation.task == "seq2seq"
+        if seq2seq:
+            start = [] if self._generation.decoder_start is None else [self._generation.decoder_start]
             decoded = [start + answer for answer in self._answers]
-        state = self.session.new_state(len(decoded), max(len(s) for s in decoded))
-        if self.spec.task == "seq2seq":
-            ids, self.real = padded(self.prompts, self.spec.pad_id)
-            seen, extra = int(self.real.sum()), {"encoder_mask": self.real.numpy()}
-            encoded = self.session.run("encoder", {"input_ids": ids.numpy()} | extra, state)
-            self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
-        ids, self.real = padded(decoded, self.spec.pad_id)
+        state = self._session.new_state(len(decoded), max(len(s) for s in decoded))
+        if seq2seq:
+            ids, self.real = padded(self._prompts, pad)
+            tokens, extra = int(self.real.sum()), {"encoder_mask": self.real.numpy()}
+            encoded = self._session.run("encoder", {"input_ids": ids.numpy()} | extra, state)
+            self._session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
+        ids, self.real = padded(decoded, pad)
         first = np.zeros(1, np.int64)
         inputs = {"input_ids": ids.numpy(), "past_length": first, "logit_positions": first}
-        self.session.run("decoder", inputs | extra, state)
-        return seen + int(self.real.sum())
+        self._session.run("decoder", inputs | extra, state)
+        return tokens + int(self.real.sum())
 
     def _generate(self) -> list[list[int]]:
         answers: list[list[int]] = []
-        for start in range(0, len(self.prompts), _BATCH):
-            batch = self.prompts[start : start + _BATCH]
-            answers += generate_batch(self.session, self.spec, batch, self.spec.max_new_tokens)
+        for start in range(0, len(self._prompts), _BATCH):
+            batch = self._prompts[start : start + _BATCH]
+            answers += generate_batch(self._session, self._generation, batch, self._generation.max_new_tokens)
         return answers
 
 
-def read_prompts(source: Path | Sequence[Sequence[int]], checkpoint: Checkpoint, spec: Generation) -> list[list[int]]:
+def read_prompts(
+    source: Path | Sequence[Sequence[int]], checkpoint: Checkpoint, generation: Generation
+) -> list[list[int]]:
     """Token prompts of a text file, a task file (`.tsv`), or as given; at most MOST_TOKENS tokens of them.
 
     Raises UserError for a file that cannot be read, a model without a tokenizer, or a prompt the model cannot take.
@@ -115,21 +120,21 @@ def read_prompts(source: Path | Sequence[Sequence[int]], checkpoint: Checkpoint,
         if tokenizer is None:
             raise UserError(f"{checkpoint.source} has no tokenizer, which calibration text needs")
         if source.suffix == ".tsv":
-            made = [tokenizer.encode(p) for p in read_task(source).prompts]
+            prompts = [tokenizer.encode(p) for p in read_task(source).prompts]
         else:
-            length = min(WINDOW, max(2, spec.max_context // 2))
-            made = text_windows(source, tokenizer, length, MOST_TOKENS // length)
+            length = min(WINDOW, max(2, generation.max_context // 2))
+            prompts = text_windows(source, tokenizer, length, MOST_TOKENS // length)
     else:
-        made = [list(p) for p in source]
+        prompts = [list(p) for p in source]
     kept, total = [], 0
-    for prompt in made:
-        if not 0 < len(prompt) < spec.max_context:
+    for prompt in prompts:
+        if not 0 < len(prompt) < generation.max_context:
             raise UserError(
-                f"a calibration prompt has {len(prompt)} tokens; the model takes 1 to {spec.max_context - 1}"
+                f"a calibration prompt has {len(prompt)} tokens; the model takes 1 to {generation.max_context - 1}"
             )
-        if not 0 <= min(prompt) <= max(prompt) < spec.vocab:
+        if not 0 <= min(prompt) <= max(prompt) < generation.vocab:
             raise UserError(
-                f"calibration token {max(prompt)} is not one of the model's {spec.vocab}; is the tokenizer its?"
+                f"calibration token {max(prompt)} is not one of the model's {generation.vocab}; is the tokenizer its?"
             )
         total += len(prompt)
         if total > MOST_TOKENS:

@@ -3,8 +3,7 @@
 The rules are those of arXiv 2504.06225 and 2512.14856. The encoder is a checkpoint without its causal mask, the decoder a
 checkpoint with attention to the encoder: the same one (balanced), or another (a large encoder for a small decoder).
 T5Gemma's cross-attention starts as the decoder's self-attention where both are of one width, and at random where they are not:
-then it is to be trained alone first. T5Gemma 2's merged attention has no weights of its own. What may enter: `models`, the
-readers, the writer.
+then it must be trained alone first. T5Gemma 2's merged attention has no weights of its own.
 """
 
 from __future__ import annotations
@@ -64,9 +63,11 @@ _NO_VISION = {
 
 @dataclass(frozen=True)
 class Adapted:
-    """A finished adaptation. copied: tensors that are a source's; drawn: names of those drawn at random; zeros: of those
-    that start as zeros. train_first: what is to be trained alone before the rest, with all else frozen (a pattern of
-    names), None where nothing is. bytes: of model.safetensors.
+    """A finished adaptation.
+
+    copied: number of tensors from a source; drawn: names of those drawn at random; zeros: of those that start as zeros.
+    train_first: a pattern of the names that must be trained alone first, with all else frozen; None where there are none.
+    bytes: of model.safetensors.
     """
 
     path: Path
@@ -80,7 +81,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a tensor of the new checkpoint comes from. checkpoint None: drawn with deviation `std`, zeros where it is 0."""
+    """Where a tensor of the new checkpoint comes from. Without a checkpoint it is drawn with standard deviation `std`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -151,8 +152,8 @@ def _config(encoder: Checkpoint, decoder: Checkpoint) -> dict[str, Any]:
         }
         return both | stacks | {"model_type": "t5gemma", "architectures": ["T5GemmaForConditionalGeneration"]}
     text = first | {"model_type": "t5gemma2_text"}
-    whole = _NO_VISION | {"model_type": "t5gemma2_encoder", "text_config": text, "eoi_token_index": END_OF_IMAGE}
-    stacks = {"encoder": whole, "decoder": second | {"model_type": "t5gemma2_decoder"}}
+    reader = _NO_VISION | {"model_type": "t5gemma2_encoder", "text_config": text, "eoi_token_index": END_OF_IMAGE}
+    stacks = {"encoder": reader, "decoder": second | {"model_type": "t5gemma2_decoder"}}
     return both | stacks | {"model_type": "t5gemma2", "architectures": ["T5Gemma2ForConditionalGeneration"]}
 
 
@@ -170,40 +171,40 @@ def _kind(source: Checkpoint) -> str:
 
 
 def _stack(source: Checkpoint) -> dict[str, Any]:
-    """What a stack takes over of a decoder-only config, Gemma 2's default soft-caps written out."""
+    """The keys of a decoder-only config that a stack keeps, with Gemma 2's default soft-caps written out."""
     defaults = _GEMMA2_CAPS if source.config["model_type"] == "gemma2" else {}
     return defaults | {key: source.config[key] for key in _STACK_KEYS if key in source.config}
 
 
 def _origins(config: dict[str, Any], encoder: Checkpoint, decoder: Checkpoint) -> dict[str, _Origin]:
-    """For every tensor of the new model where it comes from. Raises UserError for one that a source lacks or has otherwise."""
+    """The origin of every tensor of the new model. Raises UserError for one that a source lacks or has in another shape."""
     model = build(config)
     section = ConfigReader(config["decoder"], "decoder.")
     std = section.number("initializer_range", 0.02)
     alike = config["encoder"].get("hidden_size") == config["decoder"].get("hidden_size")
-    found: dict[str, _Origin] = {}
+    origins: dict[str, _Origin] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in model.tied:
             continue
         shape = tuple(parameter.shape)
         source = encoder if name.startswith("model.encoder.") and not name.startswith(EMBEDDING) else decoder
         if name.endswith(".eoi_embedding"):
-            found[name] = _end_of_image(shape, decoder)
+            origins[name] = _end_of_image(shape, decoder)
             continue
         old = _source_name(name)
         info = source.info(old)
         dtype = torch.float32 if info.dtype == torch.float64 else info.dtype
         if "cross_attn" in name and not alike:
             matrix = name.endswith(".weight") and len(shape) == 2
-            found[name] = _Origin(shape, dtype, std=std if matrix else 0.0)
+            origins[name] = _Origin(shape, dtype, std=std if matrix else 0.0)
             continue
         source.expect(old, shape)
-        found[name] = _Origin(shape, dtype, source, old)
-    return found
+        origins[name] = _Origin(shape, dtype, source, old)
+    return origins
 
 
 def _source_name(name: str) -> str:
-    """The decoder-only name of what becomes `name`: cross-attention stems from self-attention, norms are named anew."""
+    """The decoder-only name of the tensor that becomes `name`: cross-attention is from self-attention, norms have new names."""
     old = re.sub(r"^model\.(encoder\.text_model|encoder|decoder)\.", "model.", name).replace(
         ".cross_attn.", ".self_attn."
     )
@@ -253,15 +254,15 @@ def _write(
 def _write_weights(origins: dict[str, _Origin], file: Path, seed: int, progress: Callable[[str], None]) -> int:
     generator = torch.Generator().manual_seed(seed)
     entries = [(name, SAFETENSORS_NAMES[o.dtype], o.shape) for name, o in origins.items()]
-    told = -1
+    reported = -1
     with StreamingWriter(file, entries, {"format": "pt"}) as writer:
         for done, (name, origin) in enumerate(origins.items(), 1):
             for rows in _rows(origin, generator):
                 check_finite(name, rows)
                 writer.write(name, rows.to(origin.dtype))
-            if 10 * done // len(origins) > told:  # a line for every tenth
-                told = 10 * done // len(origins)
-                progress(f"adapting: {10 * told}% ({name})")
+            if 10 * done // len(origins) > reported:  # one line for each tenth
+                reported = 10 * done // len(origins)
+                progress(f"adapting: {10 * reported}% ({name})")
     return writer.file_bytes
 
 

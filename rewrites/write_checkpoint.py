@@ -1,4 +1,4 @@
-"""The checkpoint directory that a rewrite writes: it appears when whole. What may enter: checkpoint, errors."""
+"""The checkpoint directory that a rewrite writes; it appears when it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..system.reading import one_line
 
-_BESIDES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "generation_config.json", "task.tsv", "LICENSE*")
+_SIDE_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "task.tsv",
+    "LICENSE*",
+)
 
 
 @contextmanager
@@ -38,7 +45,7 @@ def new_checkpoint(output: Path) -> Iterator[Path]:
 
 
 def write_side_files(checkpoint: Checkpoint, config: dict[str, Any], folder: Path) -> None:
-    """`config` as config.json, and what lies beside the source's weights: tokenizer, generation config, task, licence."""
+    """`config` as config.json, and the files beside the source's weights: tokenizer, generation config, task, licence."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source = checkpoint.files[0].parent
     if checkpoint.files[0].suffix == ".gguf":
@@ -47,7 +54,7 @@ def write_side_files(checkpoint: Checkpoint, config: dict[str, Any], folder: Pat
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save(folder)
         return
-    for pattern in _BESIDES:
+    for pattern in _SIDE_FILES:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)

@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread (the suite runs two workers on two cores), and calibration on little data."""
+"""Shared by all tests: one torch thread (the suite runs two workers on two cores), and models that are made once."""
 
 import functools
 from collections.abc import Callable
@@ -10,17 +10,7 @@ from helpers.cli_runner import edgewright, passed
 from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
 from helpers.tiny import write_tiny_t5gemma
 
-from edgewright.importance import fisher
-from edgewright.pipeline import plan
-
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _little_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few hundred tokens where a user's run takes 32,768: the same path in seconds."""
-    monkeypatch.setattr(plan, "MOST_TOKENS", 600)
-    monkeypatch.setattr(fisher, "WINDOWS", 6)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ the 6-bit form. In every form the dequantized value is code times scale. Scales 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from coremltools.converters.mil.mil import types
 
 from ...errors import UserError
 from ...ops.packing import unpack
+from ...system.digest import of_tensor, of_text
 from ...targets.storage import container
 
 _ROWS = 4096  # rows of codes unpacked at a time
@@ -141,11 +141,10 @@ class Constants:
 
     def _file(self, array: Any, key: str, name: str) -> Any:
         var = mb.const(val=array, name=name)
-        var.op.weight_id = hashlib.sha256(key.encode()).hexdigest()
+        var.op.weight_id = of_text(key)
         return var
 
 
 def content_key(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes. Its address would not do: a freed buffer may have had the same."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.data).hexdigest()
+    """SHA-256 of a tensor's bytes: never its address, which a freed buffer may have had."""
+    return of_tensor(tensor)

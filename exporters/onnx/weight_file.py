@@ -6,7 +6,6 @@ their container.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from ...ops.packing import repack
+from ...system.digest import of_tensor
 
 ALIGNMENT = 4096  # a page: the runtime maps external data, and a tensor that is not aligned is copied
 _CHUNK = 8 << 20  # bytes of source codes converted at a time
@@ -72,5 +72,5 @@ def scales_chunks(parts: Iterable[torch.Tensor], repeat: int) -> Iterator[np.nda
 
 
 def content_key(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes. A name or an address would not do: two graphs, or a freed buffer, may have the same."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    """SHA-256 of a tensor's bytes: never its name or address, which two graphs or a freed buffer may share."""
+    return of_tensor(tensor)

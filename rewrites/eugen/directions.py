@@ -1,9 +1,9 @@
-"""What a feed-forward block's EUGen projects on: its matrices G, random or taken from the block. What may enter: the layer.
+"""The matrices G that a feed-forward block's EUGen projects on, random or taken from the block.
 
-The paper draws G at random, which needs many features: a random product of two projections of a wide input says little
-of one particular block. The products of a gated block are its own neurons' act(gate x) * (up x), whose series begins
-with (gate x)(up x) and (gate x)^2 (up x): with the rows of the most active neurons as G, the same layer comes much nearer
-at the same size (docs/eugens.md has the measurements).
+The paper draws G at random, which needs many features: a random product of two projections of a wide input says little of one
+particular block. The products of a gated block are its own neurons' act(gate x) * (up x), whose series begins with
+(gate x)(up x) and (gate x)^2 (up x). With the rows of the most active neurons as G, a layer of the same size is much nearer to
+the block (docs/eugens.md has the measurements).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def directions(
 ) -> torch.Tensor:
     """The stacked G for `block`, float64 [factors * m, hidden + 2], every projection of mean square 1 on the rows x.
 
-    kind: "random", Gaussian-orthogonal blocks, or "block". x: [N, hidden], inputs of the block. The scale of G is free,
-    the least squares undo it; this one keeps products of three within half precision and few 8-bit steps.
+    kind: "random", Gaussian-orthogonal blocks, or "block". x: [N, hidden], inputs of the block. The scale of G is free, as least
+    squares correct it; with this one products of three stay within half precision and few 8-bit steps.
     """
     columns = x.shape[1] + 2
     drawn = [gaussian_orthogonal(size.m, columns, columns**-0.5, generator) for _ in range(size.factors)]
@@ -74,11 +74,11 @@ def _rows(linear: Linear, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def _normalised(matrices: torch.Tensor, size: EUGenSize, x: torch.Tensor) -> torch.Tensor:
-    probe = EUGen(x.shape[1], size)
-    fill(probe, matrices.float(), torch.zeros(x.shape[1], size.k * size.m), torch.zeros(x.shape[1]))
+    layer = EUGen(x.shape[1], size)
+    fill(layer, matrices.float(), torch.zeros(x.shape[1], size.k * size.m), torch.zeros(x.shape[1]))
     squares = torch.zeros(len(matrices), dtype=torch.float64)
     for rows in _chunks(len(x)):
-        squares += probe.projections(x[rows]).double().square().sum(0)
+        squares += layer.projections(x[rows]).double().square().sum(0)
     return matrices * (squares / max(1, len(x))).clamp(min=1e-12).rsqrt().unsqueeze(1)
 
 

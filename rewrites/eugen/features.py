@@ -1,12 +1,12 @@
-"""The mathematics of EUGens (arXiv 2601.22563): random features of a dense layer. What may enter: torch, the layer.
+"""The mathematics of EUGens (arXiv 2601.22563): random features of a dense layer.
 
 With x+ = [x; 1; |x|] and independent random matrices G_ij shared by both sides,
 
     f(x) = concat over orders i = 0..k of the product over j = 1..i of G_ij x+,   g(W) the same of W's rows w+,
 
 the estimate g(W) f(x) of act(W+ x+) is unbiased for a polynomial act(z) = sum a_i z^i when the entries of G_ij have mean
-zero and standard deviation (|a_i| / m)^(1/2i); the sign of a_i goes to the side of g. (This scaling is our own
-derivation, held by a Monte Carlo test.) Other activations are first fitted by a Bernstein polynomial.
+zero and standard deviation (|a_i| / m)^(1/2i); the sign of a_i goes to the side of g. (This scaling is our own derivation; a Monte
+Carlo test checks it.) Other activations are first fitted by a Bernstein polynomial.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def gaussian(rows: int, columns: int, std: float, generator: torch.Generator) ->
 
 
 def gaussian_orthogonal(rows: int, columns: int, std: float, generator: torch.Generator) -> torch.Tensor:
-    """Blocks of `columns` rows that are orthogonal to each other, each row distributed as `gaussian`'s.
+    """Blocks of `columns` rows that are orthogonal to each other, each row distributed as `gaussian`'s: float64 [rows, columns].
 
-    The same mean of every estimate, less variance. float64 [rows, columns].
+    Every estimate has the same mean as with `gaussian`, and less variance.
     """
     blocks = []
     for start in range(0, rows, columns):

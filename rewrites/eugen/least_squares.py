@@ -1,4 +1,4 @@
-"""Ridge regression from sums over rows, so that no features are kept. What may enter: torch."""
+"""Ridge regression from sums over rows, so that no features are kept."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def solve(zz: torch.Tensor, zy: torch.Tensor, ridge: float) -> torch.Tensor:
     scale = zz.diagonal().clamp(min=1e-300).rsqrt()
     penalty = torch.full_like(scale, ridge)
     penalty[0] = 0.0
-    gram = zz * scale * scale.unsqueeze(1) + torch.diag(penalty + 1e-9)  # sums in float32 are no better than that
+    gram = zz * scale * scale.unsqueeze(1) + torch.diag(penalty + 1e-9)  # sums in float32 are no more exact
     return torch.cholesky_solve(zy * scale.unsqueeze(1), torch.linalg.cholesky(gram)) * scale.unsqueeze(1)

@@ -1,8 +1,8 @@
 """Feed-forward blocks into EUGens (arXiv 2601.22563), a checkpoint directory in and one out, without backpropagation.
 
-Top to bottom: read what is asked, send the calibration text through the model once, replace each block that matches as it
-is reached, write a checkpoint whose config.json says which blocks are EUGens. What may enter: `models`, the readers, the
-writer. Any architecture will do: blocks are found by their class.
+Top to bottom: read the spec, send the calibration text through the model once, replace each block that matches when it is
+reached, write a checkpoint whose config.json says which blocks are EUGens. Blocks are found by their class, whatever the
+architecture.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class EUGenSpec:
         Raises UserError.
         """
         regex, colon, rest = text.rpartition(":")
-        found = re.fullmatch(r"m=([0-9]{1,9}),k=([0-9]{1,9})(?:,g=([a-z]{1,16}))?", rest.replace(" ", ""))
-        if not colon or not regex or found is None:
+        match = re.fullmatch(r"m=([0-9]{1,9}),k=([0-9]{1,9})(?:,g=([a-z]{1,16}))?", rest.replace(" ", ""))
+        if not colon or not regex or match is None:
             raise UserError(
                 f"--eugen {one_line(text, 80)!r} is not 'regex:m=FEATURES,k=ORDERS', such as 'mlp:m=256,k=2'"
             )
-        g = found[3] or "block"
+        g = match[3] or "block"
         if g not in KINDS:
             raise UserError(f"--eugen: g={g} is not known; choose from {', '.join(KINDS)}")
         try:
@@ -70,7 +70,7 @@ class EUGenSpec:
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"--eugen: {one_line(regex, 80)!r} is not a regular expression: {error}") from None
         try:
-            size = EUGenSize.read(ConfigReader({"m": int(found[1]), "k": int(found[2])}, ""))
+            size = EUGenSize.read(ConfigReader({"m": int(match[1]), "k": int(match[2])}, ""))
         except UserError as error:
             raise UserError(str(error).replace("config.json:", "--eugen:")) from None
         return EUGenSpec(regex, size, g)
@@ -78,8 +78,11 @@ class EUGenSpec:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One block before and after. bytes: of its parameters as the checkpoint stores them. flops: a token, a
-    multiplication and an addition each. fit: how near the EUGen comes on rows held out."""
+    """One block before and after.
+
+    fit: how near the EUGen is on rows held out. flops: a token, multiplications and additions counted. bytes: of its parameters
+    as the checkpoint stores them.
+    """
 
     path: str
     size: EUGenSize
@@ -137,27 +140,27 @@ def rewrite_eugen(
             f"calibration has {len(prompts)} sequences, at least {FEWEST_PROMPTS} are needed; give more text"
         )
     _require_memory(model, asked.size, sum(len(p) for p in prompts))
-    made: dict[str, EUGen] = {}
+    layers: dict[str, EUGen] = {}
     reports: list[LayerReport] = []
 
     def visit(path: str, block: GatedMLP, x: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
         layer, dtype = eugen_for(blocks[path], asked.size), _dtype(checkpoint, path)
         fit = transfer(block, x, parts_of(sequence), layer, asked.g, seed + paths.index(path), dtype)
-        made[path] = layer
+        layers[path] = layer
         reports.append(_compare(path, blocks[path], layer, fit, dtype))
-        progress(f"eugen {len(made)}/{len(paths)}: {path}, held-out error {fit.error:.3f}")
+        progress(f"eugen {len(layers)}/{len(paths)}: {path}, held-out error {fit.error:.3f}")
         flowing = layer if flow == "rewritten" else block
         return torch.cat([flowing(rows) for rows in torch.split(x, CHUNK)])
 
     progress(f"eugen: {len(prompts)} calibration sequences, {len(paths)} of {len(blocks)} feed-forward blocks")
     tokens = BlockForward(model, checkpoint, generation, prompts, paths, visit).run()
     before = sum(path.stat().st_size for path in checkpoint.files)
-    after = _write(checkpoint, asked.size, made, output_dir)
+    after = _write(checkpoint, asked.size, layers, output_dir)
     return EUGenReport(output_dir, tuple(reports), len(prompts), tokens, (before, after))
 
 
 def parts_of(sequence: torch.Tensor) -> torch.Tensor:
-    """Whole sequences are held out: rows of one sequence are too alike."""
+    """TRAIN, TUNE or HELD for each row. Complete sequences are held out: rows of one sequence are too alike."""
     turn = sequence % _PART_OF
     part = torch.full_like(turn, TRAIN)
     part[turn == _PART_OF - 2] = TUNE
@@ -185,15 +188,15 @@ def _compare(path: str, block: nn.Module, layer: EUGen, fit: Fit, dtype: torch.d
 
 
 def generation_of(model: LanguageModel, checkpoint: Checkpoint) -> Generation:
-    """What the walk needs to know of the model: the kind of loop, where answers start and stop, and its vocabulary."""
+    """How the calibration text goes through the model: the kind of loop, where answers start and stop, and the vocabulary."""
     if model.task not in ("seq2seq", "causal"):
         kind = checkpoint.config.get("model_type")
         raise UserError(f"{checkpoint.source}: calibration text cannot go through a {kind}; no rewrite for it yet")
     tokenizer = checkpoint.tokenizer
     logits = next(p for g in model.graphs() for p in g.outputs if p.name == "logits")
     vocab = min([int(logits.shape[-1]), *(m.weight.shape[0] for m in model.modules() if isinstance(m, Embedding))])
-    wanted = checkpoint.generation.get("max_new_tokens")
-    new_tokens = wanted if isinstance(wanted, int) and 0 < wanted <= ANSWER else ANSWER
+    limit = checkpoint.generation.get("max_new_tokens")
+    new_tokens = limit if isinstance(limit, int) and 0 < limit <= ANSWER else ANSWER
     pad = tokenizer.pad_id if tokenizer is not None else None
     return Generation(
         task=model.task,
@@ -220,21 +223,21 @@ def _require_memory(model: LanguageModel, size: EUGenSize, tokens: int) -> None:
     require_available(needed, f"an EUGen of m={size.m},k={size.k} takes memory", "choose a smaller m or k")
 
 
-def _write(checkpoint: Checkpoint, size: EUGenSize, made: dict[str, EUGen], output: Path) -> int:
+def _write(checkpoint: Checkpoint, size: EUGenSize, layers: dict[str, EUGen], output: Path) -> int:
     """The new checkpoint directory, which appears when whole; returns the bytes of its model.safetensors."""
     asked = checkpoint.config.get(CONFIG, {})
-    entries = asked.get(KEY, {}) | {path: asdict(size) for path in made}
+    entries = asked.get(KEY, {}) | {path: asdict(size) for path in layers}
     with new_checkpoint(output) as folder:
-        written = _write_weights(checkpoint, made, folder / "model.safetensors")
+        written = _write_weights(checkpoint, layers, folder / "model.safetensors")
         write_side_files(checkpoint, checkpoint.config | {CONFIG: asked | {KEY: entries}}, folder)
     return written
 
 
-def _write_weights(checkpoint: Checkpoint, made: dict[str, EUGen], file: Path) -> int:
-    """What is kept, tensor by tensor from the mapped file, and the new layers in the place of what they replace."""
-    kept = [n for n in checkpoint.names() if not any(n.startswith(f"{path}.") for path in made)]
+def _write_weights(checkpoint: Checkpoint, layers: dict[str, EUGen], file: Path) -> int:
+    """Tensors that stay, one by one from the mapped file, and the new layers in place of the blocks they replace."""
+    kept = [n for n in checkpoint.names() if not any(n.startswith(f"{path}.") for path in layers)]
     new: dict[str, torch.Tensor] = {}
-    for path, layer in made.items():
+    for path, layer in layers.items():
         dtype = _dtype(checkpoint, path)
         new |= {f"{path}.{name}": p.detach().to(dtype) for name, p in layer.named_parameters()}
     for name, value in new.items():

@@ -1,4 +1,4 @@
-"""One feed-forward block into an EUGen by least squares on its inputs, no backpropagation. What may enter: the layer.
+"""One feed-forward block into an EUGen by least squares on its inputs, no backpropagation.
 
 The paper's layer-wise transfer: W* = (Z'Z + eps I)^-1 Z'Y with Z = f(X), Y = block(X). For a gated block the features
 stand for the whole map from x to its output, gate, product and down projection together, so W* is the merged `out`.
@@ -34,9 +34,9 @@ def transfer(
 ) -> Fit:
     """Choose the G of `layer`, fit its `out` to `block` on the rows x [N, hidden], and fill it with float32 parameters.
 
-    part: [N], TRAIN, TUNE (they choose the ridge) or HELD for each row. g: "block" or "random". The values are those of
-    `dtype`, the G rounded before the fit, so that it sees what is stored. Raises UserError if activations are not
-    finite, or a part has no rows.
+    part: [N], TRAIN, TUNE (to choose the ridge) or HELD for each row. g: "block" or "random". The values are those of `dtype`; G is
+    rounded before the fit, which so corrects the stored values. Raises UserError if activations are not finite, or a part has no
+    rows.
     """
     generator = torch.Generator().manual_seed(seed)
     size, outputs = layer.size, layer.out.weight.shape[0]

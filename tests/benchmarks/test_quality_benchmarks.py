@@ -17,7 +17,6 @@ import torch
 from helpers.gguf_files import write_gguf
 from helpers.tiny import EXAMPLE, write_tiny_llama
 
-from edgewright.calibration import forward as calibration_forward
 from edgewright.checkpoints.gguf_file import read_gguf
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.models.loading import load_original
@@ -147,12 +146,12 @@ def test_plans_are_measured_once_and_as_asked(
     """The whole benchmark on a tiny model: every method's rows, within their budgets, and none measured again."""
     room, quality = benchmark("bench_quality"), benchmark("quality_text")
     monkeypatch.setattr(room, "Reference", lambda *a: quality.Reference(*a, length=16, cache=tmp_path / "cache"))
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 32)
     (tmp_path / "other.txt").write_text("letters only and words that follow another word " * 40)
 
     def rows(norms: str) -> dict[tuple[str, float], dict[str, Any]]:
         command = ["bench_quality.py", str(model), "--text", str(tmp_path / "text.txt"), "--windows", "3"]
         command += ["--calibration", str(tmp_path / "other.txt"), "--tokens", "400", "--budgets", "3", "5"]
+        command += ["--part-tokens", "32", "--fisher-windows", "6"]
         monkeypatch.setattr(sys, "argv", [*command, "--norms", norms, "--output", str(tmp_path / f"{norms}.json")])
         room.main()
         found = json.loads((tmp_path / f"{norms}.json").read_text())["rows"]

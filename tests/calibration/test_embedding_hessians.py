@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.hessians import EMBEDDING_SHARE, InputHessians, hessian
 from edgewright.calibration.samples import Sample
 from edgewright.checkpoints.checkpoint import Checkpoint
-from edgewright.importance import fisher
+from edgewright.importance.fisher import visit_factors
 from edgewright.models.layers.linear import Embedding, Linear
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
@@ -46,12 +47,13 @@ def tied(model: object) -> set[str]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_familys_tables_are_reached(family: str, tmp_path: Path) -> None:
     """Through whatever the first layers are: attention, recurrences, both stacks."""
-    checkpoint, spec = opened(family, tmp_path)
-    if spec.task == "module":
+    source = opened(family, tmp_path)
+    if source.generation.task == "module":
         pytest.skip("no loop, and so no samples")
-    model = build(checkpoint.config)
+    source = source.over(samples_of(source.generation, 3))
+    model = source.build()
     names = {n for n, _ in model.named_parameters()}
-    found = embedding_hessians(model, checkpoint, spec, samples_of(spec, 3), names)
+    found = embedding_hessians(model, source, names)
     assert found.keys() == {
         model.tied.get(f"{p}.weight", f"{p}.weight") for p, m in model.named_modules() if isinstance(m, Embedding)
     }
@@ -59,16 +61,16 @@ def test_every_familys_tables_are_reached(family: str, tmp_path: Path) -> None:
     assert all(embedding_hessian_bytes(model, 9))
     for name, (value, draws) in found.items():
         assert draws >= DRAWS
-        assert value.shape == (checkpoint.info(name).shape[1],) * 2
+        assert value.shape == (source.checkpoint.info(name).shape[1],) * 2
         assert float(value.trace()) == pytest.approx(1.0, rel=1e-4)
         assert float(torch.linalg.eigvalsh(value.double()).min()) > -1e-6
     for name, (value, draws) in found.items():  # a run that goes on asks for fewer, and gives the same
-        alone = embedding_hessians(model, checkpoint, spec, samples_of(spec, 3), {name})
+        alone = embedding_hessians(model, source, {name})
         assert alone.keys() == {name}
         assert alone[name][1] == draws
         assert torch.equal(alone[name][0], value)
-    assert embedding_hessians(model, checkpoint, spec, samples_of(spec, 3), set()) == {}
-    assert embedding_hessians(model, checkpoint, spec, [], names) == {}
+    assert embedding_hessians(model, source, set()) == {}
+    assert embedding_hessians(model, source.over([]), names) == {}
 
 
 def outputs_of(checkpoint: Checkpoint, tokens: tuple[int, ...], row: int, error: torch.Tensor) -> list[torch.Tensor]:
@@ -92,14 +94,13 @@ def outputs_of(checkpoint: Checkpoint, tokens: tuple[int, ...], row: int, error:
     return seen
 
 
-def test_it_says_what_an_error_does_to_the_first_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_what_an_error_does_to_the_first_layer(tmp_path: Path) -> None:
     """Measured for each token's row alone, over samples of different lengths: tokens that read others, and padding."""
-    monkeypatch.setattr("edgewright.calibration.embedding_hessians.DRAWS", 4096)
-    checkpoint, spec = opened("gemma3_text", tmp_path)
-    model = build(checkpoint.config)
+    source = opened("gemma3_text", tmp_path)
+    checkpoint, model = source.checkpoint, source.build()
     name = next(iter(tied(model)))
     samples = [Sample((7, 5, 9, 11)), Sample((8,))]
-    found = embedding_hessians(model, checkpoint, spec, samples, {name})[name][0]
+    found = embedding_hessians(model, source.over(samples), {name}, draws=4096)[name][0]
     torch.manual_seed(1)
     errors = 1e-3 * torch.randn(6, len(found)) * checkpoint.tensor(name).float().std()
     plain = {s: outputs_of(checkpoint, s.tokens, 0, torch.zeros(len(found))) for s in samples}
@@ -116,26 +117,24 @@ def test_it_says_what_an_error_does_to_the_first_layer(tmp_path: Path, monkeypat
     assert max(ratios) < 1.15 * min(ratios)  # up to the trace, one number for all errors
 
 
-def test_one_long_sample_does_not_decide_how_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for file in ("forward", "embedding_hessians"):
-        monkeypatch.setattr(f"edgewright.calibration.{file}.PART_TOKENS", 40)
-    checkpoint, spec = opened("gemma3_text", tmp_path)
-    model = build(checkpoint.config)
+def test_one_long_sample_does_not_decide_how_little_is_read(tmp_path: Path) -> None:
+    source = opened("gemma3_text", tmp_path)
+    model = source.build()
     name = next(iter(tied(model)))
     samples = [Sample((7,) * 39), *[Sample((i, i + 1, i + 2)) for i in range(4, 44)]]
-    _, draws = embedding_hessians(model, checkpoint, spec, samples, {name})[name]
+    _, draws = embedding_hessians(model, replace(source, samples=samples, part_tokens=40), {name})[name]
     assert 8 * DRAWS <= draws <= 40 * DRAWS
 
 
 def test_a_run_that_was_killed_between_two_tables_gives_the_same(tmp_path: Path) -> None:
-    checkpoint, spec = opened("arc_encoder", tmp_path)
+    source = opened("arc_encoder", tmp_path)
+    source, checkpoint = source.over(samples_of(source.generation, 4)), source.checkpoint
     names = ["encoder.embed_tokens.weight", "model.embed_tokens.weight"]
     made = BitPlan(1, "uniform", Budget("bits", 4.0), dict.fromkeys(names, Entry(3, 16, 1.0, "", "gptq")), 4.0, 0)
     store = CodeStore(tmp_path / "codes")
 
     def quantized() -> list[torch.Tensor]:
-        left = quantize_layerwise(checkpoint, build(checkpoint.config), made, spec, samples_of(spec, 4), (), store)
-        assert left == []
+        assert quantize_layerwise(source, made, store) == []
         got = [store.read(n, tuple(checkpoint.info(n).shape), made.entries[n]) for n in names]  # type: ignore[arg-type]
         return [value.clone() for q in got if q is not None for value in (q.codes, q.scales)]
 
@@ -153,27 +152,26 @@ def test_an_encoder_whose_only_layer_is_never_called(tmp_path: Path) -> None:
     encoder["num_hidden_layers"] = 1
     path = tiny.write(tmp_path / "model", config)
     planned = plan(asking(str(path), bits=6.0, max_context=48))
-    samples = samples_of(planned.generation, 3)
-    model = build(planned.config)
+    source = planned.source.over(samples_of(planned.generation, 3))
     names = ("encoder.embed_tokens.weight", "model.embed_tokens.weight")
-    found = embedding_hessians(model, planned.checkpoint, planned.generation, samples, names)
+    found = embedding_hessians(source.build(), source, names)
     assert names[1] in found
 
 
 def test_gptq_of_a_tied_table_counts_its_lookups(tmp_path: Path) -> None:
-    checkpoint, spec = opened("gemma3_text", tmp_path)
-    samples = samples_of(spec, 4)
-    model = build(checkpoint.config)
+    source = opened("gemma3_text", tmp_path)
+    source, checkpoint = source.over(samples_of(source.generation, 4)), source.checkpoint
+    model = source.build()
     name = next(iter(tied(model)))
     entry = Entry(4, 32, 1.0, "", "gptq")
     made = BitPlan(1, "uniform", Budget("bits", 4.5), {name: entry}, 4.5, 0)
     store = CodeStore(tmp_path / "codes")
-    quantize_layerwise(checkpoint, copy.deepcopy(model), made, spec, samples, (), store)
+    quantize_layerwise(source, made, store)
     shape = tuple(checkpoint.info(name).shape)
     got = store.read(name, shape, entry)  # type: ignore[arg-type]
     assert got is not None
 
-    embeddings = embedding_hessians(model, checkpoint, spec, samples, {name})
+    embeddings = embedding_hessians(model, source, {name})
     seen: dict[bool, torch.Tensor] = {}
 
     def visit(visited: str, _: Linear, inputs: list[torch.Tensor]) -> None:
@@ -186,7 +184,7 @@ def test_gptq_of_a_tied_table_counts_its_lookups(tmp_path: Path) -> None:
         for by_lookups, made_of in ((False, factor(plain, damping_for(len(plain), tokens))), (True, more)):
             seen[by_lookups] = quantize_gptq(checkpoint.tensor(name), made_of, 4, 32).codes
 
-    forward = CalibrationForward(model, checkpoint, spec, samples, visit=visit)
+    forward = CalibrationForward(model, source, visit=visit)
     factors = InputHessians(forward, model, embeddings)
     forward.to_head()
     assert torch.equal(got.codes, seen[True])
@@ -195,16 +193,16 @@ def test_gptq_of_a_tied_table_counts_its_lookups(tmp_path: Path) -> None:
 
 def test_gptq_of_a_table_that_no_linear_multiplies(tmp_path: Path) -> None:
     """It loses less of what the first layer computes than rounding to nearest, and its predicted loss is GPTQ's too."""
-    checkpoint, spec = opened("llama", tmp_path)
-    samples = samples_of(spec, 4)
+    source = opened("llama", tmp_path)
+    source, checkpoint = source.over(samples_of(source.generation, 4)), source.checkpoint
     name = "model.embed_tokens.weight"
     entry = Entry(3, 32, 1.0, "", "gptq")
     made = BitPlan(1, "uniform", Budget("bits", 3.5), {name: entry}, 3.5, 0)
     store = CodeStore(tmp_path / "codes")
-    assert quantize_layerwise(checkpoint, build(checkpoint.config), made, spec, samples, (), store) == []
+    assert quantize_layerwise(source, made, store) == []
     got = store.read(name, tuple(checkpoint.info(name).shape), entry)  # type: ignore[arg-type]
     assert got is not None
-    value, draws = embedding_hessians(build(checkpoint.config), checkpoint, spec, samples, {name})[name]
+    value, draws = embedding_hessians(source.build(), source, {name})[name]
     weight = checkpoint.tensor(name).float()
     want = quantize_gptq(weight, factor(value, damping_for(len(value), draws)), 3, 32)
     assert torch.equal(got.codes, want.codes)
@@ -212,22 +210,22 @@ def test_gptq_of_a_table_that_no_linear_multiplies(tmp_path: Path) -> None:
     assert ours < nearest
 
     factors: dict[str, Factor] = {}
-    fisher._walk_hessians(checkpoint, checkpoint.config, spec, samples, (), {name}, factors.__setitem__, lambda _: None)
+    visit_factors(source, {name}, factors.__setitem__)
     assert factors.keys() == {name}
 
 
 def test_without_samples_a_table_is_left_to_rounding(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
+    source = opened("llama", tmp_path)
     entry = Entry(4, 32, 1.0, "", "gptq")
     name = "model.embed_tokens.weight"
     made = BitPlan(1, "uniform", Budget("bits", 4.5), {name: entry}, 4.5, 0)
     store = CodeStore(tmp_path / "codes")
-    assert quantize_layerwise(checkpoint, build(checkpoint.config), made, spec, [], (), store) == [name]
+    assert quantize_layerwise(source, made, store) == [name]
 
 
 def test_a_plan_by_gptq_takes_embeddings_along(tmp_path: Path) -> None:
-    checkpoint, _ = opened("llama", tmp_path)
+    source = opened("llama", tmp_path)
     names = ("model.embed_tokens.weight", "lm_head.weight", "something.else.weight")
     made = BitPlan(1, "uniform", Budget("bits", 4.5), dict.fromkeys(names, Entry(4, 32, 1.0, "")), 4.5, 0)
-    chosen = by_gptq(made, build(checkpoint.config)).entries
+    chosen = by_gptq(made, source.build()).entries
     assert [chosen[n].quantizer for n in names] == ["gptq", "gptq", "rtn"]

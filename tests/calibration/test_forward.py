@@ -1,7 +1,8 @@
-"""The walk of calibration data: every linear of every family is reached, and what flows is what the model computes."""
+"""The forward of calibration data: every linear of every family is reached, and what flows is what the model computes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 from helpers.requests import asking
 
-from edgewright.calibration import forward as calibration_forward
-from edgewright.calibration.forward import PART_TOKENS, CalibrationForward, merged, padded, parted
+from edgewright.calibration.batches import merged, padded, parted
+from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.hessians import hessian
-from edgewright.calibration.memory_estimate import PROCESS_BYTES, tokens_within, walk_bytes
+from edgewright.calibration.memory_estimate import PROCESS_BYTES, gptq_bytes, tokens_within
 from edgewright.calibration.samples import MOST_TOKENS, Sample, digest, read_samples
+from edgewright.calibration.source import PART_TOKENS, Source
 from edgewright.errors import UserError
 from edgewright.models.layers.linear import Linear
 from edgewright.models.loading import load_original
@@ -29,20 +31,19 @@ from edgewright.runtimes.generate import Stream, read_context
 
 @pytest.mark.parametrize("part", [2048, 1], ids=["together", "in parts"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
-    family: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", part)
-    checkpoint, spec = opened(family, tmp_path)
+def test_the_forward_reaches_every_linear_and_gives_the_models_logits(family: str, part: int, tmp_path: Path) -> None:
+    source = opened(family, tmp_path)
+    checkpoint, spec = source.checkpoint, source.generation
     if spec.task == "module":
-        pytest.skip("no generate loop: the walk runs its example inputs, tested below")
+        pytest.skip("no generate loop: its example inputs are run, tested below")
     samples = samples_of(spec)
+    source = replace(source, samples=samples, part_tokens=part)
     seen: dict[str, int] = {}
 
     def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
         seen[name] = sum(len(rows) for rows in forward.all_rows(inputs))
 
-    forward = CalibrationForward(model := build(checkpoint.config), checkpoint, spec, samples, visit=visit)
+    forward = CalibrationForward(model := source.build(), source, visit=visit)
     forward.to_head()
     linears = {
         model.tied.get(f"{path}.weight", f"{path}.weight")
@@ -54,7 +55,7 @@ def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
     decoded = sum(len(s.decoded if spec.task == "seq2seq" else s.tokens) for s in samples)
     assert max(seen.values()) >= decoded
 
-    logits, real = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples).logits(10**6)
+    logits, real = CalibrationForward(source.build(), source).logits(10**6)
     whole = build(checkpoint.config)
     load_original(whole, checkpoint)
     session = EagerSession(whole.graphs())
@@ -71,21 +72,22 @@ def test_the_walk_reaches_every_linear_and_gives_the_models_logits(
 def test_parts_are_of_samples_of_like_length() -> None:
     lengths = [900, 50, 40, 900, 60, 30, 2000, 50]
     samples = [Sample(tuple(range(n))) for n in lengths]
-    found = parted(samples)
+    found = parted(samples, PART_TOKENS)
     assert sorted(i for part in found for i in part) == list(range(8))
     assert [[lengths[i] for i in part] for part in found] == [[2000], [900], [900], [60, 50, 50, 40, 30]]
-    assert len(parted([Sample((1,) * 50)] * 650)) == -(-650 // (PART_TOKENS // 50))
-    assert parted([]) == []
+    assert len(parted([Sample((1,) * 50)] * 650, PART_TOKENS)) == -(-650 // (PART_TOKENS // 50))
+    assert parted([], PART_TOKENS) == []
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, spec = opened(family, tmp_path)
-    if spec.task == "module":
+def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path) -> None:
+    source = opened(family, tmp_path)
+    if source.generation.task == "module":
         pytest.skip("no samples to part")
+    source = source.over(samples_of(source.generation, 5))
     reads: dict[str, int] = {}
 
-    def seen() -> dict[str, tuple[torch.Tensor, int]]:
+    def seen(source: Source) -> dict[str, tuple[torch.Tensor, int]]:
         found: dict[str, tuple[torch.Tensor, int]] = {}
 
         def visit(name: str, module: Linear, inputs: list[torch.Tensor]) -> None:
@@ -95,17 +97,14 @@ def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, mon
             reads[name] = reads.get(name, 0) + isinstance(module, Linear)
             return value
 
-        forward = CalibrationForward(
-            build(checkpoint.config), checkpoint, spec, samples_of(spec, 5), (), transform, visit
-        )
+        forward = CalibrationForward(source.build(), source, transform, visit)
         forward.to_head()
         return found
 
-    together = seen()
+    together = seen(source)
     once = dict(reads)
     reads.clear()
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 1)
-    apart = seen()
+    apart = seen(replace(source, part_tokens=1))
     assert reads == once  # a weight is read for all parts together
     for name, (found, tokens) in together.items():
         assert apart[name][1] == tokens
@@ -113,10 +112,10 @@ def test_parts_together_see_what_one_batch_sees(family: str, tmp_path: Path, mon
 
 
 def test_logits_at_few_positions_are_some_of_them(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    samples = samples_of(spec)
-    every, _ = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples).logits(10**6)
-    few, real = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples).logits(3 * len(samples))
+    source = opened("llama", tmp_path)
+    source = source.over(samples_of(source.generation))
+    every, _ = CalibrationForward(source.build(), source).logits(10**6)
+    few, real = CalibrationForward(source.build(), source).logits(3 * len(source.samples))
     assert few.shape[1] == 3
     assert real.shape == few.shape[:2]
     np.testing.assert_allclose(few[:, 0], every[:, 0], rtol=1e-4, atol=1e-5)
@@ -140,11 +139,11 @@ def test_a_module_runs_its_most_common_shape_as_one_batch() -> None:
 
 
 def test_samples_of_texts_and_tasks(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
+    llama = opened("llama", tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("a b c d e f g h " * 200)
     with pytest.raises(UserError, match="has no tokenizer, which calibration data need"):
-        read_samples(text, checkpoint, spec, 16)
+        read_samples(text, llama.checkpoint, llama.generation, 16)
     example = Path(__file__).parent.parent.parent / "examples" / "t5gemma-g2p"
     planned = plan(asking(str(example), bits=6.0))
     read = read_samples(example / "task.tsv", planned.checkpoint, planned.generation, 64, 500)
@@ -174,10 +173,10 @@ def test_tokens_that_fit_a_memory_limit() -> None:
 def test_the_memory_of_a_recurrence_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, counted in (("phi4flash", True), ("hgrn2", True), ("lfm2", False), ("t5gemma", False)):
         model = build(CONFIGS[name])
-        before = walk_bytes(model)[0]
+        before = gptq_bytes(model)[0]
         with monkeypatch.context() as patch:
             patch.setattr(recurrence, "WORK_BYTES", recurrence.WORK_BYTES + 1000)
-            assert walk_bytes(model)[0] - before == 1000 * counted
+            assert gptq_bytes(model)[0] - before == 1000 * counted
 
 
 def _fits(model: Any, limit: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,9 @@ import torch
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 
-from edgewright.calibration import forward as calibration_forward
 from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.hessians import KEY_VALUE_SHARE, hessian, key_value_hessian
-from edgewright.calibration.samples import Sample
-from edgewright.importance import fisher
+from edgewright.importance.fisher import visit_factors
 from edgewright.models.layers.linear import Linear
 from edgewright.models.registry import build
 from edgewright.pipeline.gptq import CodeStore, quantize_layerwise
@@ -38,12 +37,10 @@ def plainly(rows: list[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("part", [2048, 1], ids=["together", "in parts"])
 @pytest.mark.parametrize("family", ["llama", "t5gemma"])
-def test_means_and_first_tokens_are_added(
-    family: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_means_and_first_tokens_are_added(family: str, part: int, tmp_path: Path) -> None:
     """Of samples of different lengths: padding is neither in a mean nor a first token."""
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", part)
-    checkpoint, spec = opened(family, tmp_path)
+    source = opened(family, tmp_path)
+    source = replace(source, samples=samples_of(source.generation, 4), part_tokens=part)
     seen: dict[str, tuple[np.ndarray, int, np.ndarray, int]] = {}
 
     def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
@@ -56,7 +53,7 @@ def test_means_and_first_tokens_are_added(
             found, count = key_value_hessian(forward, inputs)
             seen[name] = (found.numpy(), count, plainly(rows), sum(map(len, rows)))
 
-    forward = CalibrationForward(model := build(checkpoint.config), checkpoint, spec, samples_of(spec, 4), visit=visit)
+    forward = CalibrationForward(model := source.build(), source, visit=visit)
     keys_values = model.key_value_weights()
     forward.to_head()
     assert seen.keys() == keys_values
@@ -67,8 +64,8 @@ def test_means_and_first_tokens_are_added(
 
 def test_padding_anywhere_and_no_mask_at_all(tmp_path: Path) -> None:
     """What a module's own inputs may bring: tokens that are not real before or between those that are."""
-    checkpoint, spec = opened("llama", tmp_path)
-    forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples_of(spec, 2))
+    source = opened("llama", tmp_path)
+    forward = CalibrationForward(source.build(), source.over(samples_of(source.generation, 2)))
     x = torch.randn(3, 5, 8)
     real = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
     for mask, rows in ((real, [xs[r] for xs, r in zip(x, real, strict=True)]), (torch.zeros(0, 0).bool(), list(x))):
@@ -94,14 +91,14 @@ def test_every_attention_names_its_keys_and_values(family: str) -> None:
     assert bool(found) == (family not in PLAIN)
 
 
-def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    samples: list[Sample] = samples_of(spec, 4)
+def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path) -> None:
+    source = opened("llama", tmp_path)
+    source, checkpoint = source.over(samples_of(source.generation, 4)), source.checkpoint
     names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"]
     entries = {n: Entry(4, 32, 1.0, "", "gptq") for n in names}
     store = CodeStore(tmp_path / "codes")
     made = BitPlan(1, "uniform", Budget("bits", 4.5), entries, 4.5, 0)
-    quantize_layerwise(checkpoint, build(checkpoint.config), made, spec, samples, (), store)
+    quantize_layerwise(source, made, store)
     want: dict[str, list[torch.Tensor]] = {}
 
     def visit(name: str, _: Linear, inputs: list[torch.Tensor]) -> None:
@@ -111,7 +108,7 @@ def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: py
                 for h, n in (hessian(forward, inputs), key_value_hessian(forward, inputs))
             ]
 
-    forward = CalibrationForward(build(checkpoint.config), checkpoint, spec, samples, visit=visit)
+    forward = CalibrationForward(source.build(), source, visit=visit)
     forward.to_head()
     for name in names:
         got = store.read(name, tuple(checkpoint.info(name).shape), entries[name])  # type: ignore[arg-type]
@@ -121,10 +118,7 @@ def test_gptq_and_what_is_predicted_of_it_use_it(tmp_path: Path, monkeypatch: py
     assert any(not torch.equal(*want[n]) for n in names[1:])
 
     factors: dict[str, Factor] = {}
-    monkeypatch.setattr(fisher, "HESSIAN_WINDOWS", 99)
-    fisher._walk_hessians(
-        checkpoint, checkpoint.config, spec, samples, (), set(names), factors.__setitem__, lambda _: None
-    )
+    visit_factors(source, set(names), factors.__setitem__)
     assert factors[names[1]] is factors[names[2]]
     for name, at in zip(names, (0, 1, 1), strict=True):
         assert torch.equal(quantize_gptq(checkpoint.tensor(name), factors[name], 4, 32).codes, want[name][at])

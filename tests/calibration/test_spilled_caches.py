@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,10 @@ import torch
 from helpers.calibration import opened, samples_of
 from helpers.family_table import CONFIGS
 
-from edgewright.calibration import forward as calibration_forward
-from edgewright.calibration import spilled_caches
 from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.spilled_caches import DiskCacheSession, Files, scratch
 from edgewright.errors import UserError
 from edgewright.models.layers.linear import Linear
-from edgewright.models.registry import build
 from edgewright.runtimes.eager import EagerSession
 
 
@@ -61,11 +59,11 @@ def test_the_folder_for_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, spec = opened(family, tmp_path)
-    if spec.task == "module":
+    source = opened(family, tmp_path)
+    if source.generation.task == "module":
         pytest.skip("no caches")
-    monkeypatch.setattr(spilled_caches, "SMALLEST", 1)
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 1)
+    source = replace(source, samples=samples_of(source.generation), part_tokens=1)
+    assert isinstance(CalibrationForward(source.build(), source)._session, DiskCacheSession)  # what runs it otherwise
     kept: list[tuple[int, ...]] = []
     keep = Files.keep
 
@@ -76,10 +74,9 @@ def test_files_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Files, "keep", counted)
     found = []
     for filed in (False, True):
-        model = build(checkpoint.config)
-        session = None if filed else EagerSession(model.graphs())
-        forward = CalibrationForward(model, checkpoint, spec, samples_of(spec), session=session)
-        assert isinstance(forward._session, DiskCacheSession) == filed
+        model = source.build()
+        session = DiskCacheSession(model.graphs(), tmp_path, 1) if filed else EagerSession(model.graphs())
+        forward = CalibrationForward(model, source, session=session)
         found.append(forward.logits(10**6)[0])
     assert np.array_equal(*found)
     layers = sum(isinstance(m, Linear) for m in model.modules())

@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from helpers.cli_runner import edgewright
 from helpers.requests import asking
 
-from edgewright.cli import main
 from edgewright.pipeline import allocate
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SEQ2SEQ, HYBRID, MEMORY = EXAMPLES / "t5gemma-g2p", EXAMPLES / "deltanet-g2p", EXAMPLES / "dolphin-packages"
-
-
-def edgewright(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize("model", [SEQ2SEQ, HYBRID, MEMORY], ids=lambda p: p.name)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from edgewright import compiler
-from edgewright.pipeline import plan
 from edgewright.runtimes.registry import has_runtime
 from edgewright.targets.registry import TARGETS
 from edgewright.verification.report import Report
@@ -44,13 +41,11 @@ NAMES = {
 """model_type -> what people call it, in the order of the table."""
 
 
-def verified(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+def verified(family: str, form: str, folder: Path) -> Report:
     """The tiny model of a family exported at mixed bits to one target, reloaded and compared: `export` as a user calls it."""
-    monkeypatch.setattr(plan, "VERIFY_PROMPTS", 4)
-    monkeypatch.setattr(plan, "CONTEXTS", 2)
     model = MODULE if family == "module" else str(tiny.write(folder / "model", CONFIGS[family]))
     context = None if family == "module" else 48
-    made = compiler.export(asking(model, (form,), bits=6.0, max_context=context), folder / "bundle")
+    made = compiler.export(asking(model, (form,), bits=6.0, max_context=context, prompts=4), folder / "bundle")
     widths = {entry.bits for entry in made.planned.plan.entries.values()}
     assert len(widths) > 1, widths  # mixed bits
     assert made.report is not None

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+from helpers.allocation import allocated
+from helpers.calibration import opened
 from helpers.family_table import CONFIGS
 from helpers.gguf_files import write_gguf
 from helpers.requests import asking
@@ -17,15 +18,14 @@ from torch import nn
 
 from edgewright.bundle import Generation
 from edgewright.calibration.samples import Sample, evenly
-from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.errors import UserError
+from edgewright.importance.candidates import Candidates, extrapolated, fill_unreached
 from edgewright.importance.fisher import Fisher, fisher, fisher_bytes, predicted_losses
-from edgewright.importance.fisher_losses import Curvature, Gradients, WeightLosses, extrapolated, fill_unreached
+from edgewright.importance.fisher_losses import Curvature, Gradients, WeightLosses
 from edgewright.importance.kl import kl_of_each, measured_kl
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
-from edgewright.quant.allocator import allocate
 from edgewright.quant.hessian import factor
 from edgewright.quant.plan import Choice, Unit, WeightSpec
 from edgewright.quant.rtn import quantize_rtn
@@ -34,12 +34,6 @@ from edgewright.runtimes.eager import EagerSession
 from edgewright.system.workers import Workers
 
 LOGIT_FAMILIES = [family for family in CONFIGS if build(CONFIGS[family]).task != "module"]
-
-
-def opened(family: str, folder: Path, **changes: object) -> tuple[Checkpoint, Generation]:
-    path = tiny.write(folder / "model", tiny.merged(CONFIGS[family], changes))
-    planned = plan(asking(str(path), bits=6.0, max_context=48))
-    return planned.checkpoint, planned.generation
 
 
 def samples_of(spec: Generation, count: int = 4, length: int = 12) -> list[Sample]:
@@ -58,10 +52,9 @@ def samples_of(spec: Generation, count: int = 4, length: int = 12) -> list[Sampl
 
 @pytest.mark.parametrize("family", LOGIT_FAMILIES)
 def test_every_quantizable_weight_of_every_family_has_a_curvature(family: str, tmp_path: Path) -> None:
-    checkpoint, spec = opened(family, tmp_path)
-    model = build(checkpoint.config)
-    units = quantizable_units(model)
-    found = fisher(model, checkpoint, spec, samples_of(spec))
+    source = opened(family, tmp_path)
+    units = quantizable_units(source.build())
+    found = fisher(source.over(samples_of(source.generation)), 6)
     assert {w.name for u in units for w in u.weights} <= set(found.weights)
     for unit in units:
         for weight in unit.weights:
@@ -78,12 +71,12 @@ def test_every_quantizable_weight_of_every_family_has_a_curvature(family: str, t
     ["embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"],
 )
 def test_a_random_error_costs_the_divergence_that_is_predicted(leaf: str, tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    samples = samples_of(spec, 32, 24)
-    found = fisher(build(checkpoint.config), checkpoint, spec, samples)
+    source = opened("llama", tmp_path)
+    source = source.over(samples_of(source.generation, 32, 24))
+    found = fisher(source, 6)
     name = next(n for n in found.weights if n.split(".")[-2] == leaf)
     torch.manual_seed(97)
-    weight = checkpoint.tensor(name).float()
+    weight = source.checkpoint.tensor(name).float()
     ratios = []
     for _ in range(4):
         error = 0.05 * weight.square().mean().sqrt() * torch.randn_like(weight)
@@ -91,18 +84,18 @@ def test_a_random_error_costs_the_divergence_that_is_predicted(leaf: str, tmp_pa
         def transform(stored: str, _: nn.Module, value: torch.Tensor, error: torch.Tensor = error) -> torch.Tensor:
             return value.float() + error if stored == name else value
 
-        (measured,) = measured_kl(checkpoint, checkpoint.config, [transform], spec, samples)
+        (measured,) = measured_kl(source, [transform])
         predicted = sum(float((u.rows * ((error @ u.inputs) * error).sum(1)).sum()) / 2 for u in found.weights[name])
         ratios.append(predicted / measured)
     assert 0.6 < float(np.mean(ratios)) < 1.6, ratios
 
 
 def test_what_a_tied_weight_costs_is_the_sum_of_its_uses(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path, tie_word_embeddings=True)
-    found = fisher(build(checkpoint.config), checkpoint, spec, samples_of(spec))
+    source = opened("llama", tmp_path, tie_word_embeddings=True)
+    found = fisher(source.over(samples_of(source.generation)))
     (name,) = [n for n in found.weights if "embed_tokens" in n]
     assert len(found.weights[name]) == 2
-    weight = checkpoint.tensor(name)
+    weight = source.checkpoint.tensor(name)
     whole, *parts = [
         WeightLosses(weight, uses).at(Choice(4, 32)) or 0.0
         for uses in (found.weights[name], *([use] for use in found.weights[name]))
@@ -112,8 +105,8 @@ def test_what_a_tied_weight_costs_is_the_sum_of_its_uses(tmp_path: Path) -> None
 
 
 def test_the_same_data_give_the_same_curvature(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    first, second = (fisher(build(checkpoint.config), checkpoint, spec, samples_of(spec)) for _ in range(2))
+    source = opened("llama", tmp_path)
+    first, second = (fisher(source.over(samples_of(source.generation))) for _ in range(2))
     assert all(
         torch.equal(a.rows, b.rows) and torch.equal(a.inputs, b.inputs)
         for n in first.weights
@@ -189,7 +182,7 @@ def test_units_without_data_count_as_the_middle_of_the_others() -> None:
     units = [Unit(f"u{i}", [WeightSpec(f"u{i}.weight", (32, 64), 0, "decoder")]) for i in range(4)]
     choices = [Choice(4, 64), Choice(3, 64), Choice(4, 64, "gptq"), Choice(16, 0)]
     losses = {f"u{i}": extrapolated(units[i], choices[:2], choices[0], float(10**i), False) for i in range(3)}
-    filled = fill_unreached(units, choices, losses, False)
+    filled = fill_unreached(Candidates(units, choices), losses)
     assert filled["u0"] == losses["u0"]
     assert filled["u3"][Choice(4, 64)] == pytest.approx(10.0)
     assert filled["u3"][Choice(3, 64)] == pytest.approx(losses["u1"][Choice(3, 64)])
@@ -199,13 +192,13 @@ def test_units_without_data_count_as_the_middle_of_the_others() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5gemma"])
 def test_predicted_losses_serve_the_allocator(family: str, tmp_path: Path) -> None:
-    checkpoint, spec = opened(family, tmp_path)
-    units = quantizable_units(build(checkpoint.config))
-    samples = samples_of(spec, 8)
+    source = opened(family, tmp_path)
+    units = quantizable_units(source.build())
+    source = source.over(samples_of(source.generation, 8))
     choices = [Choice(b, g, q) for b in (3, 4) for g in (32, 64) for q in ("rtn", "gptq")]
     choices += [Choice(8, 0), Choice(16, 0)]
-    found = fisher(build(checkpoint.config), checkpoint, spec, samples)
-    losses = predicted_losses(found, checkpoint, checkpoint.config, spec, samples, (), units, choices)
+    predicted = predicted_losses(fisher(source, 6), source, Candidates(units, choices))
+    losses = predicted.units
     linears = {u.name for u in units if "embed" not in u.name}
     for unit in units:
         of = losses[unit.name]
@@ -213,25 +206,24 @@ def test_predicted_losses_serve_the_allocator(family: str, tmp_path: Path) -> No
             of[Choice(3, 32)] > of[Choice(4, 32)] > of[Choice(8, 0)] > of[Choice(16, 0)] == 0.0
         )  # the weights are bfloat16
         assert (Choice(3, 32, "gptq") in of) or unit.name not in linears
-    assert set(found.linears) == {w.name for u in units for w in u.weights}
+    assert set(predicted.linears) == {w.name for u in units for w in u.weights}
     weights = {u.name: 1.0 for u in units}
-    made = allocate(units, weights, bits=5.0, widths=(3, 4, 8, 16), losses=losses)
+    made = allocated(units, weights, bits=5.0, widths=(3, 4, 8, 16), losses=losses)
     assert made.average_bits <= 5.0
     assert len({e.bits for e in made.entries.values()}) > 1
 
 
 def test_a_weight_no_data_reached_is_said_aloud(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    units = quantizable_units(build(checkpoint.config))
-    samples = samples_of(spec)
-    found = fisher(build(checkpoint.config), checkpoint, spec, samples)
+    source = opened("llama", tmp_path)
+    units = quantizable_units(source.build())
+    source = source.over(samples_of(source.generation))
+    found = fisher(source)
     lost = units[3]
     kept = {n: uses for n, uses in found.weights.items() if n not in {w.name for w in lost.weights}}
     said: list[str] = []
     choices = [Choice(3, 32), Choice(4, 64)]
-    losses = predicted_losses(
-        Fisher(kept, found.tokens), checkpoint, checkpoint.config, spec, samples, (), units, choices, False, said.append
-    )
+    reached = Fisher(kept, found.tokens, found.samples)
+    losses = predicted_losses(reached, source, Candidates(units, choices), said.append).units
     assert set(losses[lost.name]) == set(choices)
     assert any(lost.name in line for line in said)
 
@@ -240,12 +232,12 @@ def test_a_weight_no_data_reached_is_said_aloud(tmp_path: Path) -> None:
 
 
 def test_the_divergence_of_a_plan_is_that_of_the_model_with_its_weights(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    units = quantizable_units(build(checkpoint.config))
-    samples = samples_of(spec)
+    source = opened("llama", tmp_path)
+    checkpoint, units = source.checkpoint, quantizable_units(source.build())
+    samples = samples_of(source.generation)
     weights = {u.name: 1.0 for u in units}
-    plans = [allocate(units, weights, bits=b, widths=(2, 4, 8, 16)) for b in (3.0, 6.0, 16.0)]
-    found = measured_kl(checkpoint, checkpoint.config, plans, spec, samples)
+    plans = [allocated(units, weights, bits=b, widths=(2, 4, 8, 16)) for b in (3.0, 6.0, 16.0)]
+    found = measured_kl(source.over(samples), plans)
     assert found[0] > found[1] > found[2] >= 0.0
     original, rounded = build(checkpoint.config), build(checkpoint.config)
     for model in (original, rounded):
@@ -267,10 +259,11 @@ def test_the_divergence_of_a_plan_is_that_of_the_model_with_its_weights(tmp_path
 
 
 def test_any_number_of_workers_measures_the_same(tmp_path: Path) -> None:
-    checkpoint, spec = opened("t5gemma", tmp_path)
-    units = quantizable_units(build(checkpoint.config))[:4]
+    source = opened("t5gemma", tmp_path)
+    units = quantizable_units(source.build())[:4]
+    source = source.over(samples_of(source.generation))
     parts = [{w.name: (3, 64, False) for w in u.weights} for u in units]
-    one, two = (kl_of_each(checkpoint, checkpoint.config, parts, spec, samples_of(spec), Workers(n)) for n in (1, 2))
+    one, two = (kl_of_each(source, parts, Workers(n)) for n in (1, 2))
     assert one == two
     assert all(value > 0.0 for value in one)
     assert len(set(one)) == len(one)
@@ -284,21 +277,20 @@ def test_a_model_behind_a_link_is_measured(tmp_path: Path) -> None:
     planned = plan(asking(str(tmp_path / "m.gguf"), quantizer="rtn", importance="uniform", max_context=64))
     parts = [{planned.units[0].weights[0].name: (2, 32, False)}]
     samples = [Sample(tuple(range(4, 20)))]
-    (found,) = kl_of_each(planned.checkpoint, planned.config, parts, planned.generation, samples)
+    (found,) = kl_of_each(planned.source.over(samples), parts)
     assert found > 0.0
 
 
 def test_without_data_there_is_no_divergence(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
     with pytest.raises(UserError, match="calibration text"):
-        measured_kl(checkpoint, checkpoint.config, [], spec, [])
+        measured_kl(opened("llama", tmp_path), [])
 
 
 def test_samples_are_spread_and_memory_grows_with_the_window(tmp_path: Path) -> None:
-    _, spec = opened("llama", tmp_path)
+    spec = opened("llama", tmp_path).generation
     samples = samples_of(spec, 10)
     assert evenly(samples, 3) == [samples[0], samples[3], samples[6]]
     assert evenly(samples, 99) == samples
     model = build(CONFIGS["llama"])
-    few, many = (fisher_bytes(model, samples_of(spec, 1, n)) for n in (4, 40))
+    few, many = (fisher_bytes(model, n) for n in (4, 40))
     assert 4 * sum(p.numel() for p in model.parameters()) < few < many

@@ -12,12 +12,16 @@ import torch
 from helpers.tiny import GEMMA3, LLAMA, T5GEMMA, merged, write_tiny_gemma3, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright.bundle import Generation
+from edgewright.calibration.prompts import Prompts
 from edgewright.calibration.samples import Sample
+from edgewright.calibration.source import Source
 from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.errors import UserError
+from edgewright.importance.candidates import Candidates
+from edgewright.importance.layer_scores import lim_streamed, score_layers, unit_weights
 from edgewright.importance.lim_zd import importance_weights, lim, zd
-from edgewright.importance.score import REFERENCE, CalibrationInputs, Scores, lim_streamed, score_layers, unit_weights
+from edgewright.importance.score import REFERENCE, ScoreOptions, Scores
 from edgewright.importance.score import score as score_by
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
@@ -44,8 +48,9 @@ def opened(writer: Callable[[Path], Path], folder: Path) -> tuple[Checkpoint, An
 
 
 def score(method: str, parts: tuple[Checkpoint, Any, list[Unit], Generation], prompts: list[list[int]]) -> Any:
-    checkpoint, model, units, spec = parts
-    return score_layers(method, model, checkpoint, units, CalibrationInputs(prompts), spec, lambda _: None)
+    checkpoint, _, units, spec = parts
+    source = Source(checkpoint, checkpoint.config, spec)
+    return score_layers(method, source, units, Prompts(prompts), lambda _: None)
 
 
 # ---- LIM ----
@@ -285,10 +290,9 @@ CHOICES = [Choice(3, 32), Choice(4, 32), Choice(3, 32, "gptq"), Choice(8, 0), Ch
 def scored(method: str, folder: Path, samples: Sequence[Sample] = SAMPLES, **changes: Any) -> tuple[Scores, list[str]]:
     checkpoint, _, units, spec = opened(write_tiny_llama, folder)
     said: list[str] = []
-    probes = CalibrationInputs(PROMPTS if samples else [])
-    found = score_by(
-        method, checkpoint, checkpoint.config, units, CHOICES, spec, probes, samples, progress=said.append, **changes
-    )
+    source = Source(checkpoint, checkpoint.config, spec, samples)
+    options = ScoreOptions(method, **{"windows": 6} | changes)
+    found = score_by(options, source, Candidates(units, CHOICES), Prompts(PROMPTS if samples else []), said.append)
     assert set(found.weights) == {u.name for u in units}
     assert all(w > 0 for w in found.weights.values())
     return found, said
@@ -307,11 +311,9 @@ def test_measured_methods_give_every_unit_and_layer_a_loss(method: str, tmp_path
     assert (len(found.linears) > len(found.units)) == (method == "fisher")
 
 
-def test_the_costliest_units_are_scaled_to_what_they_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgewright.importance.score.CHECKED_SHARE", 2.0)
-    plain, _ = scored("fisher", tmp_path)
-    monkeypatch.setattr("edgewright.importance.score.CHECKED_SHARE", 0.1)
-    checked, said = scored("fisher", tmp_path)
+def test_the_costliest_units_are_scaled_to_what_they_measure(tmp_path: Path) -> None:
+    plain, _ = scored("fisher", tmp_path, checked_share=2.0)
+    checked, said = scored("fisher", tmp_path, checked_share=0.1)
     changed = [n for n in plain.units if checked.units[n] != plain.units[n]]
     total = sum(plain.units.values())
     assert set(changed) == {n for n, v in plain.units.items() if v > 0.1 * total}
@@ -357,8 +359,10 @@ def test_auto_takes_what_data_and_memory_allow_and_says_so(tmp_path: Path) -> No
 
 
 def test_lim_with_weights_on_demand_is_lim(tmp_path: Path) -> None:
-    checkpoint, model, units, spec = opened(write_tiny_llama, tmp_path)
+    parts = opened(write_tiny_llama, tmp_path)
+    checkpoint, spec = parts[0], parts[3]
     prompts = [list(s.tokens) for s in SAMPLES[:3]] + [[5, 9, 40]]  # a short one: padding
-    whole = score_layers("lim", model, checkpoint, units, CalibrationInputs(prompts), spec, lambda _: None)
+    whole = score("lim", parts, prompts)
     samples = [Sample(tuple(p)) for p in prompts]
-    assert lim_streamed(checkpoint, checkpoint.config, spec, samples) == pytest.approx(whole, abs=1e-6)
+    streamed = lim_streamed(Source(checkpoint, checkpoint.config, spec, samples))
+    assert streamed == pytest.approx(whole, abs=1e-6)

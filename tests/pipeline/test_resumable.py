@@ -23,7 +23,7 @@ from edgewright.bundle import CHECKPOINT
 from edgewright.calibration import samples
 from edgewright.compiler import export
 from edgewright.errors import UserError, VerificationFailure
-from edgewright.pipeline import gptq
+from edgewright.pipeline import check, gptq, resume, write_bundle
 from edgewright.quant.plan import BitPlan
 from edgewright.system.resumable import ResumableExport
 from edgewright.verification.verify import VerifyOptions, verify
@@ -70,7 +70,7 @@ def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pyte
     # Core ML's and TensorRT's own files differ from build to build
     asked = asking(str(tiny.write_tiny_llama(tmp_path / "model")), ("executorch", "onnx"), max_context=64)
     export(changed(asked, verify=False), tmp_path / "whole")
-    lower_apart = compiler.lower_apart
+    lower_apart = write_bundle.lower_apart
 
     def dying(name: str, *rest: Any) -> Any:
         if name == "onnx":
@@ -78,7 +78,7 @@ def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pyte
         return lower_apart(name, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiler, "lower_apart", dying)
+        patched.setattr(write_bundle, "lower_apart", dying)
         patched.setattr(ResumableExport, "discard", ResumableExport.leave)
         with pytest.raises(Killed):
             export(changed(asked, verify=False), tmp_path / "killed")
@@ -113,7 +113,7 @@ def test_two_runs_of_one_command_do_not_mix(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     asked = request("deltanet-g2p")
     checkpoint = compiler.open_model(asked.model)
-    first = ResumableExport(tmp_path / "bundle", compiler._job(asked, checkpoint))
+    first = ResumableExport(tmp_path / "bundle", resume._job(asked, checkpoint))
     with pytest.raises(UserError, match="another run of this command is writing"):
         export(changed(asked, verify=False), tmp_path / "bundle")
     assert first.path.exists()
@@ -179,14 +179,14 @@ def test_ctrl_c_says_where_the_codes_are(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_output_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
-    check = compiler._refuse_too_large
+    refuse = compiler.refuse_too_large
 
     def meanwhile(*args: Any) -> None:
-        check(*args)
+        refuse(*args)
         (tmp_path / "bundle").mkdir()
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiler, "_refuse_too_large", meanwhile)
+        patched.setattr(compiler, "refuse_too_large", meanwhile)
         with pytest.raises(UserError, match=r"bundle cannot be written .*File exists"):
             export(changed(request("deltanet-g2p"), verify=False), tmp_path / "bundle")
     (tmp_path / "bundle").rmdir()
@@ -200,7 +200,7 @@ def test_a_target_that_fails_its_check_is_lowered_anew(tmp_path: Path) -> None:
         raise VerificationFailure("onnx: not what it should be")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiler, "_judge", failing)
+        patched.setattr(check, "require", failing)
         with pytest.raises(VerificationFailure):
             export(request("deltanet-g2p"), tmp_path / "bundle")
     told: list[str] = []

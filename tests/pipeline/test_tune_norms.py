@@ -18,21 +18,21 @@ from helpers.killed_export import Killed, contents, request
 from helpers.requests import changed
 from safetensors.torch import save_file
 
-from edgewright import compiler
 from edgewright.bundle import CHECKPOINT, Bundle
-from edgewright.calibration import forward as calibration_forward
 from edgewright.calibration.backward import GradientSession, backward_bytes
+from edgewright.calibration.forward import CalibrationForward
 from edgewright.calibration.samples import Sample
+from edgewright.calibration.source import Source
 from edgewright.checkpoints.checkpoint import Checkpoint
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.compiler import export
 from edgewright.errors import UserError
 from edgewright.models.loading import load_original
 from edgewright.models.registry import build
-from edgewright.pipeline import plan
-from edgewright.pipeline import tune_norms as tuning
+from edgewright.pipeline import quantize
 from edgewright.pipeline.gptq import CodeStore, load_rounded
-from edgewright.pipeline.tune_norms import tune_norms
+from edgewright.pipeline.request import Request
+from edgewright.pipeline.tune_norms import TuningOptions, tune_norms
 from edgewright.quant.plan import BitPlan, Budget, Entry
 from edgewright.quant.rtn import quantize_rtn
 from edgewright.system.resumable import ResumableExport
@@ -61,24 +61,20 @@ def detuned(checkpoint: Checkpoint, share: float) -> Any:
     return model
 
 
-@pytest.fixture
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 32)
+def small_parts(source: Source, samples: list[Sample]) -> Source:
+    return dataclasses.replace(source, samples=samples, part_tokens=32)
 
 
-@pytest.mark.usefixtures("_small_parts")
 @pytest.mark.parametrize("family", CONFIGS)
-def test_gains_that_are_off_are_found_again(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gains_that_are_off_are_found_again(family: str, tmp_path: Path) -> None:
     """Through every family's graphs: the gradient reaches each norm, and what was spoilt is mended on unseen data."""
-    checkpoint, spec = opened(family, tmp_path)
-    if spec.task == "module":
+    source = opened(family, tmp_path)
+    if source.generation.task == "module":
         pytest.skip("no logits")
-    monkeypatch.setattr(tuning, "EPOCHS", 6)
-    monkeypatch.setattr(tuning, "RATE", 0.02)
-    samples = many(spec)
+    source, checkpoint = small_parts(source, many(source.generation)), source.checkpoint
     model = detuned(checkpoint, 0.2)
     before = {n: p.detach().clone() for n, p in vectors(model).items()}
-    made = tune_norms(model, checkpoint, checkpoint.config, spec, samples)
+    made = tune_norms(model, source, options=TuningOptions(rate=0.02, epochs=6))
     assert made is not None
     assert made.values.keys() == {model.tied.get(n, n) for n in before}
     assert 0.0 < made.after < 0.6 * made.before
@@ -88,7 +84,7 @@ def test_gains_that_are_off_are_found_again(family: str, tmp_path: Path, monkeyp
         assert torch.equal(made.values[stored].float(), value.detach())
         if bool(before[name].any()):
             assert not torch.equal(value.detach(), before[name]), name
-    assert 0 < made.tokens < sum(s.size for s in samples)
+    assert 0 < made.tokens < source.tokens
 
 
 def many(spec: Any) -> list[Sample]:
@@ -101,23 +97,20 @@ def many(spec: Any) -> list[Sample]:
     return found
 
 
-@pytest.mark.usefixtures("_small_parts")
-def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    monkeypatch.setattr(tuning, "RATE", 5.0)
-    model = detuned(checkpoint, 0.01)
+def test_what_does_not_help_is_not_kept(tmp_path: Path) -> None:
+    source = opened("llama", tmp_path)
+    model = detuned(source.checkpoint, 0.01)
     before = {n: p.detach().clone() for n, p in vectors(model).items()}
-    made = tune_norms(model, checkpoint, checkpoint.config, spec, many(spec))
+    made = tune_norms(model, small_parts(source, many(source.generation)), options=TuningOptions(rate=5.0))
     assert made is not None
     assert (made.values, made.facts(), made.after) == ({}, {}, made.before)
     assert all(torch.equal(before[n], p) for n, p in vectors(model).items())
 
 
-@pytest.mark.usefixtures("_small_parts")
 def test_the_mapped_checkpoint_is_not_written_into(tmp_path: Path) -> None:
     """Of a float32 file parameters are views: a step in place would move the original, too."""
-    checkpoint, spec = opened("llama", tmp_path)
-    names = checkpoint.names()
+    source = opened("llama", tmp_path)
+    checkpoint, names = source.checkpoint, source.checkpoint.names()
     wide = tmp_path / "wide"
     shutil.copytree(tmp_path / "model", wide)
     save_file({n: checkpoint.tensor(n).float() for n in names}, wide / "model.safetensors")
@@ -128,44 +121,44 @@ def test_the_mapped_checkpoint_is_not_written_into(tmp_path: Path) -> None:
     load_rounded(
         model, mapped, BitPlan(1, "by hand", Budget("bits", 4.0), entries, 0.0, 0), CodeStore(tmp_path / "codes")
     )
-    made = tune_norms(model, mapped, mapped.config, spec, many(spec))
+    made = tune_norms(
+        model,
+        small_parts(dataclasses.replace(source, checkpoint=mapped, config=mapped.config), many(source.generation)),
+    )
     assert made is not None
     assert made.before > 0.0
     for name in names:
         assert torch.equal(mapped.tensor(name), before[name]), name
 
 
-@pytest.mark.usefixtures("_small_parts")
 def test_equal_parts_are_apart_and_learnt_from_alike(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    made = tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, samples_of(spec, 1) * 40)
+    source = opened("llama", tmp_path)
+    source = small_parts(source, samples_of(source.generation, 1) * 40)
+    made = tune_norms(detuned(source.checkpoint, 0.1), source)
     assert made is not None
     assert made.after < made.before
 
 
-@pytest.mark.usefixtures("_small_parts")
 def test_a_large_vocabulary_thins_out_samples_before_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All positions of the samples that are left: were it one a sample, it would be the first, which is like no other."""
-    checkpoint, spec = opened("llama", tmp_path)
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 200)
-    monkeypatch.setattr(tuning, "FEWEST_POSITIONS", 32)
-    monkeypatch.setattr(tuning, "LOGITS", 1)
+    source = opened("llama", tmp_path)
+    source = dataclasses.replace(source, samples=many(source.generation) * 4, part_tokens=200)
     asked: list[tuple[int, int]] = []
-    logits = calibration_forward.CalibrationForward.logits
+    logits = CalibrationForward.logits
 
-    def watched(self: calibration_forward.CalibrationForward, most: int) -> Any:
+    def watched(self: CalibrationForward, most: int) -> Any:
         found, real = logits(self, most)
         asked.append((len(found), int(real.sum())))
         return found, real
 
-    monkeypatch.setattr(calibration_forward.CalibrationForward, "logits", watched)
-    made = tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, many(spec) * 4)
+    monkeypatch.setattr(CalibrationForward, "logits", watched)
+    few = TuningOptions(logits=1, fewest_positions=32)
+    made = tune_norms(detuned(source.checkpoint, 0.1), source, options=few)
     assert made is not None
     assert {rows for rows, _ in asked} == {2}
     assert all(positions >= 14 for _, positions in asked)  # of 7 to 9 tokens each
 
 
-@pytest.mark.usefixtures("_small_parts")
 @pytest.mark.parametrize(
     "family", ["llama", "t5gemma", "mu", "modernbert-decoder", "qwen3_5_text", "hgrn2", "phi4flash"]
 )
@@ -174,12 +167,13 @@ def test_what_a_backward_pass_keeps_is_within_the_estimate(
     family: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CONFIGS[family], "max_position_embeddings", 512)
-    checkpoint, spec = opened(family, tmp_path)
+    source = opened(family, tmp_path)
+    spec = source.generation
     tokens = tuple(4 + i % (spec.vocab - 4) for i in range(length))
     decoded = () if spec.decoder_start is None else (spec.decoder_start, *tokens[1:])
     sample = Sample(tokens, decoded if spec.task == "seq2seq" else ())
-    model = build(checkpoint.config)
-    load_original(model, checkpoint)
+    model = source.build()
+    load_original(model, source.checkpoint)
     for parameter in vectors(model).values():
         parameter.requires_grad_()
     held: dict[int, int] = {}
@@ -189,24 +183,23 @@ def test_what_a_backward_pass_keeps_is_within_the_estimate(
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        logits, _ = calibration_forward.CalibrationForward(
-            model, checkpoint, spec, [sample], session=GradientSession(model.graphs())
-        ).logits(length)
+        session = GradientSession(model.graphs())
+        logits, _ = CalibrationForward(model, source.over([sample]), session=session).logits(length)
         torch.as_tensor(logits).sum().backward()  # what is saved lives until here: no address comes twice
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(size for place, size in held.items() if place not in weights)
     assert 0 < kept <= backward_bytes(model, sample.size, sample.size, length)
 
 
-@pytest.mark.usefixtures("_small_parts")
 def test_too_few_data_are_none(tmp_path: Path) -> None:
-    checkpoint, spec = opened("llama", tmp_path)
-    assert tune_norms(detuned(checkpoint, 0.1), checkpoint, checkpoint.config, spec, samples_of(spec, 3)) is None
+    source = opened("llama", tmp_path)
+    few = small_parts(source, samples_of(source.generation, 3))
+    assert tune_norms(detuned(source.checkpoint, 0.1), few) is None
 
 
 def test_a_model_is_loaded_as_its_codes_and_scales_have_it(tmp_path: Path) -> None:
     """From finished codes where there are any, rounded to nearest elsewhere, 16 bits as bfloat16."""
-    checkpoint, _ = opened("llama", tmp_path)
+    checkpoint = opened("llama", tmp_path).checkpoint
     names = [n for n in checkpoint.names() if re.search(r"layers\.0\..*proj\.weight", n)]
     entries = {n: Entry((3, 4, 16)[i % 3], 32, 1.0, "", "gptq") for i, n in enumerate(names)}
     entries = {n: dataclasses.replace(e, group_size=64) if e.bits == 16 else e for n, e in entries.items()}
@@ -228,15 +221,13 @@ def test_a_model_is_loaded_as_its_codes_and_scales_have_it(tmp_path: Path) -> No
         assert torch.equal(parameter, want), name
 
 
-@pytest.fixture
-def _enough_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_forward, "PART_TOKENS", 64)
-    monkeypatch.setattr(plan, "MOST_TOKENS", 1200)
+def enough_data(example: str) -> Request:
+    """Data of an example in more parts than tuning needs."""
+    return request(example, tokens=1200, part_tokens=64)
 
 
-@pytest.mark.usefixtures("_enough_data")
 def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
-    asked = changed(request("deltanet-g2p"), bits=3.0)
+    asked = changed(enough_data("deltanet-g2p"), bits=3.0)
     told: list[str] = []
     made = export(asked, tmp_path / "tuned", progress=told.append)  # verified: the artefact holds them
     facts = Bundle.open(tmp_path / "tuned").manifest.tuned_norms
@@ -259,12 +250,11 @@ def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
     assert kept.planned.plan == made.planned.plan
 
 
-@pytest.mark.usefixtures("_enough_data")
 @pytest.mark.parametrize("moment", ["half way", "written, not marked", "before the checkpoint"])
 def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = request("deltanet-g2p")
+    asked = enough_data("deltanet-g2p")
     whole = export(changed(asked, verify=False), tmp_path / "whole")
     assert whole.manifest.tuned_norms is not None
     finish = ResumableExport.finish
@@ -283,13 +273,13 @@ def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
         if moment == "written, not marked":
             patched.setattr(ResumableExport, "finish", dying)
         elif moment == "before the checkpoint":
-            patched.setattr(compiler, "quantize_checkpoint", _killed)
+            patched.setattr(quantize, "quantize_checkpoint", _killed)
         with pytest.raises(Killed):
             export(
                 changed(asked, verify=False), tmp_path / "killed", progress=half_way if moment == "half way" else str
             )
     if moment == "before the checkpoint":
-        monkeypatch.setattr(compiler, "tune_norms", _killed)  # what is found is not looked for again
+        monkeypatch.setattr(quantize, "tune_norms", _killed)  # what is found is not looked for again
     export(changed(asked, verify=False), tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -298,23 +288,21 @@ def _killed(*_: Any) -> Any:
     raise Killed
 
 
-@pytest.mark.usefixtures("_enough_data")
 def test_norms_are_kept_where_memory_does_not_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: 1 << 50)
+    monkeypatch.setattr(quantize, "tuning_bytes", lambda *_: 1 << 50)
     told: list[str] = []
-    made = export(changed(request("t5gemma-g2p"), verify=False), tmp_path / "bundle", progress=told.append)
+    made = export(changed(enough_data("t5gemma-g2p"), verify=False), tmp_path / "bundle", progress=told.append)
     assert made.manifest.tuned_norms is None
     assert any(line.startswith("norms: kept, as tuning them would take about 1048576.0 GiB") for line in told)
 
 
-@pytest.mark.usefixtures("_enough_data")
 def test_memory_that_is_gone_by_then_is_said_and_codes_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = iter([1, 1 << 50])
-    monkeypatch.setattr(compiler, "tuning_bytes", lambda *_: next(sizes))
+    monkeypatch.setattr(quantize, "tuning_bytes", lambda *_: next(sizes))
     with pytest.raises(UserError, match=r"tuning norms takes memory: about 1048576.0 GiB") as caught:
-        export(changed(request("t5gemma-g2p"), verify=False), tmp_path / "bundle")
+        export(changed(enough_data("t5gemma-g2p"), verify=False), tmp_path / "bundle")
     assert "the same command goes on from there" in caught.value.__notes__[0]
 
 

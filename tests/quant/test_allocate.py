@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.allocation import allocated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.errors import UserError
 from edgewright.importance.lim_zd import importance_weights, order_by_importance, paper_split
-from edgewright.quant.allocator import allocate
 from edgewright.quant.expected_error import EXPECTED_ERROR, SIGNED_ERROR, expected_error
 from edgewright.quant.overrides import Override
 from edgewright.quant.plan import BitPlan, Unit, WeightSpec, weight_bytes
@@ -66,7 +66,7 @@ def test_budget_is_met_and_nothing_more_fits(seed: int, where: float) -> None:
     )
     ceiling = sum(weight_bytes(w, 8, w.shape[1]) for unit in units for w in unit.weights)
     size = int(floor + where * (ceiling - floor))
-    plan = allocate(units, scores, size=size + 777, other_bytes=777)
+    plan = allocated(units, scores, size=size + 777, other_bytes=777)
     assert plan.total_bytes == plan_bytes(plan, units) <= size
     assert plan.average_bits == plan.total_bytes * 8 / numel
     assert plan.validate(units) == plan
@@ -105,7 +105,7 @@ def test_the_optimum_is_exact(seed: int) -> None:
     for combination in itertools.product(*rows):
         if sum(b for b, _ in combination) <= budget:
             best = min(best, sum(x for _, x in combination))
-    plan = allocate(units, scores, bits=bits, widths=(2, 3, 4, 8), groups=(32, 64))
+    plan = allocated(units, scores, bits=bits, widths=(2, 3, 4, 8), groups=(32, 64))
     found = sum(
         scores[unit.name] * w.numel * expected_error(e.bits, e.group_size, False)
         for unit in units
@@ -127,10 +127,10 @@ def test_close_to_the_budget_on_a_real_sized_model_and_fast(capfd: pytest.Captur
     scores = {unit.name: chance.uniform(1, 16) for unit in units}
     for bits in (3.1, 4.25, 5.5):
         start = time.process_time()
-        plan = allocate(units, scores, bits=bits)
+        plan = allocated(units, scores, bits=bits)
         assert time.process_time() - start < 8  # measured below 1 s; the bound is for a loaded machine
         assert bits * 0.999 < plan.average_bits <= bits
-        assert plan == allocate(units, scores, bits=bits)
+        assert plan == allocated(units, scores, bits=bits)
     assert capfd.readouterr().out == ""
 
 
@@ -142,7 +142,7 @@ def test_papers_split_is_the_optimum_of_the_papers_problem(method: str, average:
     layer_scores = {layer: chance.uniform(-1, 1) for layer in range(layers)}
     units = [single(f"l{layer}", 256, 640, layer) for layer in range(layers)]
     weights = importance_weights(layer_scores, method)
-    plan = allocate(units, {f"l{i}": weights[i] for i in weights}, bits=average, widths=(2, 4), groups=(64,))
+    plan = allocated(units, {f"l{i}": weights[i] for i in weights}, bits=average, widths=(2, 4), groups=(64,))
     high = {i for i in range(layers) if plan.entries[f"l{i}.weight"].bits == 4}
     n_high = paper_split(layers, 4.25, 2.25, average)  # the paper's formula, with scales counted on both sides
     assert high == set(order_by_importance(layer_scores, method)[:n_high])
@@ -151,7 +151,7 @@ def test_papers_split_is_the_optimum_of_the_papers_problem(method: str, average:
 def test_identical_units_are_solved_as_counts() -> None:
     units = [single(f"u{i:04}", 640, 640) for i in range(1000)]
     start = time.process_time()
-    plan = allocate(units, {unit.name: 1.0 for unit in units}, bits=4.1)
+    plan = allocated(units, {unit.name: 1.0 for unit in units}, bits=4.1)
     assert time.process_time() - start < 4
     assert 4.095 < plan.average_bits <= 4.1
     bits = [plan.entries[f"u{i:04}.weight"].bits for i in range(1000)]
@@ -164,18 +164,18 @@ def test_infeasible_budgets_name_floor_and_ceiling() -> None:
     with pytest.raises(
         UserError, match=r"1\.9 bits a weight is below the floor: .* from 2\.125 bits .* to 8\.025 \("
     ) as low:
-        allocate(units, scores, bits=1.9)
+        allocated(units, scores, bits=1.9)
     assert f"({640 * 640 * 1000 * 2125 // 8000} bytes" in str(low.value)
     with pytest.raises(UserError, match=r"10 bits a weight is above the ceiling"):
-        allocate(units, scores, bits=10)
+        allocated(units, scores, bits=10)
     with pytest.raises(UserError, match=r"1000 bytes is below the floor: .*\(108800500 bytes"):
-        allocate(units, scores, size=1000, other_bytes=500)
+        allocated(units, scores, size=1000, other_bytes=500)
     with pytest.raises(UserError, match="not a number"):
-        allocate(units, scores, bits=float("nan"))
+        allocated(units, scores, bits=float("nan"))
     with pytest.raises(UserError, match="one budget"):
-        allocate(units, scores)
+        allocated(units, scores)
     for end in (2.125, 8.025):  # both ends can be typed as they are printed
-        assert allocate(units, scores, bits=end).average_bits == pytest.approx(end)
+        assert allocated(units, scores, bits=end).average_bits == pytest.approx(end)
 
 
 def test_units_share_a_choice_and_tied_weights_count_once() -> None:
@@ -183,23 +183,23 @@ def test_units_share_a_choice_and_tied_weights_count_once() -> None:
         "qkv", [WeightSpec(f"{p}.weight", (n, 640), 0, "decoder") for p, n in (("q", 1024), ("k", 256), ("v", 256))]
     )
     units = [qkv, single("embed", 1000, 640)]
-    plan = allocate(units, {"qkv": 5.0, "embed": 1.0}, bits=4.0)
+    plan = allocated(units, {"qkv": 5.0, "embed": 1.0}, bits=4.0)
     assert len({(plan.entries[f"{p}.weight"].bits, plan.entries[f"{p}.weight"].group_size) for p in "qkv"}) == 1
     with pytest.raises(UserError, match=r"embed\.weight is in two units"):
-        allocate([*units, single("embed", 1000, 640)], {"qkv": 1.0, "embed": 1.0}, bits=4)
+        allocated([*units, single("embed", 1000, 640)], {"qkv": 1.0, "embed": 1.0}, bits=4)
 
 
 def test_overrides() -> None:
     units = [single("embed", 1000, 640), single("l.0.q", 640, 640), single("l.0.down", 640, 640)]
     scores = {unit.name: 1.0 for unit in units}
     overrides = [Override.parse("embed=8"), Override.parse("^l.*q=4:32"), Override.parse("l\\.0=3")]
-    plan = allocate(units, scores, bits=5.7, overrides=overrides)
+    plan = allocated(units, scores, bits=5.7, overrides=overrides)
     chosen = {name: (entry.bits, entry.group_size) for name, entry in plan.entries.items()}
     assert chosen["embed.weight"] == (8, 640)
     assert chosen["l.0.q.weight"] == (4, 32)  # the first match wins
     assert chosen["l.0.down.weight"][0] == 3
     assert plan.entries["embed.weight"].why == "override embed"
-    assert allocate(units, scores, bits=9, overrides=[Override("embed", 16)]).entries["embed.weight"].bits == 16
+    assert allocated(units, scores, bits=9, overrides=[Override("embed", 16)]).entries["embed.weight"].bits == 16
     for bad, message in {
         "embed": "is not 'regex=bits'",
         "embed=7": "7 bits",
@@ -210,24 +210,24 @@ def test_overrides() -> None:
         with pytest.raises(UserError, match=message):
             Override.parse(bad)
     with pytest.raises(UserError, match=r"'lm_head' matches no weight; names look like embed\.weight"):
-        allocate(units, scores, bits=6, overrides=[Override("lm_head", 8)])
+        allocated(units, scores, bits=6, overrides=[Override("lm_head", 8)])
     with pytest.raises(UserError, match="executorch has no 4-bit groups of 16"):
-        allocate(units, scores, bits=6, overrides=[Override("embed", 4, 16)], targets=["executorch"])
+        allocated(units, scores, bits=6, overrides=[Override("embed", 4, 16)], targets=["executorch"])
 
 
 def test_odd_shapes() -> None:
     units = [single("odd", 10, 13)]
-    assert allocate(units, {"odd": 1.0}, bits=9.2308).entries["odd.weight"].bits == 8  # only bytes fit 13 inputs
+    assert allocated(units, {"odd": 1.0}, bits=9.2308).entries["odd.weight"].bits == 8  # only bytes fit 13 inputs
     with pytest.raises(UserError, match=r"odd\.weight \[10, 13\].*none of 4 bits"):
-        allocate(units, {"odd": 1.0}, bits=9, widths=(4,))
+        allocated(units, {"odd": 1.0}, bits=9, widths=(4,))
     with pytest.raises(UserError, match="importance 0"):
-        allocate(units, {"odd": 0.0}, bits=9)
+        allocated(units, {"odd": 0.0}, bits=9)
 
 
 def test_targets_limit_the_choices() -> None:
     assert legal_choices(["executorch", "onnx"], (4, 5, 8), (16, 32, 128)) == [(4, 32), (4, 128), (5, 0), (8, 0)]
     units, scores = [single("a", 640, 640), single("b", 640, 640)], {"a": 1.0, "b": 3.0}
-    plan = allocate(units, scores, bits=5.4, widths=(4, 5, 6, 8), targets=["executorch"])
+    plan = allocated(units, scores, bits=5.4, widths=(4, 5, 6, 8), targets=["executorch"])
     for entry in plan.entries.values():
         assert entry.bits == 4 or entry.group_size == 640
 
@@ -287,7 +287,7 @@ def test_expected_errors_are_what_rtn_does(signed: bool) -> None:
 def example_plan() -> tuple[BitPlan, list[Unit]]:
     units = [Unit("qk", [WeightSpec(f"l.{i}.{p}", (64, 128), i, "decoder") for p in "qk"]) for i in (10,)]
     units.append(single("l.2.o", 64, 128, 2))
-    return allocate(units, {"qk": 2.0, "l.2.o": 1.0}, bits=4.0, method="lim"), units
+    return allocated(units, {"qk": 2.0, "l.2.o": 1.0}, bits=4.0, method="lim"), units
 
 
 def test_plan_round_trip_is_byte_identical() -> None:
@@ -378,7 +378,7 @@ def test_scales_may_be_negative_where_all_targets_hold_that() -> None:
         Unit("b", [WeightSpec("b", (64, 128), 0, "decoder")]),
     ]
     for targets, signed in (((), False), (("onnx",), True), (("onnx", "executorch"), False), (("tensorrt",), False)):
-        made = allocate(units, {"a": 1.0, "b": 1.0}, bits=10.0, widths=(4, 16), targets=targets)
+        made = allocated(units, {"a": 1.0, "b": 1.0}, bits=10.0, widths=(4, 16), targets=targets)
         assert {e.signed for e in made.entries.values() if e.bits < 16} == {signed}
         assert not any(e.signed for e in made.entries.values() if e.bits == 16)
         assert BitPlan.from_json(made.to_json()) == made

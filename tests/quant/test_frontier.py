@@ -16,7 +16,7 @@ from edgewright.cli import main
 from edgewright.errors import UserError
 from edgewright.pipeline.plan import plan
 from edgewright.pipeline.planned import Planned
-from edgewright.quant.allocator import Problem, expected_loss, plan_within
+from edgewright.quant.allocator import Problem, allocate, expected_loss
 from edgewright.quant.frontier import better, frontier, uniform
 from edgewright.quant.overrides import Override
 from edgewright.quant.plan import Budget, Choice, Unit, WeightSpec
@@ -68,7 +68,7 @@ def test_no_uniform_plan_where_none_is_that_small() -> None:
     }
     problem = Problem([wide, narrow], {"wide": 1.0, "narrow": 1.0}, losses=losses)
     floor = Budget("bits", (2.25 + 3.25) / 2)
-    assert plan_within(problem, floor).average_bits == floor.value
+    assert allocate(problem, floor).average_bits == floor.value
     found = uniform(problem, floor)
     assert found is not None  # 2 bits, and the next larger where there is no 2
     assert choices(found) == {(2, 64), (3, 64)}
@@ -109,7 +109,7 @@ def test_the_points_asked_for_are_among_them() -> None:
 
 def test_measured_losses_win_over_predicted_ones() -> None:
     budget = Budget("bits", 4.25)
-    plan, even = plan_within(PROBLEM, budget), uniform(PROBLEM, budget)
+    plan, even = allocate(PROBLEM, budget), uniform(PROBLEM, budget)
     assert even is not None
     assert expected_loss(plan, UNITS) < expected_loss(even, UNITS)
     assert better(plan, even, UNITS) is plan

@@ -6,9 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers.allocation import allocated
 
 from edgewright.errors import UserError
-from edgewright.quant.allocator import Losses, allocate, expected_loss, reach
+from edgewright.quant.allocator import Losses, Problem, expected_loss, reach
 from edgewright.quant.overrides import Override
 from edgewright.quant.plan import BitPlan, Choice, Unit, WeightSpec
 
@@ -77,7 +78,7 @@ def test_a_wrong_value_is_named(change: object, message: str) -> None:
 
 
 def test_measured_losses_decide_bits_and_quantizer() -> None:
-    plan = allocate(UNITS, SCORES, bits=5.3, widths=(2, 4, 8), groups=(64,), losses=measured(), method="fisher")
+    plan = allocated(UNITS, SCORES, bits=5.3, widths=(2, 4, 8), groups=(64,), losses=measured(), method="fisher")
     chosen = {name: (entry.bits, entry.quantizer) for name, entry in plan.entries.items()}
     assert chosen == {
         "q.weight": (8, "rtn"),
@@ -85,7 +86,7 @@ def test_measured_losses_decide_bits_and_quantizer() -> None:
         "o.weight": (2, "rtn"),  # at 2 bits gptq gains nothing
         "gate.weight": (8, "rtn"),
     }
-    tight = allocate(UNITS, SCORES, bits=4.4, widths=(2, 4, 8), groups=(64,), losses=measured())
+    tight = allocated(UNITS, SCORES, bits=4.4, widths=(2, 4, 8), groups=(64,), losses=measured())
     assert {tight.entries[name].quantizer for name in ("q.weight", "k.weight", "o.weight")} == {"gptq"}
     assert tight.entries["q.weight"].loss == pytest.approx(0.01 * 48 / 64)
     assert expected_loss(tight, UNITS) == pytest.approx(0.01 + 0.00001)
@@ -95,29 +96,30 @@ def test_measured_losses_decide_bits_and_quantizer() -> None:
 def test_a_choice_without_a_loss_is_not_offered() -> None:
     losses = dict(measured())
     losses["o"] = {Choice(2, 64): 0.3}
-    plan = allocate(UNITS, SCORES, bits=5.2, widths=(2, 4, 8), groups=(64,), losses=losses)
+    plan = allocated(UNITS, SCORES, bits=5.2, widths=(2, 4, 8), groups=(64,), losses=losses)
     assert plan.entries["o.weight"].bits == 2
-    ends = reach(UNITS, widths=(2, 4, 8), groups=(64,), overrides=(), targets=(), losses=losses)
-    assert ends[1] < 5.4 < reach(UNITS, widths=(2, 4, 8), groups=(64,), overrides=(), targets=())[1]
+    problem = Problem(UNITS, SCORES, widths=(2, 4, 8), groups=(64,))
+    ends = reach(replace(problem, losses=losses))
+    assert ends[1] < 5.4 < reach(problem)[1]
     with pytest.raises(UserError, match=r"above the ceiling.*to 5\.\d+ "):
-        allocate(UNITS, SCORES, bits=7, widths=(2, 4, 8), groups=(64,), losses=losses)
+        allocated(UNITS, SCORES, bits=7, widths=(2, 4, 8), groups=(64,), losses=losses)
     with pytest.raises(UserError, match="unit gate: no loss was predicted at 2 bits, 4 bits"):
-        allocate(UNITS, SCORES, bits=4, widths=(2, 4), groups=(64,), losses=losses)
+        allocated(UNITS, SCORES, bits=4, widths=(2, 4), groups=(64,), losses=losses)
 
 
 def test_losses_must_be_numbers_and_kept_weights_need_none() -> None:
     losses = {name: of for name, of in measured().items() if name != "gate"}
     kept = [Override("^gate", 16)]
-    plan = allocate(UNITS, SCORES, bits=5, widths=(2, 4, 8), groups=(64,), losses=losses, overrides=kept)
+    plan = allocated(UNITS, SCORES, bits=5, widths=(2, 4, 8), groups=(64,), losses=losses, overrides=kept)
     assert (plan.entries["gate.weight"].bits, plan.entries["gate.weight"].loss) == (16, 0.0)
     for bad in (float("nan"), float("inf"), -1.0):
         broken = dict(measured()) | {"o": {Choice(4, 64): bad, Choice(2, 64): 1.0}}
         with pytest.raises(UserError, match="unit o has a predicted loss of"):
-            allocate(UNITS, SCORES, bits=5, widths=(2, 4, 8), groups=(64,), losses=broken)
+            allocated(UNITS, SCORES, bits=5, widths=(2, 4, 8), groups=(64,), losses=broken)
 
 
 def test_gptq_may_be_written_by_hand() -> None:
-    plan = allocate(UNITS, SCORES, bits=4.5)
+    plan = allocated(UNITS, SCORES, bits=4.5)
     by_hand = plan.entries | {"o.weight": replace(plan.entries["o.weight"], quantizer="gptq")}
     edited = BitPlan.from_json(replace(plan, entries=by_hand).to_json()).validate(UNITS)
     assert edited.entries["o.weight"].quantizer == "gptq"

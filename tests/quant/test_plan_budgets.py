@@ -12,6 +12,7 @@ from helpers.random_plans import Random, random_case
 
 from edgewright.errors import UserError
 from edgewright.quant.allocator import allocate, expected_loss
+from edgewright.quant.plan import Budget
 
 
 def least_losses(rows: list[list[tuple[int, float]]], room: int) -> np.ndarray:
@@ -35,17 +36,7 @@ def within(made: Random, kind: str, room: int) -> dict[str, float | int]:
 
 
 def solve(made: Random, budget: dict[str, float | int]):  # type: ignore[no-untyped-def]
-    p = made.problem
-    return allocate(
-        p.units,
-        p.scores,
-        **budget,  # type: ignore[arg-type]
-        other_bytes=p.other_bytes,
-        widths=p.widths,
-        groups=p.groups,
-        overrides=p.overrides,
-        targets=p.targets,
-    )
+    return allocate(made.problem, Budget.of(**budget))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("part", range(8))

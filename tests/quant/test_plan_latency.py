@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from helpers import tiny
+from helpers.allocation import allocated
 from helpers.tiny_families import FAMILIES
 
 from edgewright.device_profiles.profile import DeviceProfile, load, parse
 from edgewright.errors import UserError
 from edgewright.models.registry import build
-from edgewright.quant.allocator import allocate, expected_loss
+from edgewright.quant.allocator import expected_loss
 from edgewright.quant.latency import DecodeStep, Rates, decode_step
 from edgewright.quant.plan import Unit, WeightSpec
 from edgewright.quant.units import quantizable_units
@@ -46,15 +47,15 @@ def test_reading_or_arithmetic_bounds_a_weight() -> None:
 
 def test_the_plan_is_within_the_time_and_no_better_one_is() -> None:
     low, high = (
-        STEP.milliseconds(allocate(UNITS, SCORES, bits=bits, targets=["onnx"]), UNITS) for bits in (2.13, 8.02)
+        STEP.milliseconds(allocated(UNITS, SCORES, bits=bits, targets=["onnx"]), UNITS) for bits in (2.13, 8.02)
     )
     middle = (low + high) / 2
-    plan = allocate(UNITS, SCORES, latency_ms=middle, step=STEP, targets=["onnx"])
+    plan = allocated(UNITS, SCORES, latency_ms=middle, step=STEP, targets=["onnx"])
     assert 0.97 * middle < STEP.milliseconds(plan, UNITS) <= middle
     assert (plan.budget.kind, plan.budget.device) == ("latency", "thing")
     for size in range(plan.total_bytes // 2, 2 * plan.total_bytes, plan.total_bytes // 40):
         try:
-            other = allocate(UNITS, SCORES, size=size, targets=["onnx"])
+            other = allocated(UNITS, SCORES, size=size, targets=["onnx"])
         except UserError:
             continue
         if STEP.milliseconds(other, UNITS) <= middle:
@@ -62,25 +63,25 @@ def test_the_plan_is_within_the_time_and_no_better_one_is() -> None:
 
 
 def test_a_width_that_rides_in_a_wider_container_saves_no_time() -> None:
-    plan = allocate(UNITS, SCORES, latency_ms=0.45, step=STEP, targets=["onnx"])
+    plan = allocated(UNITS, SCORES, latency_ms=0.45, step=STEP, targets=["onnx"])
     widths = {entry.bits for entry in plan.entries.values()}
     assert widths <= {2, 4, 8}  # 3 bits are stored as 4, 5 and 6 as 8
 
 
 def test_refusals_name_floor_and_ceiling_in_milliseconds() -> None:
     with pytest.raises(UserError, match=r"step of 0\.001 ms is below the floor: .* from 0\.\d+ ms to 1\.\d+ ms") as low:
-        allocate(UNITS, SCORES, latency_ms=0.001, step=STEP)
+        allocated(UNITS, SCORES, latency_ms=0.001, step=STEP)
     with pytest.raises(UserError, match="above the ceiling"):
-        allocate(UNITS, SCORES, latency_ms=1000.0, step=STEP)
+        allocated(UNITS, SCORES, latency_ms=1000.0, step=STEP)
     words = str(low.value).split()
     for end in (float(words[words.index("from") + 1]), float(words[words.index("to") + 1])):
-        assert STEP.milliseconds(allocate(UNITS, SCORES, latency_ms=end, step=STEP), UNITS) <= end + 1e-6
+        assert STEP.milliseconds(allocated(UNITS, SCORES, latency_ms=end, step=STEP), UNITS) <= end + 1e-6
     with pytest.raises(UserError, match="give --device"):
-        allocate(UNITS, SCORES, latency_ms=1.0)
+        allocated(UNITS, SCORES, latency_ms=1.0)
     with pytest.raises(UserError, match="one budget"):
-        allocate(UNITS, SCORES, latency_ms=1.0, bits=4.0, step=STEP)
+        allocated(UNITS, SCORES, latency_ms=1.0, bits=4.0, step=STEP)
     with pytest.raises(UserError, match="nan is not a number"):
-        allocate(UNITS, SCORES, latency_ms=float("nan"), step=STEP)
+        allocated(UNITS, SCORES, latency_ms=float("nan"), step=STEP)
 
 
 @pytest.mark.parametrize("family", sorted({"t5gemma", "llama", "gemma3_text", *FAMILIES} - {"modernbert"}))

@@ -218,9 +218,9 @@ def test_writer_refusals_leave_nothing(tmp_path: Path) -> None:
 
 MEMORY = """
 import sys, threading, torch
-from edgewright.checkpoint import open_checkpoint
+from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.quant.plan import BitPlan, Budget, Entry
-from edgewright.quant.stream import quantize_checkpoint
+from edgewright.quant.quantize_checkpoint import quantize_checkpoint
 from edgewright.quant.rtn import quantize_rtn
 from pathlib import Path
 torch.set_num_threads(2)

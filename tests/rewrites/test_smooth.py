@@ -30,7 +30,8 @@ from edgewright.models.loading import load_original
 from edgewright.models.registry import build
 from edgewright.pipeline.plan import plan
 from edgewright.quant.rtn import quantize_rtn
-from edgewright.rewrites.smooth import Change, SmoothReport, rewrite_smooth, scales
+from edgewright.rewrites.channel_folds import scales
+from edgewright.rewrites.smooth import Change, SmoothReport, rewrite_smooth
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
 
@@ -155,12 +156,11 @@ def test_bf16_stays_bf16_where_that_is_exact(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)  # powers of two round nothing
 
 
-def test_gains_held_less_one_become_float32_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgewright.pipeline.plan.VERIFY_PROMPTS", 4)
+def test_gains_held_less_one_become_float32_and_export(tmp_path: Path) -> None:
     report, _ = smoothed(planted(tmp_path, "gemma3_text"), tmp_path)
     assert report.widened
     assert all("norm" in name for name in report.widened)
-    request = asking(str(tmp_path / "smooth"), ("onnx",), bits=6.0, max_context=48)
+    request = asking(str(tmp_path / "smooth"), ("onnx",), bits=6.0, max_context=48, prompts=4)
     made = compiler.export(request, tmp_path / "bundle")
     assert made.report is not None
     assert made.report.targets[0].passed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import joblib  # type: ignore[import-untyped]
@@ -70,7 +71,7 @@ def divergences(workers: Workers) -> list[float]:
     planned = plan(asking(str(EXAMPLE), task=EXAMPLE / "task.tsv", importance="zd", max_context=64))
     parts = [{unit.weights[0].name: (3, 32, False)} for unit in planned.units[:3]]
     with workers.running():
-        return kl_of_each(checkpoint, planned.config, parts, planned.generation, planned.samples[:4], workers)
+        return kl_of_each(replace(planned.source, checkpoint=checkpoint).over(planned.samples[:4]), parts, workers)
 
 
 def test_two_processes_give_the_codes_of_one() -> None:

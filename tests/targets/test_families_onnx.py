@@ -16,8 +16,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", family_table.NAMES)
-def test_a_family_through_onnx(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = family_table.verified(family, "onnx", tmp_path, monkeypatch)
+def test_a_family_through_onnx(family: str, tmp_path: Path) -> None:
+    report = family_table.verified(family, "onnx", tmp_path)
     assert report.passed
     assert report.targets[0].lowering.max_relative_error <= 1e-4
     assert family_table.documented()[family, "onnx"] == family_table.cell(report)

@@ -30,10 +30,10 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-def found(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def found(family: str, form: str, folder: Path) -> str:
     """The cell of the table: yes and the activations it is verified with, or the reason that `export` gives."""
     try:
-        report = family_table.verified(family, form, folder, monkeypatch)
+        report = family_table.verified(family, form, folder)
     except UserError as error:
         return f"no: {str(error).removeprefix(f'--format {form}: ').removesuffix('; leave this target out')}"
     except VerificationFailure as error:
@@ -45,19 +45,19 @@ def found(family: str, form: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("family", "form"), SOME)
-def test_a_family_through_a_target(family: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_through_a_target(family: str, form: str, tmp_path: Path) -> None:
     if not TARGETS[form].installed:
         pytest.skip(f"{form} is not installed")
-    assert found(family, form, tmp_path, monkeypatch) == family_table.documented()[family, form]
+    assert found(family, form, tmp_path) == family_table.documented()[family, form]
 
 
 @pytest.mark.slow
-def test_the_table_of_families_and_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_families_and_targets(tmp_path: Path) -> None:
     """Prints the table; fails where the docs say another thing."""
     cells = {}
     for family in family_table.NAMES:
         for form in family_table.FORMATS:
-            cells[family, form] = found(family, form, tmp_path / f"{family}-{form}", monkeypatch)
+            cells[family, form] = found(family, form, tmp_path / f"{family}-{form}")
             print(family, form, cells[family, form], flush=True)
             gc.collect()
     print(family_table.table(cells))

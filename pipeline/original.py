@@ -1,0 +1,77 @@
+"""The original model, built on the meta device, its checkpoint checked against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import UserError
+from ..models.language_model import LanguageModel
+from ..models.registry import build, shorten
+from ..quant.plan import Unit
+from ..quant.units import quantizable_units
+from ..system.reading import one_line
+from .request import Progress, Request
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """The model of a request. units: its quantizable weights; other: names of all its other tensors."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    model: LanguageModel
+    units: list[Unit]
+    other: list[str]
+
+
+def open_original(request: Request, checkpoint: Checkpoint, progress: Progress) -> Original:
+    """The model that `checkpoint` holds, shortened where the request says so.
+
+    Raises UserError for a bad config, a tensor that is missing, has another shape or no place in the model, a model that takes
+    too few positions, or one without a weight that can be quantized.
+    """
+    config = checkpoint.config
+    if request.num_layers is not None:
+        config = shorten(config, request.num_layers)
+    model: LanguageModel = build(config)
+    _expect_tensors(model, checkpoint)
+    if request.num_layers is None:
+        _refuse_strays(model, checkpoint, progress)
+    model.check_lengths()
+    units = quantizable_units(model)
+    if not units:
+        raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
+    planned = {w.name for u in units for w in u.weights}
+    return Original(checkpoint, config, model, units, [n for n in _stored(model) if n not in planned])
+
+
+def _stored(model: LanguageModel) -> list[str]:
+    """Names of the model's parameters, without aliases."""
+    return [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in model.tied]
+
+
+def _expect_tensors(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    shapes = dict(model.named_parameters(remove_duplicate=False))
+    for name in _stored(model):
+        checkpoint.expect(name, tuple(shapes[name].shape))
+
+
+def _refuse_strays(model: LanguageModel, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Raise UserError for a tensor that the model does not read; those with a prefix of `unused` are left out with a note.
+
+    Without this, a bias that the config does not name would be missing in original, reference and artefact alike.
+    """
+    known = {n for n, _ in model.named_parameters(remove_duplicate=False)} | set(model.tied)
+    omitted = [n for n in checkpoint.names() if n not in known and n.startswith(model.unused)]
+    if omitted:
+        progress(f"left out, as no graph here uses them: {len(omitted)} tensors ({one_line(omitted[0])} and the like)")
+    known |= set(omitted)
+    stray = [n for n in checkpoint.names() if n not in known and not n.endswith(".inv_freq")]
+    if stray:
+        kind = checkpoint.config.get("model_type")
+        raise UserError(
+            f"{checkpoint.source}: {len(stray)} tensors have no place in this {kind} (the first: {one_line(stray[0])}); "
+            "is config.json the one of these weights?"
+        )
