@@ -1,4 +1,4 @@
-"""Every family through every target: what runs one cell of the table in docs/families.md, and the table itself."""
+"""The table of families and targets in docs/families.md: what computes a cell, and what reads and writes the table."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ NAMES = {
     "gemma3_text": "Gemma 3",
     "module": "your own module (a U-Net with attention)",
 }
-"""model_type -> what people call it, in the order of the table."""
+"""model_type -> common name, in the order of the table."""
 
 
 def verified(family: str, form: str, folder: Path) -> Report:
-    """The tiny model of a family exported at mixed bits to one target, reloaded and compared: `export` as a user calls it."""
+    """The report of `export` of a family's tiny model at mixed bits to one target: exported, reloaded and compared."""
     model = MODULE if family == "module" else str(tiny.write(folder / "model", CONFIGS[family]))
     context = None if family == "module" else 48
-    made = compiler.export(asking(model, (form,), bits=6.0, max_context=context, prompts=4), folder / "bundle")
-    widths = {entry.bits for entry in made.planned.plan.entries.values()}
+    result = compiler.export(asking(model, (form,), bits=6.0, max_context=context, prompts=4), folder / "bundle")
+    widths = {entry.bits for entry in result.planned.plan.entries.values()}
     assert len(widths) > 1, widths  # mixed bits
-    assert made.report is not None
-    assert made.report.targets[0].weights == sum(e.bits < 16 for e in made.planned.plan.entries.values())
-    return made.report
+    assert result.report is not None
+    assert result.report.targets[0].weights == sum(e.bits < 16 for e in result.planned.plan.entries.values())
+    return result.report
 
 
 def documented() -> dict[tuple[str, str], str]:
@@ -72,5 +72,5 @@ def table(cells: dict[tuple[str, str], str]) -> str:
 
 
 def cell(report: Report) -> str:
-    """What the table says of a verified artefact."""
+    """The cell of a verified artefact."""
     return f"yes ({re.sub('float', 'fp', report.targets[0].activations)})"

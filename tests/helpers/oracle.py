@@ -1,15 +1,16 @@
-"""transformers' models as oracles, and ours run step by step."""
+"""transformers' models as oracles, and the steps of ours."""
 
 from __future__ import annotations
 
 import torch
 
+from edgewright.models.language_model import LanguageModel
 from edgewright.models.loading import fill
 from edgewright.models.registry import build
 
 
-def adopt(oracle: torch.nn.Module, config: dict) -> object:
-    """Our model of `config` with the oracle's weights, found by the oracle's own parameter names."""
+def adopt(oracle: torch.nn.Module, config: dict) -> LanguageModel:
+    """Our model of `config` with the oracle's weights, read by the oracle's parameter names."""
     weights = dict(oracle.state_dict())
     model = build(config)
 

@@ -1,4 +1,4 @@
-"""Small graphs made of the recurrences and attentions directly, for the targets' tests, and how a session is fed.
+"""Small graphs of single recurrences and attentions, for the targets' tests, and how a session is fed.
 
 Each is one layer (two where one layer reads another's cache) between an embedding and a head, with random weights.
 """
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class Shared(Attention):
-    """An attention, and another over the cache that the first has just written, for the asked positions alone."""
+    """An attention, and another over the cache that the first has written."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -306,7 +306,7 @@ def feed(
     session: Session, state: Any, ids: np.ndarray, pieces: Sequence[int], extra: dict[str, Any] | None = None
 ) -> np.ndarray:
     """All logits [batch, n, vocab] of `ids`, given in pieces of these lengths, from position 0 on."""
-    at, found = 0, []
+    at, logits = 0, []
     for piece in pieces:
         inputs = {
             "input_ids": ids[:, at : at + piece],
@@ -314,12 +314,12 @@ def feed(
             "logit_positions": np.arange(piece, dtype=np.int64),
             **(extra or {}),
         }
-        found.append(session.run("decoder", inputs, state)["logits"])
+        logits.append(session.run("decoder", inputs, state)["logits"])
         at += piece
-    return np.concatenate(found, 1)
+    return np.concatenate(logits, 1)
 
 
 def worst(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference, as a share of the largest wanted."""
+    """The largest difference, relative to the largest value of `want`."""
     assert got.shape == want.shape
     return float(np.abs(got - want).max() / np.abs(want).max())

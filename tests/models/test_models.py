@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 import transformers as tf
+from helpers.family_table import CONFIGS
 from helpers.oracle import adopt, causal_logits, randomise, run_step, seq2seq_start
 
 from edgewright.errors import UserError
+from edgewright.models.language_model import LanguageModel, Task
+from edgewright.models.layers.block import Block
 from edgewright.models.registry import build, shorten
 
 T5 = {
@@ -171,3 +175,20 @@ def test_a_bad_config_is_one_line_naming_the_value(change, word):
     with pytest.raises(UserError, match=word) as caught:
         build(good | change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_a_language_model_that_declares_roles_in_blocks(family):
+    model = build(CONFIGS[family])
+    assert isinstance(model, LanguageModel)
+    assert model.task in get_args(Task)
+    assert (model.decoder_start is not None) == (model.task == "seq2seq")
+    assert (model.context_spec() is not None) == (model.task == "memory")
+    model.check_lengths()
+    for path, module in model.named_modules():
+        roles = {"fused", "protected", "key_value"} & set(dir(type(module)))
+        assert not roles or isinstance(module, Block), path
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert model.key_value_weights() | model.protected_weights() | set(model.tied.values()) <= parameters.keys()
+    for graph in model.graphs():
+        assert graph.parameters() <= parameters.keys()
