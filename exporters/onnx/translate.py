@@ -45,6 +45,7 @@ def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
         )
     assert exported is not None
     model: ir.Model = exported.model
+    _forget_sources(model)
     for value in list(model.graph.initializers.values()):
         value.name = graph.checkpoint_name(str(value.name))
     ports: list[Port | State] = [*graph.inputs, *graph.states]
@@ -58,6 +59,18 @@ def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
         value.shape = ir.Shape(shape)
     model.graph.name = graph.name
     return model
+
+
+def _forget_sources(model: ir.Model) -> None:
+    """Drop what torch notes of the Python code that each node comes from: paths of this machine, and no two alike."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _decomposition(op: Any) -> Callable[..., Any]:

@@ -188,7 +188,7 @@ def test_a_tied_embedding_of_16_bits_is_stored_once_in_bfloat16(wide_table: Case
 
 def test_a_second_process_writes_the_same_bytes(onnx_cases: Callable[[str], Case], tmp_path: Path) -> None:
     """Another process, other addresses, another hash seed: nothing of them may reach the files."""
-    script = "import sys; from pathlib import Path; from onnx_cases import lower\n"
+    script = "import sys; from pathlib import Path; from helpers.onnx_cases import lower\n"
     script += "for source, out in zip(sys.argv[1::2], sys.argv[2::2]): lower(Path(source), Path(out))\n"
     pairs = [(onnx_cases(name).folder.parent / "checkpoint", tmp_path / name) for name in WRITERS]
     run = subprocess.run(
@@ -207,6 +207,13 @@ def test_a_second_process_writes_the_same_bytes(onnx_cases: Callable[[str], Case
 
 
 # ---- reading back
+
+
+def test_no_path_of_this_machine_is_in_the_files(case: Case) -> None:
+    for path in case.folder.glob("*.onnx"):
+        stored = path.read_bytes()
+        assert b".py" not in stored
+        assert b"pkg.torch" not in stored
 
 
 def test_weights_are_read_back_under_the_checkpoints_names(case: Case) -> None:
