@@ -12,6 +12,18 @@ from helpers.tiny import write_tiny_t5gemma
 
 torch.set_num_threads(1)
 
+TESTS = Path(__file__).parent
+EXPORTING = ("benchmarks", "cli", "examples", "exporters", "pipeline", "rewrites", "verification")
+"""Folders of tests that run an exporter or a whole command: `make test-fast` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in those folders, and what uses a model that went through an exporter."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in EXPORTING or {"onnx_cases", "plan_file"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.exports)
+
 
 @pytest.fixture(scope="session")
 def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

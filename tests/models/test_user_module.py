@@ -23,6 +23,9 @@ from edgewright.models.user_module import module, replacements
 from edgewright.models.user_module.checkpoint import open_model
 from edgewright.verification.verify import VerifyOptions, verify
 
+pytestmark = pytest.mark.exports
+
+
 HERE = Path(__file__).parent.parent
 
 

@@ -25,6 +25,9 @@ from edgewright.runtimes.session import Array, StateBuffers
 from edgewright.runtimes.text_generation import open_bundle
 from edgewright.verification.scores import task_accuracy
 
+pytestmark = pytest.mark.exports
+
+
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "dolphin-packages"
 HIDDEN = 3
 

@@ -22,6 +22,9 @@ from edgewright.quant.hessian import factor
 from edgewright.quant.plan import Entry
 from edgewright.system.workers import Workers
 
+pytestmark = pytest.mark.exports
+
+
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "t5gemma-g2p"
 
 

@@ -9,6 +9,8 @@ from helpers import family_table
 
 from edgewright.models.registry import ARCHITECTURES
 
+pytestmark = pytest.mark.exports
+
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,9 @@ from helpers import family_table
 from edgewright.errors import UserError, VerificationFailure
 from edgewright.targets.registry import TARGETS
 
+pytestmark = pytest.mark.exports
+
+
 SOME = [
     ("qwen3_5_text", "coreml"),
     ("dolphin", "coreml"),

@@ -22,6 +22,9 @@ from edgewright.targets.storage import common_bits, native_bits, stored_bytes
 from edgewright.verification.report import Agreement, Report, TargetReport, require_placement
 from edgewright.verification.verify import VerifyOptions, verify
 
+pytestmark = pytest.mark.exports
+
+
 NAMED = tuple(name for name, target in TARGETS.items() if not target.graphs)
 
 
