@@ -25,6 +25,7 @@ from helpers.tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
 from safetensors import safe_open
 
 from edgewright import compiler
+from edgewright.pipeline import check
 
 BITS = 4.5
 
@@ -220,7 +221,7 @@ def test_an_artefact_that_fails_its_check_leaves_its_report_alone(
     def fail(report: object) -> None:
         raise VerificationFailure("onnx: not the same")
 
-    monkeypatch.setattr(compiler, "require", fail)
+    monkeypatch.setattr(check, "require", fail)
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
     result = edgewright("export", "-m", model, "-o", tmp_path / "bundle")
     assert result.exit_code == 1

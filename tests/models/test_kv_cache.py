@@ -245,7 +245,8 @@ def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> 
     exact = EagerSession(model.graphs())
 
     found = agreement(EagerSession(graphs), session, spec)
-    assert found.max_relative_error <= 1e-4
+    assert found.max_relative_error <= 1e-3  # a last bit that differs may round a code to the other side
+    assert found.mean_kl <= 1e-8
     assert found.prompts_identical == found.prompts
     lost = agreement(exact, session, spec)  # the caches are rounded indeed, and not much is lost
     assert 1e-4 < lost.max_relative_error < 0.1
