@@ -16,7 +16,10 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SEQ2SEQ, HYBRID, MEMORY = EXAMPLES / "t5gemma-g2p", EXAMPLES / "deltanet-g2p", EXAMPLES / "dolphin-packages"
 
 
-@pytest.mark.parametrize("model", [SEQ2SEQ, HYBRID, MEMORY], ids=lambda p: p.name)
+SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in (HYBRID, MEMORY)]
+
+
+@pytest.mark.parametrize("model", [SEQ2SEQ, *SLOW], ids=lambda p: p.name)
 def test_auto_with_data_is_fisher_and_is_compared_with_uniform(model: Path) -> None:
     asked = ("--bits", "3.6", "--widths", "2,3,4,8", "--group-size", "64", "--json")
     done = edgewright("plan", "-m", model, "--task", model / "task.tsv", *asked)
@@ -85,7 +88,7 @@ def test_the_frontier_is_below_uniform(tmp_path: Path) -> None:
     assert plot.read_text().lstrip().startswith("<?xml")
 
 
-@pytest.mark.parametrize("model", [SEQ2SEQ, MEMORY], ids=lambda p: p.name)
+@pytest.mark.parametrize("model", [SEQ2SEQ, SLOW[-1]], ids=lambda p: p.name)
 def test_int8_caches_through_export_verify_and_run(model: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     done = edgewright("export", "-m", model, "--kv-cache", "int8", "--max-context", "256", "-o", bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def contents(bundle: Path) -> dict[str, str]:
     return {p.relative_to(bundle).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def request(example: str, **changes: Any) -> Request:
+def request(example: str, num_layers: int | None = 2, **changes: Any) -> Request:
+    """An example with two layers in each stack, which calibrates on its own task."""
     folder = EXAMPLES / example
-    return asking(str(folder), bits=4.5, importance="zd", task=folder / "task.tsv", max_context=64, **changes)
+    asked = asking(str(folder), bits=4.5, importance="zd", task=folder / "task.tsv", max_context=64, **changes)
+    return replace(asked, num_layers=num_layers)

@@ -258,7 +258,7 @@ def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> 
     assert sum(held[s.name].numpy().nbytes for s in kept) == float_bytes * (1 / 4 + 1 / kept[0].shape[-1])
 
 
-@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2", "llama", "phi4flash"])
+@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2", "llama", pytest.param("phi4flash", marks=pytest.mark.slow)])
 def test_executorch_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     from edgewright.runtimes.executorch.session import ExecuTorchSession

@@ -94,7 +94,8 @@ def test_sigkill_in_the_middle_of_it(tmp_path: Path) -> None:
     task = tmp_path / "task.tsv"
     task.write_text("\n".join((folder / "task.tsv").read_text().splitlines()[:40]) + "\n")
     command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(folder), "--task", str(task)]
-    command += ["--importance", "zd", "--bits", "4.5", "--no-verify", "--max-context", "64", "-o"]
+    command += ["--importance", "zd", "--bits", "4.5", "--no-verify", "--max-context", "64", "--num-layers", "2"]
+    command += ["--calibration-tokens", "600", "-o"]
     child = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while len(list(tmp_path.glob(".killed.*/.work/codes/*.safetensors"))) < 5 and time.monotonic() < until:

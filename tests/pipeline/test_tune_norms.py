@@ -221,13 +221,13 @@ def test_a_model_is_loaded_as_its_codes_and_scales_have_it(tmp_path: Path) -> No
         assert torch.equal(parameter, want), name
 
 
-def enough_data(example: str) -> Request:
+def enough_data(example: str, num_layers: int | None = 2) -> Request:
     """Data of an example in more parts than tuning needs."""
-    return request(example, tokens=1200, part_tokens=64)
+    return request(example, num_layers, tokens=1200, part_tokens=64)
 
 
 def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
-    asked = changed(enough_data("deltanet-g2p"), bits=3.0)
+    asked = changed(enough_data("deltanet-g2p", None), bits=3.0)
     told: list[str] = []
     made = export(asked, tmp_path / "tuned", progress=told.append)  # verified: the artefact holds them
     facts = Bundle.open(tmp_path / "tuned").manifest.tuned_norms
@@ -250,7 +250,14 @@ def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
     assert kept.planned.plan == made.planned.plan
 
 
-@pytest.mark.parametrize("moment", ["half way", "written, not marked", "before the checkpoint"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "half way",
+        pytest.param("written, not marked", marks=pytest.mark.slow),
+        pytest.param("before the checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_beside_the_tuning_ends_in_the_same_bytes(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
