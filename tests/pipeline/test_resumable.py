@@ -249,7 +249,7 @@ def test_gptq_is_better_than_rounding_and_verified(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_needs_data_says_so(tmp_path: Path) -> None:
-    planned = compiler.plan(request("deltanet-g2p"))
+    planned = compiler.plan(request("deltanet-g2p", None))
     assert planned.plan.calibration is not None
     folder = EXAMPLES / "deltanet-g2p"
     again = compiler.plan(asking(str(folder), plan=planned.plan, task=folder / "task.tsv", max_context=64))
