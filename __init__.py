@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .system.version import __version__
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -39,6 +39,7 @@ __all__ = [
     "UserError",
     "VerificationFailure",
     "VerifyOptions",
+    "__version__",
     "export",
     "open_bundle",
     "plan",

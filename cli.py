@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
 from .errors import UserError
+from .system.version import __version__
 
 if TYPE_CHECKING:
     from .pipeline.planned import Planned

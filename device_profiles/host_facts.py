@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import __version__
 from ..system.reading import MEBIBYTE, one_line
+from ..system.version import __version__
 from .profile import Quantity
 
 

@@ -8,7 +8,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import __version__
 from ..bundle import (
     CHECKPOINT,
     GraphSpec,
@@ -23,6 +22,7 @@ from ..models.kv_cache import stored_as
 from ..models.user_module.module import is_factory
 from ..system.memory import PeakAnonymous
 from ..system.resumable import WORK, ResumableExport
+from ..system.version import __version__
 from ..targets.registry import TARGETS
 from .lower import lower, lower_apart
 from .planned import Planned

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,15 @@ def test_importing_it_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", edgewright.__all__)
+PUBLIC = [name for name in edgewright.__all__ if not name.startswith("__")]
+
+
+def test_the_version_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert edgewright.__version__ == project["version"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_is_there_and_says_what_it_is(name: str) -> None:
     value = getattr(edgewright, name)
     assert value.__doc__
@@ -38,7 +47,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_page_names_every_function() -> None:
-    functions = [name for name in edgewright.__all__ if name[0].islower()]
+    functions = [name for name in PUBLIC if name[0].islower()]
     assert [name for name in functions if f"ew.{name}(" not in PAGE] == []
 
 

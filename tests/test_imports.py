@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtimes": {"errors", "system", "graph", "ops", "bundle", "checkpoints", "targets", "models"},
     "quant": {"errors", "system", "graph", "ops", "checkpoints", "device_profiles", "targets", "models"},
 }
-"""Room -> the rooms it may import, from the lowest up. `__version__` of the package itself is free for all."""
+"""Room -> the rooms it may import, from the lowest up."""
 
 _LOWER = set(MAY_IMPORT)
 MAY_IMPORT["calibration"] = (_LOWER - {"exporters", "device_profiles", "targets"}) | {"targets"}
