@@ -57,7 +57,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2, 3, 4, 6 and 8 bits in one model."""
     overrides = tuple(Override(regex, bits) for regex, bits in MIXED.items())
-    return made(tmp_path_factory.mktemp("mixed"), bits=5.0, widths=(2, 3, 4, 6, 8), overrides=overrides, num_layers=2)
+    return made(tmp_path_factory.mktemp("mixed"), bits=5.0, widths=(2, 3, 4, 6, 8), overrides=overrides, num_layers=3)
 
 
 @pytest.fixture(scope="module", params=["usual", "mixed"])
