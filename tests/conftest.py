@@ -13,8 +13,11 @@ from helpers.tiny import write_tiny_t5gemma
 torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
-EXPORTING = ("benchmarks", "cli", "examples", "exporters", "pipeline", "rewrites", "verification")
-"""Folders of tests that run an exporter or a whole command: `make test-fast` leaves them out."""
+EXPORTING = (
+    *("benchmarks", "calibration", "cli", "examples", "exporters", "importance", "models", "pipeline", "rewrites"),
+    "verification",
+)
+"""Folders of tests that run an exporter, a whole command or every family: `make test-fast` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -367,6 +367,7 @@ LENGTHS = [
 SHORT = {"t5gemma": 1, "llama": 1, "gemma3": 2}
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("name", list(SHORT))
 def test_a_decomposed_program_has_no_private_op_and_the_same_numbers(name: str, tmp_path: Path) -> None:
     layers = {
