@@ -25,6 +25,7 @@ from ..models.loading import load_original
 from ..models.registry import stored_name
 from ..quant.hessian import Factor
 from ..quant.plan import Choice
+from ..runtimes.logits import torch_log_softmax
 from .candidates import Candidates, Losses, fill_unreached, unit_losses
 from .fisher_losses import Curvature, Gradients, WeightLosses
 
@@ -90,7 +91,7 @@ def _differentiate(forward: CalibrationForward, generator: torch.Generator) -> i
     logits = torch.as_tensor(every)[torch.as_tensor(real)]
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the model's logits are not finite on the calibration data; use --importance zd")
-    likelihood = torch.log_softmax(logits, -1)
+    likelihood = torch_log_softmax(logits)
     drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
     likelihood.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
     return len(logits)

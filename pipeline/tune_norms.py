@@ -24,6 +24,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..models.language_model import LanguageModel
 from ..models.registry import stored_name
 from ..runtimes.eager import EagerSession
+from ..runtimes.logits import torch_divergence, torch_log_softmax
 
 APART = 8
 """Of so many parts one is kept apart, to measure what was won."""
@@ -192,11 +193,11 @@ class _Divergence:
 
     def _of(self, part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
         forward = CalibrationForward(self._model, self._source.over(part), session=session)
-        return nn.functional.kl_div(self._log_probabilities(forward), wanted, reduction="batchmean", log_target=True)
+        return torch_divergence(wanted, self._log_probabilities(forward)) / len(wanted)
 
     def _log_probabilities(self, forward: CalibrationForward) -> torch.Tensor:
         logits, real = forward.logits(self._most)
-        return torch.log_softmax(torch.as_tensor(logits)[torch.as_tensor(real)], -1)
+        return torch_log_softmax(torch.as_tensor(logits)[torch.as_tensor(real)])
 
 
 @dataclass(frozen=True, eq=False)
