@@ -3,7 +3,11 @@
 The public API; `docs/api.md` has examples. A name is loaded when it is first used: `import edgewright` imports no torch.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    # `python -m edgewright.cli` in a folder with a numpy.py would run that. Nothing else is imported before this line.
+    del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, VerificationFailure
-from .system.reading import one_line
+from .system.reading import one_line, read_json_object
 
 if TYPE_CHECKING:
     from .graph import Graph, Port, State
@@ -240,15 +240,8 @@ class Bundle:
         file = root / MANIFEST
         if not file.is_file():
             raise UserError(f"{root} is not a bundle: no {MANIFEST} in it; make one with 'edgewright export'")
-        if file.stat().st_size > _MANIFEST_LIMIT:
-            raise UserError(f"{file} is {file.stat().st_size} bytes; no manifest is that large")
-        try:
-            raw = json.loads(file.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not JSON ({one_line(error, 80)}); export the bundle again") from None
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror})") from None
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        raw = read_json_object(file, _MANIFEST_LIMIT)
+        version = raw.get("schema_version")
         if version != SCHEMA:
             raise UserError(
                 f"{file}: schema version {one_line(repr(version), 40)}, this edgewright reads {SCHEMA}; "

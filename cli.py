@@ -18,6 +18,7 @@ import click
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
 from .errors import UserError
+from .system.reading import printable
 from .system.version import __version__
 
 if TYPE_CHECKING:
@@ -252,19 +253,17 @@ def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None
     """
     from .commands.run import RunOptions, run_prompt
     from .runtimes.generate import Sampling
-    from .system.reading import MEBIBYTE, read_text
+    from .system.reading import MEBIBYTE, read_stream, read_text
 
     temperature, top_p = options.pop("temperature"), options.pop("top_p")
     if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
-    try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-    except UnicodeDecodeError:
-        raise UserError("standard input is not UTF-8 text") from None
+    text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
     sampling = Sampling(temperature, top_p, options.pop("seed"))
     context_text = None if context is None else read_text(context, 256 * MEBIBYTE)
+    terminal = sys.stdout.isatty()  # a token may be an escape sequence
     for piece in run_prompt(bundle, text, RunOptions(sampling=sampling, context=context_text, **options), note):
-        click.echo(piece, nl=False)
+        click.echo(printable(piece) if terminal else piece, nl=False)
     click.echo()
 
 
@@ -295,7 +294,7 @@ def profile(
 
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads)
     Bundle.open(bundle).write_report("profile", result)
-    click.echo(profile_text(result, output_format))
+    click.echo(printable(profile_text(result, output_format)))
 
 
 @main.group()
@@ -365,7 +364,7 @@ def doctor(as_json: bool) -> None:
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else text)
+    click.echo(json.dumps(value, indent=1) if as_json else printable(text))
 
 
 if __name__ == "__main__":

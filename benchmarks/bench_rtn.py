@@ -21,7 +21,7 @@ from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.checkpoints.safetensors_writer import StreamingWriter
 from edgewright.quant.plan import BitPlan, Budget, Entry
 from edgewright.quant.quantize_checkpoint import quantize_checkpoint
-from edgewright.system.memory import PeakAnonymous
+from edgewright.system.memory_peak import PeakAnonymous
 
 SIDE = 4096
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import UserError
-from ..system.reading import one_line
+from ..system.reading import one_line, require_regular
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -62,6 +62,7 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises UserError if the file is not GGUF, is truncated, or contradicts itself.
     """
+    require_regular(path)
     try:
         # Copy-on-write: torch wants writable arrays, and a write must not reach the file.
         data = np.memmap(path, dtype=np.uint8, mode="c")

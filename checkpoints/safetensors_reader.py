@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..system.dtypes import SAFETENSORS
-from ..system.reading import one_line
+from ..system.reading import one_line, require_regular
 from .checkpoint import TensorInfo
 
 _SAMPLE = 1024
@@ -79,6 +79,7 @@ class SafetensorsStore:
 
 
 def _open_safetensors(path: Path) -> _MappedFile:
+    require_regular(path)
     try:
         return cast(_MappedFile, safe_open(path, framework="pt"))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

@@ -2,60 +2,128 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from ..errors import UserError, VerificationFailure
-from ..system.reading import one_line
+from ..system.reading import one_line, printable
 
+DEBUG = "EDGEWRIGHT_DEBUG"
+"""With this variable set, an error that nobody foresaw is shown with its traceback."""
+
+_LONGEST_LINE = 1000
 _interrupted = threading.Event()
 """Set by the first SIGINT: one that a library's callback swallowed still ends the command at its next step."""
 
 
 class Commands(click.Group):
-    """Turns the two kinds of failure into their exit codes."""
+    """Turns every way to end into its exit code: 1 for a failed verification alone, 2 for trouble, 130 for an interrupt."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Here --help and --version are printed, and perhaps cannot be."""
+        try:
+            return super().parse_args(ctx, args)
+        except OSError as error:
+            _end_by(error, ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with _telling_notes():
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+            sys.stdout.flush()  # here, as at exit a full disk would go unseen
+            return result
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
+            _say(f"error: {error}")
             ctx.exit(2)
         except VerificationFailure as error:
-            click.echo(f"verification failed: {error}", err=True)
+            _say(f"verification failed: {error}")
             ctx.exit(1)
         except click.UsageError as error:
             if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 raise
             where = error.ctx.command_path if error.ctx is not None else "edgewright"
-            click.echo(f"error: {one_line(error.format_message())} (see '{where} --help')", err=True)
+            _say(f"error: {error.format_message()} (see '{where} --help')")
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            _say("interrupted")
             ctx.exit(130)  # 1 would say that a verification failed
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader went away; the interpreter must not complain about it at exit
-            ctx.exit(0)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except OSError as error:
+            _end_by(error, ctx)
+        except MemoryError:
+            _say("error: not enough memory; close other programs, or give --memory-limit and a smaller model")
+            ctx.exit(2)
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                traceback.print_exc()
+            _say(
+                f"error: unforeseen {type(error).__name__}: {one_line(error, 300)}; "
+                f"please report it with what {DEBUG}=1 prints"
+            )
+            ctx.exit(2)
 
 
 def note(message: str) -> None:
     """Progress, to standard error."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    click.echo(message, err=True)
+    _echo(printable(message))
+
+
+def _say(message: str) -> None:
+    """The last line of a command, or a note that goes with it."""
+    _echo(one_line(message, _LONGEST_LINE))
+
+
+def _echo(text: str) -> None:
+    """Print to standard error; that it cannot be printed is no reason to stop."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        _replace_by_nowhere(2)
+
+
+def _end_by(error: OSError, ctx: click.Context) -> NoReturn:
+    _discard_output()
+    _say(f"error: {_system_error(error)}")
+    ctx.exit(2)
+
+
+def _system_error(error: OSError) -> str:
+    """What the system refused, and the file or the stream that it was about."""
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has gone, so not all of it was written"
+    where = f"{one_line(error.filename, 200)}: " if error.filename is not None else "standard output or a file: "
+    return f"{where}{error.strerror or one_line(error)}; mend that and run the command again"
+
+
+def _discard_output() -> None:
+    """What is left in standard output's buffer goes nowhere; otherwise the interpreter complains about it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _replace_by_nowhere(1)
+
+
+def _replace_by_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @contextmanager
 def cleaning_up() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that an export removes its unfinished folder, or says why it is kept."""
+    """SIGTERM and SIGHUP end the block as an exception does, so that an export removes its folder, or says why it is kept."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -67,7 +135,11 @@ def cleaning_up() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    before = {n: signal.signal(n, to) for n, to in ((signal.SIGTERM, stop), (signal.SIGINT, interrupt))}
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: interrupt}
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
+        handlers[hangup] = stop
+    before = {number: signal.signal(number, to) for number, to in handlers.items()}
     try:
         yield
     finally:
@@ -83,5 +155,5 @@ def _telling_notes() -> Iterator[None]:
         yield
     except BaseException as error:
         for line in getattr(error, "__notes__", ()):
-            click.echo(line, err=True)
+            _say(line)
         raise

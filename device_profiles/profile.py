@@ -22,6 +22,7 @@ from ..system.reading import one_line, read_text
 _SIZE_LIMIT = 32 << 10
 _LIBRARY = Path(__file__).parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{400}")
 
 
 def _printable(text: str) -> str:
@@ -213,6 +214,8 @@ def list_profiles() -> list[DeviceProfile]:
 
 def parse(text: str, origin: str) -> DeviceProfile:
     """The profile in a TOML text. Raises UserError, which names `origin`, if it is none."""
+    if _LONG_NUMBER.search(text):
+        raise UserError(f"{one_line(origin)}: a number of hundreds of digits, which no device has; mend it")
     try:
         return DeviceProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:
@@ -292,9 +295,6 @@ def _read_named(path: Path) -> DeviceProfile:
 
 
 def _read(path: Path) -> DeviceProfile:
-    # A pipe or a device has no size to limit, and reading one might never end.
-    if path.exists() and not path.is_file():
-        raise UserError(f"{one_line(path)}: not a file; give the .toml file of a device")
     return parse(read_text(path, _SIZE_LIMIT), str(path))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
+from ..system.reading import one_line
 
 # No real model is near it; a hostile config must not lead to huge shapes or endless loops.
 _MOST = 1 << 24
@@ -21,7 +22,7 @@ class ConfigReader:
         self.values, self.where = values, where
 
     def error(self, key: str, value: object, want: str) -> UserError:
-        return UserError(f"config.json: {self.where}{key} is {value!r}, expected {want}")
+        return UserError(f"config.json: {self.where}{key} is {one_line(repr(value), 120)}, expected {want}")
 
     def integer(self, key: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
         value = self.values.get(key, default)
@@ -140,6 +141,8 @@ class ConfigReader:
         nested = any(isinstance(value, dict) for value in params.values())
         if key is not None and nested:
             params = params.get(key) or {}
+            if not isinstance(params, dict):
+                raise self.error(f"rope_parameters.{key}", params, "an object")
         elif key == "sliding_attention":
             params = {}  # a flat object is for the full layers
         if key == "sliding_attention":

@@ -12,7 +12,8 @@ from typing import Any
 from ..bundle import sha256
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError, VerificationFailure
-from ..system.memory import PeakAnonymous, anonymous_bytes, limited
+from ..system.memory import anonymous_bytes, limited
+from ..system.memory_peak import PeakAnonymous
 from ..system.reading import one_line
 from ..system.resumable import ResumableExport
 from .request import Progress, Request

@@ -20,7 +20,7 @@ from ..bundle import (
 from ..exporters.artefact import Artefact, Options
 from ..models.kv_cache import stored_as
 from ..models.user_module.module import is_factory
-from ..system.memory import PeakAnonymous
+from ..system.memory_peak import PeakAnonymous
 from ..system.resumable import WORK, ResumableExport
 from ..system.version import __version__
 from ..targets.registry import TARGETS

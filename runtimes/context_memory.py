@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from ..bundle import CHECKPOINT, Bundle, ContextSpec
 from ..errors import UserError
-from ..system.reading import one_line
+from ..system.reading import one_line, require_regular
 from .session import Array
 
 
@@ -29,6 +29,7 @@ def load_memory(path: Path, bundle: Bundle, spec: ContextSpec) -> Array:
 
     Raises UserError if the file is damaged, or was made by another model or by other weights of this one.
     """
+    require_regular(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             origin: dict[str, str] = file.metadata() or {}

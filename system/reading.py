@@ -1,35 +1,80 @@
-"""Small files that strangers wrote: read with a bound on their size, checked, refused in one line."""
+"""Files that strangers wrote: regular ones alone, of a bounded size, refused in one line; and their text made printable."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 
 MEBIBYTE = 1 << 20
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
 def one_line(text: object, limit: int = 240) -> str:
     """`str(text)` for an error message: on one line, unprintable characters replaced, cut at `limit` characters."""
-    words = " ".join(str(text).split())
+    whole = str(text)
+    words = " ".join(whole[: 8 * limit].split())  # the rest of a long one cannot be seen
     shown = "".join(c if c.isprintable() else "?" for c in words)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    cut = len(shown) > limit or len(whole) > 8 * limit
+    return shown[: limit - 1] + "…" if cut else shown
+
+
+# Control characters but line ends and tabs, surrogates, and what reverses the order of a line.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text without characters that control a terminal or cannot be encoded; line ends and tabs stay."""
+    return _UNPRINTABLE.sub("?", text)
+
+
+def require_regular(path: Path, limit: int | None = None) -> int:
+    """The size of a regular file. Raises UserError for a folder, a pipe, a device, more than `limit` bytes, or none at all."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _unreadable(path, error) from None
+    return _checked(path, facts, limit)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The contents of a regular file of at most `limit` bytes. Raises UserError as `require_regular` does."""
+    try:
+        # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as file:
+            size = _checked(path, os.fstat(descriptor), limit)
+            data = file.read(limit + 1)  # not `size`: a file of /proc says 0, and one may grow
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if len(data) > limit:
+        raise _too_large(path, max(size, len(data)), limit)
+    return data
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The UTF-8 text of `path`, at most `limit` bytes. Raises UserError if it is absent, larger, or not UTF-8."""
-    name = one_line(path)
+    """The UTF-8 text of `path`, at most `limit` bytes. Raises UserError if it is absent, larger, no regular file, or not UTF-8."""
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise UserError(f"{name}: {size} bytes, more than the {limit} such a file may have; is it the right file?")
-        return path.read_text(encoding="utf-8")
+        text = read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{name}: not UTF-8 text; download the file again") from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror or one_line(error)})") from None
+        raise UserError(f"{one_line(path)}: not UTF-8 text; download the file again") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def read_stream(stream: BinaryIO, name: str, limit: int) -> str:
+    """The UTF-8 text of a stream such as standard input, at most `limit` bytes. Raises UserError for more, or another encoding."""
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{name}: more than the {limit} bytes that are read from it; give less")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8 text") from None
 
 
 def read_json_object(path: Path, limit: int = 16 * MEBIBYTE) -> dict[str, Any]:
@@ -42,3 +87,23 @@ def read_json_object(path: Path, limit: int = 16 * MEBIBYTE) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{one_line(path)}: holds a JSON {type(value).__name__}, an object is needed")
     return value
+
+
+def _checked(path: Path, facts: os.stat_result, limit: int | None) -> int:
+    if not stat.S_ISREG(facts.st_mode):
+        kind = next((name for test, name in _KINDS if test(facts.st_mode)), "a device")
+        raise UserError(f"{one_line(path)}: {kind}, a regular file is needed")
+    if limit is not None and facts.st_size > limit:
+        raise _too_large(path, facts.st_size, limit)
+    return facts.st_size
+
+
+def _too_large(path: Path, size: int, limit: int) -> UserError:
+    return UserError(
+        f"{one_line(path)}: {size} bytes, more than the {limit} such a file may have; is it the right file?"
+    )
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+    return UserError(f"{one_line(path)}: cannot be read ({reason})")

@@ -5,8 +5,10 @@ The results are the same, bit for bit, as in one process: each piece is computed
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import joblib  # type: ignore[import-untyped]
 
 from ..errors import UserError
 from .reading import one_line
+from .subprocesses import end_with_parent, safe_paths
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Workers:
             yield
             return
         if self.cluster is None:
-            with self._backend():
+            with safe_paths(), self._backend():
                 yield
             return
         if importlib.util.find_spec("ray") is None:
@@ -45,7 +48,8 @@ class Workers:
         from ray.util.joblib import register_ray
 
         try:
-            ray.init(address=self.cluster, logging_level=logging.ERROR, log_to_driver=False)
+            with safe_paths():
+                ray.init(address=self.cluster, logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # connection, version and runtime errors share no base
             raise UserError(f"--cluster {one_line(self.cluster)} cannot be reached ({one_line(error, 120)})") from None
         try:
@@ -59,7 +63,7 @@ class Workers:
         """`work(*piece)` for every piece, in order. Call it within `running`, unless there is one worker."""
         if self.alone or len(pieces) == 1:
             return [work(*piece) for piece in pieces]
-        with self._backend():  # another thread does not know the context of `running`
+        with safe_paths(), self._backend():  # another thread does not know the context of `running`
             return list(joblib.Parallel()(joblib.delayed(_alone)(work, piece) for piece in pieces))
 
     def _backend(self) -> Any:
@@ -72,12 +76,20 @@ def _alone(work: Callable[..., Any], piece: tuple[Any, ...]) -> Any:
     """Run a piece in a worker, with one thread: Ray does not set that itself."""
     import torch
 
+    _end_worker_with_parent()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return work(*piece)
     finally:
         torch.set_num_threads(threads)  # joblib may run it in this process
+
+
+@functools.cache
+def _end_worker_with_parent() -> None:
+    """Once in each of joblib's processes; it may also run a piece in the main one, whose parent is no business of ours."""
+    if any("popen_loky" in argument for argument in sys.orig_argv):
+        end_with_parent()
 
 
 ONE = Workers()

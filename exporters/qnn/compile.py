@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 
 from ...errors import UserError
-from ...system.memory import PeakAnonymous
+from ...system.memory_peak import PeakAnonymous
 from ...system.reading import one_line
 from ...system.subprocesses import ChildFailed, Progress, run_child, serve
 from ...targets.qnn.context import compiled, session, units

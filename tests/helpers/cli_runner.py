@@ -43,6 +43,7 @@ def only_error(stdout: str, stderr: str) -> str:
     assert stderr.endswith("\n")
     *notes, last = stderr.splitlines()
     assert last.startswith("error: ")
+    assert not last.startswith("error: unforeseen")
     assert len(last) < 600
     assert not any(line.startswith("error:") for line in notes)
     return last

@@ -18,7 +18,8 @@ from helpers.tiny import T5GEMMA, merged, write_tiny_t5gemma
 from edgewright.checkpoints.safetensors_writer import StreamingWriter
 from edgewright.models.registry import build
 from edgewright.system import memory
-from edgewright.system.memory import PeakAnonymous, anonymous_bytes, available_bytes, peak_resident_bytes
+from edgewright.system.memory import anonymous_bytes, available_bytes, peak_resident_bytes
+from edgewright.system.memory_peak import PeakAnonymous
 
 MEBIBYTE = 1 << 20
 LARGE = {
@@ -164,7 +165,8 @@ import onnx, torch, torch.onnx, onnx_ir, onnxscript
 from edgewright import compiler
 from edgewright.pipeline.request import CheckOptions, Request
 from edgewright.exporters.registry import exporter
-from edgewright.system.memory import PeakAnonymous, anonymous_bytes
+from edgewright.system.memory import anonymous_bytes
+from edgewright.system.memory_peak import PeakAnonymous
 torch.set_num_threads(1)
 exporter("onnx")
 tiny, large, out = map(Path, sys.argv[1:])
@@ -197,7 +199,7 @@ def test_a_limit_interrupts_a_job_that_ignores_sigint() -> None:
     code = """
 import signal, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
-from edgewright.system.memory import PeakAnonymous
+from edgewright.system.memory_peak import PeakAnonymous
 try:
     with PeakAnonymous(1) as peak:
         time.sleep(20)
