@@ -6,7 +6,7 @@ EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
-.PHONY: demo test test-fast test-slow lint clean
+.PHONY: demo test test-fast test-slow fuzz lint clean
 
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,14 @@ test-fast: lint
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+
+# 100,000 mutants of the parsers and 2,000 of whole commands; then, where atheris is installed, a minute of each parser by coverage.
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz
+	@if $(BIN)/python -c "import atheris" 2>/dev/null; then \
+	  for parser in config checkpoint tokenizer gguf manifest plan task device; do \
+	    PYTHONPATH=tests $(BIN)/python -m fuzz.guided $$parser -max_total_time=60 || exit 1; done; \
+	else echo "atheris is not installed, so no mutants were guided by coverage: $(BIN)/pip install atheris"; fi
 
 # mypy must see the package under its own name, whatever the checkout's folder is called.
 lint: $(VENV)/.dev

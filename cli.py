@@ -91,6 +91,7 @@ def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_js
     from . import compiler
     from .reports import plan as plan_report
     from .reports import plots
+    from .system.writing import write_file
 
     if ladder:
         if output is not None:
@@ -102,10 +103,7 @@ def plan(model: str, output: Path | None, plot: Path | None, ladder: bool, as_js
         _frontier(planned, plot, as_json)
         return
     if output is not None:
-        try:
-            output.write_text(planned.plan.to_json())
-        except OSError as error:
-            raise UserError(f"{output} cannot be written ({error.strerror}); choose another -o") from None
+        write_file(output, planned.plan.to_json())
         note(f"wrote {output}")
     if plot is not None:
         plots.plot_plan(planned, plot)

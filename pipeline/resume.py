@@ -39,10 +39,12 @@ def resumable(request: Request, output: Path, checkpoint: Checkpoint, progress: 
     _refuse_small_limit(request.memory_limit)
     with limited(request.memory_limit), PeakAnonymous(request.memory_limit) as peak:
         folder = ResumableExport(output, _job(request, checkpoint))
+        folder.refuse_rivals()
         for other in folder.others():
             progress(f"{other} is left from another run; remove it if it is not wanted")
         try:
-            yield Run(folder, peak)
+            with folder.temporary_files():
+                yield Run(folder, peak)
             folder.publish()
         except BaseException as error:
             over_limit = peak.over and isinstance(error, KeyboardInterrupt | SystemExit)

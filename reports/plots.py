@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..pipeline.planned import Planned
 from ..quant.frontier import Frontier
+from ..system.writing import write_file
 from .plan import kinds, losses_by_place, scores_by_place
 
 
@@ -76,7 +78,6 @@ def _figure(path: Path, inches: tuple[float, float]) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--plot {path} cannot be written ({error.strerror})") from None
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower()[1:])
+    write_file(path, drawn.getvalue(), "--plot")

@@ -11,17 +11,14 @@ import safetensors.numpy
 from ..bundle import CHECKPOINT, Bundle, ContextSpec
 from ..errors import UserError
 from ..system.reading import one_line, require_regular
+from ..system.writing import write_file
 from .session import Array
 
 
 def save_memory(path: Path, rows: Array, bundle: Bundle) -> None:
     """Write the memory [1, rows, hidden] of a context. Raises UserError if the file cannot be written."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        safetensors.numpy.save_file({"memory": np.ascontiguousarray(rows, np.float32)}, temporary, _origin(bundle))
-        temporary.replace(path)
-    except Exception as error:  # the library's and the file system's errors share no base
-        raise UserError(f"{path} cannot be written ({one_line(error, 80)})") from None
+    data = safetensors.numpy.save({"memory": np.ascontiguousarray(rows, np.float32)}, _origin(bundle))
+    write_file(path, data, "--save-memory")
 
 
 def load_memory(path: Path, bundle: Bundle, spec: ContextSpec) -> Array:

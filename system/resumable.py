@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,15 @@ class ResumableExport:
         folders = self.output.parent.glob(f".{_escaped(self.output.name[:64])}.*{_SUFFIX}")
         return sorted(p for p in folders if p != self.path)
 
+    def refuse_rivals(self) -> None:
+        """Raise UserError if another command is writing the same output now."""
+        for other in self.others():
+            if fcntl is not None and _in_use(other / WORK / "lock"):
+                self.discard()
+                raise UserError(
+                    f"another command is writing {one_line(self.output)}; wait for it, or choose another -o"
+                )
+
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The facts that `finish` stored for a stage; None if the stage is not finished."""
         path = self.work / f"{stage}.json"
@@ -79,6 +90,23 @@ class ResumableExport:
     def forget(self, stage: str) -> None:
         """The stage is no longer finished."""
         (self.work / f"{stage}.json").unlink(missing_ok=True)
+
+    @contextmanager
+    def temporary_files(self) -> Iterator[None]:
+        """Within this context libraries put their temporary files here, so that a killed run leaves none elsewhere."""
+        folder = self.work.absolute() / "tmp"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        before = os.environ.get("TMPDIR"), tempfile.tempdir
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before[1]
+            if before[0] is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before[0]
 
     def publish(self) -> None:
         """Rename the folder to the output. Raises OSError and keeps everything if the output exists by now."""
@@ -124,6 +152,20 @@ class ResumableExport:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _in_use(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _escaped(name: str) -> str:

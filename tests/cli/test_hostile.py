@@ -38,6 +38,7 @@ def refused(result: Result) -> str:
     assert errors == result.stderr.splitlines()[-1:], result.stderr
     assert errors[0].isprintable()
     assert len(errors[0]) < 600
+    assert not errors[0].startswith("error: unforeseen")
     return errors[0]
 
 
