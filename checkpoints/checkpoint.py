@@ -18,6 +18,7 @@ import torch
 
 from ..errors import UserError
 from ..system.dtypes import dtype_name
+from ..system.reading import one_line
 from .tokenizer import Tokenizer
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,6 +73,7 @@ class Checkpoint:
         self.generation = generation
         self._store = store
         self._load_tokenizer = load_tokenizer
+        self._states = {path: _state(path) for path in store.files}
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -133,6 +135,14 @@ class Checkpoint:
             raise IndexError(f"rows {start}:{stop} of {name}, which has shape {list(shape)}")
         return self._store.rows(name, start, stop)
 
+    def require_unchanged(self) -> None:
+        """Raise UserError if a weight file was written, replaced or removed since it was opened: what was read is of no use then."""
+        for path, state in self._states.items():
+            if _state(path) != state:
+                raise UserError(
+                    f"{one_line(path)} was changed while it was read; run the command again on a file that stays"
+                )
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config, file sizes, tensor headers and up to 1 KiB of each tensor's bytes.
 
@@ -144,6 +154,15 @@ class Checkpoint:
             digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode("utf-8", "surrogatepass"))
             digest.update(self._store.sample(name))
         return digest.hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of a file; None where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _telling_notes():
+            with _telling_notes(), _shrunk_files():
                 result = super().invoke(ctx)
             sys.stdout.flush()  # here, as at exit a full disk would go unseen
             return result
@@ -146,6 +147,29 @@ def cleaning_up() -> Iterator[None]:
         _interrupted.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _shrunk_files() -> Iterator[None]:
+    """A mapped file that was cut off ends the process by SIGBUS when its lost part is read; here with a line and exit code 2."""
+    bus_error = getattr(signal, "SIGBUS", None)
+    if bus_error is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    # Python's own handlers run between instructions, and the one that failed would be tried again for ever.
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def end(number: int) -> None:
+        os.write(2, b"error: a weight file was cut off while it was read; run the command again on a file that stays\n")
+        os._exit(2)
+
+    handlers = ctypes.CDLL(None).signal
+    handlers.restype, handlers.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    before = handlers(bus_error, ctypes.cast(end, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        handlers(bus_error, before)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def quantize(planned: Planned, request: Request, run: ResumableExport, progress:
     if planned.plan.calibration is not None:
         planned, calibrated = _calibrate(planned, request, run, progress)
     _write_checkpoint(planned, run, calibrated, progress)
+    planned.checkpoint.require_unchanged()
     run.finish("checkpoint", {})
     return planned
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -65,19 +66,15 @@ def killed_once(export: Export, reference: Whole, folder: Path, rng: random.Rand
     """
     process = export.start(folder)
     moment, number, below = rng.uniform(0.05, reference.seconds), rng.choice(SIGNALS), rng.random() < 0.5
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(moment)
-    except subprocess.TimeoutExpired:
-        pass
     processes = [p for p in session(process.pid) if p != process.pid]
     target = rng.choice(processes) if below and processes else process.pid
     what = (
         f"{signal.Signals(number).name} to {'a child' if target != process.pid else 'the command'} after {moment:.2f} s"
     )
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(target, number)
-    except ProcessLookupError:
-        pass
     try:
         code = process.wait(60)
     except subprocess.TimeoutExpired:
