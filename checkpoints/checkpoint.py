@@ -136,7 +136,7 @@ class Checkpoint:
         return self._store.rows(name, start, stop)
 
     def require_unchanged(self) -> None:
-        """Raise UserError if a weight file was written, replaced or removed since it was opened: what was read is of no use then."""
+        """Raise UserError if a weight file was written, replaced or removed since it was opened."""
         for path, state in self._states.items():
             if _state(path) != state:
                 raise UserError(

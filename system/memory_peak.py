@@ -48,14 +48,15 @@ class PeakAnonymous:
                 now = _with_children()
                 self.bytes = max(self.bytes, now)
                 if self._limit is not None and now > self._limit:
-                    self._end(self._limit)
+                    self._end()
                     return
         except BaseException as error:  # a limit that nobody watches is none
             self._failure = error
             if not self._stop.is_set():
                 _thread.interrupt_main()
 
-    def _end(self, limit: int) -> None:
+    def _end(self) -> None:
+        assert self._limit is not None
         self.over = True
         for child in _descendants(os.getpid()):
             _kill(child)
@@ -64,10 +65,10 @@ class PeakAnonymous:
         while not self._stop.wait(_INTERVAL):
             now = _with_children()
             self.bytes = max(self.bytes, now)
-            if now <= limit:
+            if now <= self._limit:
                 deadline = time.monotonic() + _PATIENCE
             elif time.monotonic() > deadline:
-                self._end_process(limit)
+                self._end_process(self._limit)
 
     def _end_process(self, limit: int) -> None:
         for child in _descendants(os.getpid()):

@@ -1,4 +1,4 @@
-"""`python -m faults [--one N] [--calibrated N] [--all N]`: kill that many exports, each at a random moment, and count what is wrong."""
+"""`python -m faults [--one N] [--calibrated N] [--all N]`: kill so many exports at random moments, count what is wrong."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_an_export_whose_source_changes_says_so(model: Path, tmp_path: Path) -> 
 def test_two_commands_for_one_output(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     first = ResumableExport(tmp_path / "out", resume._job(asking(str(model)), open_checkpoint(str(model))))
-    with pytest.raises(UserError, match="another command is writing .*out; wait for it, or choose another -o"):
+    with pytest.raises(UserError, match=r"another command is writing .*out; wait for it, or choose another -o"):
         compiler.export(asking(str(model), bits=6.0), tmp_path / "out")
     assert list(tmp_path.iterdir()) == [first.path]
     first.leave()
