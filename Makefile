@@ -31,11 +31,11 @@ demo: $(VENV)/.product
 	@for target in $(FORMATS); do echo "$$target: knight -> $$($(BIN)/edgewright run demo/bundle --format $$target --prompt "k n i g h t")"; done
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Lint, types, and the tests that export nothing.
 test-fast: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not exports"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not exports"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow

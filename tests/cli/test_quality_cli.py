@@ -21,7 +21,7 @@ SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in (HYBRID, MEMORY)]
 
 @pytest.mark.parametrize("model", [SEQ2SEQ, *SLOW], ids=lambda p: p.name)
 def test_auto_with_data_is_fisher_and_is_compared_with_uniform(model: Path) -> None:
-    asked = ("--bits", "3.6", "--widths", "2,3,4,8", "--group-size", "64", "--json")
+    asked = ("--bits", "3.6", "--widths", "2,3,4,8", "--group-size", "64", "--num-layers", 2, "--json")
     done = edgewright("plan", "-m", model, "--task", model / "task.tsv", *asked)
     assert done.exit_code == 0, done.stderr
     assert "importance: fisher, as there are calibration data" in done.stderr
@@ -35,18 +35,24 @@ def test_auto_with_data_is_fisher_and_is_compared_with_uniform(model: Path) -> N
     assert 0.0 < taken < 10.0
 
 
-def test_gates_keep_16_bits_unless_8_are_measured_to_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gates(*options: Any) -> tuple[set[int], str]:
-        done = edgewright("plan", "-m", HYBRID, "--bits", "4", "--group-size", "64", "--json", *options)
-        assert done.exit_code == 0, done.stderr
-        entries = json.loads(done.stdout)["entries"]
-        return {e["bits"] for n, e in entries.items() if "in_proj_a" in n or "in_proj_b" in n}, done.stderr
+def gates(*options: Any) -> tuple[set[int], str]:
+    """The bits of the hybrid's gates and decays in a plan, and what the command says."""
+    done = edgewright("plan", "-m", HYBRID, "--bits", "4", "--group-size", "64", "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    entries = json.loads(done.stdout)["entries"]
+    return {e["bits"] for n, e in entries.items() if "in_proj_a" in n or "in_proj_b" in n}, done.stderr
 
-    measured = ("--task", HYBRID / "task.tsv", "--importance", "fisher")
+
+def test_gates_keep_16_bits_unless_8_are_measured_to_cost_nothing() -> None:
     assert gates("--importance", "zd")[0] == {16}
-    found, said = gates(*measured)
+    found, said = gates("--task", HYBRID / "task.tsv", "--importance", "fisher")
     assert found == {8}
     assert "8 of 8 gates and decays get 8 bits: that costs each 1e-06 nats at most" in said
+
+
+@pytest.mark.slow
+def test_gates_follow_overrides_widths_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = ("--task", HYBRID / "task.tsv", "--importance", "fisher")
     assert gates(*measured, "--override", "in_proj_[ab]=4:64")[0] == {4}
     assert gates(*measured, "--widths", "2,4")[0] == {16}
     assert gates(*measured, "--widths", "4,8", "--bits", "8.09")[0] == {16}  # above what 8 bits for all can take
@@ -69,9 +75,11 @@ def test_the_frontier_is_below_uniform(tmp_path: Path) -> None:
     done = edgewright(
         "plan",
         "-m",
-        HYBRID,
+        SEQ2SEQ,
+        "--num-layers",
+        2,
         "--task",
-        HYBRID / "task.tsv",
+        SEQ2SEQ / "task.tsv",
         "--frontier",
         "--group-size",
         "64",
@@ -91,7 +99,7 @@ def test_the_frontier_is_below_uniform(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [SEQ2SEQ, SLOW[-1]], ids=lambda p: p.name)
 def test_int8_caches_through_export_verify_and_run(model: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    done = edgewright("export", "-m", model, "--kv-cache", "int8", "--max-context", "256", "-o", bundle)
+    done = edgewright("export", "-m", model, "--kv-cache", "int8", "--max-context", "64", "-o", bundle)
     assert done.exit_code == 0, done.stderr
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["kv_cache"] == "int8"

@@ -45,7 +45,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(ResumableExport, "discard", ResumableExport.leave)
 
 
-@pytest.mark.parametrize("example", ["t5gemma-g2p", "dolphin-packages", "deltanet-g2p"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t5gemma-g2p", "deltanet-g2p")]
+
+
+@pytest.mark.parametrize("example", ["dolphin-packages", *SLOW])
 def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) -> None:
     told: list[str] = []
     layers = 4 if example == "deltanet-g2p" else 2
@@ -69,7 +72,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) ->
 
 def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Core ML's and TensorRT's own files differ from build to build
-    asked = asking(str(tiny.write_tiny_llama(tmp_path / "model")), ("executorch", "onnx"), max_context=64)
+    asked = asking(
+        str(tiny.write_tiny_llama(tmp_path / "model", num_hidden_layers=1)), ("executorch", "onnx"), max_context=64
+    )
     export(changed(asked, verify=False), tmp_path / "whole")
     lower_apart = write_bundle.lower_apart
 
@@ -226,6 +231,7 @@ def test_codes_of_another_plan_are_refused(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
 
 
+@pytest.mark.slow
 def test_gptq_is_better_than_rounding_and_verified(tmp_path: Path) -> None:
     """On the artefact, at 3 bits: the words that it gets right."""
     folder = EXAMPLES / "t5gemma-g2p"

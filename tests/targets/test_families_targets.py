@@ -14,18 +14,7 @@ from edgewright.targets.registry import TARGETS
 pytestmark = pytest.mark.exports
 
 
-SOME = [
-    ("qwen3_5_text", "coreml"),
-    ("dolphin", "coreml"),
-    ("module", "coreml"),
-    ("phi4flash", "executorch"),
-    ("t5gemma2", "executorch"),
-    ("dolphin", "executorch"),
-    ("hgrn2", "tensorrt"),
-    ("t5gemma2", "tensorrt"),
-    ("module", "tensorrt"),
-    ("qwen3_5_text", "qnn"),
-]
+SOME = [("module", "coreml"), ("dolphin", "executorch"), ("module", "tensorrt"), ("lfm2", "qnn")]
 
 
 @pytest.fixture(autouse=True)
