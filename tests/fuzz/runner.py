@@ -75,8 +75,8 @@ def _wait(child: int, done: mmap.mmap) -> str:
         if pid:
             code = os.waitstatus_to_exitcode(status)
             return "" if code == 0 else f"crash: status {code}"
-        _, began = struct.unpack_from("<qd", done)
-        if time.monotonic() - began > HANG_SECONDS:
+        began = struct.unpack_from("<qd", done)[1]  # 0 while it is being written
+        if began and time.monotonic() - began > HANG_SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return f"hang: more than {HANG_SECONDS} s"

@@ -19,7 +19,7 @@ from edgewright.runtimes.context_memory import save_memory
 from edgewright.targets.registry import TARGETS
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-_FORMATS = ("onnx", "executorch", "ethosu")
+_FORMATS = ("onnx", "executorch")
 
 
 def write_seeds(folder: Path) -> None:
