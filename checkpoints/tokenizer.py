@@ -1,26 +1,22 @@
 """Text to token ids and back: one class over the `tokenizers` library, read from tokenizer.json or built from GGUF.
 
 tokenizer.json, chat templates and GGUF vocabularies come from strangers: a defect is a one-line UserError, and templates run in
-jinja's immutable sandbox.
+a process of their own (`chat_template.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream as _LibraryStream
 
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, one_line, read_json_object, read_text
+from .chat_template import ChatTemplate
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -32,6 +28,7 @@ class Tokenizer:
         backend: the library's tokenizer. Its truncation and padding are switched off.
         settings: the contents of tokenizer_config.json (bos_token, eos_token, pad_token, chat_template …).
         eos_ids: further ids that end generation, from generation_config.json or config.json.
+        template: the settings' chat template, where its process has been started already.
 
     Attributes:
         bos_id, pad_id: the id, or None where the tokenizer has none.
@@ -39,7 +36,13 @@ class Tokenizer:
         chat_template: jinja source, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        eos_ids: Iterable[int] = (),
+        template: ChatTemplate | None = None,
+    ) -> None:
         backend.no_truncation()  # tokenizer.json may have limits of the training, which would cut prompts
         backend.no_padding()
         self._backend = backend
@@ -48,13 +51,15 @@ class Tokenizer:
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
         self.eos_ids = set(eos_ids) | ids_in(settings.get("eos_token_ids")) | ids_in(self._id("eos_token"))
-        self.chat_template = _chat_template(settings.get("chat_template"))
+        self._template = template or _template_of(settings)
+        self.chat_template = None if self._template is None else self._template.source
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, chat: bool = False) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json, a chat_template.jinja, and eos ids from the model's configs.
 
-        Raises UserError if tokenizer.json is absent or any of them is corrupt.
+        chat: whether a prompt will go through the chat template; its process starts while the rest is read. Raises UserError if
+        tokenizer.json is absent or any of them is corrupt.
         """
         directory = Path(path)
         file = directory / "tokenizer.json"
@@ -63,8 +68,6 @@ class Tokenizer:
                 f"{directory}: no tokenizer.json; where transformers is installed, "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
             )
-        text = read_text(file, 256 * MEBIBYTE)
-        backend = _read_backend(file, text)
         configs = {
             name: read_json_object(directory / name) if (directory / name).exists() else {}
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -73,8 +76,12 @@ class Tokenizer:
         template = directory / "chat_template.jinja"
         if template.exists():  # the newer layout: it overrides tokenizer_config.json
             settings["chat_template"] = read_text(template, MEBIBYTE)
+        source = _template_of(settings)
+        if source is not None and chat:
+            source.start()
         eos = ids_in(configs["generation_config.json"].get("eos_token_id"))
-        return cls(backend, settings, eos | _config_eos(configs["config.json"]))
+        backend = _read_backend(file, read_text(file, 256 * MEBIBYTE))
+        return cls(backend, settings, eos | _config_eos(configs["config.json"]), source)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -114,21 +121,12 @@ class Tokenizer:
     def apply_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str | None:
         """The prompt that the chat template makes of `messages`, each {"role": …, "content": …}. None without a template.
 
-        Raises UserError if the template is no valid jinja, refuses the messages, or fails on them.
+        Raises UserError if the template is no valid jinja, refuses the messages, fails on them, or takes too much.
         """
-        if self.chat_template is None:
+        if self._template is None:
             return None
         names = {key: text or "" for key, text in self._named.items()}
-        try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template: {one_line(error, 160)}; use a plain prompt instead") from None
-        except Exception as error:  # a template can fail in any way Python can
-            reason = f"{type(error).__name__}: {one_line(error, 120)}"
-            raise UserError(
-                f"the model's chat template fails on these messages ({reason}); use a plain prompt"
-            ) from None
+        return self._template.render(messages, add_generation_prompt, names)
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into directory `path`; the latter has chat template and eos ids."""
@@ -218,38 +216,10 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _chat_template(value: object) -> str | None:
-    """The template itself, or of a list of named ones the default."""
+def _template_of(settings: Mapping[str, Any]) -> ChatTemplate | None:
+    """The chat template itself, or of a list of named ones the default."""
+    value = settings.get("chat_template")
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
-        value = named.get("default")
-    return value if isinstance(value, str) and value else None
-
-
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks what a training scores. Its body is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """jinja as chat templates expect it: whitespace control, loop controls, and the functions that templates call."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+        default = [e.get("template") for e in value if isinstance(e, Mapping) and e.get("name") == "default"]
+        value = default[-1] if default else None
+    return ChatTemplate(value) if isinstance(value, str) and value else None
