@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -126,6 +126,17 @@ class Generation(_Strict):
     max_new_tokens: int = Field(gt=0)
     prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
     context: ContextSpec | None = None
+
+
+def require_tokens(ids: Sequence[int], vocab: int, whose: str) -> None:
+    """Raise UserError, whose line begins with `whose`, unless there are tokens and the model has all of them."""
+    if not ids:
+        raise UserError(f"{whose} has no tokens; give some text")
+    if min(ids) < 0 or max(ids) >= vocab:
+        worst = min(ids) if min(ids) < 0 else max(ids)
+        raise UserError(
+            f"{whose}: the tokenizer gives token {worst}, the model has {vocab}; is the tokenizer of another model?"
+        )
 
 
 NEEDED: dict[str, set[str]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @click.version_option(__version__, prog_name="edgewright")
 def main() -> None:
     """Compile small language models for devices: quantize once, lower to every runtime, verify, profile, run."""
+    # Texts are encoded one by one; a library that has used threads warns at every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @main.command()

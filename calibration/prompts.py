@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bundle import Generation
+from ..bundle import Generation, require_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, read_text
@@ -137,9 +137,8 @@ def text_passages(path: Path, tokenizer: Tokenizer, generation: Generation, coun
 
 def _checked(path: Path, generation: Generation, passages: list[Passage]) -> list[Passage]:
     vocab = generation.vocab if generation.context is None else min(generation.vocab, generation.context.vocab)
-    largest = max(max((*p.scored, *p.prompt, *p.context)) for p in passages)
-    if largest >= vocab:
-        raise UserError(f"{path}: the tokenizer gives token {largest}, the model has {vocab}; export the bundle again")
+    for passage in passages:
+        require_tokens((*passage.scored, *passage.prompt, *passage.context), vocab, str(path))
     return passages
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import Generation
+from ..bundle import Generation, require_tokens
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
@@ -88,11 +88,9 @@ def read_samples(
         total += sample.size
         if total > most_tokens and kept:
             break
-        largest, context = max((*sample.tokens, *sample.decoded)), generation.context
-        if largest >= generation.vocab or (context is not None and max(sample.context, default=0) >= context.vocab):
-            raise UserError(
-                f"{path}: its tokens are not the model's {generation.vocab}; is the tokenizer of another model?"
-            )
+        require_tokens((*sample.tokens, *sample.decoded), generation.vocab, f"{path}: a sample")
+        if generation.context is not None:
+            require_tokens(sample.context, generation.context.vocab, f"{path}: a context")
         kept.append(sample)
     if not kept:
         raise UserError(f"{path}: too little text to calibrate on; give a longer one")

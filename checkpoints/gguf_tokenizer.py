@@ -13,7 +13,20 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import UserError
-from ..system.reading import one_line
+from ..system.reading import MEBIBYTE, one_line
+from .tokenizer_backend import from_library
+from .tokenizer_checks import MOST_TOKENS, Limits
+
+LONGEST_TOKEN = 1024
+"""Characters of a token: published vocabularies have runs of 256."""
+
+MOST_MERGES = 1 << 23
+
+_MOST_CUTS = 1 << 28
+"""Characters that looking for merges may copy: each token is cut at each of its characters."""
+
+_LIMITS = Limits(growth=12.0, decoded=3.0)
+"""A space becomes a mark of three bytes, and one is put in front; a byte that is no UTF-8 becomes U+FFFD."""
 
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 _SPACE = "▁"
@@ -21,17 +34,17 @@ _WAY_OUT = "give the safetensors checkpoint instead"
 _BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
-def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], set[int]]:
-    """The library's tokenizer, the settings (named tokens, chat template), and the ids that end generation.
+def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], set[int], Limits]:
+    """The library's tokenizer, the settings (named tokens, chat template), the ids that end generation, and the limits.
 
     Raises UserError if the vocabulary is missing, inconsistent, or of a kind not known here.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = _texts(metadata, "tokens")
+    tokens = _texts(metadata, "tokens", MOST_TOKENS, LONGEST_TOKEN)
     if len(set(tokens)) != len(tokens):
         raise UserError(f"GGUF: tokenizer.ggml.tokens holds one token twice; {_WAY_OUT}")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if not isinstance(types, list) or len(types) != len(tokens) or not all(isinstance(kind, int) for kind in types):
         raise UserError(f"GGUF: tokenizer.ggml.token_type does not fit the {len(tokens)} tokens; {_WAY_OUT}")
     try:
         if kind == "gpt2":
@@ -43,25 +56,32 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
         spelled = [(_respell(t) if kind == "llama" else t, k) for t, k in zip(tokens, types)]
         for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
             backend.add_tokens([AddedToken(t, normalized=False, special=special) for t, k in spelled if k == wanted])
-    except UserError:
-        raise
-    except Exception as error:  # the library raises bare Exception
+        settings = _settings(metadata, tokens)
+        _add_template(backend, metadata, settings, default_bos=kind == "llama")
+    except BaseException as error:
+        if not from_library(error):
+            raise
         raise UserError(f"GGUF: the vocabulary makes no tokenizer ({one_line(error, 120)}); {_WAY_OUT}") from None
-    settings = _settings(metadata, tokens)
-    _add_template(backend, metadata, settings, default_bos=kind == "llama")
     eos = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    return backend, settings, {i for i in eos if isinstance(i, int) and 0 <= i < len(tokens)}
+    return backend, settings, {i for i in eos if isinstance(i, int) and 0 <= i < len(tokens)}, _LIMITS
 
 
-def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
+def _texts(metadata: Mapping[str, Any], key: str, most: int, longest: int) -> list[str]:
+    """A list of at most `most` strings of at most `longest` characters each. Raises UserError."""
     texts = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"GGUF: no tokenizer.ggml.{key}, so there is no tokenizer in it; {_WAY_OUT}")
+    if len(texts) > most:
+        raise UserError(f"GGUF: tokenizer.ggml.{key} has {len(texts)} entries, at most {most} are read; {_WAY_OUT}")
+    if (length := max(map(len, texts))) > longest:
+        raise UserError(
+            f"GGUF: an entry of tokenizer.ggml.{key} has {length} characters, {longest} are read; {_WAY_OUT}"
+        )
     return texts
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
-    merges = [tuple(line.split(" ", 1)) for line in _texts(metadata, "merges")]
+    merges = [tuple(line.split(" ", 1)) for line in _texts(metadata, "merges", MOST_MERGES, 2 * LONGEST_TOKEN)]
     pairs = [(m[0], m[1]) for m in merges if len(m) == 2]
     if len(pairs) != len(merges):
         raise UserError(f"GGUF: a line of tokenizer.ggml.merges is not two pieces; {_WAY_OUT}")
@@ -114,8 +134,11 @@ def merges_from_scores(pieces: list[str], scores: list[float], types: list[int])
     """BPE merges that join as SentencePiece does: first the pair whose joined piece has the highest score.
 
     A piece of n characters gives a merge for each of its n - 1 cuts whose halves are pieces too. Runs of the space mark are
-    user-defined. SentencePiece matches these before all else, the longest first, so their merges come first.
+    user-defined. SentencePiece matches these before all else, the longest first, so their merges come first. Raises UserError
+    for pieces of more characters, and for more merges, than a vocabulary of words has.
     """
+    if sum(len(piece) ** 2 for piece in pieces) > _MOST_CUTS:
+        raise UserError(f"GGUF: the tokens are too long, {max(map(len, pieces))} characters one of them; {_WAY_OUT}")
     vocab = {piece: i for i, piece in enumerate(pieces) if types[i] in (_NORMAL, _USER_DEFINED)}
     runs = [i for piece, i in vocab.items() if types[i] == _USER_DEFINED and set(piece) == {_SPACE}]
     runs.sort(key=lambda i: -len(pieces[i]))
@@ -127,6 +150,8 @@ def merges_from_scores(pieces: list[str], scores: list[float], types: list[int])
         cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
         pairs = [(vocab[head], vocab[tail]) for head, tail in cuts if head in vocab and tail in vocab]
         merges.extend((pieces[head], pieces[tail]) for head, tail in sorted(pairs))
+        if len(merges) > MOST_MERGES:
+            raise UserError(f"GGUF: the tokens make more than {MOST_MERGES} merges; {_WAY_OUT}")
     return merges
 
 
@@ -139,6 +164,8 @@ def _settings(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
                 raise UserError(f"GGUF: {key}_token_id {token} is beyond the {len(tokens)} tokens; {_WAY_OUT}")
             settings[name] = tokens[token]
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        if len(template) > MEBIBYTE:
+            raise UserError(f"GGUF: a chat template of {len(template)} characters, {MEBIBYTE} are read; {_WAY_OUT}")
         settings["chat_template"] = template
     return settings
 
@@ -155,6 +182,9 @@ def _add_template(
     if used:
         if any(backend.token_to_id(token) is None for token in used.values()):
             raise UserError(f"GGUF: the bos or eos token is not in the vocabulary; {_WAY_OUT}")
+        if strange := [token for token in used.values() if token.startswith("$") or ":" in token]:
+            # In a template "$A" is the text, and what follows a colon a type.
+            raise UserError(f"GGUF: token {one_line(strange[0], 40)!r} cannot be put around a text; {_WAY_OUT}")
         backend.post_processor = processors.TemplateProcessing(
             single=[*([used["bos_token"]] if "bos_token" in used else []), "$A"]
             + ([used["eos_token"]] if "eos_token" in used else []),

@@ -1,26 +1,24 @@
 """Text to token ids and back: one class over the `tokenizers` library, read from tokenizer.json or built from GGUF.
 
-tokenizer.json, chat templates and GGUF vocabularies come from strangers: a defect is a one-line UserError, and templates run in
-jinja's immutable sandbox.
+tokenizer.json, chat templates and GGUF vocabularies come from strangers: a defect is a one-line UserError, what they ask for is
+bounded (`tokenizer_checks.py`), and templates run in a process of their own (`chat_template.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream as _LibraryStream
 
 from ..errors import UserError
-from ..system.reading import MEBIBYTE, one_line, read_json_object, read_text
+from ..system.reading import MEBIBYTE, read_json_object, read_text
+from .chat_template import ChatTemplate
+from .tokenizer_backend import encode, from_library, library_errors, read_backend
+from .tokenizer_checks import MOST_BYTES, MOST_TOKENS, Limits
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -32,6 +30,8 @@ class Tokenizer:
         backend: the library's tokenizer. Its truncation and padding are switched off.
         settings: the contents of tokenizer_config.json (bos_token, eos_token, pad_token, chat_template …).
         eos_ids: further ids that end generation, from generation_config.json or config.json.
+        limits: what the backend may make of texts.
+        template: the settings' chat template, where its process has been started already.
 
     Attributes:
         bos_id, pad_id: the id, or None where the tokenizer has none.
@@ -39,22 +39,31 @@ class Tokenizer:
         chat_template: jinja source, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        eos_ids: Iterable[int],
+        limits: Limits,
+        template: ChatTemplate | None = None,
+    ) -> None:
         backend.no_truncation()  # tokenizer.json may have limits of the training, which would cut prompts
         backend.no_padding()
-        self._backend = backend
+        self._backend, self._limits = backend, limits
         self._settings = dict(settings)
         self._named = {key: _token_text(settings.get(key)) for key in _NAMED}
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
         self.eos_ids = set(eos_ids) | ids_in(settings.get("eos_token_ids")) | ids_in(self._id("eos_token"))
-        self.chat_template = _chat_template(settings.get("chat_template"))
+        self._template = template or _template_of(settings)
+        self.chat_template = None if self._template is None else self._template.source
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, chat: bool = False) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json, a chat_template.jinja, and eos ids from the model's configs.
 
-        Raises UserError if tokenizer.json is absent or any of them is corrupt.
+        chat: whether a prompt will go through the chat template; its process starts while the rest is read. Raises UserError if
+        tokenizer.json is absent or any of them is corrupt.
         """
         directory = Path(path)
         file = directory / "tokenizer.json"
@@ -63,8 +72,6 @@ class Tokenizer:
                 f"{directory}: no tokenizer.json; where transformers is installed, "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
             )
-        text = read_text(file, 256 * MEBIBYTE)
-        backend = _read_backend(file, text)
         configs = {
             name: read_json_object(directory / name) if (directory / name).exists() else {}
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -73,16 +80,19 @@ class Tokenizer:
         template = directory / "chat_template.jinja"
         if template.exists():  # the newer layout: it overrides tokenizer_config.json
             settings["chat_template"] = read_text(template, MEBIBYTE)
+        source = _template_of(settings)
+        if source is not None and chat:
+            source.start()
         eos = ids_in(configs["generation_config.json"].get("eos_token_id"))
-        return cls(backend, settings, eos | _config_eos(configs["config.json"]))
+        backend, limits = read_backend(file)
+        return cls(backend, settings, eos | _config_eos(configs["config.json"]), limits, source)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """Build the tokenizer that a GGUF file's metadata describes. Raises UserError if it is of an unknown kind."""
         from .gguf_tokenizer import build
 
-        backend, settings, eos_ids = build(metadata)
-        return cls(backend, settings, eos_ids)
+        return cls(*build(metadata))
 
     @property
     def vocab_size(self) -> int:
@@ -92,20 +102,21 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`. special: with the tokens that the post-processor adds (Gemma: bos; T5Gemma: eos).
 
-        A text from `apply_chat` holds its special tokens already: encode it with special=False.
+        A text from `apply_chat` holds its special tokens already: encode it with special=False. Raises UserError for a text that
+        is no Unicode, that becomes too long or takes too long, or that the library fails on.
         """
-        try:
-            return list(self._backend.encode(text, add_special_tokens=special).ids)
-        except (TypeError, UnicodeEncodeError):
-            raise UserError(f"text {one_line(ascii(text), 60)} is not valid Unicode; remove lone surrogates") from None
+        return encode(self._backend, self._limits, text, special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, without special tokens. Ids beyond the vocabulary are skipped."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        """Text of `ids`, without special tokens. Ids beyond the vocabulary are skipped. Raises UserError if the library fails."""
+        with library_errors("tokens"):
+            self.require_decodable(self.characters(ids))
+            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token as the vocabulary spells it, or None."""
-        return self._backend.token_to_id(token)
+        with library_errors(f"token {ascii(token)[:40]}"):
+            return self._backend.token_to_id(token)
 
     def stream(self) -> DecodeStream:
         """A new incremental decoder, for one generated sequence."""
@@ -114,24 +125,23 @@ class Tokenizer:
     def apply_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str | None:
         """The prompt that the chat template makes of `messages`, each {"role": …, "content": …}. None without a template.
 
-        Raises UserError if the template is no valid jinja, refuses the messages, or fails on them.
+        Raises UserError if the template is no valid jinja, refuses the messages, fails on them, or takes too much.
         """
-        if self.chat_template is None:
+        if self._template is None:
             return None
         names = {key: text or "" for key, text in self._named.items()}
-        try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template: {one_line(error, 160)}; use a plain prompt instead") from None
-        except Exception as error:  # a template can fail in any way Python can
-            reason = f"{type(error).__name__}: {one_line(error, 120)}"
-            raise UserError(
-                f"the model's chat template fails on these messages ({reason}); use a plain prompt"
-            ) from None
+        return self._template.render(messages, add_generation_prompt, names)
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into directory `path`; the latter has chat template and eos ids."""
+        """Write tokenizer.json and tokenizer_config.json into directory `path`; the latter has chat template and eos ids.
+
+        Raises UserError for ids so high that the library, which counts up to them, would not end.
+        """
+        highest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if highest >= MOST_TOKENS:
+            raise UserError(
+                f"the tokenizer has a token with id {highest}, ids below {MOST_TOKENS} are saved; is it whole?"
+            )
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
@@ -139,13 +149,26 @@ class Tokenizer:
         settings["eos_token_ids"] = sorted(self.eos_ids)
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-        self._backend.save(str(directory / "tokenizer.json"))
-        text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True)
+        text = _json(settings)
+        with library_errors("being saved"):
+            self._backend.save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def _id(self, key: str) -> int | None:
         text = self._named[key]
-        return None if text is None else self._backend.token_to_id(text)
+        return None if text is None else self.token_id(text)
+
+    def characters(self, ids: Iterable[int]) -> int:
+        """How many characters the vocabulary's spellings of `ids` have; one may have 100 million."""
+        with library_errors("tokens"):
+            return sum(len(self._backend.id_to_token(i) or "") for i in ids)
+
+    def require_decodable(self, characters: int) -> None:
+        """Raise UserError for more `characters` of tokens than any answer has."""
+        if characters * self._limits.decoded > MOST_BYTES // 4:
+            raise UserError(
+                f"the tokenizer makes {characters} characters of few tokens; is its file from a trusted source?"
+            )
 
 
 class DecodeStream:
@@ -161,13 +184,18 @@ class DecodeStream:
         self._ids: list[int] = []
         self._pieces: list[str] = []
         self._returned = 0  # how many ids the pieces stand for
+        self._characters = 0
 
     def put(self, token_id: int) -> str:
-        """The text that `token_id` completes; often empty."""
+        """The text that `token_id` completes; often empty. Raises UserError as `decode` does."""
         self._ids.append(token_id)
+        self._characters += self._tokenizer.characters([token_id])
+        self._tokenizer.require_decodable(self._characters)
         try:
             piece = self._library.step(self._tokenizer._backend, token_id) or ""
-        except Exception:
+        except BaseException as error:
+            if not from_library(error):
+                raise
             # "Invalid prefix": byte tokens have turned text that was returned into U+FFFD.
             piece = self._tokenizer.decode(self._ids[self._returned :])
             self._library = _LibraryStream([token_id], skip_special_tokens=True)
@@ -182,19 +210,6 @@ class DecodeStream:
         return (
             text[len(returned) :] if text.startswith(returned) else self._tokenizer.decode(self._ids[self._returned :])
         )
-
-
-def _read_backend(file: Path, text: str) -> tokenizers.Tokenizer:
-    """Parse tokenizer.json and encode a word with it: some defects show there first, as a panic of the Rust library."""
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-        backend.encode("a")
-    except BaseException as error:
-        # The library raises bare Exception. A panic is a BaseException whose class cannot be imported.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{file}: not a tokenizer the tokenizers library reads ({one_line(error, 120)})") from None
-    return backend
 
 
 def ids_in(value: object) -> set[int]:
@@ -218,38 +233,27 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _chat_template(value: object) -> str | None:
-    """The template itself, or of a list of named ones the default."""
+def _template_of(settings: Mapping[str, Any]) -> ChatTemplate | None:
+    """The chat template itself, or of a list of named ones the default."""
+    value = settings.get("chat_template")
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
-        value = named.get("default")
-    return value if isinstance(value, str) and value else None
+        default = [e.get("template") for e in value if isinstance(e, Mapping) and e.get("name") == "default"]
+        value = default[-1] if default else None
+    return ChatTemplate(value) if isinstance(value, str) and value else None
 
 
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks what a training scores. Its body is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """jinja as chat templates expect it: whitespace control, loop controls, and the functions that templates call."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+def _json(settings: Mapping[str, Any]) -> str:
+    """Settings as JSON, readable where they are Unicode. Raises UserError if they are too deep for that."""
+    try:
+        text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True)
+        return text if _is_unicode(text) else json.dumps(settings, indent=2, sort_keys=True)
+    except RecursionError:
+        raise UserError("tokenizer_config.json has values within values, too deep to be written again") from None
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

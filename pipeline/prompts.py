@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..bundle import ContextSpec, Generation
+from ..bundle import ContextSpec, Generation, require_tokens
 from ..calibration.batches import padded
 from ..calibration.prompts import Prompts, random_contexts, random_prompts, read_task, text_windows
 from ..calibration.samples import Call
@@ -82,16 +82,10 @@ def _check(model: str, prompts: Prompts, generation: Generation) -> None:
     for prompt in prompts.tokens:
         if len(prompt) >= generation.max_context:
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit --max-context {generation.max_context}")
-        if max(prompt, default=0) >= generation.vocab:
-            raise UserError(
-                f"{model}: its tokenizer gives token {max(prompt)}, the model has {generation.vocab}; "
-                "is the tokenizer of another model?"
-            )
-    largest = max((t for c in prompts.contexts for t in c), default=0)
-    if generation.context is not None and largest >= generation.context.vocab:
-        raise UserError(
-            f"{model}: its tokenizer gives token {largest}, the context's model has {generation.context.vocab}"
-        )
+        require_tokens(prompt, generation.vocab, f"{model}: a prompt")
+    if generation.context is not None:
+        for context in prompts.contexts:
+            require_tokens(context, generation.context.vocab, f"{model}: a context")
 
 
 def example_calls(model: LanguageModel, generation: Generation, prompts: Sequence[Sequence[int]]) -> list[Call]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..bundle import Generation
+from ..bundle import Generation, require_tokens
 from ..calibration.batches import padded
 from ..calibration.prompts import read_task, text_windows
 from ..calibration.streamed_weights import StreamedWeights
@@ -132,10 +132,7 @@ def read_prompts(
             raise UserError(
                 f"a calibration prompt has {len(prompt)} tokens; the model takes 1 to {generation.max_context - 1}"
             )
-        if not 0 <= min(prompt) <= max(prompt) < generation.vocab:
-            raise UserError(
-                f"calibration token {max(prompt)} is not one of the model's {generation.vocab}; is the tokenizer its?"
-            )
+        require_tokens(prompt, generation.vocab, "a calibration prompt")
         total += len(prompt)
         if total > MOST_TOKENS:
             break

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import ContextSpec, Generation
+from ..bundle import ContextSpec, Generation, require_tokens
 from ..errors import UserError
 from .session import Array, Session
 
@@ -51,10 +51,10 @@ class Stream:
     ) -> None:
         """memory: of a "memory" task, [batch, rows, hidden]; without it, the decoder reads the prompt alone.
 
-        Raises UserError for a prompt or memory that is empty or does not fit the context.
+        Raises UserError for a prompt or memory that is empty, does not fit the context, or has tokens the model does not.
         """
-        if not prompts or not all(prompts):
-            raise UserError("the prompt has no tokens; give some text")
+        for prompt in prompts or [()]:
+            require_tokens(prompt, spec.vocab, "the prompt")
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
         self._extra: dict[str, Array] = {}
@@ -142,13 +142,12 @@ def read_context(session: Session, spec: Generation, ids: Sequence[int]) -> Arra
     """The memory [1, rows, hidden] of a context of token ids.
 
     The context is read in parts of at most `window` tokens, and their memories are joined. arXiv 2408.15518 reads contexts of one
-    part; more parts are an extension of it. Raises UserError for an empty context.
+    part; more parts are an extension of it. Raises UserError for an empty context, or tokens that the model does not have.
     """
     context = spec.context
     if context is None:
         raise UserError("this bundle's model reads no context; give all of it as the prompt")
-    if not ids:
-        raise UserError("the context has no tokens; give some text")
+    require_tokens(ids, context.vocab, "the context")
     parts = [ids[at : at + context.window] for at in range(0, len(ids), context.window)]
     return np.concatenate([_memory(session, spec, context, part) for part in parts], 1)
 

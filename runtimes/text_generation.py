@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ..bundle import CHECKPOINT, Bundle, ContextSpec
+from ..bundle import CHECKPOINT, Bundle, ContextSpec, require_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from . import context_memory
@@ -51,13 +51,17 @@ class OpenBundle:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The bundle's own. Raises UserError if it has none."""
+        return self._read_tokenizer()
+
+    def _read_tokenizer(self, chat: bool = False) -> Tokenizer:
+        """chat: a prompt will go through its chat template."""
         folder = self.bundle.path / CHECKPOINT
         if not (folder / "tokenizer.json").is_file():
             raise UserError(
                 f"{self.bundle.path} has no tokenizer, so it cannot read text; "
                 "export from a checkpoint with a tokenizer.json"
             )
-        return Tokenizer.from_dir(folder)
+        return Tokenizer.from_dir(folder, chat)
 
     @cached_property
     def session(self) -> PlacedSession:
@@ -104,16 +108,14 @@ class OpenBundle:
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; give some text")
+        if chat is not False and "tokenizer" not in self.__dict__:
+            self.tokenizer = self._read_tokenizer(chat=True)
         text = None if chat is False else self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
         if text is None and chat:
             raise UserError("--chat: the tokenizer has no chat template; leave --chat out")
         # The template writes its own special tokens.
         ids = self.tokenizer.encode(prompt) if text is None else self.tokenizer.encode(text, special=False)
-        if max(ids, default=0) >= self._spec.vocab:
-            raise UserError(
-                f"{self.bundle.path}: its tokenizer gives token {max(ids)}, the model has {self._spec.vocab}; "
-                "export it again"
-            )
+        require_tokens(ids, self._spec.vocab, f"{self.bundle.path}: the prompt")
         return ids
 
     def encode_context(self, text: str) -> list[int]:
@@ -123,10 +125,7 @@ class OpenBundle:
         """
         spec = self.require_context_reader()
         ids = self.tokenizer.encode(text, special=False)
-        if max(ids, default=0) >= spec.vocab:
-            raise UserError(
-                f"{self.bundle.path}: its tokenizer gives token {max(ids)}, the context's model has {spec.vocab}"
-            )
+        require_tokens(ids, spec.vocab, f"{self.bundle.path}: the context")
         return ids
 
     def read_context(self, context: str | Sequence[int]) -> Array:

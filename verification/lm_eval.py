@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CHECKPOINT, Bundle
+from ..bundle import CHECKPOINT, Bundle, require_tokens
 from ..calibration.prompts import Passage, special_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
@@ -75,6 +75,7 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         self.backend = "seq2seq" if self.spec.task == "seq2seq" else "causal"
         self._name = f"{opened.path.name}-{opened.manifest.source_fingerprint}"
         self._before, self._after = special_tokens(self.tokenizer)
+        require_tokens([*self._before, *self._after, self.prefix_token_id], self.spec.vocab, str(bundle))
         if self.backend == "causal":
             self._after = []  # a prompt goes on, so it has no end token
         if session is None:
@@ -113,10 +114,8 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids with the special tokens of a prompt, unless `add_special_tokens` is False; none is added twice."""
         ids = self.tokenizer.encode(string, special=False)
-        if (worst := max(ids, default=0)) >= self.spec.vocab:
-            raise UserError(
-                f"the bundle's tokenizer gives token {worst}, the model has {self.spec.vocab}; export it again"
-            )
+        if ids:
+            require_tokens(ids, self.spec.vocab, "the bundle")
         if add_special_tokens is False:
             return ids
         before = [] if ids[: len(self._before)] == self._before else self._before

@@ -1,0 +1,196 @@
+"""Chat templates: jinja source that strangers wrote, rendered in a child process with limits of time, memory and output.
+
+jinja's sandbox stops attributes, not work: three nested loops, `"x" * 3e9` or a tower of powers take any time and memory, the last
+even while the template is compiled. The child (`chat_renderer.py`) stays for later prompts and ends with its template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..system.reading import MEBIBYTE, one_line
+
+CPU_SECONDS = 5.0
+"""CPU time of one rendering, and one more second a MiB of messages."""
+
+WALL_SECONDS = 20.0
+"""Time of one rendering as a clock tells it, the start of the process included, and four more seconds a MiB of messages."""
+
+MEMORY = 512 * MEBIBYTE
+"""Bytes that a rendering may take, beside 32 for each byte of the messages."""
+
+OUTPUT = 4 * MEBIBYTE
+"""Characters that a template may give, beside 8 for each byte of the messages."""
+
+LONGEST_SOURCE = MEBIBYTE
+"""Characters of a template."""
+
+_MODULE = "edgewright.checkpoints.chat_renderer"
+_KEPT = {
+    *("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT"),
+    *("LANG", "LANGUAGE", "TZ"),
+}
+"""Variables that the child inherits, with those that begin with LC_: what Python needs to start, and nothing secret."""
+
+_OUT_OF_TIME = -int(getattr(signal, "SIGXCPU", 1 << 16))
+"""The return code of a process that met its limit of CPU time; one that none has where there is no such limit."""
+
+_WAY_OUT = "use a plain prompt"
+
+
+class ChatTemplate:
+    """A template and the process that renders it. Threads may share one; their renderings go one after the other.
+
+    source: jinja source.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., Any] | None = None
+
+    def start(self) -> None:
+        """Start the process without waiting for it, so that it is ready when `render` needs it."""
+        with self._lock:
+            try:
+                self._running()
+            except UserError:
+                return  # `render` says so, if it comes to that
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, names: Mapping[str, str]
+    ) -> str:
+        """The prompt that the template makes of `messages`. names: further variables, such as bos_token.
+
+        Raises UserError if the template is no valid jinja, refuses the messages, fails on them, or meets a limit.
+        """
+        if len(self.source) > LONGEST_SOURCE:
+            raise UserError(
+                f"the model's chat template has {len(self.source)} characters, {LONGEST_SOURCE} are read; {_WAY_OUT}"
+            )
+        try:
+            said = json.dumps(messages, ensure_ascii=False)
+            size = len(said.encode("utf-8", "surrogatepass"))
+            seconds, memory, output = CPU_SECONDS + size / MEBIBYTE, MEMORY + 32 * size, OUTPUT + 8 * size
+            rest = {"template": self.source, "add_generation_prompt": add_generation_prompt, "names": names}
+            rest |= {"seconds": seconds, "memory": memory, "output": output}
+            line = f'{json.dumps(rest, ensure_ascii=False)[:-1]}, "messages": {said}}}\n'.encode(
+                "utf-8", "surrogatepass"
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _failed(type(error).__name__, str(error)) from None
+        with self._lock:
+            answer = self._ask(line, WALL_SECONDS + 4 * size / MEBIBYTE, 6 * output + MEBIBYTE)
+        if "text" in answer:
+            return str(answer["text"])
+        if answer.get("limit") == "memory":
+            raise _limited(f"takes more than {memory // MEBIBYTE} MiB of memory")
+        if answer.get("limit") == "output":
+            raise _limited(f"gives more than {output} characters")
+        if answer.get("limit") == "time":
+            raise _limited(f"takes more than {seconds:.0f} seconds")
+        own, name, text = answer["error"]
+        if own:
+            raise UserError(f"the model's chat template: {one_line(text, 160)}; use a plain prompt instead")
+        raise _failed(name, text)
+
+    def _ask(self, line: bytes, seconds: float, longest: int) -> dict[str, Any]:
+        """Send a request and read its answer of at most `longest` bytes. Raises UserError after so many seconds."""
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        data = b""
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            data = process.stdout.readline(longest)
+        except OSError:  # it has ended before it read all
+            pass
+        finally:
+            timer.cancel()
+            if not data.endswith(b"\n") or data.startswith(b'{"limit"'):
+                self.close()  # also after Ctrl-C: the process may still be at it
+        if data.endswith(b"\n"):
+            answer: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
+            return answer
+        if len(data) >= longest:
+            return {"limit": "output"}
+        code = process.returncode
+        if late.is_set() or code == _OUT_OF_TIME:
+            return {"limit": "time"}
+        raise _limited(f"ended the process that renders it ({f'signal {-code}' if code < 0 else f'status {code}'})")
+
+    def close(self) -> None:
+        """End the process, if there is one. The next rendering starts another."""
+        if self._end is not None:
+            self._end()
+        self._process = self._end = None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """The process, started if there is none. Raises UserError if the system lets none start."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        try:
+            self._process = subprocess.Popen(
+                # -P: a jinja2.py in the user's current folder must not be run
+                [sys.executable, "-P", "-m", _MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                process_group=0 if os.name == "posix" else None,  # Ctrl-C is for the parent, which then ends it
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no process can be started to render the model's chat template in ({one_line(error, 120)}); {_WAY_OUT}"
+            ) from None
+        self._end = weakref.finalize(self, _ended, self._process, os.getpid())
+        return self._process
+
+
+def _ended(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Kill a process and forget it; in a fork of the process that started it, do nothing."""
+    if os.getpid() != owner:
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        try:
+            if stream is not None:
+                stream.close()
+        except OSError:  # a request that it never read
+            continue
+
+
+def _environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key in _KEPT or key.startswith("LC_")}
+    return kept | {"PYTHONSAFEPATH": "1"}
+
+
+def _limited(how: str) -> UserError:
+    return UserError(f"the model's chat template {how}; {_WAY_OUT}")
+
+
+def _failed(name: str, text: str) -> UserError:
+    reason = f"{one_line(name, 40)}: {one_line(text, 120)}"
+    return UserError(f"the model's chat template fails on these messages ({reason}); {_WAY_OUT}")
