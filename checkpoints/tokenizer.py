@@ -22,6 +22,7 @@ from tokenizers.decoders import DecodeStream as _LibraryStream
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, one_line, read_json_object, read_text
 
+_MOST_IDS = 1 << 32  # the library's ids have 32 bits
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -200,7 +201,7 @@ def _read_backend(file: Path, text: str) -> tokenizers.Tokenizer:
 def ids_in(value: object) -> set[int]:
     """The ids in a config's eos_token_id: an int, a list of ints, or nothing."""
     values = value if isinstance(value, list) else [value]
-    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MOST_IDS}
 
 
 def _config_eos(config: Mapping[str, Any]) -> set[int]:
