@@ -6,15 +6,17 @@ made and with which it is compared), a folder for each target, `reports/`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, VerificationFailure
+from .system.hashes import first_fault, first_odd_entry, of_files
 from .system.reading import one_line, read_json_object
 
 if TYPE_CHECKING:
@@ -23,45 +25,60 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
+WEIGHTS = f"{CHECKPOINT}/model.safetensors"
 REPORTS = "reports"
 _MANIFEST_LIMIT = 64 << 20
 EXAMPLES = "examples.safetensors"
 """Inputs that a "module" is compared on: tensors `<number>.<graph>.<input>`."""
 
-_READ_BY_VERIFY = ("config.json", "model.safetensors")
+_READ_BY_VERIFY = (f"{CHECKPOINT}/config.json", WEIGHTS)
+_MOST_FACTS = 1 << 20  # letters of one target's facts as JSON; a real target has a few thousand
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+MOST_IDS = 1 << 32
+"""Tokens have smaller numbers."""
+
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
-Token = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=0, lt=MOST_IDS)]
+Name = Annotated[str, Field(max_length=256)]
+Shape = Field(max_length=16)
 
 
 class PortSpec(_Strict):
     """A graph input or output; strings in `shape` are symbolic dimensions."""
 
-    name: str
+    name: Name
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
-    shape: tuple[Size | str, ...]
+    shape: Annotated[tuple[Size | Name, ...], Shape]
 
 
 class StateSpec(PortSpec):
     """What a graph carries from call to call; only the sizes of a batch, a cache and a source may vary."""
 
-    shape: tuple[Size | Literal["batch", "capacity", "source"], ...]
-    kind: str
+    shape: Annotated[tuple[Size | Literal["batch", "capacity", "source"], ...], Shape]
+    kind: Name
     updated: bool
 
 
 class GraphSpec(_Strict):
     """The ports and states of a `graph.Graph`, without its program."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
     inputs: tuple[PortSpec, ...]
     outputs: tuple[PortSpec, ...]
     states: tuple[StateSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        _refuse_repeated("the input", [p.name for p in (*self.inputs, *self.states)])
+        _refuse_repeated("the output", [p.name for p in self.outputs])
+        return self
 
     @property
     def updated_states(self) -> tuple[StateSpec, ...]:
@@ -119,11 +136,11 @@ class Generation(_Strict):
 
     task: Literal["seq2seq", "causal", "memory", "module"]
     decoder_start: Token | None = None
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[Token, ...] = ()
     pad_id: Token = 0
-    vocab: int = Field(gt=0)
-    max_context: int = Field(gt=0)
-    max_new_tokens: int = Field(gt=0)
+    vocab: Size
+    max_context: Size
+    max_new_tokens: Size
     prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
     context: ContextSpec | None = None
 
@@ -154,12 +171,21 @@ class TargetEntry(_Strict):
     ops: graph -> op -> number of nodes. ideal_bytes: of the weights' codes and scales. stored_bytes: as the artefact stores them.
     """
 
-    format: str
+    format: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")
     files: tuple[str, ...]
-    ops: dict[str, dict[str, int]]
+    ops: dict[Name, dict[Name, Count]]
     facts: dict[str, Any] = {}
-    stored_bytes: int
-    ideal_bytes: int
+    stored_bytes: Count
+    ideal_bytes: Count
+
+    @model_validator(mode="after")
+    def _own_files_and_few_facts(self) -> Self:
+        for name in self.files:
+            if not name.startswith(f"{self.format}/"):
+                raise ValueError(f"the file {one_line(name, 80)} lies outside the folder {self.format}")
+        if len(json.dumps(self.facts, allow_nan=False)) > _MOST_FACTS:
+            raise ValueError(f"facts of more than {_MOST_FACTS} letters")
+        return self
 
 
 class TunedNorms(_Strict):
@@ -168,9 +194,9 @@ class TunedNorms(_Strict):
     It is measured on calibration data that GPTQ has seen but the tuning has not. tokens: how many the norms were tuned on.
     """
 
-    before: float
-    after: float
-    tokens: int
+    before: Number
+    after: Number
+    tokens: Count
 
 
 class Manifest(_Strict):
@@ -186,8 +212,8 @@ class Manifest(_Strict):
     model_type: str
     graphs: tuple[GraphSpec, ...]
     generation: Generation
-    average_bits: float
-    weights: int
+    average_bits: Number = Field(ge=0, le=64)
+    weights: Count
     targets: tuple[TargetEntry, ...] = Field(min_length=1)
     prompts: tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...]
     contexts: tuple[tuple[Token, ...], ...] = ()
@@ -204,15 +230,21 @@ class Manifest(_Strict):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not name.isprintable():
                 raise ValueError(f"the path {name!r} leaves the bundle")
+            if path.as_posix() != name or name == ".":
+                raise ValueError(f"the path {name!r} is not written plainly")
+        # where letters of both cases are one, the second of such files replaces the first
+        _refuse_repeated("the file", [unicodedata.normalize("NFC", name).casefold() for name in files])
         return files
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         """Check that every file to be read has a hash, and that the generate loop has its graphs and tokens."""
-        needed = [f for t in self.targets for f in t.files] + [f"{CHECKPOINT}/{n}" for n in _READ_BY_VERIFY]
+        _refuse_repeated("the target", [t.format for t in self.targets])
+        _refuse_repeated("the graph", [g.name for g in self.graphs])
+        needed = [*(f for t in self.targets for f in t.files), *_READ_BY_VERIFY]
         without_hash = sorted(set(needed) - set(self.files))
         if without_hash:
-            raise ValueError(f"{without_hash[0]} has no hash")
+            raise ValueError(f"{one_line(without_hash[0], 120)} has no hash")
         spec = self.generation
         lacking = NEEDED[spec.task] - {g.name for g in self.graphs}
         if lacking:
@@ -276,22 +308,39 @@ class Bundle:
         have = ", ".join(t.format for t in self.manifest.targets)
         raise UserError(f"{self.path} holds no {format} artefact; it has: {have}")
 
-    def check_files(self) -> None:
-        """Raise VerificationFailure naming the first file that is missing or has another hash."""
-        for name, digest in sorted(self.manifest.files.items()):
-            file = self.path / name
-            try:
-                inside = file.resolve().is_relative_to(self.path.resolve())
-                exists = inside and file.is_file()
-                same = exists and sha256(file) == digest
-            except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-                raise VerificationFailure(f"{one_line(name, 80)}: cannot be read ({one_line(error, 80)})") from None
-            if not inside:
-                raise VerificationFailure(f"{name}: a link leads out of the bundle")
-            if not exists:
-                raise VerificationFailure(f"{name}: missing from the bundle")
-            if not same:
-                raise VerificationFailure(f"{name}: the file is not what was exported (its SHA-256 differs)")
+    def check_files(self, names: Iterable[str] | None = None) -> None:
+        """Raise VerificationFailure naming the first file that is missing or has another hash. names: without, all files."""
+        files = self.manifest.files
+        found = first_fault(self.path, files if names is None else {name: files[name] for name in names})
+        if found is not None:
+            name, fault = found
+            raise VerificationFailure(f"{one_line(name, 120)}: {fault}")
+
+    def files_of(self, format: str) -> list[str]:
+        """The files that running a target reads: its own, and all of the checkpoint but the weights.
+
+        Raises UserError as `target` does.
+        """
+        folders = (f"{self.target(format).format}/", f"{CHECKPOINT}/")
+        return [name for name in self.manifest.files if name.startswith(folders) and name != WEIGHTS]
+
+    def check_target(self, format: str) -> None:
+        """Check the hashes of `files_of`, before anything of them is loaded.
+
+        Raises VerificationFailure as `check_files` does, UserError as `target` and `require_plain` do.
+        """
+        self.check_files(self.files_of(format))
+        self.require_plain(format)
+
+    def require_plain(self, format: str) -> None:
+        """Raise UserError if a target's folder or the checkpoint's holds anything but regular files and folders.
+
+        A library that opens a pipe waits for ever, and not every file that it opens has to be in the manifest.
+        """
+        for folder in (self.path / format, self.path / CHECKPOINT):
+            found = first_odd_entry(folder, self.path)
+            if found is not None:
+                raise UserError(f"{one_line(found[0])}: {found[1]}; export the bundle again")
 
     def write_report(self, name: str, report: Mapping[str, object]) -> Path:
         """Write `reports/<name>.json`; reports have no hash, as every check writes them. Raises UserError if it cannot."""
@@ -301,7 +350,9 @@ class Bundle:
             raise UserError(f"{folder}: a link in it could lead out of the bundle; remove it")
         try:
             folder.mkdir(exist_ok=True)
-            temporary.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+            temporary.unlink(missing_ok=True)  # it may be a pipe, which nobody reads
+            with open(temporary, "x", encoding="utf-8") as file:
+                file.write(json.dumps(report, indent=1, sort_keys=True) + "\n")
             temporary.replace(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror})") from None
@@ -320,9 +371,12 @@ def hash_files(root: Path, besides: str = REPORTS) -> dict[str, str]:
     paths = sorted(p for p in root.rglob("*") if p.is_file())
     names = {p.relative_to(root).as_posix(): p for p in paths}
     excluded = (f"{REPORTS}/", f"{besides}/")
-    return {n: sha256(p) for n, p in names.items() if n != MANIFEST and not n.startswith(excluded)}
+    hashed = [n for n in names if n != MANIFEST and not n.startswith(excluded)]
+    return dict(zip(hashed, of_files([names[n] for n in hashed]), strict=True))
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _refuse_repeated(what: str, names: Iterable[str]) -> None:
+    """Raise ValueError naming what is there twice."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{what} {one_line(repeated[0], 80)} is there twice")

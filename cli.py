@@ -160,7 +160,7 @@ def _frontier(planned: Planned, plot: Path | None, as_json: bool) -> None:
     "--adapt", is_flag=True, help="A decoder-only Gemma becomes an encoder-decoder to be trained (arXiv 2504.06225)."
 )
 @click.option("--decoder", metavar="MODEL", help="For --adapt: another checkpoint for the decoder.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, cli_options.MOST_SEED), default=0, show_default=True)
 @click.option("-o", "--output", type=cli_options.path, required=True, help="The checkpoint to write; must not exist.")
 @cli_options.as_json
 def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: bool, **options: Any) -> None:
@@ -203,7 +203,7 @@ def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: b
 @click.argument("bundle", type=cli_options.path)
 @click.option("-m", "--model", metavar="MODEL", help="The original checkpoint, for the quantization loss.")
 @click.option("--task", type=cli_options.path, help="Task file: exact-match accuracy of the artefact and the original.")
-@click.option("--task-limit", type=click.IntRange(1), help="Only the first N lines of the task file.")
+@click.option("--task-limit", type=click.IntRange(1, 1 << 32), help="Only the first N lines of the task file.")
 @click.option(
     "--text",
     type=cli_options.path,
@@ -241,12 +241,13 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 @click.option("--memory", type=cli_options.path, metavar="FILE", help="The memory of a context read before.")
 @click.option("--save-memory", type=cli_options.path, metavar="FILE", help="Keep the memory of --context here.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1))
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1, cli_options.MOST_TOKENS))
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--seed", type=click.IntRange(0, cli_options.MOST_SEED), default=0)
 @click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
+@cli_options.check
 def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None:
     """Answer a prompt, streaming to standard output.
 
@@ -276,16 +277,28 @@ def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None
     type=cli_options.IntList(),
     help="Prompt lengths (pp rows). Default: 512, or what the context holds.",
 )
-@click.option("-n", "new", type=click.IntRange(0), help="Tokens to generate (tg rows). Default: 128, or what fits.")
+@click.option(
+    "-n",
+    "new",
+    type=click.IntRange(0, cli_options.MOST_TOKENS),
+    help="Tokens to generate (tg rows). Default: 128, or what fits.",
+)
 @click.option(
     "-d", "depths", type=cli_options.IntList(), default="0", show_default=True, help="Context depths of the tg rows."
 )
-@click.option("-r", "repeats", type=int, default=5, show_default=True)
+@click.option("-r", "repeats", type=click.IntRange(max=10**6), default=5, show_default=True)
 @click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @cli_options.threads
+@cli_options.check
 def profile(
-    bundle: Path, formats: tuple[str, ...], new: int | None, output_format: str, threads: int, **lengths: Any
+    bundle: Path,
+    formats: tuple[str, ...],
+    new: int | None,
+    output_format: str,
+    threads: int,
+    check: bool,
+    **lengths: Any,
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
     from .bundle import Bundle
@@ -293,7 +306,7 @@ def profile(
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
-    result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads)
+    result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     Bundle.open(bundle).write_report("profile", result)
     click.echo(printable(profile_text(result, output_format)))
 

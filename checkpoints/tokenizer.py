@@ -20,6 +20,7 @@ from .chat_template import ChatTemplate
 from .tokenizer_backend import encode, from_library, library_errors, read_backend
 from .tokenizer_checks import MOST_BYTES, MOST_TOKENS, Limits
 
+_MOST_IDS = 1 << 32  # the library's ids have 32 bits
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -215,7 +216,7 @@ class DecodeStream:
 def ids_in(value: object) -> set[int]:
     """The ids in a config's eos_token_id: an int, a list of ints, or nothing."""
     values = value if isinstance(value, list) else [value]
-    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MOST_IDS}
 
 
 def _config_eos(config: Mapping[str, Any]) -> set[int]:

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UserError
+from ..system.reading import shown
 
 if TYPE_CHECKING:
     from ..pipeline.request import Request
+
+MOST_TOKENS = 1 << 24
+"""The largest number of tokens that can be asked for; no model has such a context."""
+
+MOST_SEED = 2**63 - 1
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZES_OF_CALIBRATION = {"tokens": "calibration_tokens", "fisher_windows": "fisher_windows"}
@@ -28,7 +34,7 @@ class SizeType(click.ParamType[int]):
             return value
         found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?i?)b?", str(value).strip(), re.IGNORECASE)
         if found is None or found[2].lower() not in _SIZES:
-            self.fail(f"{value!r} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
+            self.fail(f"{shown(value, 60)} is not a size; write 180m, 1.5g or 64Mi", param, ctx)
         return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
@@ -42,7 +48,7 @@ class DurationType(click.ParamType[float]):
             return value
         found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(ms|s)?", str(value).strip(), re.IGNORECASE)
         if found is None:
-            self.fail(f"{value!r} is not a time; write 40ms or 1.5s", param, ctx)
+            self.fail(f"{shown(value, 60)} is not a time; write 40ms or 1.5s", param, ctx)
         return float(found[1]) * (1000.0 if (found[2] or "").lower() == "s" else 1.0)
 
 
@@ -56,7 +62,7 @@ class IntList(click.ParamType[tuple[int, ...]]):
             return value
         parts = str(value).split(",")
         if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", p) for p in parts):
-            self.fail(f"{value!r} is not a list of numbers; write 0,2048", param, ctx)
+            self.fail(f"{shown(value, 60)} is not a list of numbers; write 0,2048", param, ctx)
         return tuple(int(p) for p in parts)
 
 
@@ -66,6 +72,9 @@ strict = click.option(
     "--strict-placement", is_flag=True, help="Exit code 1 if an op fell back to another unit than the target's."
 )
 threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
+check = click.option(
+    "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
+)
 path = click.Path(path_type=Path)
 
 
@@ -124,8 +133,14 @@ def planning(command: Any) -> Any:
             help="Stored as.",
         ),
         click.option("--memory-limit", type=SizeType(), help="Most anonymous memory to take, such as 4g."),
-        click.option("--num-layers", type=int, help="Only the first N layers of each stack: a rehearsal."),
-        click.option("--max-context", type=int, help="Tokens a prompt and its answer may take. Default: at most 4096."),
+        click.option(
+            "--num-layers", type=click.IntRange(max=1 << 20), help="Only the first N layers of each stack: a rehearsal."
+        ),
+        click.option(
+            "--max-context",
+            type=click.IntRange(max=MOST_TOKENS),
+            help="Tokens a prompt and its answer may take. Default: at most 4096.",
+        ),
         *_target_options(),
     ]
     for option in reversed(options):

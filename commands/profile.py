@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..bundle import Bundle, Generation
-from ..errors import UserError
+from ..bundle import MANIFEST, Bundle, Generation
+from ..errors import UserError, VerificationFailure
 from ..runtimes.benchmark import Lengths, Measurement, NotMeasured, ProfileResult, SimulatedFact
+from ..runtimes.limits import limits_of
+from ..system.reading import one_line
 from ..system.subprocesses import ChildFailed, run_child
 from ..targets.registry import TARGETS
 
@@ -53,7 +55,11 @@ class ProfileLengths:
 
 
 def profile(
-    path: str | Path, formats: Sequence[str] = (), lengths: ProfileLengths | None = None, threads: int = 0
+    path: str | Path,
+    formats: Sequence[str] = (),
+    lengths: ProfileLengths | None = None,
+    threads: int = 0,
+    check: bool = True,
 ) -> ProfileResult:
     """Measure a bundle on this machine, each target in a fresh process.
 
@@ -62,8 +68,10 @@ def profile(
         formats: the targets; without, all in the bundle.
         lengths: what to measure; None is the default of each.
         threads: of the runtime; 0 is all cores.
+        check: whether the files that will be read are hashed first. They are then in the system's cache when they are loaded.
 
-    Raises UserError for lengths beyond the bundle's context, or a target in `formats` that cannot run on this machine.
+    Raises UserError for lengths beyond the bundle's context, or a target in `formats` that cannot run on this machine;
+    VerificationFailure for a file that is not what was exported, and for an artefact that crashes its runtime.
     """
     bundle = Bundle.open(path)
     requested = [bundle.target(name).format for name in dict.fromkeys(formats)]
@@ -75,14 +83,16 @@ def profile(
         if not (requested or (name in TARGETS and TARGETS[name].installed)):
             missing[name] = f"its runtime is not installed: {TARGETS[name].install if name in TARGETS else name}"
             continue
+        if check:
+            bundle.check_target(name)
         request = {"path": str(path), "format": name, "lengths": asdict(fitted), "threads": threads}
-        result = _in_a_process(path, request)
+        result = _in_a_process(bundle, request)
         if "not_measured" in result:
             missing[name] = result["not_measured"]
         else:
             measured[name] = result
     simulated: dict[str, dict[str, SimulatedFact]] = {
-        entry.format: {key: fact for key, fact in entry.facts.items() if key.startswith(SIMULATED)}
+        entry.format: {key: _simulated(key, fact) for key, fact in entry.facts.items() if key.startswith(SIMULATED)}
         for entry in bundle.manifest.targets
         if entry.format in chosen
     }
@@ -95,8 +105,28 @@ def profile(
     }
 
 
-def _in_a_process(path: str | Path, request: dict[str, Any]) -> Measurement | NotMeasured:
+def _simulated(key: str, fact: object) -> SimulatedFact:
+    """A fact of the manifest, which a stranger may have written. Raises UserError unless it has the form of `SIMULATED`."""
+    programs = fact.get("programs", {}) if isinstance(fact, dict) else None
+    whole = isinstance(programs, dict) and all(
+        isinstance(values, dict) and all(isinstance(v, int | float) for v in values.values())
+        for values in programs.values()
+    )
+    if (
+        not isinstance(fact, dict)
+        or not whole
+        or not all(isinstance(fact.get(k, ""), str) for k in ("simulator", "note"))
+    ):
+        raise UserError(f"{MANIFEST}: {one_line(key, 80)} holds no figures of a simulator; export the bundle again")
+    return cast(SimulatedFact, fact)
+
+
+def _in_a_process(bundle: Bundle, request: dict[str, Any]) -> Measurement | NotMeasured:
+    name = request["format"]
+    limits = limits_of(bundle, [bundle.target(name)], 0)
     try:
-        return cast("Measurement | NotMeasured", run_child("edgewright.runtimes.benchmark", request))
+        return cast("Measurement | NotMeasured", run_child("edgewright.runtimes.benchmark", request, limits=limits))
     except ChildFailed as error:
-        raise UserError(f"measuring {path} ({request['format']}) failed: {error}") from None
+        if error.stage:
+            raise VerificationFailure(f"{error.stage}: the process {error}") from None
+        raise UserError(f"measuring {bundle.path} ({name}) failed: the process {error}") from None

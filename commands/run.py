@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..runtimes.generate import Sampling
 from ..runtimes.session import Array
 from ..runtimes.text_generation import GREEDY, OpenBundle, open_bundle
+from ..system.memory import no_more_than_available
 
 Progress = Callable[[str], None]
 
@@ -19,7 +20,7 @@ class RunOptions:
     """The options of `run`; those of `OpenBundle.generate` mean the same there.
 
     context: text that a decoder-decoder reads first. memory: a file with what it made of one. save_memory: the file that
-    keeps what it makes of `context`.
+    keeps what it makes of `context`. check: as of `open_bundle`.
     """
 
     format: str | None = None
@@ -30,6 +31,7 @@ class RunOptions:
     context: str | None = None
     memory: Path | None = None
     save_memory: Path | None = None
+    check: bool = True
 
 
 def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress = lambda _: None) -> Iterator[str]:
@@ -40,13 +42,24 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     """
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text")
-    opened = open_bundle(path, options.format, options.threads)
+    opened = open_bundle(path, options.format, options.threads, options.check)
+    with no_more_than_available(_size(opened)):
+        yield from _answer(opened, prompt, options, progress)
+
+
+def _answer(opened: OpenBundle, prompt: str, options: RunOptions, progress: Progress) -> Iterator[str]:
     _check_memory_options(opened, options)
     ids = opened.encode_prompt(prompt, options.chat)
     if opened.session.stand_in:
         progress(opened.session.how)
     memory = _memory(opened, options, progress)
-    return opened.generate(ids, max_new_tokens=options.max_new_tokens, sampling=options.sampling, memory=memory)
+    yield from opened.generate(ids, max_new_tokens=options.max_new_tokens, sampling=options.sampling, memory=memory)
+
+
+def _size(opened: OpenBundle) -> int:
+    """Bytes of the target's files."""
+    files = [opened.bundle.path / name for name in opened.bundle.target(opened.format).files]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _check_memory_options(opened: OpenBundle, options: RunOptions) -> None:

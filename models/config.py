@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
-from ..system.reading import one_line
+from ..system.reading import shown
 
 # No real model is near it; a hostile config must not lead to huge shapes or endless loops.
 _MOST = 1 << 24
@@ -22,7 +22,7 @@ class ConfigReader:
         self.values, self.where = values, where
 
     def error(self, key: str, value: object, want: str) -> UserError:
-        return UserError(f"config.json: {self.where}{key} is {one_line(repr(value), 120)}, expected {want}")
+        return UserError(f"config.json: {self.where}{key} is {shown(value)}, expected {want}")
 
     def integer(self, key: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
         value = self.values.get(key, default)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..system.reading import shown
 from . import eugen
 from .language_model import LanguageModel
 
@@ -41,7 +42,7 @@ def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
         )
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"model_type '{kind}' is not supported; supported: {known}")
+        raise UserError(f"model_type {shown(kind, 60)} is not supported; supported: {known}")
     architecture: type[LanguageModel] = importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
     return architecture
 

@@ -11,8 +11,8 @@ from ..errors import VerificationFailure
 from ..system.memory import anonymous_bytes, require_available
 from ..system.resumable import ResumableExport
 from ..targets.registry import TARGETS
+from ..verification.checking import require_memory, verify_here
 from ..verification.report import Report, require, require_placement
-from ..verification.verify import require_memory, verify
 from .planned import Planned
 from .request import Progress, Request
 from .write_bundle import Cost
@@ -41,7 +41,7 @@ def check_bundle(
     """
     if not request.checks.verify:
         return None
-    report = verify(run.path, progress=progress)
+    report = verify_here(run.path, progress=progress)
     try:
         require(report)
         if request.checks.strict_placement:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..bundle import PREFILL_CHUNK, ContextSpec, Generation
+from ..bundle import MOST_IDS, PREFILL_CHUNK, ContextSpec, Generation
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
-from ..system.reading import one_line
+from ..system.reading import shown
 
 DEFAULT_CONTEXT = 4096
 
@@ -74,6 +74,6 @@ def _context(model: LanguageModel, most: int) -> ContextSpec:
 def _token_ids(key: str, value: object) -> set[int]:
     """The ids of a config's `key`: one, a list of them, or none. Raises UserError."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-        raise UserError(f"{key} is {one_line(repr(value), 80)}, expected a token id or a list of them")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < MOST_IDS for v in values):
+        raise UserError(f"{key} is {shown(value, 80)}, expected a token id or a list of them")
     return set(values)

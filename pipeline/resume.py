@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import sha256
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError, VerificationFailure
+from ..system.hashes import of_file
 from ..system.memory import anonymous_bytes, limited
 from ..system.memory_peak import PeakAnonymous
 from ..system.reading import one_line
@@ -87,7 +87,7 @@ def _job(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
     calibration = dict(vars(request.calibration))
     for key in ("text", "task"):
         if calibration[key] is not None and calibration[key].is_file():
-            calibration[key] = sha256(calibration[key])
+            calibration[key] = of_file(calibration[key])
     asked = {
         "model": request.model,
         "budget": budget,

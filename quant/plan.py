@@ -86,7 +86,7 @@ class Entry:
     every target holds.
     """
 
-    bits: int
+    bits: Annotated[int, Field(ge=-256, le=256)]
     group_size: Positive
     score: Finite
     why: Annotated[str, Field(max_length=4096)]
@@ -136,7 +136,7 @@ class BitPlan:
     budget: Budget
     entries: dict[Name, Entry]
     average_bits: Finite
-    total_bytes: Annotated[int, Field(ge=0)]
+    total_bytes: Annotated[int, Field(ge=0, le=2**60)]
     calibration: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     def to_json(self) -> str:

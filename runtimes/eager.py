@@ -6,13 +6,14 @@ themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from ..graph import Graph
 from ..models.layers.linear import Linear
-from .session import Array, StateBuffers, keep_states, sized
+from .session import Array, StateBuffers, keep_states, require_room, sized
 
 
 class EagerSession:
@@ -24,8 +25,9 @@ class EagerSession:
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         sizes = {"batch": batch, "capacity": capacity}
-        states = self._graphs[graph].states
-        return {s.name: torch.zeros(sized(s.shape, sizes), dtype=s.dtype) for s in states if s.updated}
+        updated = [s for s in self._graphs[graph].states if s.updated]
+        require_room(sum(s.dtype.itemsize * math.prod(sized(s.shape, sizes)) for s in updated), capacity)
+        return {s.name: torch.zeros(sized(s.shape, sizes), dtype=s.dtype) for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         g = self._graphs[graph]

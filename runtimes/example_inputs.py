@@ -6,7 +6,7 @@ import safetensors.numpy
 
 from ..bundle import CHECKPOINT, EXAMPLES, Bundle
 from ..errors import UserError
-from ..system.reading import one_line
+from ..system.reading import one_line, require_regular
 from .session import Array
 
 Call = tuple[str, dict[str, Array]]
@@ -16,6 +16,7 @@ Call = tuple[str, dict[str, Array]]
 def read_examples(bundle: Bundle) -> list[Call]:
     """(graph, inputs) of each example of a "module" bundle. Raises UserError if they do not fit its graphs."""
     path = bundle.path / CHECKPOINT / EXAMPLES
+    require_regular(path)
     try:
         stored = safetensors.numpy.load_file(path)
     except Exception as error:  # the library's and the file system's errors share no base

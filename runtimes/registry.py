@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ..bundle import Bundle, GraphSpec
-from ..errors import UserError
+from ..errors import UserError, VerificationFailure
 from ..system.reading import one_line
+from ..system.stages import Stage
 from ..targets.registry import TARGETS, require
+from .guarded import Guarded
 from .session import PlacedSession
 
 
@@ -26,30 +28,39 @@ def has_runtime(name: str) -> bool:
     return name in TARGETS and importlib.util.find_spec(f".{name}", __package__) is not None
 
 
-def open_session(bundle: Bundle, name: str, threads: int = 0) -> PlacedSession:
+Failure = type[UserError | VerificationFailure]
+
+
+def open_session(bundle: Bundle, name: str, threads: int = 0, failure: Failure = UserError) -> PlacedSession:
     """The artefact of a target as it ships, reloaded from disk. threads 0: all cores.
 
-    Raises UserError if the bundle has no such artefact, its runtime is not installed, or its files cannot be loaded.
+    failure: what the session raises where the artefact loads and then does not run. Raises UserError if the bundle has no such
+    artefact, its runtime is not installed, or its files cannot be loaded or are not what an exporter writes.
     """
-    return _open(bundle, name, threads, exact=False)
+    return _open(bundle, name, threads, False, failure)
 
 
-def open_exact(bundle: Bundle, name: str, threads: int = 0) -> PlacedSession | None:
+def open_exact(bundle: Bundle, name: str, threads: int = 0, failure: Failure = UserError) -> PlacedSession | None:
     """The same artefact with float32 activations, which judges the lowering alone; None where the runtime has none.
 
     Raises UserError as `open_session` does.
     """
-    return _open(bundle, name, threads, exact=True) if name in TARGETS and TARGETS[name].exact else None
+    return _open(bundle, name, threads, True, failure) if name in TARGETS and TARGETS[name].exact else None
 
 
-def _open(bundle: Bundle, name: str, threads: int, exact: bool) -> PlacedSession:
+def _open(bundle: Bundle, name: str, threads: int, exact: bool, failure: Failure) -> PlacedSession:
     bundle.target(name)
     if not has_runtime(name):
         known = ", ".join(n for n in TARGETS if has_runtime(n))
         raise UserError(f"no runtime here runs {name} artefacts; choose from {known}")
     require(name)
+    bundle.require_plain(name)
+    graphs = bundle.manifest.graphs
     try:
-        return _opener(name)(bundle.path / name, bundle.manifest.graphs, threads, exact)
+        with Stage(f"{name}: loading"):
+            session = _opener(name)(bundle.path / name, graphs, threads, exact)
+        where = name if failure is VerificationFailure else f"{bundle.path}: the {name} artefact"
+        return Guarded(session, name, graphs, where, failure)
     except UserError:
         raise
     except Exception as error:  # the runtimes raise a dozen types that share no base

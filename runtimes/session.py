@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..bundle import StateSpec
+from ..system.memory import require_available
 
 Array = NDArray[Any]
 StateBuffers = dict[str, Any]
@@ -103,6 +107,28 @@ DTYPES: dict[str, type[np.generic]] = {
 def sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A symbolic shape with its names replaced by `sizes`."""
     return tuple(d if isinstance(d, int) else sizes[d] for d in shape)
+
+
+_FEW = 64 << 20
+"""Bytes of states that are allocated without a look at the memory."""
+
+
+def state_bytes(states: Iterable[StateSpec], sizes: Mapping[str, int], copies: int = 1) -> int:
+    """Bytes of the buffers of these states, `copies` of each, by the widest dtype that a runtime stores them as."""
+    return sum(copies * array_bytes(sized(s.shape, sizes), s.dtype) for s in states)
+
+
+def array_bytes(shape: Sequence[int], dtype: str = "float32") -> int:
+    """Bytes of an array; the product cannot overflow."""
+    return math.prod(shape) * np.dtype(DTYPES.get(dtype, np.float32)).itemsize
+
+
+def require_room(needed: int, capacity: int) -> None:
+    """Raise UserError where the states of a stream, `needed` bytes for `capacity` tokens, do not fit into the memory."""
+    if needed > _FEW:
+        require_available(
+            needed, f"the states of a stream of {capacity} tokens take memory", "generate fewer tokens, or give more"
+        )
 
 
 def keep_states(outputs: dict[str, Any], updated: Iterable[str], states: Collection[str], state: StateBuffers) -> None:

@@ -17,17 +17,19 @@ from .session import Array, PlacedSession
 GREEDY = Sampling()
 
 
-def open_bundle(path: str | Path, format: str | None = None, threads: int = 0) -> OpenBundle:
+def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, check: bool = True) -> OpenBundle:
     """Open the bundle at `path` to generate text with one of its targets.
 
     Args:
         path: the bundle's folder.
         format: the target, such as "onnx"; None is the bundle's first.
         threads: CPU threads of the target's runtime; 0 is all cores.
+        check: whether the files that will be read are hashed first.
 
-    Raises UserError if there is no bundle, or it holds a module, which generates nothing.
+    Raises UserError if there is no bundle or no such target, or it holds a module, which generates nothing; VerificationFailure for
+    a file that is not what was exported.
     """
-    return OpenBundle(Bundle.open(path), format, threads)
+    return OpenBundle(Bundle.open(path), format, threads, check)
 
 
 class OpenBundle:
@@ -38,7 +40,7 @@ class OpenBundle:
         format: the target that runs.
     """
 
-    def __init__(self, bundle: Bundle, format: str | None = None, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, format: str | None = None, threads: int = 0, check: bool = True) -> None:
         """See `open_bundle`, which takes a path."""
         if bundle.manifest.generation.task == "module":
             raise UserError(
@@ -47,6 +49,9 @@ class OpenBundle:
         self.bundle = bundle
         self.format = format or bundle.manifest.targets[0].format
         self._spec, self._threads = bundle.manifest.generation, threads
+        bundle.target(self.format)
+        if check:
+            bundle.check_target(self.format)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -6,6 +6,7 @@ Anonymous memory (RssAnon) is counted, because pages of mapped weight files are 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from ..errors import UserError
 
 _LARGE = 1 << 18
+_STACKS = 32 << 20  # bytes a core that threads of libraries reserve for their stacks, and hardly use
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 _limit: int | None = None
 _STATUS = Path("/proc/self/status")
@@ -27,22 +29,20 @@ def anonymous_bytes() -> int:
 
 def anonymous_of(status: Path) -> int:
     """RssAnon in a process's status file; 0 where there is none, or the process is gone."""
-    try:
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return 0
-    return 0
+    return _status_bytes(status, "RssAnon:")
 
 
 def peak_resident_bytes() -> int:
     """VmHWM of this process, mapped files included; 0 where the system does not tell."""
+    return _status_bytes(_STATUS, "VmHWM:")
+
+
+def _status_bytes(status: Path, key: str) -> int:
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in status.read_text().splitlines():
+            if line.startswith(key):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except (OSError, ValueError, IndexError):
         return 0
     return 0
 
@@ -79,6 +79,31 @@ def require_available(needed: int, why: str, way_out: str) -> None:
         raise UserError(
             f"{why}: about {needed / 2**30:.1f} GiB, of which {available / 2**30:.1f} GiB are available; {way_out}"
         )
+
+
+@contextmanager
+def no_more_than_available(mapped: int) -> Iterator[None]:
+    """Within this context an allocation beyond the memory that is available now fails, where Linux can hold a process to it.
+
+    Without it, Linux grants what is not there, and ends the process when it is used. mapped: bytes of files that will be mapped,
+    which may count as well.
+    """
+    allocated = _status_bytes(_STATUS, "VmData:")
+    if not allocated:
+        yield
+        return
+    import resource  # not on Windows
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    available = available_bytes()
+    most = allocated + available - available // 20 + mapped + _STACKS * (os.cpu_count() or 1)
+    if before[1] != resource.RLIM_INFINITY:
+        most = min(most, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _cgroup_limits() -> list[int]:

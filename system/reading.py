@@ -6,12 +6,17 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
 
 MEBIBYTE = 1 << 20
+
+DEEPEST = 64
+"""Levels of lists and objects in a JSON file: what is nested deeper can be read, and then neither printed nor written."""
+
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -22,6 +27,14 @@ def one_line(text: object, limit: int = 240) -> str:
     shown = "".join(c if c.isprintable() else "?" for c in words)
     cut = len(shown) > limit or len(whole) > 8 * limit
     return shown[: limit - 1] + "…" if cut else shown
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """`repr(value)` for an error message. A list that is nested too deep, or a number of thousands of digits, has none."""
+    try:
+        return one_line(repr(value), limit)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} too large to print"
 
 
 # Control characters but line ends and tabs, surrogates, and what reverses the order of a line.
@@ -42,18 +55,30 @@ def require_regular(path: Path, limit: int | None = None) -> int:
     return _checked(path, facts, limit)
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The contents of a regular file of at most `limit` bytes. Raises UserError as `require_regular` does."""
+def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
+    """A regular file opened for reading. Raises UserError as `require_regular` does."""
     try:
         # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            size = _checked(path, os.fstat(descriptor), limit)
-            data = file.read(limit + 1)  # not `size`: a file of /proc says 0, and one may grow
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
+    try:
+        _checked(path, os.fstat(descriptor), limit)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The contents of a regular file of at most `limit` bytes. Raises UserError as `require_regular` does."""
+    with open_regular(path, limit) as file:
+        try:
+            data = file.read(limit + 1)  # not its size: a file of /proc says 0, and one may grow
+        except OSError as error:
+            raise _unreadable(path, error) from None
     if len(data) > limit:
-        raise _too_large(path, max(size, len(data)), limit)
+        raise _too_large(path, len(data), limit)
     return data
 
 
@@ -78,7 +103,7 @@ def read_stream(stream: BinaryIO, name: str, limit: int) -> str:
 
 
 def read_json_object(path: Path, limit: int = 16 * MEBIBYTE) -> dict[str, Any]:
-    """The JSON object in `path`, at most `limit` bytes. Raises UserError for anything else."""
+    """The JSON object in `path`, at most `limit` bytes and `DEEPEST` levels. Raises UserError for anything else."""
     text = read_text(path, limit)
     try:
         value = json.loads(text)
@@ -86,7 +111,20 @@ def read_json_object(path: Path, limit: int = 16 * MEBIBYTE) -> dict[str, Any]:
         raise UserError(f"{one_line(path)}: not valid JSON ({one_line(error, 80)}); download the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{one_line(path)}: holds a JSON {type(value).__name__}, an object is needed")
+    if nested_deeper(value, DEEPEST):
+        raise UserError(f"{one_line(path)}: nested deeper than {DEEPEST} levels, as no such file is; download it again")
     return value
+
+
+def nested_deeper(value: object, levels: int) -> bool:
+    """Whether lists and dicts are nested in more than `levels` levels."""
+    level = [value]
+    for _ in range(levels):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _checked(path: Path, facts: os.stat_result, limit: int | None) -> int:

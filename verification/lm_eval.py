@@ -71,6 +71,7 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
             raise UserError(f"{bundle} holds a module, which has no tokens to be scored")
         if not (opened.path / CHECKPOINT / "tokenizer.json").is_file():
             raise UserError(f"{bundle} has no tokenizer, so it cannot read a task; export from a checkpoint with one")
+        opened.check_target(format or opened.manifest.targets[0].format)
         self.tokenizer = Tokenizer.from_dir(opened.path / CHECKPOINT)
         self.backend = "seq2seq" if self.spec.task == "seq2seq" else "causal"
         self._name = f"{opened.path.name}-{opened.manifest.source_fingerprint}"

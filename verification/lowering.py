@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..bundle import Bundle, TargetEntry
+from ..bundle import Bundle, GraphSpec, TargetEntry
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError, VerificationFailure
 from ..exporters.registry import exporter
@@ -23,6 +23,7 @@ from ..runtimes.eager import EagerSession, Int8Session
 from ..runtimes.registry import has_runtime, open_exact, open_session
 from ..runtimes.session import Joined, PlacedSession, Session
 from ..system.reading import one_line
+from ..system.stages import Stage
 from ..targets.registry import TARGETS
 from .compare import Probe
 from .read_back import ReadBackSession
@@ -45,11 +46,15 @@ class References:
 
     @staticmethod
     def load(bundle: Bundle, quantized: Checkpoint) -> References:
-        """The references of a bundle. quantized: its checkpoint."""
+        """The references of a bundle. quantized: its checkpoint. Raises UserError unless the manifest's graphs are its own."""
         model = build(quantized.config)
         load_dequantized(model, quantized)
         kv_cache = bundle.manifest.kv_cache
         graphs = stored_as(model.graphs(), kv_cache)
+        if tuple(map(GraphSpec.of, graphs)) != bundle.manifest.graphs:
+            raise UserError(
+                f"{bundle.path}: the graphs in its manifest are not its checkpoint's; export the model again"
+            )
         linears = {n.removesuffix(CODES) for n in quantized.names() if n.endswith(CODES)}
         linears |= {alias for alias, name in model.tied.items() if name in linears}
         float_cache = EagerSession(model.graphs()) if kv_cache != "float32" else None
@@ -70,17 +75,21 @@ def compare_artefact(
     Returns the report and the session of the artefact as it ships. Raises UserError if it does not load.
     """
     progress(f"{entry.format}: reading its weights back")
+    bundle.require_plain(entry.format)
     weights, wrong = 0, None
     try:
-        weights = check_weights(bundle, entry.format, quantized)
+        with Stage(f"{entry.format}: reading its weights back"):
+            weights = check_weights(bundle, entry.format, quantized)
     except VerificationFailure as error:
         wrong = str(error)
     progress(f"{entry.format}: reloading, comparing on {probe.what}")
     shipped: PlacedSession
     if has_runtime(entry.format):
-        shipped, exact = open_session(bundle, entry.format, threads), open_exact(bundle, entry.format, threads)
+        shipped = open_session(bundle, entry.format, threads, VerificationFailure)
+        exact = open_exact(bundle, entry.format, threads, VerificationFailure)
     else:
-        shipped, exact = ReadBackSession(bundle, entry.format, quantized), None
+        with Stage(f"{entry.format}: loading"):
+            shipped, exact = ReadBackSession(bundle, entry.format, quantized), None
     sessions = [shipped] if exact is None else [exact, shipped]
     part = TARGETS[entry.format].graphs
     compared: list[Session] = [Joined(s, part, references.exact) for s in sessions] if part else [*sessions]

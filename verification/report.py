@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from ..errors import VerificationFailure
 from ..runtimes.session import Placement
@@ -28,6 +28,8 @@ _MOST_SLACK. The mean KL may be twice the reference's. Two runs that round alike
 """
 
 _MOST_SLACK = 0.1
+
+_T = TypeVar("_T")
 
 MODULE_ERROR = 0.02
 """Largest root mean square error of a module's outputs with reduced activations, relative to the outputs.
@@ -120,6 +122,15 @@ class TargetReport:
             return _agrees(self.lowering)
         return self.lowering.top1 >= self._least_top1 and self.lowering.mean_kl <= 2 * self.arithmetic.mean_kl
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> TargetReport:
+        """The entry of a target in `Report.to_json`."""
+        own = {f.name: values[f.name] for f in fields(TargetReport)}
+        own |= {key: _made(Agreement, values[key]) for key in ("lowering", "shipped", "arithmetic")}
+        return TargetReport(
+            **own | {"placement": _made(Placement, values["placement"]), "text": _made(TextScore, values["text"])}
+        )
+
     @property
     def _least_top1(self) -> float:
         """The least top-1 agreement beside that of `arithmetic`."""
@@ -150,6 +161,10 @@ class TargetReport:
         return f"top-1 >= {self._least_top1:.2%}, KL <= {2 * self.arithmetic.mean_kl:.2g}: what int8 costs"
 
 
+def _made(kind: type[_T], values: Mapping[str, Any] | None) -> _T | None:
+    return None if values is None else kind(**values)
+
+
 @dataclass(frozen=True)
 class Report:
     """The result of `verify`.
@@ -178,6 +193,15 @@ class Report:
         for target, entry in zip(self.targets, values["targets"], strict=True):
             entry["passed"] = target.passed
         return values | {"passed": self.passed, "tolerance": TOLERANCE}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Report:
+        """What `to_json` gave."""
+        own = {f.name: values[f.name] for f in fields(Report)}
+        own["targets"] = [TargetReport.from_json(target) for target in values["targets"]]
+        own["quantization"] = _made(Agreement, values["quantization"])
+        own |= {key: _made(TextScore, values[key]) for key in ("original_text", "dequantized_text")}
+        return Report(**own)
 
 
 def require_placement(report: Report) -> None:

@@ -45,7 +45,7 @@ class MemoryConfig:
         value = section.values.get("prompt_prefix", [])
         prefix = token_ids(value, main.vocab)
         if prefix is None:
-            raise section.error("prompt_prefix", f"{value!r:.60}", f"a list of token ids below {main.vocab}")
+            raise section.error("prompt_prefix", value, f"a list of token ids below {main.vocab}")
         self.prefix = prefix
 
 

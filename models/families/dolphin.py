@@ -72,8 +72,9 @@ def _ids(section: ConfigReader, key: str, default: Sequence[int], stack: StackCo
     value = section.values.get(key)
     ids = token_ids(list(default) if value is None else value, stack.vocab)
     if ids is None:
-        shown = "absent" if value is None else f"{value!r:.60}"
-        raise section.error(key, shown, f"a list of at most 1024 token ids below {stack.vocab}")
+        raise section.error(
+            key, "absent" if value is None else value, f"a list of at most 1024 token ids below {stack.vocab}"
+        )
     return ids
 
 

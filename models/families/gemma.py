@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ...errors import UserError
 from ..causal import DecoderParts
 from ..config import ConfigReader, StackKeys
 from ..layers.activations import softcap
@@ -71,9 +70,7 @@ class Gemma3Config(GemmaConfig):
         cap = section.values.get("attn_logit_softcapping")
         if cap is not None:
             # transformers reads the key and does not use it; a checkpoint that sets it is not one we know.
-            raise UserError(
-                f"config.json: {section.where}attn_logit_softcapping is {cap!r}; {family} has no attention soft-capping"
-            )
+            raise section.error("attn_logit_softcapping", cap, f"nothing: {family} has no attention soft-capping")
         self.bases = {kind: section.rope(base, kind) for kind, base in ((FULL, 1e6), (SLIDING, 1e4))}
         self.norm_eps = self.eps
 

@@ -47,9 +47,10 @@ class Config:
         self.intermediate = section.integer("intermediate_size")
         self.layers = section.integer("num_hidden_layers", most=1024)
         self.heads = section.integer("num_attention_heads", most=4096)
-        if self.hidden % self.heads or self.hidden // self.heads % 8:
-            raise section.error("num_attention_heads", self.heads, f"{self.hidden} / heads to be a multiple of 8")
         self.head_dim = self.hidden // self.heads
+        if self.hidden % self.heads or self.head_dim % 8 or self.head_dim > 4096:
+            want = f"{self.hidden} / heads to be a multiple of 8 up to 4096"
+            raise section.error("num_attention_heads", self.heads, want)
         self.eps = section.number("norm_eps", 1e-5)
         self.norm_bias = section.boolean("norm_bias", False)
         self.attention_bias = section.boolean("attention_bias", False)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...errors import UserError
+from ...system.reading import shown
 from .ops import EW
 
 
@@ -55,7 +56,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The activation that config.json names. Raises UserError for one that is not known."""
     if name not in ACTIVATIONS:
-        raise UserError(f"activation '{name}' is not supported; known: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"activation {shown(name, 60)} is not supported; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...graph import Graph, Port
-from ...system.reading import one_line
+from ...system.reading import one_line, shown
 from ..language_model import Example, LanguageModel
 from . import replacements
 
@@ -146,9 +146,7 @@ class Model(LanguageModel):
         super().__init__(config)
         factory = config.get("factory")
         if not isinstance(factory, str) or not is_factory(factory):
-            raise UserError(
-                f"config.json: factory is {one_line(repr(factory), 80)}, expected 'package.module:function'"
-            )
+            raise UserError(f"config.json: factory is {shown(factory, 80)}, expected 'package.module:function'")
         source = load(factory)
         # A copy without weights: these come from the checkpoint, quantized or not.
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in source.module.parameters()}

@@ -10,7 +10,7 @@ from ...bundle import GraphSpec
 from ...errors import UserError
 from ...system.reading import one_line
 from ...targets.coreml.package import OUT, STEP, FunctionDef, Package
-from ..session import Array, StateBuffers
+from ..session import Array, StateBuffers, array_bytes, require_room
 
 
 class Batch:
@@ -33,12 +33,17 @@ class Batch:
 
     def carried(self, graph: str, batch: int) -> StateBuffers:
         """A new stream's states that are inputs and outputs of the functions: an array of zeros for each row."""
-        updated = {s.name for s in self.graphs[graph].updated_states}
-        inputs = self.package.functions[graph].inputs.items()
-        return {n: [np.zeros(s, np.float32) for _ in range(batch)] for n, (_, s) in inputs if n in updated}
+        shapes = self._carried(graph).items()
+        return {n: [np.zeros(shape, np.float32) for _ in range(batch)] for n, shape in shapes}
 
-    def check(self, graph: str, capacity: int) -> None:
-        """Raise UserError if the caches of the package are smaller than `capacity` tokens."""
+    def _carried(self, graph: str) -> dict[str, tuple[int, ...]]:
+        updated = {s.name for s in self.graphs[graph].updated_states}
+        return {n: shape for n, (_, shape) in self.package.functions[graph].inputs.items() if n in updated}
+
+    def check(self, graph: str, capacity: int, batch: int) -> None:
+        """Raise UserError if the caches of the package are smaller than `capacity` tokens, or do not fit into the memory."""
+        shapes = [*self.own(graph).values(), *self._carried(graph).values()]
+        require_room(batch * sum(map(array_bytes, shapes)), capacity)
         for name, shape in self.own(graph).items():
             if "capacity" in self.states[name].shape and capacity > shape[2]:
                 raise UserError(

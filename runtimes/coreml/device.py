@@ -43,7 +43,7 @@ class CoremlDevice:
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         """One Core ML state for each row, under the name of every state in it; arrays for the other states."""
-        self._batch.check(graph, capacity)
+        self._batch.check(graph, capacity, batch)
         carried, own = self._batch.carried(graph, batch), self._batch.own(graph)
         if not own:
             return carried

@@ -47,7 +47,7 @@ class CoremlEvaluator:
 
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         """Zeroed states for each row, of the package's own static size."""
-        self._batch.check(graph, capacity)
+        self._batch.check(graph, capacity, batch)
         own = {n: [np.zeros(shape, np.float32) for _ in range(batch)] for n, shape in self._batch.own(graph).items()}
         return own | self._batch.carried(graph, batch)
 

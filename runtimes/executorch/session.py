@@ -21,6 +21,7 @@ import torch
 from ...bundle import GraphSpec
 from ...system.quiet import quiet_stderr, quiet_torchao
 from ...targets.executorch.names import EXACT, POSITIONS, PROGRAM, STEP
+from ...targets.executorch.plan_check import check_program, require_planned
 from ..session import Array, PlacedSession, Placement, StateBuffers, place
 
 HOST_OPS = {
@@ -57,6 +58,7 @@ class ExecuTorchSession:
         quiet_torchao()
         self.how = f"executorch {importlib.metadata.version('executorch')} on this CPU, XNNPACK with int8 activations"
         self._path = directory / PROGRAM
+        self._planned = check_program(self._path)
         with quiet_stderr():  # the library reports on the processor and on its threads
             import executorch.extension.llm.custom_ops.custom_ops  # registers the llama:: kernels
             import executorch.kernels.quantized  # noqa: F401  registers the embedding kernels
@@ -66,7 +68,9 @@ class ExecuTorchSession:
             if portable_lib._threadpool_get_thread_count() != wanted:  # the process has one pool of threads
                 portable_lib._unsafe_reset_threadpool(wanted)
             self._load = portable_lib._load_program
-            self._program = self._load(str(self._path))
+            # by itself it takes every offset in the file for right
+            checked = portable_lib.Verification.InternalConsistency
+            self._program = self._load(str(self._path), program_verification=checked)
         self._graphs = {g.name: g for g in graphs}
         self._methods: dict[str, Any] = {}
         self._pool: dict[str, list[_Row]] = {g.name: [] for g in graphs}
@@ -82,6 +86,7 @@ class ExecuTorchSession:
 
     def _row_of(self, graph: str) -> _Row:
         """The graph's methods from a program of their own."""
+        require_planned(self._path, self._planned)
         program = self._load(str(self._path))
         step = program.load_method(graph + STEP) if graph + STEP in self._names else None
         return _Row(program, program.load_method(self._many(graph)), step)

@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime as ort
 
 from ...bundle import GraphSpec, StateSpec
-from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, sized
+from ...targets.onnx.graph_check import check_graph
+from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, require_room, sized, state_bytes
 
 Activations = Literal["int8", "float32"]
 """int8: as shipped, MatMulNBits quantizes each row of its input. float32: exact arithmetic, to check the lowering."""
@@ -61,12 +62,14 @@ class OnnxSession:
     def new_state(self, batch: int, capacity: int, graph: str = "decoder") -> StateBuffers:
         """Zeroed OrtValues of the states that `graph` updates, two of each that changes places."""
         sizes = {"batch": batch, "capacity": capacity}
+        updated = self._graphs[graph].updated_states
+        copies = {s.name: 1 if s.kind in IN_PLACE else 2 for s in updated}
+        require_room(sum(state_bytes([s], sizes, copies[s.name]) for s in updated), capacity)
 
         def zeros(s: StateSpec) -> ort.OrtValue:
             return ort.OrtValue.ortvalue_from_numpy(np.zeros(sized(s.shape, sizes), DTYPES[s.dtype]))
 
-        updated = self._graphs[graph].updated_states
-        return {s.name: zeros(s) if s.kind in IN_PLACE else [zeros(s), zeros(s)] for s in updated}
+        return {s.name: zeros(s) if copies[s.name] == 1 else [zeros(s), zeros(s)] for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:
         spec = self._graphs[graph]
@@ -127,7 +130,8 @@ class OnnxSession:
 
 
 def load(path: Path, threads: int, activations: Activations, profile_prefix: str | None = None) -> ort.InferenceSession:
-    """A session on the CPU provider alone. threads 0: all cores."""
+    """A session on the CPU provider alone. threads 0: all cores. Raises UserError for a graph that no exporter here writes."""
+    check_graph(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

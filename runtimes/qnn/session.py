@@ -15,9 +15,10 @@ import numpy as np
 
 from ...bundle import GraphSpec, PortSpec, StateSpec
 from ...errors import UserError
+from ...targets.onnx.graph_check import check_graph
 from ...targets.qnn import emulated
 from ...targets.qnn.context import HOST_OPS, NAME, PROGRAMS, Program, Programs, compiled, session
-from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, sized
+from ..session import DTYPES, Array, PlacedSession, Placement, StateBuffers, place, require_room, sized, state_bytes
 
 
 class QnnSession:
@@ -52,6 +53,7 @@ class QnnSession:
             if program.graph not in self._graphs:
                 raise UserError(f"{directory / PROGRAMS}: {stem} is of an unknown graph; export again")
             path = directory / compiled(stem, self.version)
+            check_graph(path)
             check_inside(path)
             self._loaded[stem] = session(path, {"htp_arch": str(self.version)}, {}, threads)
             self._check_ports(path, self._graphs[program.graph], program, self._loaded[stem])
@@ -88,6 +90,7 @@ class QnnSession:
                 "export with a longer --max-context"
             )
         sizes = {"batch": batch, "capacity": most}
+        require_room(state_bytes(self._graphs[graph].updated_states, sizes), most)
         return {s.name: np.zeros(sized(s.shape, sizes), np.float16) for s in self._graphs[graph].updated_states}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:

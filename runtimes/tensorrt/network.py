@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...bundle import GraphSpec, StateSpec
+from ...targets.onnx.graph_check import check_graph
 from ...targets.tensorrt.engine_file import Header, read_header
-from ..session import Array, Placement, StateBuffers, keep_states, sized
+from ..session import Array, Placement, StateBuffers, keep_states, require_room, sized, state_bytes
 from .ports import GPU, NO_FALLBACK, check_ports, network_ops, port_names, state_dtype
 
 
@@ -38,6 +39,7 @@ class NetworkSession:
         for graph in graphs:
             inputs, outputs = port_names(graph)
             engine, path = directory / f"{graph.name}.engine", directory / f"{graph.name}.onnx"
+            check_graph(path)
             if not exact:
                 self.headers[graph.name] = read_header(engine)
                 check_ports(engine, self.headers[graph.name].ports, [*inputs, *outputs])
@@ -60,6 +62,7 @@ class NetworkSession:
         """Zeroed arrays of the states that `graph` updates; keys and values are float16, with `exact` float32."""
         sizes = {"batch": batch, "capacity": capacity}
         updated = self._graphs[graph].updated_states
+        require_room(state_bytes(updated, sizes), capacity)
         return {s.name: np.zeros(sized(s.shape, sizes), state_dtype(s, self._half)) for s in updated}
 
     def run(self, graph: str, inputs: Mapping[str, Array], state: StateBuffers) -> dict[str, Array]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgewright.bundle import Bundle, Generation, GraphSpec, Manifest, TargetEntry, hash_files, sha256, write_manifest
+from edgewright.bundle import Bundle, Generation, GraphSpec, Manifest, TargetEntry, hash_files, write_manifest
 from edgewright.errors import UserError, VerificationFailure
+from edgewright.system import hashes
+from edgewright.system.hashes import of_file
 
 FILES = ("checkpoint/config.json", "checkpoint/model.safetensors", "onnx/decoder.onnx", "onnx/weights.bin")
 
@@ -73,7 +77,7 @@ def test_what_is_written_is_read_and_checked(root: Path) -> None:
     bundle = Bundle.open(root)
     bundle.check_files()
     assert sorted(bundle.manifest.files) == sorted(FILES)
-    assert bundle.manifest.files["onnx/weights.bin"] == sha256(root / "onnx" / "weights.bin")
+    assert bundle.manifest.files["onnx/weights.bin"] == of_file(root / "onnx" / "weights.bin")
     assert bundle.target("onnx").stored_bytes == 1
     with pytest.raises(UserError, match="holds no coreml artefact; it has: onnx"):
         bundle.target("coreml")
@@ -108,7 +112,7 @@ def test_a_changed_or_missing_file_is_named(root: Path, name: str) -> None:
 )
 def test_a_path_that_leaves_the_bundle_is_refused(root: Path, name: str) -> None:
     (root.parent / "secret").write_text("secret")
-    edit(root, lambda m: m["files"].update({name: sha256(root.parent / "secret")}))
+    edit(root, lambda m: m["files"].update({name: of_file(root.parent / "secret")}))
     assert "leaves the bundle" in refusal(root)
 
 
@@ -162,6 +166,38 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "token beyond the vocabulary": (lambda m: m.update(prompts=[[1, 10]]), "token 10"),
     "negative token": (lambda m: m.update(prompts=[[-1]]), "prompts.0.0"),
     "no graph to decode with": (lambda m: m.update(graphs=[]), "needs the graph decoder"),
+    "context of a billion": (lambda m: m["generation"].update(max_context=10**9), "generation.max_context"),
+    "context of many digits": (lambda m: m["generation"].update(max_context=10**400), "generation.max_context"),
+    "context that is a fraction": (lambda m: m["generation"].update(max_context=32.5), "generation.max_context"),
+    "endless answer": (lambda m: m["generation"].update(max_new_tokens=10**12), "generation.max_new_tokens"),
+    "vocabulary of a trillion": (lambda m: m["generation"].update(vocab=10**12), "generation.vocab"),
+    "end token of many digits": (lambda m: m["generation"].update(eos_ids=[10**30]), "generation.eos_ids.0"),
+    "no number of bits": (lambda m: m.update(average_bits=float("nan")), "average_bits"),
+    "endless bits": (lambda m: m.update(average_bits=float("inf")), "average_bits"),
+    "weights of many digits": (lambda m: m.update(weights=10**400), "weights"),
+    "fewer weights than none": (lambda m: m.update(weights=-1), "weights"),
+    "bytes of many digits": (lambda m: m["targets"][0].update(stored_bytes=10**400), "targets.0.stored_bytes"),
+    "nodes of many digits": (lambda m: m["targets"][0].update(ops={"decoder": {"Add": 10**400}}), "ops.decoder.Add"),
+    "a target twice": (lambda m: m["targets"].append(m["targets"][0]), "the target onnx is there twice"),
+    "a target that is a path": (lambda m: m["targets"][0].update(format="../onnx"), "targets.0.format"),
+    "a target that is a terminal's escape": (lambda m: m["targets"][0].update(format="\x1b[31m"), "targets.0.format"),
+    "a file of another target": (
+        lambda m: m["targets"][0]["files"].append("checkpoint/config.json"),
+        "checkpoint/config.json lies outside the folder onnx",
+    ),
+    "a graph twice": (lambda m: m["graphs"].append(m["graphs"][0]), "the graph decoder is there twice"),
+    "an input twice": (
+        lambda m: m["graphs"][0].update(inputs=[{"name": "x", "dtype": "int64", "shape": [1]}] * 2),
+        "the input x is there twice",
+    ),
+    "a shape of a thousand dimensions": (
+        lambda m: m["graphs"][0].update(inputs=[{"name": "x", "dtype": "int64", "shape": [1] * 1000}]),
+        "graphs.0.inputs.0.shape",
+    ),
+    "a file in two spellings": (lambda m: m["files"].update({"ONNX/Weights.bin": "0"}), "is there twice"),
+    "a path that is not plain": (lambda m: m["files"].update({"onnx/./x": "0"}), "not written plainly"),
+    "facts without end": (lambda m: m["targets"][0].update(facts={"x": "y" * (2 << 20)}), "facts of more than"),
+    "facts that are no number": (lambda m: m["targets"][0].update(facts={"x": float("nan")}), "targets.0"),
     "graph name that is a path": (
         lambda m: m.update(graphs=[{"name": "../decoder", "inputs": [], "outputs": []}]),
         "graphs.0.name",
@@ -179,14 +215,15 @@ def test_a_damaged_manifest_names_the_field(root: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b"[" * 200_000, "not JSON"),
-        (b'{"a":' * 200_000, "not JSON"),
-        (b"\xff\xfe{}", "not JSON"),
-        (b"[]", "schema version None"),
-        (b"null", "schema version None"),
-        (b"1" * 10_000, "not JSON"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b'{"a":' * 200_000, "not valid JSON"),
+        (b'{"a":' + b"[" * 300 + b"]" * 300 + b"}", "nested deeper"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[]", "JSON list"),
+        (b"null", "JSON NoneType"),
+        (b"1" * 10_000, "not valid JSON"),
     ],
 )
 def test_a_manifest_that_is_no_manifest(root: Path, text: bytes, word: str) -> None:
@@ -205,3 +242,91 @@ def test_what_is_not_a_bundle(tmp_path: Path) -> None:
     assert "is not a bundle" in refusal(tmp_path / "absent")
     (tmp_path / "manifest.json").mkdir()
     assert "is not a bundle" in refusal(tmp_path)
+
+
+# Pipes, devices and many files
+
+
+pipes = pytest.mark.skipif(sys.platform == "win32", reason="no pipes in folders")
+
+
+@pipes
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_in_place_of_a_file_does_not_wait_for_a_writer(root: Path, name: str) -> None:
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    assert failure(root) == f"{name}: no regular file"
+
+
+@pipes
+def test_a_file_swapped_for_a_pipe_while_it_is_checked_does_not_hang(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look at the file and its opening are two steps."""
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    (root / "onnx" / "weights.bin").unlink()
+    os.mkfifo(root / "onnx" / "weights.bin")
+    assert "a pipe, a regular file is needed" in failure(root)
+
+
+@pipes
+def test_what_is_beside_the_files_of_a_target_is_plain_too(root: Path) -> None:
+    """A graph may name any file of its folder, in the manifest or not."""
+    bundle = Bundle.open(root)
+    (root / "onnx" / "notes.txt").write_text("harmless")
+    (root / "onnx" / "inside.bin").symlink_to("weights.bin")
+    bundle.check_target("onnx")
+    os.mkfifo(root / "onnx" / "pipe")
+    with pytest.raises(UserError, match="pipe: no regular file"):
+        bundle.check_target("onnx")
+    (root / "onnx" / "pipe").unlink()
+    (root / "checkpoint" / "deep").mkdir()
+    (root / "checkpoint" / "deep" / "link").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="link: a link leads out of the bundle"):
+        bundle.check_target("onnx")
+
+
+def test_only_what_a_target_reads_is_hashed_for_it(root: Path) -> None:
+    (root / "coreml").mkdir()
+    (root / "coreml" / "program").write_text("text")
+    (root / "checkpoint" / "tokenizer.json").write_text("{}")
+    more = {f"{d}/{n}": of_file(root / d / n) for d, n in (("coreml", "program"), ("checkpoint", "tokenizer.json"))}
+    edit(root, lambda m: m["files"].update(more))
+    bundle = Bundle.open(root)
+    read = {"checkpoint/config.json", "checkpoint/tokenizer.json", "onnx/decoder.onnx", "onnx/weights.bin"}
+    assert set(bundle.files_of("onnx")) == read
+    for name in ("coreml/program", "checkpoint/model.safetensors"):
+        (root / name).write_text("changed")
+    bundle.check_target("onnx")
+    (root / "checkpoint" / "tokenizer.json").write_text("changed")
+    with pytest.raises(VerificationFailure, match=r"^checkpoint/tokenizer\.json: the file is not what was exported"):
+        bundle.check_target("onnx")
+    with pytest.raises(UserError, match="holds no qnn artefact"):
+        bundle.check_target("qnn")
+
+
+@pipes
+def test_a_report_is_not_written_into_a_pipe(root: Path) -> None:
+    (root / "reports").mkdir(exist_ok=True)
+    for name in ("verify.json", ".verify.json.partial"):
+        os.mkfifo(root / "reports" / name)
+    path = Bundle.open(root).write_report("verify", {"passed": True})
+    assert json.loads(path.read_text()) == {"passed": True}
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        Bundle.open(root).write_report("verify", {})
+
+
+def test_the_first_of_many_faults_is_named_whatever_thread_finds_it(root: Path) -> None:
+    files = {f"onnx/{i:03}": "0" * 64 for i in range(200)}
+    for i, name in enumerate(files):
+        (root / name).write_bytes(bytes(1000 * (200 - i)))
+    assert hashes.first_fault(root, files) == ("onnx/000", "the file is not what was exported (its SHA-256 differs)")
+    right = dict(zip(files, hashes.of_files([root / name for name in files]), strict=True))
+    assert hashes.first_fault(root, right) is None
+    assert hashes.first_fault(root, right | {"onnx/150": "0"}) == (
+        "onnx/150",
+        "the file is not what was exported (its SHA-256 differs)",
+    )
+    assert hashes.first_fault(root, {}) is None

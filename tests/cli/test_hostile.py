@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers import hostile_graphs as hostile
+from helpers.hostile_values import deep_list
 from helpers.requests import asking
 from helpers.tiny import merged, write_tiny_llama, write_tiny_t5gemma
 
 from edgewright import compiler
 from edgewright.bundle import Bundle
 from edgewright.cli import main
-from edgewright.errors import UserError
+from edgewright.errors import UserError, VerificationFailure
 from edgewright.quant.quantize_checkpoint import quantize_checkpoint
+from edgewright.runtimes.text_generation import open_bundle
 
 
 def edgewright(*arguments: object, stdin: str | bytes | None = None) -> Result:
@@ -154,10 +158,15 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an empty prompt": (lambda m: m.update(prompts=[[1], []]), "prompts.1"),
     "a weight file without hash": (lambda m: m["files"].pop("onnx/weights.bin"), "onnx/weights.bin has no hash"),
     "a checkpoint without hash": (lambda m: m["files"].pop("checkpoint/model.safetensors"), "has no hash"),
-    "a target's file outside": (lambda m: m["targets"][0]["files"].append("../../etc/passwd"), "has no hash"),
+    "a target's file outside": (lambda m: m["targets"][0]["files"].append("../../etc/passwd"), "lies outside"),
     "unknown dtype": (lambda m: state_of(m).update(dtype="complex128"), "dtype"),
     "unknown dimension": (lambda m: state_of(m).update(shape=["batch", "nonsense"]), "shape"),
     "size of a terabyte": (lambda m: state_of(m).update(shape=["batch", 1 << 40]), "shape"),
+    "context of ten millions more": (lambda m: m["generation"].update(max_context=10**12), "generation.max_context"),
+    "an answer of a trillion": (lambda m: m["generation"].update(max_new_tokens=10**12), "generation.max_new_tokens"),
+    "a target twice": (lambda m: m["targets"].append(m["targets"][0]), "the target onnx is there twice"),
+    "a file of the checkpoint": (lambda m: m["targets"][0]["files"].append("checkpoint/config.json"), "lies outside"),
+    "nested facts": (lambda m: m["targets"][0].update(facts={"x": deep_list(70)}), "nested deeper"),
     "escapes in a key": (lambda m: m.update({"\x1b[31m\n" * 100: 1}), "Extra inputs"),
     "long version": (lambda m: m.update(schema_version="9\n" * 9999), "schema version"),
 }
@@ -171,6 +180,94 @@ def test_a_hostile_manifest_is_one_line_for_every_command(copy: Path, kind: str)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     for command in (("verify", copy), ("run", copy, "--prompt", "a"), ("profile", copy), ("inspect", copy)):
         assert word in refused(edgewright(*command))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"vendor_simulated": []},
+        {"vendor_simulated": {"programs": 5}},
+        {"vendor_simulated": {"programs": {"a": {"b": {}}}}},
+        {"vendor_simulated_too": {"simulator": 1}},
+    ],
+)
+def test_facts_of_another_form_are_one_line(copy: Path, facts: dict[str, Any]) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["targets"][0]["facts"] = facts
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "no figures of a simulator" in refused(edgewright("profile", copy, "-p", 2, "-n", 1, "-r", 1))
+
+
+# Artefacts
+
+
+FILES = ("onnx/decoder.onnx", "onnx/weights.bin", "checkpoint/tokenizer.json", "checkpoint/config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_run_and_profile_read_is_hashed_before_it_is_loaded(copy: Path, name: str) -> None:
+    """What is added changes nothing that a reader would notice: an empty comment, or a blank line."""
+    with (copy / name).open("ab") as file:
+        file.write(b"\x32\0" if name.endswith(".onnx") else b"\n")
+    for command in (("run", copy, "--prompt", "a b"), ("profile", copy, "-p", 2, "-n", 1, "-r", 1)):
+        result = edgewright(*command)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.splitlines()[-1].startswith(f"verification failed: {name}: the file is not what was")
+    with pytest.raises(VerificationFailure, match="is not what was exported"):
+        open_bundle(copy)
+    assert len(list(open_bundle(copy, check=False).generate("a b", max_new_tokens=2))) <= 2
+    assert edgewright("run", copy, "--no-check", "--prompt", "a b", "-n", 2).exit_code == 0
+
+
+def test_the_weights_of_the_checkpoint_are_not_read_by_run(copy: Path) -> None:
+    (copy / "checkpoint" / "model.safetensors").write_bytes(b"changed")
+    assert edgewright("run", copy, "--prompt", "a b", "-n", 2).exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes in folders")
+@pytest.mark.parametrize("name", [*FILES, "onnx/beside", "checkpoint/chat_template.jinja"])
+def test_a_pipe_in_a_bundle_keeps_no_command_waiting(copy: Path, name: str) -> None:
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    commands = (
+        ("verify", copy),
+        ("run", copy, "--prompt", "a"),
+        ("run", copy, "--no-check", "--prompt", "a"),
+        ("profile", copy, "-p", 2, "-n", 1, "-r", 1),
+    )
+    for command in commands:
+        result = edgewright(*command)
+        assert result.exit_code in (1, 2), command
+        assert result.stdout == ""
+        assert re.search("regular file|no tokenizer", result.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (hostile.endless_loop, "a graph inside 'Loop'"),
+        (hostile.weights_in("/dev/zero"), "outside its folder"),
+        (hostile.foreign_op, "ops of the domain 'stranger'"),
+        (hostile.huge_weight, "more elements than any file holds"),
+        (hostile.other_logits, "decoder does not run"),
+        (hostile.filled_memory(1 << 20), "does not"),
+    ],
+)
+def test_run_is_not_kept_busy_by_a_hostile_graph(copy: Path, change: hostile.Edit, words: str) -> None:
+    hostile.edit_graph(copy, change)
+    assert words in refused(edgewright("run", copy, "--prompt", "a b", "-t", 1))
+
+
+def test_an_answer_that_no_memory_holds_is_refused_by_the_figure(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["generation"]["max_context"] = manifest["generation"]["max_new_tokens"] = 1 << 24
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("edgewright.system.memory.available_bytes", lambda: 1 << 30)
+    for options in ((), ("-n", 1 << 24)):
+        line = refused(edgewright("run", copy, "--prompt", "a", *options))
+        assert "tokens take memory: about" in line
+        assert "of which 1.0 GiB are available" in line
 
 
 def test_a_report_never_leaves_the_bundle(copy: Path, tmp_path: Path) -> None:
@@ -208,6 +305,29 @@ def test_a_report_never_leaves_the_bundle(copy: Path, tmp_path: Path) -> None:
         ("plan", "--nonsense"),
         ("nonsense",),
         ("devices", "nonsense"),
+        ("plan", "--max-context", 10**12),
+        ("plan", "--max-context", 10**400),
+        ("plan", "--max-context", "1e3"),
+        ("plan", "--num-layers", 10**12),
+        ("plan", "--workers", 10**6),
+        ("plan", "--workers", 0),
+        ("plan", "--bits", "4,5"),
+        ("plan", "--memory-limit", "9" * 30),
+        ("plan", "--latency", "1e9"),
+        ("plan", "--group-size", 10**6),
+        ("verify", "x", "-t", 10**9),
+        ("verify", "x", "--text-windows", 10**6),
+        ("verify", "x", "--task-limit", 10**12),
+        ("run", "x", "--prompt", "a", "-n", 10**12),
+        ("run", "x", "--prompt", "a", "-n", 10**400),
+        ("run", "x", "--prompt", "a", "-t", 10**9),
+        ("run", "x", "--prompt", "a", "--seed", 10**30),
+        ("profile", "x", "-p", 10**12),
+        ("profile", "x", "-n", 10**12),
+        ("profile", "x", "-d", "1" * 20),
+        ("profile", "x", "-r", 10**12),
+        ("profile", "x", "-t", -1),
+        ("rewrite", "--seed", 10**30),
     ],
 )
 def test_an_unreadable_option_is_one_line_too(model: Path, arguments: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from edgewright import compiler
 from edgewright.calibration.prompts import read_task
 from edgewright.cli import main
-from edgewright.verification.verify import VerifyOptions, verify
+from edgewright.verification.checking import VerifyOptions, verify_here
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 DOLPHIN, DELTANET = EXAMPLES / "dolphin-packages", EXAMPLES / "deltanet-g2p"
@@ -84,5 +84,5 @@ def test_the_deltanet_spells_through_the_product(tmp_path: Path) -> None:
 def test_the_product_scores_what_the_readme_says(example: Path, right: float, tmp_path: Path) -> None:
     """At 8 bits everywhere, which the README's own rounding moves by no more than three words."""
     compiler.export(asking(str(example), widths=(8,), verify=False), tmp_path / "bundle")
-    (target,) = verify(tmp_path / "bundle", VerifyOptions(task=example / "task.tsv")).targets
+    (target,) = verify_here(tmp_path / "bundle", VerifyOptions(task=example / "task.tsv")).targets
     assert target.task_accuracy == pytest.approx(right, abs=0.015)

@@ -26,7 +26,7 @@ from edgewright.errors import UserError, VerificationFailure
 from edgewright.pipeline import check, gptq, resume, write_bundle
 from edgewright.quant.plan import BitPlan
 from edgewright.system.resumable import ResumableExport
-from edgewright.verification.verify import VerifyOptions, verify
+from edgewright.verification.checking import VerifyOptions, verify_here
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -250,7 +250,7 @@ def test_gptq_is_better_than_rounding_and_verified(tmp_path: Path) -> None:
             tmp_path / quantizer,
         )
         assert made.report is not None
-        report = verify(tmp_path / quantizer, VerifyOptions(str(folder), folder / "task.tsv", 300))
+        report = verify_here(tmp_path / quantizer, VerifyOptions(str(folder), folder / "task.tsv", 300))
         right[quantizer] = report.targets[0].task_accuracy
     assert right["gptq"] > right["rtn"]
 

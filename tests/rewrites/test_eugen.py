@@ -295,8 +295,8 @@ def test_the_example_still_spells(tmp_path):
     exported = export(asking(str(tmp_path / "new"), widths=(4, 8)), tmp_path / "bundle")
     assert exported.report is not None  # compared, or it would have raised
     (tmp_path / "held.tsv").write_text("\n".join(lines[400:500]) + "\n")
-    from edgewright.verification.verify import VerifyOptions, verify
+    from edgewright.verification.checking import VerifyOptions, verify_here
 
-    (target,) = verify(tmp_path / "bundle", VerifyOptions(task=tmp_path / "held.tsv")).targets
+    (target,) = verify_here(tmp_path / "bundle", VerifyOptions(task=tmp_path / "held.tsv")).targets
     assert target.task_accuracy is not None
     assert target.task_accuracy > 0.5  # 0.75 before

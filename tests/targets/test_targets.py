@@ -19,8 +19,8 @@ from edgewright.runtimes.session import Placement, place
 from edgewright.targets import target as target_module
 from edgewright.targets.registry import NAMES, TARGETS, choose, require
 from edgewright.targets.storage import common_bits, native_bits, stored_bytes
+from edgewright.verification.checking import VerifyOptions, verify_here
 from edgewright.verification.report import Agreement, Report, TargetReport, require_placement
-from edgewright.verification.verify import VerifyOptions, verify
 
 pytestmark = pytest.mark.exports
 
@@ -152,14 +152,14 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
     compiler.export(asking(str(model), ("onnx", "coreml"), bits=6.0, verify=False), tmp_path / "bundle")
     without("coremltools")
-    report = verify(tmp_path / "bundle")
+    report = verify_here(tmp_path / "bundle")
     assert [t.format for t in report.targets] == ["onnx"]
     assert report.notes == ["coreml was not checked here: pip install 'edgewright[coreml]'"]
     with pytest.raises(UserError, match="--format coreml needs coremltools"):
-        verify(tmp_path / "bundle", VerifyOptions(formats=("coreml",)))
+        verify_here(tmp_path / "bundle", VerifyOptions(formats=("coreml",)))
     without("onnxruntime")
     with pytest.raises(UserError, match="none of its targets can be checked here"):
-        verify(tmp_path / "bundle")
+        verify_here(tmp_path / "bundle")
 
 
 # A target in a process of its own

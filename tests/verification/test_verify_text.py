@@ -32,9 +32,9 @@ from edgewright.models.registry import build
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.session import Array
 from edgewright.runtimes.text_generation import open_bundle
+from edgewright.verification.checking import VerifyOptions, verify_here
 from edgewright.verification.report import TextScore, require
 from edgewright.verification.scores import perplexity, score_text
-from edgewright.verification.verify import VerifyOptions, verify
 
 MEMORY = Generation(
     task="memory",
@@ -161,14 +161,14 @@ def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_
     assert generated
     task.write_text(f"a b c\tnot this | {generated}\na b d\tcertainly not this\n")
 
-    report = verify(path, VerifyOptions(model=str(model), task=task, text=text, threads=1))
+    report = verify_here(path, VerifyOptions(model=str(model), task=task, text=text, threads=1))
     assert report.passed
     assert report.quantization is not None
     assert report.quantization.mean_kl > 0
     (target,) = report.targets
     assert target.task_accuracy == 0.5
     assert report.task_size == 2
-    assert verify(path, VerifyOptions(task=task, task_limit=1, threads=1)).targets[0].task_accuracy == 1.0
+    assert verify_here(path, VerifyOptions(task=task, task_limit=1, threads=1)).targets[0].task_accuracy == 1.0
 
     assert (report.text_against, report.text_windows, report.text_positions) == ("original", 5, 300)
     quantized, original = open_checkpoint(str(path / CHECKPOINT)), open_checkpoint(str(model))
@@ -186,7 +186,7 @@ def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_
     assert target.text.perplexity == pytest.approx(report.dequantized_text.perplexity, rel=0.05)  # int8 activations
     assert target.text.mean_kl > 0
 
-    alone = verify(path, VerifyOptions(text=text, text_windows=2, threads=1))
+    alone = verify_here(path, VerifyOptions(text=text, text_windows=2, threads=1))
     assert (alone.text_against, alone.text_windows, alone.original_text) == ("dequantized", 2, None)
     assert alone.dequantized_text == score_text(eager[1], [], spec, passages[:2])[0]
     assert alone.targets[0].text is not None
@@ -239,7 +239,7 @@ def test_what_text_cannot_be_scored_on_is_refused(llama: tuple[Path, Path], tmp_
     text = tmp_path / "text.txt"
     text.write_text("")
     with pytest.raises(UserError, match="too little text"):
-        verify(llama[1], VerifyOptions(text=text, threads=1))
+        verify_here(llama[1], VerifyOptions(text=text, threads=1))
     text.write_text("k n i g h t " * 30)
     path = Path(shutil.copytree(llama[1], tmp_path / "copy"))
     manifest = json.loads((path / "manifest.json").read_text())
@@ -248,7 +248,7 @@ def test_what_text_cannot_be_scored_on_is_refused(llama: tuple[Path, Path], tmp_
         del manifest["files"][name]
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="--text needs a tokenizer"):
-        verify(path, VerifyOptions(text=text, threads=1))
+        verify_here(path, VerifyOptions(text=text, threads=1))
     result = CliRunner().invoke(main, ["verify", str(llama[1]), "--text-windows", "3"])
     assert result.exit_code == 2
     assert "give --text FILE" in result.stderr
@@ -264,11 +264,11 @@ def test_a_changed_graph_fails_though_its_hash_is_mended(llama: tuple[Path, Path
     scale.f *= 1.5
     file.write_bytes(graph.SerializeToString())
     with pytest.raises(VerificationFailure, match=r"onnx/decoder\.onnx: the file is not what was exported"):
-        verify(path, VerifyOptions(threads=1))
+        verify_here(path, VerifyOptions(threads=1))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["onnx/decoder.onnx"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
-    report = verify(path, VerifyOptions(threads=1))
+    report = verify_here(path, VerifyOptions(threads=1))
     assert not report.passed
     with pytest.raises(VerificationFailure, match="onnx: logits differ"):
         require(report)
@@ -281,7 +281,7 @@ def test_an_artefact_that_does_not_load_is_one_line(llama: tuple[Path, Path], tm
     manifest["files"]["onnx/decoder.onnx"] = hashlib.sha256(b"not a model").hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="does not load") as caught:
-        verify(path, VerifyOptions(threads=1))
+        verify_here(path, VerifyOptions(threads=1))
     assert "\n" not in str(caught.value)
 
 
@@ -291,5 +291,5 @@ def test_memory_that_does_not_suffice_is_refused_before_work(
     monkeypatch.setattr("edgewright.system.memory.available_bytes", lambda: 1000)
     notes: list[str] = []
     with pytest.raises(UserError, match="takes memory"):
-        verify(llama[1], VerifyOptions(threads=1), notes.append)
+        verify_here(llama[1], VerifyOptions(threads=1), notes.append)
     assert notes == ["checking file hashes"]

@@ -28,7 +28,7 @@ from edgewright.quant.overrides import Override
 from edgewright.runtimes.coreml.evaluator import Evaluator, _updates_in_place, through_half
 from edgewright.runtimes.coreml.session import ACCELERATOR, CoremlEvaluator, open_coreml
 from edgewright.targets.coreml.package import PACKAGE, Package, Stored
-from edgewright.verification.verify import verify
+from edgewright.verification.checking import verify_here
 
 pytestmark = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")
 
@@ -87,7 +87,7 @@ def test_t5gemma_matches_the_reference(t5gemma: Exported) -> None:
         assert target.placement.accelerated == {}
         assert "on a Mac" in target.placement.source
         assert "no Mac" in target.how
-    assert verify(t5gemma.path).passed
+    assert verify_here(t5gemma.path).passed
 
 
 def test_gemma3_matches_the_reference(tmp_path: Path) -> None:

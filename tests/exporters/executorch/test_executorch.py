@@ -340,10 +340,10 @@ def _any_key(case: Case) -> str:
 @pytest.mark.slow
 def test_the_example_exports_and_verifies(tmp_path: Path) -> None:
     from edgewright.compiler import export
-    from edgewright.verification.verify import verify
+    from edgewright.verification.checking import verify_here
 
     made = export(asking(str(EXAMPLE), ("executorch",), task=EXAMPLE / "task.tsv"), tmp_path / "bundle")
-    (target,) = verify(made.path).targets
+    (target,) = verify_here(made.path).targets
     assert target.passed
     assert target.lowering.top1 >= 0.99
     assert target.lowering.prompts_identical >= 30

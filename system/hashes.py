@@ -1,0 +1,101 @@
+"""SHA-256 of files, several at a time: regular files alone, and where a folder is given, those inside it alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .reading import one_line, open_regular
+
+_THREADS = 4
+
+
+def of_file(path: Path) -> str:
+    """The SHA-256 (hex) of a regular file. Raises UserError for anything else."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_files(paths: Sequence[Path]) -> list[str]:
+    """`of_file` of each, in order."""
+    if len(paths) < 2:
+        return [of_file(path) for path in paths]
+    with ThreadPoolExecutor(_threads(len(paths))) as pool:
+        return list(pool.map(of_file, paths))
+
+
+def first_fault(root: Path, files: Mapping[str, str]) -> tuple[str, str] | None:
+    """(name, what is wrong) of the first file, by name, that is not inside `root` with its hash; None if all are.
+
+    files: path below `root` -> SHA-256. A link may lead to another file inside.
+    """
+    names = sorted(files)
+    if not names:
+        return None
+    inside = root.resolve()
+    pool = ThreadPoolExecutor(_threads(len(names)))
+    try:
+        # the large ones first, so that no thread begins one when the others are done
+        order = sorted(names, key=lambda name: -_size(root / name))
+        found = {name: pool.submit(_fault, inside, root / name, files[name]) for name in order}
+        faults = ((name, found[name].result()) for name in names)
+        return next(((name, fault) for name, fault in faults if fault is not None), None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def first_odd_entry(folder: Path, root: Path) -> tuple[Path, str] | None:
+    """(path, what is wrong) of an entry below `folder` that is no regular file or folder inside `root`; None without one."""
+    inside = root.resolve()
+    for path in _entries(folder):
+        fault = _odd(path, inside)
+        if fault is not None:
+            return path, fault
+    return None
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """The folder and all below it; links are not followed."""
+    yield folder
+    for above, folders, files in os.walk(folder):
+        yield from (Path(above, name) for name in sorted(folders + files))
+
+
+def _odd(path: Path, inside: Path) -> str | None:
+    try:
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            return "a link leads out of the bundle"
+        mode = os.stat(path).st_mode
+    except (OSError, RuntimeError) as error:
+        return f"cannot be read ({one_line(error, 80)})"
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "no regular file"
+
+
+def _fault(inside: Path, file: Path, digest: str) -> str | None:
+    try:
+        if not file.resolve().is_relative_to(inside):
+            return "a link leads out of the bundle"
+        if not file.exists() or file.is_dir():
+            return "missing from the bundle"
+        if not file.is_file():
+            return "no regular file"
+        if of_file(file) != digest:
+            return "the file is not what was exported (its SHA-256 differs)"
+    except Exception as error:  # OSError; RuntimeError for links in a circle; UserError if it was changed meanwhile
+        return f"cannot be read ({one_line(str(error).removeprefix(f'{file}: '), 80)})"
+    return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _threads(count: int) -> int:
+    return max(1, min(_THREADS, count, os.cpu_count() or 1))
