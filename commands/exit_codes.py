@@ -158,14 +158,14 @@ def _shrunk_files() -> Iterator[None]:
         return
 
     # Python's own handlers run between instructions, and the one that failed would be tried again for ever.
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def end(number: int) -> None:
         os.write(2, b"error: a weight file was cut off while it was read; run the command again on a file that stays\n")
         os._exit(2)
 
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
     handlers = ctypes.CDLL(None).signal
     handlers.restype, handlers.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    before = handlers(bus_error, ctypes.cast(end, ctypes.c_void_p))
+    before = handlers(bus_error, ctypes.cast(handler, ctypes.c_void_p))
     try:
         yield
     finally:
