@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgewright.bundle import MANIFEST, sha256
+from edgewright.bundle import MANIFEST
 from edgewright.errors import UserError, VerificationFailure
+from edgewright.system.hashes import of_file
 from fuzz.targets import Fuzzed
 
 HANG_SECONDS = 20
@@ -130,7 +131,7 @@ def _mutate(name: str, fuzzed: Fuzzed, seeds: Path, folder: Path, number: int) -
     manifest = folder / "bundle" / MANIFEST
     if file.startswith("bundle/") and not file.endswith(MANIFEST):
         contents = json.loads(manifest.read_text())
-        contents["files"][file.removeprefix("bundle/")] = sha256(folder / file)
+        contents["files"][file.removeprefix("bundle/")] = of_file(folder / file)
         manifest.write_text(json.dumps(contents))
     return file
 
