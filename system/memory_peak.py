@@ -53,14 +53,14 @@ class PeakAnonymous:
         except BaseException as error:  # a limit that nobody watches is none
             self._failure = error
             if not self._stop.is_set():
-                _thread.interrupt_main()
+                _interrupt()
 
     def _end(self) -> None:
         assert self._limit is not None
         self.over = True
         for child in _descendants(os.getpid()):
             _kill(child)
-        _thread.interrupt_main()
+        _interrupt()
         deadline = time.monotonic() + _PATIENCE
         while not self._stop.wait(_INTERVAL):
             now = _with_children()
@@ -100,6 +100,14 @@ class PeakAnonymous:
         self.bytes = max(self.bytes, _with_children())
         if self._failure is not None and self._limit is not None and (kind is None or kind is KeyboardInterrupt):
             raise UserError(f"--memory-limit could not be watched ({self._failure!r}); leave it out") from self._failure
+
+
+def _interrupt() -> None:
+    """KeyboardInterrupt in the main thread, also where it waits for something."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _with_children() -> int:

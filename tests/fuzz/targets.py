@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from edgewright.bundle import CHECKPOINT, Bundle
 from edgewright.calibration.prompts import read_task
 from edgewright.checkpoints.gguf_file import read_gguf
-from edgewright.checkpoints.gguf_tokenizer import build as build_tokenizer
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.cli import main
@@ -70,8 +69,8 @@ def _gguf(folder: Path) -> None:
 
 
 def _vocabulary(folder: Path) -> None:
-    backend, _, _ = build_tokenizer(read_gguf(folder / "vocabulary.gguf").metadata)
-    backend.encode("abc")
+    tokenizer = Tokenizer.from_gguf(read_gguf(folder / "vocabulary.gguf").metadata)
+    tokenizer.decode(tokenizer.encode("abc"))
 
 
 def _memory(folder: Path) -> None:
