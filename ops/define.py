@@ -15,6 +15,8 @@ from torch import Tensor
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 """Each op with its reference, as `ExportedProgram.run_decompositions` takes it."""
 
+_LIBRARY = torch.library.Library("edgewright", "DEF")
+
 Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 
@@ -29,10 +31,11 @@ def define(
     """
 
     def register(reference: Reference) -> Reference:
-        schema = torch.library.infer_schema(reference, mutates_args=())
-        name = f"edgewright::{reference.__name__}"
-        op = torch.library.custom_op(name, eager or reference, mutates_args=(), schema=schema)
-        op.register_fake(fake)
+        # Not `torch.library.custom_op`: that imports torch._dynamo at the first call, and costs more than the op at each.
+        name, schema = reference.__name__, torch.library.infer_schema(reference, mutates_args=())
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, eager or reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"edgewright::{name}", fake, lib=_LIBRARY)
         DECOMPOSITIONS[getattr(torch.ops.edgewright, reference.__name__).default] = reference
         return reference
 
