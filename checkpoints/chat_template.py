@@ -6,6 +6,7 @@ even while the template is compiled. The child (`chat_renderer.py`) stays for la
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -35,11 +36,8 @@ OUTPUT = 4 * MEBIBYTE
 LONGEST_SOURCE = MEBIBYTE
 """Characters of a template."""
 
-_MODULE = "edgewright.checkpoints.chat_renderer"
-_KEPT = {
-    *("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT"),
-    *("LANG", "LANGUAGE", "TZ"),
-}
+_PROGRAM = "import sys; sys.path += sys.argv[1:]; from edgewright.checkpoints.chat_renderer import main; main()"
+_KEPT = {"PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LANGUAGE", "TZ"}
 """Variables that the child inherits, with those that begin with LC_: what Python needs to start, and nothing secret."""
 
 _OUT_OF_TIME = -int(getattr(signal, "SIGXCPU", 1 << 16))
@@ -185,8 +183,9 @@ class ChatTemplate:
 def _start() -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            # -P: a jinja2.py in the user's current folder must not be run
-            [sys.executable, "-P", "-m", _MODULE],
+            # -P: a jinja2.py in the user's current folder must not be run. -S: what an installation adds to each start takes
+            # a fifth of this one, and may see secrets; the child is told where its two packages are.
+            [sys.executable, "-S", "-P", "-c", _PROGRAM, *_paths()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -197,6 +196,13 @@ def _start() -> subprocess.Popen[bytes]:
         raise UserError(
             f"no process can be started to render the model's chat template in ({one_line(error, 120)}); {_WAY_OUT}"
         ) from None
+
+
+def _paths() -> list[str]:
+    """Folders of jinja2 and what it needs, and of this package, as this process would find them."""
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    files = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
+    return list(dict.fromkeys([*(str(Path(file).parents[1]) for file in files), str(Path(__file__).parents[2])]))
 
 
 def _ended(process: subprocess.Popen[bytes], owner: int) -> None:
