@@ -253,6 +253,10 @@ def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
+    from .checkpoints.chat_template import start_early
+
+    if options["chat"] is not False:
+        start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
     from .commands.run import RunOptions, run_prompt
     from .runtimes.generate import Sampling
     from .system.reading import MEBIBYTE, read_stream, read_text

@@ -6,6 +6,7 @@ even while the template is compiled. The child (`chat_renderer.py`) stays for la
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..system.reading import MEBIBYTE, one_line
+from ..system.reading import MEBIBYTE, one_line, read_bytes
 
 CPU_SECONDS = 5.0
 """CPU time of one rendering, and one more second a MiB of messages."""
@@ -34,17 +36,31 @@ OUTPUT = 4 * MEBIBYTE
 LONGEST_SOURCE = MEBIBYTE
 """Characters of a template."""
 
-_MODULE = "edgewright.checkpoints.chat_renderer"
-_KEPT = {
-    *("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT"),
-    *("LANG", "LANGUAGE", "TZ"),
-}
+_PROGRAM = "import sys; sys.path += sys.argv[1:]; from edgewright.checkpoints.chat_renderer import main; main()"
+_KEPT = {"PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LANGUAGE", "TZ"}
 """Variables that the child inherits, with those that begin with LC_: what Python needs to start, and nothing secret."""
 
 _OUT_OF_TIME = -int(getattr(signal, "SIGXCPU", 1 << 16))
 """The return code of a process that met its limit of CPU time; one that none has where there is no such limit."""
 
 _WAY_OUT = "use a plain prompt"
+
+_early: list[subprocess.Popen[bytes]] = []
+"""A process that no template has taken yet. It ends with this one."""
+
+
+def start_early(folder: Path) -> None:
+    """Start a process now if the tokenizer in `folder` seems to have a chat template; the first that is rendered takes it.
+
+    For a command that has much to import first. What is wrong with the folder, the tokenizer's reader says.
+    """
+    try:
+        settings = folder / "tokenizer_config.json"
+        named = settings.is_file() and b'"chat_template"' in read_bytes(settings, 16 * MEBIBYTE)
+        if not _early and (named or (folder / "chat_template.jinja").is_file()):
+            _early.append(_start())
+    except (UserError, OSError, ValueError):
+        return
 
 
 class ChatTemplate:
@@ -91,20 +107,23 @@ class ChatTemplate:
             raise _failed(type(error).__name__, str(error)) from None
         with self._lock:
             answer = self._ask(line, WALL_SECONDS + 4 * size / MEBIBYTE, 6 * output + MEBIBYTE)
-        if "text" in answer:
-            return str(answer["text"])
-        if answer.get("limit") == "memory":
-            raise _limited(f"takes more than {memory // MEBIBYTE} MiB of memory")
-        if answer.get("limit") == "output":
-            raise _limited(f"gives more than {output} characters")
-        if answer.get("limit") == "time":
-            raise _limited(f"takes more than {seconds:.0f} seconds")
-        own, name, text = answer["error"]
-        if own:
-            raise UserError(f"the model's chat template: {one_line(text, 160)}; use a plain prompt instead")
-        raise _failed(name, text)
+        match answer:
+            case {"text": str(prompt)}:
+                return prompt
+            case {"error": [True, _, text]}:
+                raise UserError(f"the model's chat template: {one_line(text, 160)}; use a plain prompt instead")
+            case {"error": [_, name, text]}:
+                raise _failed(str(name), str(text))
+            case {"limit": "time"}:
+                raise _limited(f"takes more than {seconds:.0f} seconds")
+            case {"limit": "memory"}:
+                raise _limited(f"takes more than {memory // MEBIBYTE} MiB of memory")
+            case {"limit": "output"}:
+                raise _limited(f"gives more than {output} characters")
+            case _:
+                raise _limited("gives no answer")
 
-    def _ask(self, line: bytes, seconds: float, longest: int) -> dict[str, Any]:
+    def _ask(self, line: bytes, seconds: float, longest: int) -> object:
         """Send a request and read its answer of at most `longest` bytes. Raises UserError after so many seconds."""
         process = self._running()
         assert process.stdin is not None
@@ -130,7 +149,10 @@ class ChatTemplate:
             if not data.endswith(b"\n") or data.startswith(b'{"limit"'):
                 self.close()  # also after Ctrl-C: the process may still be at it
         if data.endswith(b"\n"):
-            answer: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
+            try:
+                answer: object = json.loads(data.decode("utf-8", "surrogatepass"))
+            except (ValueError, RecursionError):
+                return None
             return answer
         if len(data) >= longest:
             return {"limit": "output"}
@@ -151,21 +173,36 @@ class ChatTemplate:
             return self._process
         self.close()
         try:
-            self._process = subprocess.Popen(
-                # -P: a jinja2.py in the user's current folder must not be run
-                [sys.executable, "-P", "-m", _MODULE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=_environment(),
-                process_group=0 if os.name == "posix" else None,  # Ctrl-C is for the parent, which then ends it
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"no process can be started to render the model's chat template in ({one_line(error, 120)}); {_WAY_OUT}"
-            ) from None
+            self._process = _early.pop()
+        except IndexError:
+            self._process = _start()
         self._end = weakref.finalize(self, _ended, self._process, os.getpid())
         return self._process
+
+
+def _start() -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            # -P: a jinja2.py in the user's current folder must not be run. -S: what an installation adds to each start takes
+            # a fifth of this one, and may see secrets; the child is told where its two packages are.
+            [sys.executable, "-S", "-P", "-c", _PROGRAM, *_paths()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            process_group=0 if os.name == "posix" else None,  # Ctrl-C is for the parent, which then ends it
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no process can be started to render the model's chat template in ({one_line(error, 120)}); {_WAY_OUT}"
+        ) from None
+
+
+def _paths() -> list[str]:
+    """Folders of jinja2 and what it needs, and of this package, as this process would find them."""
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    files = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
+    return list(dict.fromkeys([*(str(Path(file).parents[1]) for file in files), str(Path(__file__).parents[2])]))
 
 
 def _ended(process: subprocess.Popen[bytes], owner: int) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from ..system.reading import one_line
 
 MOST_TOKENS = 1 << 22
 """Tokens of a vocabulary, and what its ids are below."""
@@ -22,7 +23,7 @@ MOST_TOKENS = 1 << 22
 MOST_BYTES = 1 << 27
 """Bytes that a text may become on its way to the model, or tokens on their way to a text; each takes some 35 of memory."""
 
-_MOST_GROWTH = 1 << 12
+_MOST_GROWTH = 1 << 16
 _MOST_DECODED = 64
 _MOST_STEPS, _DEEPEST = 64, 8
 _LONGEST_STRING = 1 << 13
@@ -33,8 +34,11 @@ _MOST_PIECES, _MOST_COPIES = 64, 4
 _GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 1.5, "BertNormalizer": 8, "Bert": 8}
 """The most bytes that a step makes of one byte of UTF-8: Unicode's FAQ on normalization, and İ in lower case."""
 
-_ONE_CLASS = re.compile(r"(?:\\[sdw]|[^\\\[\](){}|^$.*+?]|\[[^\[\]]+\])(?:\+|\{(\d+),?\d*\}|)")
-"""A regular expression that is one class of characters, once or repeated: the group is the least number of them."""
+_UNIT = re.compile(r"(?:\\[sdwnrt.']|[^\\\[\](){}|^$*+?]|\[[^\[\]]+\])([*+?]|\{(\d+),?\d*\}|)")
+"""A class of characters in a regular expression, once or repeated."""
+
+_CHOICE = re.compile(r"[*+{|]|(?<!\()\?|\(\?~|\\g")
+_GROUP_REPEATED = re.compile(r"\)[*+{?]")
 
 
 class Unfit(Exception):
@@ -79,13 +83,15 @@ def check(parts: Mapping[str, Any]) -> Limits:
     decoded = math.prod(map(_decoded, decoder))
     if decoded > _MOST_DECODED:
         raise Unfit(f"its decoder may make {decoded:.3g} bytes of one, at most {_MOST_DECODED} are allowed")
-    if any(map(_is_regex, decoder)):
-        raise Unfit("its decoder has a regular expression, which no published one has")
+    for regex in filter(None, map(_regex, decoder)):
+        if len(_CHOICE.findall(regex)) > 1 or _GROUP_REPEATED.search(regex):
+            raise Unfit(f"its decoder has the regular expression {one_line(regex, 40)!r}, which may take any time")
     for step in _steps(parts, "post_processor"):
         _check_template(step)
-    slow = any(map(_is_regex, normalizer))
+    slow = any(_regex(step) is not None for step in normalizer)
     normalizes = _check_added_tokens(parts.get("added_tokens"), normalized)
-    return Limits(growth, decoded, slow or any(map(_is_regex, splitter)), slow and normalizes)
+    regex = slow or any(_regex(step) is not None for step in splitter)
+    return Limits(growth, decoded, regex, slow and normalizes)
 
 
 def _steps(parts: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -139,14 +145,17 @@ def _decoded(step: Mapping[str, Any]) -> float:
 
 
 def _replaced(step: Mapping[str, Any]) -> float:
-    pattern, content = step["pattern"], _bytes(step["content"])
-    shortest = 0
-    if isinstance(pattern, dict) and isinstance(regex := pattern.get("Regex"), str):
-        simple = _ONE_CLASS.fullmatch(regex)
-        shortest = int(simple[1] or 1) if simple is not None else 0
-    elif isinstance(pattern, dict):
-        shortest = _bytes(pattern.get("String"))
+    content, regex = _bytes(step["content"]), _regex(step)
+    shortest = _bytes(step["pattern"].get("String")) if regex is None else _shortest(regex)
     return max(1.0, content / shortest) if shortest else 1 + 2 * content  # before each character, and at the end
+
+
+def _shortest(regex: str) -> int:
+    """Of a regular expression without groups and choices, the fewest characters that it matches; of another one, 0."""
+    units = list(_UNIT.finditer(regex))
+    if "".join(unit[0] for unit in units) != regex:
+        return 0
+    return sum({"": 1, "+": 1, "*": 0, "?": 0}.get(unit[1], int(unit[2] or 0)) for unit in units)
 
 
 def _longest_mapping(charsmap: Any) -> float:
@@ -161,9 +170,12 @@ def _longest_mapping(charsmap: Any) -> float:
     return max(1, max(map(len, strings.split(b"\0"))))
 
 
-def _is_regex(step: Mapping[str, Any]) -> bool:
+def _regex(step: Mapping[str, Any]) -> str | None:
+    """The regular expression of a step; None where it has none."""
     pattern = step.get("pattern")
-    return isinstance(pattern, dict) and "String" not in pattern
+    if not isinstance(pattern, dict) or "String" in pattern:
+        return None
+    return str(pattern.get("Regex"))
 
 
 def _check_template(step: Mapping[str, Any]) -> None:

@@ -136,6 +136,24 @@ def test_it_starts_early_only_for_a_prompt_that_goes_through_it(tmp_path: Path) 
     assert Tokenizer.from_dir(letters(tmp_path / "none"), chat=True)._template is None
 
 
+def test_a_command_starts_it_before_it_knows_the_template(tmp_path: Path) -> None:
+    for folder, named in ((letters(tmp_path / "none"), False), (letters(tmp_path / "one", chat_template="x"), True)):
+        chat_template.start_early(folder)
+        assert bool(chat_template._early) == named
+    process = chat_template._early[0]
+    chat_template.start_early(tmp_path / "one")
+    assert chat_template._early == [process]
+    first, second = ChatTemplate("x"), ChatTemplate("y")
+    assert (first.render(HI, True, {}), second.render(HI, True, {})) == ("x", "y")
+    assert first._process is process
+    assert chat_template._early == []
+    (tmp_path / "none" / "chat_template.jinja").write_text("z")
+    chat_template.start_early(tmp_path / "none")
+    chat_template.start_early(tmp_path / "absent")
+    assert ChatTemplate("z").render(HI, True, {}) == "z"
+    assert chat_template._early == []
+
+
 def test_threads_share_a_process() -> None:
     template = ChatTemplate("{{ messages[0].content }}")
     with ThreadPoolExecutor(4) as pool:
