@@ -18,11 +18,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..errors import UserError
 from ..system.reading import one_line, read_text
 
-# A profile has a few KiB; of this size even the slowest TOML, one key of many dots, parses in seconds.
-_SIZE_LIMIT = 32 << 10
+_SIZE_LIMIT = 32 << 10  # a profile has a few KiB
 _LIBRARY = Path(__file__).parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{400}")
+_MOST_DOTS = 2000  # of a line: a key of 16,000 parses for seconds and takes a gigabyte
 
 
 def _printable(text: str) -> str:
@@ -216,6 +216,8 @@ def parse(text: str, origin: str) -> DeviceProfile:
     """The profile in a TOML text. Raises UserError, which names `origin`, if it is none."""
     if _LONG_NUMBER.search(text):
         raise UserError(f"{one_line(origin)}: a number of hundreds of digits, which no device has; mend it")
+    if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+        raise UserError(f"{one_line(origin)}: a line of thousands of dots, which no profile has; mend it")
     try:
         return DeviceProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
 from ..bundle import Bundle, Manifest
 from ..errors import VerificationFailure
+from ..models.language_model import LanguageModel
+from ..runtimes.session import sized
 from ..system.memory import anonymous_bytes, require_available
 from ..system.resumable import ResumableExport
 from ..targets.registry import TARGETS
@@ -16,6 +19,9 @@ from ..verification.report import Report, require, require_placement
 from .planned import Planned
 from .request import Progress, Request
 from .write_bundle import Cost
+
+_TABLE_COPIES = 3
+"""Sines and cosines while they are made: the angles, the values, and what goes to the file."""
 
 
 def refuse_too_large(planned: Planned, request: Request) -> None:
@@ -27,8 +33,25 @@ def refuse_too_large(planned: Planned, request: Request) -> None:
             f"--format {name}: its library takes memory",
             "leave this target out, or give more",
         )
+        context = planned.generation.max_context
+        require_available(
+            context_bytes(planned.model, context, TARGETS[name].holds_caches) - anonymous_bytes(),
+            f"--format {name}: a context of {context} tokens takes memory",
+            "give a smaller --max-context",
+        )
     if request.checks.verify:
         require_memory(planned.weights, stored, original=False)
+
+
+def context_bytes(model: LanguageModel, context: int, caches: bool) -> int:
+    """About what lowering takes for a context of so many tokens: tables of rotations; where the program holds them, its caches."""
+    rotary = max((b.numel() for name, b in model.named_buffers() if name.endswith("inv_freq")), default=0)
+    tables = _TABLE_COPIES * 2 * 4 * rotary * context
+    if not caches:
+        return tables
+    sizes = {"batch": 1, "capacity": context, "source": context}
+    states = {s.name: s for g in model.graphs() for s in g.states}
+    return tables + sum(s.dtype.itemsize * math.prod(sized(s.shape, sizes)) for s in states.values())
 
 
 def check_bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -68,6 +69,13 @@ def _open(bundle: Bundle, name: str, threads: int, exact: bool, failure: Failure
         raise UserError(
             f"{bundle.path}: the {name} artefact does not load ({reason}); run 'edgewright verify'"
         ) from error
+
+
+def import_runtime(name: str) -> None:
+    """Import a target's runtime ahead of its session. What stands against it is raised when the session is opened."""
+    with contextlib.suppress(Exception):
+        if has_runtime(name) and TARGETS[name].installed:
+            _opener(name)
 
 
 def _opener(name: str) -> Opener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from . import context_memory
 from .generate import Sampling, generate, read_context
-from .registry import open_session
+from .registry import import_runtime, open_session
 from .session import Array, PlacedSession
 
 GREEDY = Sampling()
@@ -51,7 +52,10 @@ class OpenBundle:
         self._spec, self._threads = bundle.manifest.generation, threads
         bundle.target(self.format)
         if check:
-            bundle.check_target(self.format)
+            with ThreadPoolExecutor(1) as pool:  # importing takes about as long as hashing, and they share no lock
+                checked = pool.submit(bundle.check_target, self.format)
+                import_runtime(self.format)
+            checked.result()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -62,7 +62,7 @@ class Target:
     activations: of the artefact as it ships. exact: its session can also compute with float32 activations; the lowering is
     then judged by its largest error, else by top-1 agreement. emulated_prompts: the most prompts compared where its device is
     emulated here; None for no limit. stand_in_bytes: memory a weight that what stands in for its device holds beside the
-    artefact.
+    artefact. holds_caches: its programs hold KV caches for the whole context.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Target:
     exact: bool
     emulated_prompts: int | None
     stand_in_bytes: int
+    holds_caches: bool
 
     @property
     def installed(self) -> bool:

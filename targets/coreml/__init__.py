@@ -41,4 +41,5 @@ TARGET = Target(
     exact=True,
     emulated_prompts=None,
     stand_in_bytes=8,
+    holds_caches=True,
 )

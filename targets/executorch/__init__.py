@@ -32,4 +32,5 @@ TARGET = Target(
     exact=False,
     emulated_prompts=None,
     stand_in_bytes=0,
+    holds_caches=True,
 )

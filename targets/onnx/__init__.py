@@ -41,4 +41,5 @@ TARGET = Target(
     exact=True,
     emulated_prompts=None,
     stand_in_bytes=0,
+    holds_caches=False,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...system.reading import one_line, read_bytes, require_regular
-from ..wire import fields, varints
+from .wire import fields, varints
 
 _LARGEST_FILE = 1 << 30
 _MOST_NODES = 500_000

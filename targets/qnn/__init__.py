@@ -38,4 +38,5 @@ TARGET = Target(
     exact=False,
     emulated_prompts=8,
     stand_in_bytes=0,
+    holds_caches=True,
 )

@@ -40,4 +40,5 @@ TARGET = Target(
     exact=True,
     emulated_prompts=None,
     stand_in_bytes=16,
+    holds_caches=False,
 )

@@ -141,8 +141,19 @@ _Q = 'unit = "bytes", source = "vendor: x", kind = "vendor"'
         (text_of(size=f"value = 1.5, {_Q}"), "whole number"),
         (text_of(size=f"value = true, {_Q}"), "memory.size.value"),
         (text_of(size=f'value = "1024", {_Q}'), "memory.size.value"),
-        (text_of(size=f"value = {'9' * 400}, {_Q}"), "memory.size.value"),
-        (text_of(size=f"value = {'9' * 5000}, {_Q}"), "not valid TOML"),
+        (text_of(size=f"value = {'9' * 399}, {_Q}"), "memory.size.value"),
+        (text_of(size=f"value = 1e{'9' * 300}, {_Q}"), "memory.size.value"),
+        (text_of(size=f"value = {'9' * 400}, {_Q}"), "hundreds of digits"),
+        (text_of(size=f"value = {'9' * 5000}, {_Q}"), "hundreds of digits"),
+        (text_of(size=f"value = 0x{'f' * 5000}, {_Q}"), "hundreds of digits"),
+        (text_of(size=f"value = 0b{'1_' * 5000}1, {_Q}"), "hundreds of digits"),
+        (text_of(size=f"value = 0.{'9' * 5000}, {_Q}"), "hundreds of digits"),
+        (text_of(size=f"value = 1e-{'9' * 5000}, {_Q}"), "hundreds of digits"),
+        ("a" + ".a" * 16_000 + " = 1", "thousands of dots"),
+        ("[" + "a." * 16_000 + "a]", "thousands of dots"),
+        ("a" + ".a" * 2000 + " = 1", "name"),
+        ("[[units]]\n" * 3000, "name"),
+        ("".join(f"[t{i}]\n" for i in range(3000)), "name"),
         (text_of(size='value = 1, unit = "GB", source = "vendor: x", kind = "vendor"'), "must be 'bytes'"),
         (text_of(size='value = 1, unit = "bytes", kind = "vendor"'), "memory.size.source"),
         (text_of(size='value = 1, unit = "bytes", source = "I think", kind = "vendor"'), "source must start"),
@@ -201,13 +212,13 @@ def test_bytes_that_are_no_profile(tmp_path: Path, content: bytes) -> None:
 
 
 def test_what_is_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="a regular file is needed"):
         load(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         load(tmp_path / "absent.toml")
     # Opening a pipe nobody writes to would wait for ever.
     os.mkfifo(tmp_path / "pipe.toml")
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="a regular file is needed"):
         load(str(tmp_path / "pipe.toml"))
 
 

@@ -20,8 +20,8 @@ from edgewright import compiler
 from edgewright.errors import UserError
 from edgewright.targets.executorch.plan_check import check_program
 from edgewright.targets.onnx.graph_check import check_graph
+from edgewright.targets.onnx.wire import fields, varints
 from edgewright.targets.registry import TARGETS
-from edgewright.targets.wire import fields, varints
 
 
 def refusal(path: Path) -> str:
