@@ -90,8 +90,8 @@ def check(parts: Mapping[str, Any]) -> Limits:
         _check_template(step)
     slow = any(_regex(step) is not None for step in normalizer)
     normalizes = _check_added_tokens(parts.get("added_tokens"), normalized)
-    regex = slow or any(_regex(step) is not None for step in splitter)
-    return Limits(growth, decoded, regex, slow and normalizes)
+    any_regex = slow or any(_regex(step) is not None for step in splitter)
+    return Limits(growth, decoded, any_regex, slow and normalizes)
 
 
 def _steps(parts: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 """Each op with its reference, as `ExportedProgram.run_decompositions` takes it."""
 
-_LIBRARY = torch.library.Library("edgewright", "DEF")
+_LIBRARY = torch.library.Library("edgewright", "DEF")  # type: ignore[no-untyped-call]
 
 Reference = TypeVar("Reference", bound=Callable[..., Any])
 
@@ -33,8 +33,8 @@ def define(
     def register(reference: Reference) -> Reference:
         # Not `torch.library.custom_op`: that imports torch._dynamo at the first call, and costs more than the op at each.
         name, schema = reference.__name__, torch.library.infer_schema(reference, mutates_args=())
-        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, eager or reference, "CompositeExplicitAutograd")
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, eager or reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"edgewright::{name}", fake, lib=_LIBRARY)
         DECOMPOSITIONS[getattr(torch.ops.edgewright, reference.__name__).default] = reference
         return reference
