@@ -26,7 +26,7 @@ from edgewright.errors import UserError, VerificationFailure
 from edgewright.system.hashes import of_file
 from fuzz.targets import Fuzzed
 
-HANG_SECONDS = 20
+HANG_SECONDS = 20.0
 MEMORY = 2 << 30
 _KEPT = ("bundle/reports", "out")
 """What a command may leave: its reports and its result."""
@@ -41,8 +41,8 @@ class Failure:
     what: str
 
 
-def fuzz(name: str, fuzzed: Fuzzed, seeds: Path, numbers: range) -> Iterator[Failure]:
-    """Run the mutants `numbers` of a target. After a crash or a hang a new process goes on with the next one."""
+def fuzz(name: str, fuzzed: Fuzzed, seeds: Path, numbers: range, patience: float = HANG_SECONDS) -> Iterator[Failure]:
+    """Run the mutants `numbers` of a target. After a crash, or `patience` seconds, a new process goes on with the next one."""
     done = mmap.mmap(-1, 16)  # number under way, and time it began; shared with the child
     start = numbers.start
     while start < numbers.stop:
@@ -59,7 +59,7 @@ def fuzz(name: str, fuzzed: Fuzzed, seeds: Path, numbers: range) -> Iterator[Fai
             finally:
                 os._exit(status)
         os.close(writer)
-        ended = _wait(child, done)
+        ended = _wait(child, done, patience)
         with os.fdopen(reader) as lines:
             yield from (Failure(name, *json.loads(line)) for line in lines)
         at = struct.unpack_from("<qd", done)[0]
@@ -69,7 +69,7 @@ def fuzz(name: str, fuzzed: Fuzzed, seeds: Path, numbers: range) -> Iterator[Fai
         start = at + 1
 
 
-def _wait(child: int, done: mmap.mmap) -> str:
+def _wait(child: int, done: mmap.mmap, patience: float) -> str:
     """How a child ended: "" for well."""
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -77,10 +77,10 @@ def _wait(child: int, done: mmap.mmap) -> str:
             code = os.waitstatus_to_exitcode(status)
             return "" if code == 0 else f"crash: status {code}"
         began = struct.unpack_from("<qd", done)[1]  # 0 while it is being written
-        if began and time.monotonic() - began > HANG_SECONDS:
+        if began and time.monotonic() - began > patience:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return f"hang: more than {HANG_SECONDS} s"
+            return f"hang: more than {patience:g} s"
         time.sleep(0.005)
 
 
