@@ -198,7 +198,7 @@ def test_shorten_keeps_the_first_layers():
         ({"pooling_factor": 1}, "pooling_factor is 1"),
         ({"pooling_factor": 1 << 40}, "pooling_factor is 1099511627776"),
         ({"context_window": 10**6}, "context_window is 1000000"),
-        ({"prompt_prefix": [80]}, "prompt_prefix is '[80]'"),
+        ({"prompt_prefix": [80]}, "prompt_prefix is [80]"),
         ({"prompt_prefix": "x"}, "prompt_prefix"),
         ({"bridge_hidden_size": 0}, "bridge_hidden_size is 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
