@@ -36,7 +36,13 @@ OUTPUT = 4 * MEBIBYTE
 LONGEST_SOURCE = MEBIBYTE
 """Characters of a template."""
 
-_PROGRAM = "import sys; sys.path += sys.argv[1:]; from edgewright.checkpoints.chat_renderer import main; main()"
+_RENDERER = Path(__file__).with_name("chat_renderer.py")
+_PROGRAM = (
+    "import sys; file = sys.argv[1]; sys.path += sys.argv[2:];"
+    " exec(compile(open(file, encoding='utf-8').read(), file, 'exec'), {'__name__': '__main__'})"
+)
+"""Runs a file by its path, so that neither this package nor the folder it lies in must be found again."""
+
 _KEPT = {"PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LANGUAGE", "TZ"}
 """Variables that the child inherits, with those that begin with LC_: what Python needs to start, and nothing secret."""
 
@@ -184,8 +190,8 @@ def _start() -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             # -P: a jinja2.py in the user's current folder must not be run. -S: what an installation adds to each start takes
-            # a fifth of this one, and may see secrets; the child is told where its two packages are.
-            [sys.executable, "-S", "-P", "-c", _PROGRAM, *_paths()],
+            # a fifth of this one, and may see secrets; the child is told where its packages are.
+            [sys.executable, "-S", "-P", "-c", _PROGRAM, str(_RENDERER), *_paths()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -199,10 +205,10 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _paths() -> list[str]:
-    """Folders of jinja2 and what it needs, and of this package, as this process would find them."""
+    """Folders of jinja2 and what it needs, as this process would find them."""
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     files = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
-    return list(dict.fromkeys([*(str(Path(file).parents[1]) for file in files), str(Path(__file__).parents[2])]))
+    return list(dict.fromkeys(str(Path(file).parents[1]) for file in files))
 
 
 def _ended(process: subprocess.Popen[bytes], owner: int) -> None:

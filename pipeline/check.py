@@ -35,7 +35,7 @@ def refuse_too_large(planned: Planned, request: Request) -> None:
         )
         context = planned.generation.max_context
         require_available(
-            context_bytes(planned.model, context, TARGETS[name].holds_caches) - anonymous_bytes(),
+            context_bytes(planned.model, context, TARGETS[name].holds_caches),
             f"--format {name}: a context of {context} tokens takes memory",
             "give a smaller --max-context",
         )
