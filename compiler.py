@@ -12,7 +12,7 @@ from .bundle import Manifest
 from .checkpoints.checkpoint import Checkpoint
 from .errors import UserError
 from .models.kv_cache import stored_as
-from .models.user_module.checkpoint import open_model
+from .models.opening import open_model
 from .pipeline.check import check_bundle, refuse_too_large
 from .pipeline.plan import plan
 from .pipeline.planned import Planned

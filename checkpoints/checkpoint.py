@@ -58,6 +58,8 @@ class Checkpoint:
         config: the contents of config.json (for GGUF: built from its metadata).
         generation: the contents of generation_config.json, {} where there is none.
         files: the weight files.
+        notes: lines for the user about how the checkpoint is read.
+        unread: tensors that are copies of others, which are read in their place.
     """
 
     def __init__(
@@ -67,13 +69,34 @@ class Checkpoint:
         generation: dict[str, Any],
         store: TensorStore,
         load_tokenizer: Callable[[], Tokenizer | None],
+        notes: tuple[str, ...] = (),
+        unread: frozenset[str] = frozenset(),
     ) -> None:
         self.source = source
         self.config = config
         self.generation = generation
-        self._store = store
+        self.notes, self.unread = notes, unread
+        self.store = store
         self._load_tokenizer = load_tokenizer
         self._states = {path: _state(path) for path in store.files}
+
+    def changed(
+        self,
+        config: dict[str, Any] | None = None,
+        store: TensorStore | None = None,
+        notes: tuple[str, ...] | None = None,
+        unread: frozenset[str] | None = None,
+    ) -> Checkpoint:
+        """The checkpoint with some of its fields replaced."""
+        return Checkpoint(
+            self.source,
+            self.config if config is None else config,
+            self.generation,
+            self.store if store is None else store,
+            self._load_tokenizer,
+            self.notes if notes is None else notes,
+            self.unread if unread is None else unread,
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -82,18 +105,18 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return self._store.files
+        return self.store.files
 
     def names(self) -> list[str]:
         """The names of all tensors, in file order."""
-        return list(self._store.infos)
+        return list(self.store.infos)
 
     def has(self, name: str) -> bool:
-        return name in self._store.infos
+        return name in self.store.infos
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor. Raises UserError if there is none of that name."""
-        info = self._store.infos.get(name)
+        info = self.store.infos.get(name)
         if info is None:
             model_type = self.config.get("model_type")
             raise UserError(f"{self.source}: no tensor {name}, which a {model_type} checkpoint has; is it complete?")
@@ -123,7 +146,7 @@ class Checkpoint:
         Do not write into it: a written page of the view is copied into memory. Raises UserError if it is missing.
         """
         self.info(name)
-        return self._store.tensor(name)
+        return self.store.tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of the first axis, float32 [stop - start, ...]. Only these are read.
@@ -133,7 +156,7 @@ class Checkpoint:
         shape = self.info(name).shape
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name}, which has shape {list(shape)}")
-        return self._store.rows(name, start, stop)
+        return self.store.rows(name, start, stop)
 
     def require_unchanged(self) -> None:
         """Raise UserError if a weight file was written, replaced or removed since it was opened."""
@@ -150,9 +173,9 @@ class Checkpoint:
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         digest.update(repr(sorted(path.stat().st_size for path in self.files)).encode())
-        for name, info in sorted(self._store.infos.items()):
+        for name, info in sorted(self.store.infos.items()):
             digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode("utf-8", "surrogatepass"))
-            digest.update(self._store.sample(name))
+            digest.update(self.store.sample(name))
         return digest.hexdigest()
 
 

@@ -51,8 +51,8 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _checkpoint(target: str) -> dict[str, Any]:
+    from ..models.opening import open_model
     from ..models.registry import build
-    from ..models.user_module.checkpoint import open_model
     from ..quant.units import quantizable_units
 
     checkpoint = open_model(target)

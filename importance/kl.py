@@ -22,7 +22,7 @@ from ..calibration.source import Source
 from ..calibration.streamed_weights import WeightTransform
 from ..errors import UserError
 from ..models.layers.linear import Embedding
-from ..models.user_module.checkpoint import open_model
+from ..models.opening import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan
 from ..quant.rtn import effective_group, quantize_rtn
 from ..runtimes.logits import torch_divergence, torch_log_softmax

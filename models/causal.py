@@ -53,12 +53,21 @@ class DecoderParts:
         layers: the layers, in order.
         norm: the norm behind the last layer.
         head: hidden states [B, L, hidden] -> logits [B, L, vocab].
+        positions: positions int64 [S] -> rows [S, hidden] that are added to the embeddings; None for none.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     layers: nn.ModuleList
     norm: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
+    positions: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def embedded(self, input_ids: torch.Tensor, past_length: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, hidden] of ids [B, S] behind past_length tokens."""
+        h = self.embed(input_ids)
+        if self.positions is None:
+            return h
+        return h + self.positions(past_length + torch.arange(input_ids.shape[1], device=input_ids.device))
 
 
 def run_layers(
@@ -99,7 +108,7 @@ class CausalStep(nn.Module):
     ) -> tuple[Cache, ...]:
         """input_ids: int64 [B, S]; past_length: int64 [1]; logit_positions: int64 [L]. Returns logits [B, L, vocab] and the
         updated states."""
-        h, updated = self.hidden(self.parts.embed(input_ids), past_length, logit_positions, states)
+        h, updated = self.hidden(self.parts.embedded(input_ids, past_length), past_length, logit_positions, states)
         return (self.parts.head(self.parts.norm(h)), *updated)
 
     def hidden(

@@ -46,6 +46,10 @@ class ConfigReader:
             raise self.error(key, value, "true or false")
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """As `boolean`; a null is false, as transformers takes it."""
+        return False if key in self.values and self.values[key] is None else self.boolean(key, default)
+
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)
         if not isinstance(value, str):
@@ -117,7 +121,7 @@ class ConfigReader:
         return value
 
     def rotated(self, head_dim: int, default: float = 1.0) -> int:
-        """How many dimensions of a head rotate, by `partial_rotary_factor`. Call `rope` with `partial=True` beside it."""
+        """How many dimensions of a head rotate, by `partial_rotary_factor`. Call `read_rope` with `partial=True` beside it."""
         params = self.values.get("rope_parameters")
         inner = ConfigReader(params if isinstance(params, dict) else {}, f"{self.where}rope_parameters.")
         section = inner if inner.values.get("partial_rotary_factor") is not None else self
@@ -127,53 +131,28 @@ class ConfigReader:
             raise section.error("partial_rotary_factor", share, f"a share of {head_dim} that is even and at least 2")
         return dims
 
-    def rope(self, default_theta: float, key: str | None = None, partial: bool = False) -> tuple[float, float]:
-        """(theta, linear factor) from `rope_parameters`, nested by layer type `key` or flat, or from the older keys.
-
-        partial: the caller reads `partial_rotary_factor` (`rotated`); without it that key is refused.
-        """
-        params = self.values.get("rope_parameters") or {}
-        old = self.values.get("rope_scaling") or {}
-        if not isinstance(params, dict):
-            raise self.error("rope_parameters", params, "an object")
-        if not isinstance(old, dict):
-            raise self.error("rope_scaling", old, "an object")
-        nested = any(isinstance(value, dict) for value in params.values())
-        if key is not None and nested:
-            params = params.get(key) or {}
-            if not isinstance(params, dict):
-                raise self.error(f"rope_parameters.{key}", params, "an object")
-        elif key == "sliding_attention":
-            params = {}  # a flat object is for the full layers
-        if key == "sliding_attention":
-            old = {}  # the older key never scaled the sliding layers
-        if params.get("rope_type", "default") != "default" and old:
-            raise self.error("rope_scaling", old, "to be absent where rope_parameters scales too")
-        scaling = old or params
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "linear"):
-            raise self.error("rope_parameters.rope_type", kind, "'default' or 'linear'")
-        for where in (self.values, params, old):
-            if not partial and where.get("partial_rotary_factor", 1.0) not in (1, None):
-                raise self.error("partial_rotary_factor", where["partial_rotary_factor"], "1 or nothing")
-        theta_key = "rope_local_base_freq" if key == "sliding_attention" else "rope_theta"
-        fallback = self.number(theta_key, default_theta, least=1.0)
-        theta = ConfigReader(params, f"{self.where}rope_parameters.").number("rope_theta", fallback, least=1.0)
-        if kind == "default":
-            return theta, 1.0
-        return theta, ConfigReader(scaling, f"{self.where}rope_scaling.").number("factor", least=1e-6)
-
 
 class StackKeys:
-    """The keys that most stacks of layers have, under Llama's names. head_dim: its default, hidden / heads if None."""
+    """The keys that most stacks of layers have, under Llama's names.
 
-    def __init__(self, section: ConfigReader, positions: int, head_dim: int | None = None) -> None:
+    positions, head_dim, kv_heads, eps: defaults; where they are None, heads of hidden / heads dimensions, and as many key heads
+    as heads.
+    """
+
+    def __init__(
+        self,
+        section: ConfigReader,
+        positions: int,
+        head_dim: int | None = None,
+        kv_heads: int | None = None,
+        eps: float = 1e-6,
+    ) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
         self.intermediate = section.integer("intermediate_size")
         self.layers = section.integer("num_hidden_layers", most=1024)
         self.heads = section.integer("num_attention_heads", most=4096)
-        self.kv_heads = section.kv_heads(self.heads)
+        self.kv_heads = section.kv_heads(self.heads, kv_heads)
         self.head_dim = section.head_dim(self.hidden // self.heads if head_dim is None else head_dim)
-        self.eps = section.number("rms_norm_eps", 1e-6)
+        self.eps = section.number("rms_norm_eps", eps)
         self.max_positions = section.integer("max_position_embeddings", positions)

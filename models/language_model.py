@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from ..checkpoints.names import Names
 from ..errors import UserError
 from ..graph import Graph
 from .config import ConfigReader
@@ -44,7 +45,6 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         task: the generate loop that runs the graphs.
-        unused: prefixes of tensors that a checkpoint may hold and the model does not read.
         tied: alias parameter -> the stored parameter that it shares.
         decoder_start: the first token of a seq2seq decoder; None for other tasks.
         max_context: positions that the model was made for.
@@ -52,7 +52,6 @@ class LanguageModel(nn.Module, ABC):
     """
 
     task: ClassVar[Task]
-    unused: ClassVar[tuple[str, ...]] = ()
     tied: dict[str, str]
     decoder_start: int | None = None
     max_context: int
@@ -61,6 +60,11 @@ class LanguageModel(nn.Module, ABC):
         """config: the contents of config.json. Raises UserError for a bad value."""
         super().__init__()
         self.section = ConfigReader(config, "")
+
+    @property
+    def names(self) -> Names:
+        """What files call the parameters, where it is not what the model calls them."""
+        return Names()
 
     @abstractmethod
     def stacks(self) -> dict[str, nn.ModuleList]:

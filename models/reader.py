@@ -13,7 +13,7 @@ from torch import nn
 
 from ..graph import Graph, Port, State
 from .causal import DecoderParts, kv_states, run_layers
-from .config import StackKeys
+from .decoder import DecoderSpec
 from .kv_cache import Cache
 from .language_model import LanguageModel
 
@@ -48,14 +48,14 @@ class MemoryStep(nn.Module):
         """
         parts = self.parts
         rows = memory.index_select(1, slots.clamp(min=0))
-        h = torch.where((slots >= 0).unsqueeze(-1), rows, parts.embed(input_ids))
+        h = torch.where((slots >= 0).unsqueeze(-1), rows, parts.embedded(input_ids, past_length))
         h, updated = run_layers(parts.layers, [2] * len(parts.layers), h, past_length, states)
         return (parts.head(parts.norm(h.index_select(1, logit_positions))), *updated)
 
 
-def memory_graph(step: MemoryStep, states: Sequence[State], config: StackKeys, rows: int) -> Graph:
+def memory_graph(step: MemoryStep, states: Sequence[State], spec: DecoderSpec, rows: int) -> Graph:
     """The graph `decoder` of `step`. Its input memory [batch, at most `rows`, hidden] is kept by the caller."""
-    f32, i64, most = torch.float32, torch.int64, config.max_positions
+    f32, i64, most = torch.float32, torch.int64, spec.positions
     return Graph(
         name="decoder",
         module=step,
@@ -63,10 +63,10 @@ def memory_graph(step: MemoryStep, states: Sequence[State], config: StackKeys, r
             Port("input_ids", i64, ("batch", "sequence")),
             Port("past_length", i64, (1,)),
             Port("logit_positions", i64, ("logits",)),
-            Port("memory", f32, ("batch", "memory", config.hidden)),
+            Port("memory", f32, ("batch", "memory", spec.hidden)),
             Port("slots", i64, ("sequence",)),
         ),
-        outputs=(Port("logits", f32, ("batch", "logits", config.vocab)),),
+        outputs=(Port("logits", f32, ("batch", "logits", spec.vocab)),),
         states=tuple(states),
         example={"batch": 2, "sequence": 3, "capacity": 7, "logits": 2, "memory": 4},
         bounds={
@@ -80,10 +80,10 @@ def memory_graph(step: MemoryStep, states: Sequence[State], config: StackKeys, r
 
 
 class MemoryModel(LanguageModel):
-    """A model of the task "memory". main: the keys of its decoder, a stack of layers with a KV cache each."""
+    """A model of the task "memory". main: its decoder."""
 
     task = "memory"
-    main: StackKeys
+    main: DecoderSpec
 
     @property
     @abstractmethod
@@ -103,9 +103,9 @@ class MemoryModel(LanguageModel):
         return [self.context_graph(), memory_graph(self.decoder_step(), states, self.main, WINDOWS * self.rows)]
 
 
-def cache_states(config: StackKeys) -> list[State]:
-    """The KV caches of all layers of a stack."""
-    return [s for i in range(config.layers) for s in kv_states(i, config.kv_heads, config.head_dim)]
+def cache_states(spec: DecoderSpec) -> list[State]:
+    """The KV caches of all layers of a decoder."""
+    return [s for i, a in enumerate(spec.attention) for s in kv_states(i, a.kv_heads, a.head_dim)]
 
 
 def token_ids(ids: object, vocab: int) -> tuple[int, ...] | None:

@@ -15,6 +15,22 @@ from .language_model import LanguageModel
 ARCHITECTURES = {
     "t5gemma": "families.t5gemma",
     "llama": "families.llama",
+    "mistral": "families.mistral",
+    "ministral": "families.mistral",
+    "qwen3": "families.qwen3",
+    "gemma": "families.gemma3",
+    "gemma2": "families.gemma3",
+    "phi3": "families.phi3",
+    "smollm3": "families.smollm3",
+    "granite": "families.granite",
+    "olmo2": "families.olmo2",
+    "olmo3": "families.olmo2",
+    "exaone4": "families.olmo2",
+    "ernie4_5": "families.ernie4_5",
+    "hunyuan_v1_dense": "families.hunyuan",
+    "stablelm": "families.stablelm",
+    "gpt2": "families.gpt",
+    "gpt_neox": "families.gpt",
     "qwen3_5_text": "families.qwen3_5",
     "qwen3_next": "families.qwen3_5",
     "olmo_hybrid": "families.olmo_hybrid",
@@ -36,10 +52,6 @@ ARCHITECTURES = {
 
 def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
     kind = config.get("model_type")
-    if kind == "gemma3":
-        raise UserError(
-            "model_type 'gemma3' is the multimodal Gemma 3; give a text checkpoint (model_type 'gemma3_text')"
-        )
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"model_type {shown(kind, 60)} is not supported; supported: {known}")

@@ -32,13 +32,15 @@ def open_original(request: Request, checkpoint: Checkpoint, progress: Progress) 
     Raises UserError for a bad config, a tensor that is missing, has another shape or no place in the model, a model that takes
     too few positions, or one without a weight that can be quantized.
     """
+    for note in checkpoint.notes:
+        progress(note)
     config = checkpoint.config
     if request.num_layers is not None:
         config = shorten(config, request.num_layers)
     model: LanguageModel = build(config)
     _expect_tensors(model, checkpoint)
     if request.num_layers is None:
-        _refuse_strays(model, checkpoint, progress)
+        _refuse_strays(model, checkpoint)
     model.check_lengths()
     units = quantizable_units(model)
     if not units:
@@ -58,17 +60,13 @@ def _expect_tensors(model: LanguageModel, checkpoint: Checkpoint) -> None:
         checkpoint.expect(name, tuple(shapes[name].shape))
 
 
-def _refuse_strays(model: LanguageModel, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Raise UserError for a tensor that the model does not read; those with a prefix of `unused` are left out with a note.
+def _refuse_strays(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a tensor that the model does not read.
 
     Without this, a bias that the config does not name would be missing in original, reference and artefact alike.
     """
     known = {n for n, _ in model.named_parameters(remove_duplicate=False)} | set(model.tied)
-    omitted = [n for n in checkpoint.names() if n not in known and n.startswith(model.unused)]
-    if omitted:
-        progress(f"left out, as no graph here uses them: {len(omitted)} tensors ({one_line(omitted[0])} and the like)")
-    known |= set(omitted)
-    stray = [n for n in checkpoint.names() if n not in known and not n.endswith(".inv_freq")]
+    stray = [n for n in checkpoint.names() if n not in known]
     if stray:
         kind = checkpoint.config.get("model_type")
         raise UserError(

@@ -10,7 +10,7 @@ from ..calibration.source import Source
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.language_model import LanguageModel
-from ..models.user_module.checkpoint import open_model
+from ..models.opening import open_model
 from ..quant.plan import BitPlan, Unit
 from ..targets.storage import signed_scales
 from .allocate import Allocation, allocate_bits

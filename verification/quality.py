@@ -11,8 +11,8 @@ from ..calibration.prompts import Passage, Task, read_task, text_passages
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.loading import load_original
+from ..models.opening import open_model
 from ..models.registry import build
-from ..models.user_module.checkpoint import open_model
 from ..runtimes.eager import EagerSession
 from ..runtimes.session import Session
 from .compare import Probe

@@ -21,14 +21,14 @@ from torch import nn
 
 from ...graph import Graph, Port
 from ..config import ConfigReader
+from ..decoder import DecoderSpec, DecoderStack
 from ..language_model import ContextLayout, shorten_stack
 from ..layers.attention import BidirectionalAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
-from ..layers.norm import RMSNorm
 from ..layers.ops import EW
 from ..reader import MemoryModel, MemoryStep, token_ids
-from .llama import Stack, StackConfig
+from .llama import describe
 
 WINDOW = 1024
 
@@ -36,10 +36,10 @@ WINDOW = 1024
 class MemoryConfig:
     """The keys on the memory: how it is made and what stands before it in the prompt."""
 
-    def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
+    def __init__(self, section: ConfigReader, encoder: DecoderSpec, main: DecoderSpec) -> None:
         self.factor = section.integer("pooling_factor", 8, least=2, most=1024)
         self.bridge = section.integer("bridge_hidden_size", 2048)
-        most = min(encoder.max_positions, main.max_positions)
+        most = min(encoder.positions, main.positions)
         self.window = section.integer("context_window", min(WINDOW, most), least=2, most=most)
         self.rows = -(-self.window // self.factor) + 1
         value = section.values.get("prompt_prefix", [])
@@ -52,12 +52,12 @@ class MemoryConfig:
 class EncoderLayer(nn.Module):
     """A Llama block without a causal mask."""
 
-    def __init__(self, config: StackConfig, layer: int) -> None:
+    def __init__(self, config: DecoderSpec, layer: int) -> None:
         super().__init__()
-        self.self_attn = BidirectionalAttention(config.attention(layer))
+        self.self_attn = BidirectionalAttention(config.attention[layer])
         self.mlp = GatedMLP(config.hidden, config.intermediate, config.act, config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.eps, offset=0.0)
+        self.input_layernorm = config.norm.of(config.hidden)
+        self.post_attention_layernorm = config.norm.of(config.hidden)
 
     def forward(self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         h = h + self.self_attn(self.input_layernorm(h), positions, mask)
@@ -73,7 +73,9 @@ class EncoderLayer(nn.Module):
         q = q.reshape(*queries.shape[:2], spec.heads, spec.head_dim)
         q = EW.rope(q, torch.arange(queries.shape[1], device=h.device), attention.inv_freq)
         everything = (positions >= 0).expand(h.shape[0], 1, 1, -1)
-        attended = EW.cross_attention(q, k.transpose(1, 2), v.transpose(1, 2), everything, spec.scale, spec.softcap)
+        attended = EW.cross_attention(
+            q, k.transpose(1, 2), v.transpose(1, 2), everything, spec.rotated_scale, spec.softcap
+        )
         h = queries + attention.o_proj(attended)
         out: torch.Tensor = h + self.mlp(self.post_attention_layernorm(h))
         return out
@@ -93,10 +95,10 @@ def groups(tokens: int, factor: int, device: torch.device) -> torch.Tensor:
 class Encoder(nn.Module):
     """The encoder; its last layer pools."""
 
-    def __init__(self, config: StackConfig) -> None:
+    def __init__(self, config: DecoderSpec) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(len(config.attention)))
 
     def forward(self, input_ids: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """[B, M, hidden] of input_ids [B, T]; means [M, T] averages tokens into groups."""
@@ -154,16 +156,16 @@ class Model(MemoryModel):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         section = self.section
-        self.main: StackConfig = StackConfig(section)
-        self.source = StackConfig(section.section("encoder_config"))
+        self.main = describe(section)
+        self.source = describe(section.section("encoder_config"))
         self.memory = MemoryConfig(section, self.source, self.main)
         self.encoder = Encoder(self.source)
         self.cont_tok = LearnedToken(self.source.hidden)
         self.bridge = Bridge(self.source.hidden, self.memory.bridge, self.main.hidden)
-        self.model = Stack(self.main)
+        self.model = DecoderStack(self.main)
         self.lm_head = Linear(self.main.hidden, self.main.vocab)
         self.tied = self.tied_head(default=False)
-        self.max_context = self.main.max_positions
+        self.max_context = self.main.positions
 
     @property
     def rows(self) -> int:

@@ -19,14 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...checkpoints.names import Names
 from ...graph import Graph, Port
 from ..causal import CausalStep
 from ..config import ConfigReader
+from ..decoder import DecoderSpec, DecoderStack
 from ..language_model import ContextLayout, shorten_stack
 from ..layers.linear import Linear
 from ..reader import MemoryModel, MemoryStep, cache_states, token_ids
-from .llama import Stack
-from .qwen2 import StackConfig
+from .qwen2 import describe
 
 QWEN2_HALF_BILLION: dict[str, Any] = {
     "hidden_size": 896,
@@ -46,7 +47,7 @@ SPACE_ID = 220  # Qwen2's token of " "
 class MemoryConfig:
     """The keys on the memory: how it is made and where it goes in the prompt."""
 
-    def __init__(self, section: ConfigReader, encoder: StackConfig, main: StackConfig) -> None:
+    def __init__(self, section: ConfigReader, encoder: DecoderSpec, main: DecoderSpec) -> None:
         self.tokens = section.integer("num_memory_tokens", 32, least=2, most=1024)
         self.ids = _ids(section, "memory_token_ids", range(FIRST_MEMORY_ID, FIRST_MEMORY_ID + self.tokens), encoder)
         if len(self.ids) != self.tokens:
@@ -61,13 +62,13 @@ class MemoryConfig:
         self.projector = section.text("projector", "linear")
         if self.projector not in ("linear", "mlp"):
             raise section.error("projector", self.projector, "'linear' or 'mlp'")
-        room = encoder.max_positions - self.tokens
+        room = encoder.positions - self.tokens
         if room < 1:
-            raise section.error("num_memory_tokens", self.tokens, f"fewer than {encoder.max_positions} positions")
+            raise section.error("num_memory_tokens", self.tokens, f"fewer than {encoder.positions} positions")
         self.window = section.integer("context_window", room, most=room)
 
 
-def _ids(section: ConfigReader, key: str, default: Sequence[int], stack: StackConfig) -> tuple[int, ...]:
+def _ids(section: ConfigReader, key: str, default: Sequence[int], stack: DecoderSpec) -> tuple[int, ...]:
     """The token ids under `key`, each in the vocabulary of `stack`."""
     value = section.values.get(key)
     ids = token_ids(list(default) if value is None else value, stack.vocab)
@@ -81,9 +82,9 @@ def _ids(section: ConfigReader, key: str, default: Sequence[int], stack: StackCo
 class ContextModel(nn.Module):
     """A Qwen2 without a head."""
 
-    def __init__(self, config: StackConfig) -> None:
+    def __init__(self, config: DecoderSpec) -> None:
         super().__init__()
-        self.model = Stack(config)
+        self.model = DecoderStack(config)
 
 
 class Projector(nn.Module):
@@ -108,16 +109,16 @@ class Projector(nn.Module):
 class ContextEncoder(nn.Module):
     """Context model and projector."""
 
-    def __init__(self, config: StackConfig, hidden: int, projector: str) -> None:
+    def __init__(self, config: DecoderSpec, hidden: int, projector: str) -> None:
         super().__init__()
         self.encoder = ContextModel(config)
         self.projector = Projector(config.hidden, hidden, projector)
 
 
-class Main(Stack):
+class Main(DecoderStack):
     """The main decoder. By the checkpoint's names it holds the context encoder."""
 
-    def __init__(self, config: StackConfig, encoder: StackConfig, projector: str) -> None:
+    def __init__(self, config: DecoderSpec, encoder: DecoderSpec, projector: str) -> None:
         super().__init__(config)
         self.context_encoder = ContextEncoder(encoder, config.hidden, projector)
 
@@ -125,20 +126,22 @@ class Main(Stack):
 class Model(MemoryModel):
     """A Dolphin checkpoint's modules, named as the checkpoint names them."""
 
-    # The head of the context model, which a checkpoint may hold and nothing uses.
-    unused = ("model.context_encoder.encoder.lm_head.",)
-
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         section = self.section
-        self.main: StackConfig = StackConfig(section)
+        self.main = describe(section)
         encoder = section.section("encoder_config") if _has_encoder(config) else ConfigReader(QWEN2_HALF_BILLION, "")
-        self.encoder = StackConfig(encoder)
+        self.encoder = describe(encoder)
         self.memory = MemoryConfig(section, self.encoder, self.main)
         self.model = Main(self.main, self.encoder, self.memory.projector)
         self.lm_head = Linear(self.main.hidden, self.main.vocab)
         self.tied = self.tied_head(default=False)
-        self.max_context = self.main.max_positions
+        self.max_context = self.main.positions
+
+    @property
+    def names(self) -> Names:
+        """A checkpoint may hold the head of the context model, which nothing uses."""
+        return Names(ignored=("model.context_encoder.encoder.lm_head.*",))
 
     @property
     def rows(self) -> int:
@@ -165,7 +168,7 @@ class Model(MemoryModel):
         parts = encoder.encoder.model.parts(encoder.projector)
         return Graph(
             name="context",
-            module=CausalStep({"whole": encoder}, parts, [2] * self.encoder.layers),
+            module=CausalStep({"whole": encoder}, parts, [2] * len(self.encoder.attention)),
             inputs=(
                 Port("input_ids", i64, ("batch", "sequence")),
                 Port("past_length", i64, (1,)),

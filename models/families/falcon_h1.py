@@ -22,6 +22,7 @@ from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
+from ..rope import read_rope
 
 
 def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
@@ -198,12 +199,10 @@ class Decoder(nn.Module):
         heads = section.integer("num_attention_heads", most=4096)
         kv_heads = section.divisor("num_key_value_heads", heads, heads)
         head_dim = section.head_dim(hidden // heads)
-        theta, factor = section.rope(10000.0)
+        rope = read_rope(section, 10000.0)
         bias = section.boolean("attention_bias", False)
         scale = head_dim**-0.5 * multiplier(section, "key_multiplier")
-        self.attention = AttentionSpec(
-            hidden, heads, kv_heads, head_dim, scale, theta, factor, bias=bias, out_bias=bias
-        )
+        self.attention = AttentionSpec(hidden, heads, kv_heads, head_dim, scale, rope, bias=bias, out_bias=bias)
         self.mamba = read_mamba(section, hidden)
         by = Multipliers(
             multiplier(section, "attention_in_multiplier"),

@@ -15,6 +15,7 @@ from ..layers.attention import AttentionSpec, BidirectionalAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
+from ..rope import Rope, read_rope
 from ..seq2seq import EncoderDecoder, Seq2seqModel
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -23,11 +24,11 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class GemmaConfig(StackKeys):
     """One stack's section of config.json.
 
-    pattern: every how many layers one is full, where `layer_types` is absent. Heirs set `bases` (RoPE theta and factor of
-    both kinds of layers), `softcap` (of attention, 0 without) and `norm_eps` (of the QK-norm, None without).
+    pattern: every how many layers one is full, where `layer_types` is absent. Heirs set `ropes` (of both kinds of layers),
+    `softcap` (of attention, 0 without) and `norm_eps` (of the QK-norm, None without).
     """
 
-    bases: Mapping[str, tuple[float, float]]
+    ropes: Mapping[str, Rope]
     softcap: float = 0.0
     norm_eps: float | None = None
 
@@ -45,21 +46,29 @@ class GemmaConfig(StackKeys):
 
     def attention(self, layer: int) -> AttentionSpec:
         kind = self.layer_types[layer]
-        theta, factor = self.bases[kind]
         return AttentionSpec(
             hidden=self.hidden,
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             scale=self.scale,
-            theta=theta,
-            rope_factor=factor,
+            rope=self.ropes[kind],
             softcap=self.softcap,
             window=self.window if kind == SLIDING else 0,
             bias=self.bias,
             out_bias=self.bias,
             norm_eps=self.norm_eps,
         )
+
+
+class Gemma2Config(GemmaConfig):
+    """A stack of Gemma 2's layers."""
+
+    def __init__(self, section: ConfigReader) -> None:
+        super().__init__(section, positions=8192, pattern=2)
+        self.softcap = optional_number(section, "attn_logit_softcapping", 50.0)
+        self.final_softcap = optional_number(section, "final_logit_softcapping", 30.0)
+        self.ropes = dict.fromkeys((FULL, SLIDING), read_rope(section, 10000.0))
 
 
 class Gemma3Config(GemmaConfig):
@@ -71,13 +80,15 @@ class Gemma3Config(GemmaConfig):
         if cap is not None:
             # transformers reads the key and does not use it; a checkpoint that sets it is not one we know.
             raise section.error("attn_logit_softcapping", cap, f"nothing: {family} has no attention soft-capping")
-        self.bases = {kind: section.rope(base, kind) for kind, base in ((FULL, 1e6), (SLIDING, 1e4))}
+        self.ropes = {kind: read_rope(section, base, kind) for kind, base in ((FULL, 1e6), (SLIDING, 1e4))}
         self.norm_eps = self.eps
 
 
-def optional_number(section: ConfigReader, key: str) -> float:
-    """The number under `key`; 0 where it is absent or null."""
-    return 0.0 if section.values.get(key) is None else section.number(key)
+def optional_number(section: ConfigReader, key: str, default: float = 0.0) -> float:
+    """The number under `key`; 0 where it is null, `default` where it is absent."""
+    if key not in section.values:
+        return default
+    return 0.0 if section.values[key] is None else section.number(key)
 
 
 class EncoderLayer(nn.Module):

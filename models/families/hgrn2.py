@@ -23,6 +23,7 @@ from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
 from ..layers.ops import EW
+from ..rope import Rope
 
 _OUTPUT_EPS = 1e-5  # of the norm before the output projection; norm_eps is for the others
 _LEAST_KEPT = 1e-6  # below it the log of an underflowed gate would be minus infinity
@@ -164,7 +165,7 @@ def read_attention(section: ConfigReader, hidden: int, layers: int) -> tuple[lis
         kv_heads,
         head_dim,
         head_dim**-0.5,
-        attn.number("rope_theta", 10000.0, least=1.0),
+        Rope(attn.number("rope_theta", 10000.0, least=1.0)),
         window=attn.integer("window_size") if attn.values.get("window_size") is not None else 0,
         bias=attn.boolean("qkv_bias", False),
     )

@@ -13,11 +13,12 @@ from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention
 from ..language_model import shorten_stack
 from ..layers.activations import silu
-from ..layers.attention import AttentionSpec, rotary_frequencies
+from ..layers.attention import AttentionSpec
 from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import CausalConv, RMSNorm
 from ..layers.ops import EW
+from ..rope import read_rope
 
 
 class ShortConv(nn.Module):
@@ -52,8 +53,7 @@ class Attention(Block):
         self.out_proj = Linear(spec.heads * spec.head_dim, spec.hidden)
         self.q_layernorm = RMSNorm(spec.head_dim, eps, offset=0.0)
         self.k_layernorm = RMSNorm(spec.head_dim, eps, offset=0.0)
-        frequencies = rotary_frequencies(spec.head_dim, spec.theta, spec.rope_factor)
-        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.register_buffer("inv_freq", spec.rope.frequencies(spec.head_dim), persistent=False)
 
     def forward(
         self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
@@ -64,7 +64,7 @@ class Attention(Block):
         k = self.k_layernorm(self.k_proj(x).reshape(*lead, s.kv_heads, s.head_dim))
         v = self.v_proj(x).reshape(*lead, s.kv_heads, s.head_dim)
         q, k = EW.rope(q, positions, self.inv_freq), EW.rope(k, positions, self.inv_freq)
-        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, 0.0, 0)
+        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.rotated_scale, 0.0, 0)
         return self.out_proj(attended), k_out, v_out
 
 
@@ -114,10 +114,9 @@ class Decoder(nn.Module):
         heads = section.integer("num_attention_heads", 32, most=4096)
         kv_heads = section.divisor("num_key_value_heads", heads, min(8, heads))
         head_dim = section.head_dim(hidden // heads)
-        theta, factor = section.rope(1e6)
         eps, bias = section.number("norm_eps", 1e-5), section.boolean("conv_bias", False)
         self.taps = section.integer("conv_L_cache", 3, least=2, most=64)
-        self.attention = AttentionSpec(hidden, heads, kv_heads, head_dim, head_dim**-0.5, theta, factor)
+        self.attention = AttentionSpec(hidden, heads, kv_heads, head_dim, head_dim**-0.5, read_rope(section, 1e6))
         self.types, intermediate = layer_types(section), intermediate_size(section)
         self.embed_tokens = Embedding(vocab, hidden)
         self.layers = nn.ModuleList(

@@ -7,7 +7,6 @@ of the gated feed-forward. `modernbert_decoder` is the causal twin.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,23 +17,14 @@ from ...graph import Graph, Port
 from ..config import ConfigReader
 from ..language_model import LanguageModel
 from ..layers.activations import activation
-from ..layers.attention import rotary_frequencies
 from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
+from ..layers.norm import LayerNorm
 from ..layers.ops import EW
+from ..rope import read_rope
 
 KINDS = ("full_attention", "sliding_attention")
 TABLE = "model.embeddings.tok_embeddings.weight"
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU by the error function, not its tanh approximation. x: any shape."""
-    return 0.5 * x * (1.0 + torch.erf(x * math.sqrt(0.5)))
-
-
-def exact_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`layers.activation` and the exact "gelu". Raises UserError for one that is not known."""
-    return gelu if name == "gelu" else activation(name)
 
 
 class Config:
@@ -57,8 +47,8 @@ class Config:
         self.mlp_bias = section.boolean("mlp_bias", False)
         self.head_bias = section.boolean("classifier_bias", False)
         self.decoder_bias = section.boolean("decoder_bias", True)
-        self.act = exact_activation(section.text("hidden_activation", "gelu"))
-        self.head_act = exact_activation(section.text("classifier_activation", "gelu"))
+        self.act = activation(section.text("hidden_activation", "gelu"))
+        self.head_act = activation(section.text("classifier_activation", "gelu"))
         self.max_positions = section.integer("max_position_embeddings", 8192)
         self.layer_types = _layer_types(section, self.layers)
         # Half of `local_attention`: the tokens that the encoder sees on each side, and the decoder in all.
@@ -68,37 +58,25 @@ class Config:
         if values.get("rope_scaling") is not None:
             raise section.error("rope_scaling", values["rope_scaling"], "nothing")
         older = {"rope_theta": values.get("global_rope_theta"), "rope_local_base_freq": values.get("local_rope_theta")}
-        ropes = ConfigReader(values | older, "")
-        self.bases = {kind: ropes.rope(base, kind) for kind, base in zip(KINDS, (160_000.0, 10_000.0), strict=True)}
+        keys = ConfigReader(values | older, "")
+        self.ropes = {
+            kind: read_rope(keys, base, kind) for kind, base in zip(KINDS, (160_000.0, 10_000.0), strict=True)
+        }
+        for rope in self.ropes.values():
+            if rope.kind not in ("default", "linear"):
+                raise section.error("rope_parameters.rope_type", rope.kind, "'default' or 'linear'")
 
     def norm(self) -> LayerNorm:
         return LayerNorm(self.hidden, self.eps, self.norm_bias)
 
     def frequencies(self, kind: str) -> torch.Tensor:
-        return rotary_frequencies(self.head_dim, *self.bases[kind])
+        return self.ropes[kind].frequencies(self.head_dim)
 
 
 def _layer_types(section: ConfigReader, layers: int) -> list[str]:
     """`layer_types`; if absent, the first layer and every n-th after it are full, the others slide."""
     every = section.integer("global_attn_every_n_layers", 3, most=1024)
     return section.kinds(layers, KINDS, ["sliding_attention" if i % every else "full_attention" for i in range(layers)])
-
-
-class LayerNorm(nn.Module):
-    """`(x - mean) / std * weight`, with or without a bias, by hand. x: [..., size]."""
-
-    def __init__(self, size: int, eps: float, bias: bool) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.float32)
-        centred = wide - wide.mean(-1, keepdim=True)
-        normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + self.eps)
-        normed = normed * self.weight.to(torch.float32)
-        return (normed if self.bias is None else normed + self.bias.to(torch.float32)).to(x.dtype)
 
 
 class Embeddings(nn.Module):

@@ -20,11 +20,11 @@ from ..causal import DecoderParts
 from ..config import ConfigReader
 from ..kv_cache import Cache, cached_attention, cross_attention
 from ..layers.activations import gelu_tanh
-from ..layers.attention import rotary_frequencies
 from ..layers.block import Block, Groups
 from ..layers.linear import Embedding, Linear
 from ..layers.norm import RMSNorm
 from ..layers.ops import EW
+from ..rope import Rope
 from ..seq2seq import EncoderDecoder, Seq2seqModel
 
 
@@ -96,7 +96,7 @@ class RotaryAttention(Attention):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.register_buffer("inv_freq", rotary_frequencies(config.head_dim, config.theta), persistent=False)
+        self.register_buffer("inv_freq", Rope(config.theta).frequencies(config.head_dim), persistent=False)
 
     def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         k, v = self.keys_values(x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoints.names import Names, join, rename
 from ...graph import State
 from ..causal import CausalModel, DecoderParts
 from ..config import ConfigReader
@@ -21,6 +22,7 @@ from ..layers.attention import AttentionSpec, CachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
+from ..rope import Rope, read_rope
 from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 
 _GATE_EPS = 1e-5  # of the norm before the gate, whatever rms_norm_eps says
@@ -108,15 +110,14 @@ class Decoder(nn.Module):
         kv_heads = section.divisor("num_key_value_heads", heads, heads)
         head_dim = section.head_dim(hidden // heads)
         eps, bias = section.number("rms_norm_eps", 1e-6), section.boolean("attention_bias", False)
-        theta, factor, rotated = rotary(section)
+        rope, rotated = rotary(section)
         self.attention = AttentionSpec(
             hidden,
             heads,
             kv_heads,
             head_dim,
             head_dim**-0.5,
-            theta,
-            factor,
+            rope,
             bias=bias,
             out_bias=bias,
             norm_eps=eps,
@@ -143,13 +144,13 @@ class Decoder(nn.Module):
         return hybrid_states(self.types, self.delta, self.attention)
 
 
-def rotary(section: ConfigReader) -> tuple[float, float, int | None]:
-    """(theta, factor, rotated dimensions); no dimension rotates if the config has no rope_theta."""
+def rotary(section: ConfigReader) -> tuple[Rope, int | None]:
+    """RoPE and rotated dimensions; no dimension rotates if the config has no rope_theta."""
     params = section.values.get("rope_parameters")
     theta = params.get("rope_theta") if isinstance(params, dict) else params
     if theta is None and section.values.get("rope_theta") is None:
-        return 1.0, 1.0, 0
-    return *section.rope(500000.0), None
+        return Rope(), 0
+    return read_rope(section, 500000.0), None
 
 
 class Model(CausalModel):
@@ -162,6 +163,16 @@ class Model(CausalModel):
         self.lm_head = Linear(self.model.hidden, self.vocab)
         self.tied = self.tied_head(default=False)
         self.max_context = self.section.integer("max_position_embeddings", 65536)
+
+    @property
+    def names(self) -> Names:
+        """Files have a convolution each for queries, keys and values, and norms of other names."""
+        layer = "model.layers.{}."
+        return Names(
+            *join((f"{layer}linear_attn.{n}_conv1d" for n in "qkv"), f"{layer}linear_attn.conv1d"),
+            rename(f"{layer}attention_layer_norm", f"{layer}input_layernorm"),
+            rename(f"{layer}feedforward_layer_norm", f"{layer}post_attention_layernorm"),
+        )
 
     @classmethod
     def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..config import ConfigReader
-from . import llama
-
-
-class StackConfig(llama.StackConfig):
-    """The keys of one Qwen2 stack, as transformers reads them."""
-
-    def __init__(self, section: ConfigReader) -> None:
-        super().__init__(section, positions=32768)
-
-    def read_layers(self, section: ConfigReader) -> None:
-        self.bias, self.out_bias, self.mlp_bias = True, False, False
-        self.windows = _windows(section, self.layers)
+from ..config import ConfigReader, StackKeys
+from ..decoder import DecoderSpec, DescribedDecoder, attentions, plain
+from ..rope import read_rope
 
 
-def _windows(section: ConfigReader, layers: int) -> list[int]:
+def describe(section: ConfigReader) -> DecoderSpec:
+    """A Qwen2 by its config.json."""
+    keys = StackKeys(section, positions=32768)
+    rope = read_rope(section, 10000.0, positions=32768)
+    return plain(keys, section, attentions(keys, rope, windows(section, keys.layers), bias=True))
+
+
+def windows(section: ConfigReader, layers: int) -> list[int]:
     """The window of each layer, 0 where it attends to everything: `use_sliding_window` turns them on."""
-    on = section.boolean("use_sliding_window", False) and section.values.get("sliding_window", 0) is not None
+    on = section.flag("use_sliding_window", False) and section.values.get("sliding_window", 0) is not None
     if section.values.get("layer_types") is not None:
         types = section.layer_types(layers, 1)
         if not on and "sliding_attention" in types:
@@ -33,8 +28,7 @@ def _windows(section: ConfigReader, layers: int) -> list[int]:
     return [window if kind == "sliding_attention" else 0 for kind in types]
 
 
-class Model(llama.StackModel):
-    """A Qwen2 checkpoint's modules, named as the checkpoint names them."""
+class Model(DescribedDecoder):
+    """A Qwen2 checkpoint's modules."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config, StackConfig)
+    describe = staticmethod(describe)

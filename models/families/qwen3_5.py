@@ -22,6 +22,7 @@ from ..layers.attention import AttentionSpec, GatedCachedAttention
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import GatedMLP
 from ..layers.norm import RMSNorm
+from ..rope import read_rope
 from .gated_delta import DeltaSpec, GatedDelta, hybrid_states, read_delta
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
         is_next = section.text("model_type") == "qwen3_next"
         kv_heads = section.divisor("num_key_value_heads", heads, 2 if is_next else 4)
         head_dim = section.head_dim(256)
-        theta, factor = section.rope(10000.0, partial=True)
+        rope = read_rope(section, 10000.0, partial=True)
         eps, bias = section.number("rms_norm_eps", 1e-6), section.boolean("attention_bias", False)
         self.attention = AttentionSpec(
             hidden,
@@ -130,8 +131,7 @@ class Decoder(nn.Module):
             kv_heads,
             head_dim,
             head_dim**-0.5,
-            theta,
-            factor,
+            rope,
             bias=bias,
             out_bias=bias,
             norm_eps=eps,

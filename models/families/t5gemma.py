@@ -13,6 +13,7 @@ from ..language_model import shorten_stack
 from ..layers.attention import CachedAttention, CrossAttention
 from ..layers.linear import Embedding
 from ..layers.mlp import GatedMLP
+from ..rope import read_rope
 from .gemma import (
     FULL,
     SLIDING,
@@ -32,7 +33,7 @@ class StackConfig(GemmaConfig):
     def __init__(self, section: ConfigReader) -> None:
         super().__init__(section, positions=8192, pattern=2)
         self.softcap = optional_number(section, "attn_logit_softcapping")
-        self.bases = dict.fromkeys((FULL, SLIDING), section.rope(10000.0))
+        self.ropes = dict.fromkeys((FULL, SLIDING), read_rope(section, 10000.0))
 
 
 class DecoderLayer(nn.Module):

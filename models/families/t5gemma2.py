@@ -2,7 +2,7 @@
 
 One set of projections is for the decoder's own tokens and for the encoder's: a query sees both under one softmax, the encoder's
 keys without RoPE. One embedding is for encoder, decoder and head. The token that ends an image has its own row, which is not
-scaled. The vision tower is left out (`Model.unused`).
+scaled. The vision tower is left out (`Model.names`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoints.names import Names, rename
 from ...errors import UserError
 from ..config import ConfigReader
 from ..kv_cache import Cache, merged_attention
@@ -70,6 +71,8 @@ class MergedAttention(SelfAttention):
         q = EW.rope(self.q_norm(self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim)), positions, self.inv_freq)
         k, v = self.keys_values(x)
         k = EW.rope(k, positions, self.inv_freq)
+        if s.rope.attention != 1.0:  # the encoder's keys are not rotated, so this is no factor of all scores
+            q, k = q * s.rope.attention, k * s.rope.attention
         own_k, own_v, cross_k, cross_v = states
         attended, k_out, v_out = merged_attention(
             q, k, v, own_k, own_v, cross_k, cross_v, mask, past_length, s.scale, s.softcap, s.window
@@ -156,8 +159,6 @@ class Stacks(nn.Module):
 class Model(GemmaSeq2seq):
     """The text path of a T5Gemma 2 checkpoint, its modules named as the checkpoint names them."""
 
-    unused = ("model.encoder.vision_tower.", "model.encoder.multi_modal_projector.")
-
     model: Stacks
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -182,6 +183,15 @@ class Model(GemmaSeq2seq):
         self.decoder_start = self.first_token(decoder, 2)
         # One bound for prompt and output: the smaller of what the two stacks were made for.
         self.max_context = min(self.encoder_config.max_positions, self.decoder_config.max_positions)
+
+    @property
+    def names(self) -> Names:
+        """transformers writes the text encoder's layers without their place beside the vision tower."""
+        encoder = "model.encoder."
+        return Names(
+            *(rename(f"{encoder}{n}", f"{encoder}text_model.{n}") for n in ("layers.*", "norm", "embed_tokens.*")),
+            ignored=(f"{encoder}vision_tower.*", f"{encoder}multi_modal_projector.*"),
+        )
 
     @classmethod
     def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,11 +46,32 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """The exact GELU."""
+    return 0.5 * x * (1.0 + torch.erf(x * math.sqrt(0.5)))
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """`relu(x)` squared."""
+    positive = torch.relu(x)
+    return positive * positive
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(1.702 x)`."""
+    return x * torch.sigmoid(x * 1.702)
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
     "swish": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "relu": torch.relu,
+    "relu2": squared_relu,
 }
 
 

@@ -7,17 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ..kv_cache import Cache, cached_attention, cross_attention
+from ..rope import Rope
 from .block import Block
 from .linear import Linear
 from .norm import RMSNorm
 from .ops import EW
-
-
-def rotary_frequencies(head_dim: int, theta: float, factor: float = 1.0) -> torch.Tensor:
-    """Inverse frequencies [head_dim / 2], on the CPU also under `torch.device("meta")`. factor: linear scaling of positions."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    # In the order of operations of transformers, so that the last bits agree.
-    return (1.0 / torch.pow(torch.tensor(theta, device="cpu"), exponents)) / factor
 
 
 @dataclass(frozen=True)
@@ -26,12 +20,13 @@ class AttentionSpec:
 
     Attributes:
         scale: what scores are multiplied by.
-        theta, rope_factor: base and linear scaling of RoPE.
+        rope: the RoPE of the dimensions that rotate.
         softcap: of the scores; 0 for none.
         window: the most tokens that a query sees; 0 for all.
         norm_eps: of the QK-norm; None without.
         norm_offset: of the QK-norm; 1 is Gemma's form.
         norm_whole: the QK-norm spans all heads at once, as in OLMo 2, not each head.
+        norm_rotated: the QK-norm comes behind RoPE.
         rotated: how many dimensions of a head rotate, the first ones; None for all, 0 for none.
     """
 
@@ -40,8 +35,7 @@ class AttentionSpec:
     kv_heads: int
     head_dim: int
     scale: float
-    theta: float
-    rope_factor: float = 1.0
+    rope: Rope
     softcap: float = 0.0
     window: int = 0
     bias: bool = False
@@ -49,11 +43,17 @@ class AttentionSpec:
     norm_eps: float | None = None
     norm_offset: float = 1.0
     norm_whole: bool = False
+    norm_rotated: bool = False
     rotated: int | None = None
 
     @property
     def rotary_dims(self) -> int:
         return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def rotated_scale(self) -> float:
+        """`scale` with the factor of rotated queries and keys, where all dimensions rotate."""
+        return self.scale * self.rope.attention**2 if self.rotary_dims == self.head_dim else self.scale
 
 
 class SelfAttention(Block):
@@ -75,8 +75,7 @@ class SelfAttention(Block):
             self.q_norm = RMSNorm(q_size * spec.head_dim, spec.norm_eps, spec.norm_offset)
             self.k_norm = RMSNorm(k_size * spec.head_dim, spec.norm_eps, spec.norm_offset)
         if spec.rotary_dims:
-            frequencies = rotary_frequencies(spec.rotary_dims, spec.theta, spec.rope_factor)
-            self.register_buffer("inv_freq", frequencies, persistent=False)
+            self.register_buffer("inv_freq", spec.rope.frequencies(spec.rotary_dims), persistent=False)
 
     def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, S, H, D] and k, v [B, S, KV, D] of x [B, S, hidden], q and k rotated."""
@@ -92,12 +91,16 @@ class SelfAttention(Block):
         q = q.reshape(*lead, s.heads, s.head_dim)
         k = k.reshape(*lead, s.kv_heads, s.head_dim)
         v = v.reshape(*lead, s.kv_heads, s.head_dim)
-        if s.norm_eps is not None and not s.norm_whole:
+        each = s.norm_eps is not None and not s.norm_whole
+        if each and not s.norm_rotated:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.rotate(q, positions), self.rotate(k, positions), v
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        if each and s.norm_rotated:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The first `rotary_dims` of each head of x [B, S, heads, D] rotated."""
+        """The first `rotary_dims` of each head of x [B, S, heads, D] rotated; where all are, RoPE's factor is in the scale."""
         dims, head_dim = self.spec.rotary_dims, self.spec.head_dim
         if not dims:
             return x
@@ -105,6 +108,8 @@ class SelfAttention(Block):
             out: torch.Tensor = EW.rope(x, positions, self.inv_freq)
             return out
         turned = EW.rope(x.narrow(3, 0, dims), positions, self.inv_freq)
+        if self.spec.rope.attention != 1.0:
+            turned = turned * self.spec.rope.attention
         return torch.cat((turned, x.narrow(3, dims, head_dim - dims)), 3)
 
 
@@ -113,7 +118,7 @@ class BidirectionalAttention(SelfAttention):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x, positions)
-        attended = EW.bidirectional_attention(q, k, v, mask, self.spec.scale, self.spec.softcap)
+        attended = EW.bidirectional_attention(q, k, v, mask, self.spec.rotated_scale, self.spec.softcap)
         out: torch.Tensor = self.o_proj(attended)
         return out
 
@@ -127,7 +132,9 @@ class CachedAttention(SelfAttention):
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.project(x, positions)
         s = self.spec
-        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
+        attended, k_out, v_out = cached_attention(
+            q, k, v, k_cache, v_cache, past_length, s.rotated_scale, s.softcap, s.window
+        )
         return self.o_proj(attended), k_out, v_out
 
 
@@ -147,7 +154,9 @@ class GatedCachedAttention(SelfAttention):
         gate = both.narrow(3, s.head_dim, s.head_dim).reshape(*lead, s.heads * s.head_dim)
         positions = past_length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.normed_and_rotated(query, self.k_proj(x), self.v_proj(x), positions)
-        attended, k_out, v_out = cached_attention(q, k, v, k_cache, v_cache, past_length, s.scale, s.softcap, s.window)
+        attended, k_out, v_out = cached_attention(
+            q, k, v, k_cache, v_cache, past_length, s.rotated_scale, s.softcap, s.window
+        )
         return self.o_proj(attended * torch.sigmoid(gate)), k_out, v_out
 
 

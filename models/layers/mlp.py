@@ -1,4 +1,4 @@
-"""The gated feed-forward block."""
+"""The feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -23,4 +23,18 @@ class GatedMLP(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class FeedForward(Block):
+    """`down(act(up(x)))`. x: [..., hidden] -> [..., hidden]."""
+
+    def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = False) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden, intermediate, bias)
+        self.down_proj = Linear(intermediate, hidden, bias)
+        self.act = activation(act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(self.act(self.up_proj(x)))
         return out

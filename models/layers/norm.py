@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -19,6 +22,36 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = EW.rms_norm(x, self.weight, self.eps, self.offset)
         return out
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / std * weight`, with or without a bias, by hand. x: [..., size]."""
+
+    def __init__(self, size: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.float32)
+        centred = wide - wide.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + self.eps)
+        normed = normed * self.weight.to(torch.float32)
+        return (normed if self.bias is None else normed + self.bias.to(torch.float32)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A norm of any size. kind: "rms" or "layer"; offset: what is added to an RMSNorm's weight; bias: of a LayerNorm."""
+
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    offset: float = 0.0
+    bias: bool = False
+
+    def of(self, size: int) -> RMSNorm | LayerNorm:
+        return RMSNorm(size, self.eps, self.offset) if self.kind == "rms" else LayerNorm(size, self.eps, self.bias)
 
 
 class CausalConv(nn.Module):

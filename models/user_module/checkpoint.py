@@ -7,20 +7,14 @@ from pathlib import Path
 import torch
 
 from ...checkpoints.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo
-from ...checkpoints.opening import open_checkpoint
 from ...errors import UserError
-from .module import allow, is_factory, tensors
+from .module import allow, tensors
 
 _SAMPLE = 1024
 
 
-def open_model(model: str) -> Checkpoint:
-    """`open_checkpoint`, or the module that `package.module:factory` makes. The user gave that name, so its code may run.
-
-    Raises UserError for what cannot be opened.
-    """
-    if not is_factory(model) or Path(model).exists():
-        return open_checkpoint(model)
+def open_module(model: str) -> Checkpoint:
+    """The module that `package.module:factory` makes. The user gave that name, so its code may run. Raises UserError."""
     allow(model)
     config = {"model_type": "module", "factory": model}
     return Checkpoint(model, config, {}, ModuleStore(model), lambda: None)

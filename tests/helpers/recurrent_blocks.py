@@ -15,9 +15,9 @@ from torch import nn
 from edgewright.graph import Graph, Port, State
 from edgewright.models.causal import CausalStep, DecoderParts, causal_graph, conv_state, kv_states, recurrent_state
 from edgewright.models.layers.activations import silu
-from edgewright.models.layers.attention import rotary_frequencies
 from edgewright.models.layers.linear import Embedding, Linear
 from edgewright.models.layers.norm import RMSNorm
+from edgewright.models.rope import Rope
 from edgewright.runtimes.session import Session
 
 EW = torch.ops.edgewright
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = Linear(HIDDEN, HEADS * DIM), Linear(HIDDEN, KV * DIM), Linear(HIDDEN, KV * DIM)
         self.out, self.rotated, self.window = Linear(HEADS * DIM, HIDDEN), rotated, window
-        self.register_buffer("inv_freq", rotary_frequencies(max(rotated, 2), 1e4), persistent=False)
+        self.register_buffer("inv_freq", Rope(1e4).frequencies(max(rotated, 2)), persistent=False)
 
     def states(self, layer: int) -> list[State]:
         return kv_states(layer, KV, DIM)

@@ -11,7 +11,8 @@ from helpers.oracle import adopt, causal_logits, randomise
 from helpers.tiny_families import FAMILIES
 
 from edgewright.errors import UserError
-from edgewright.models.families.modernbert import LayerNorm, gelu
+from edgewright.models.layers.activations import gelu
+from edgewright.models.layers.norm import LayerNorm
 from edgewright.models.registry import build, shorten
 
 SIZES = {

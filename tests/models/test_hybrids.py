@@ -239,7 +239,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5_text", {"full_attention_interval": 0}, "full_attention_interval"),
     ("qwen3_5_text", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "partial_rotary_factor"),
     ("qwen3_5_text", {"rope_parameters": {"partial_rotary_factor": "all"}}, "partial_rotary_factor"),
-    ("qwen3_5_text", {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    ("qwen3_5_text", {"rope_parameters": {"rope_type": "by parts"}}, "by parts"),
     ("qwen3_5_text", {"hidden_act": "swishy"}, "swishy"),
     ("qwen3_next", {"num_experts": 512}, "num_experts is 512: layer 0 is a mixture of experts"),
     ("qwen3_next", {"num_experts": None}, "num_experts is 512"),

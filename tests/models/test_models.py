@@ -159,7 +159,7 @@ def test_a_shortened_config_builds_with_fewer_layers():
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_act": "swishy"}, "swishy"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "by parts"}}, "by parts"),
     ],
 )
 def test_a_bad_config_is_one_line_naming_the_value(change, word):

@@ -18,9 +18,9 @@ from edgewright import compiler
 from edgewright.bundle import Bundle
 from edgewright.cli import main
 from edgewright.errors import UserError
+from edgewright.models.opening import open_model
 from edgewright.models.registry import build
 from edgewright.models.user_module import module, replacements
-from edgewright.models.user_module.checkpoint import open_model
 from edgewright.verification.verify import VerifyOptions, verify
 
 pytestmark = pytest.mark.exports

@@ -1,0 +1,93 @@
+"""`open_model`: what a user gives as a model, opened with the names and keys of the family that computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.named_store import NamedStore
+from ..checkpoints.opening import open_checkpoint
+from ..errors import UserError
+from ..system.reading import one_line, shown
+from .language_model import LanguageModel
+from .registry import build
+from .user_module.checkpoint import open_module
+from .user_module.module import is_factory
+from .wrappers import text_model
+
+_ROWS = 4096
+
+_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel", "ForReward")
+
+
+def open_model(model: str) -> Checkpoint:
+    """A directory, a .gguf file, a hub id, or `package.module:factory`, whose code the user asks to run by giving its name.
+
+    The checkpoint's tensors have the model's names, its config is the text model's. Raises UserError for what cannot be opened
+    or is no model that generates text.
+    """
+    if is_factory(model) and not Path(model).exists():
+        return open_module(model)
+    checkpoint = open_checkpoint(model)
+    config, notes = text_model(checkpoint.config)
+    _refuse_other_heads(config)
+    built = build(config)
+    named, left_out = _named(checkpoint, built)
+    if left_out:
+        notes.append(
+            f"left out, as no graph here uses them: {len(left_out)} tensors ({one_line(left_out[0])} and the like)"
+        )
+    config, built = _untied(named, config, built, notes)
+    return named.changed(config=config, notes=(*checkpoint.notes, *notes), unread=_aliases(named, built))
+
+
+def _refuse_other_heads(config: dict[str, Any]) -> None:
+    architectures = config.get("architectures")
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and name.endswith(_HEADS):
+            raise UserError(
+                f"config.json: architectures has {shown(name, 60)}, a model with a head that scores texts; "
+                "it has no trained head for tokens, so it cannot generate; give a language model"
+            )
+
+
+def _named(checkpoint: Checkpoint, model: LanguageModel) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint under the model's names, and the tensors of the file that it does not read."""
+    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.tied)
+    try:
+        resolved = model.names.resolve(checkpoint.names(), wanted)
+        store = NamedStore(checkpoint.store, resolved.pieces)
+    except UserError as error:
+        raise UserError(f"{checkpoint.source}: {error}") from None
+    return checkpoint.changed(store=store), resolved.left_out
+
+
+def _untied(
+    checkpoint: Checkpoint, config: dict[str, Any], model: LanguageModel, notes: list[str]
+) -> tuple[dict[str, Any], LanguageModel]:
+    """A head that the config ties to the table and the file holds with other values is read as transformers reads it."""
+    for alias, stored in model.tied.items():
+        if alias.endswith("lm_head.weight") and checkpoint.has(alias) and checkpoint.has(stored):
+            if _equal(checkpoint, alias, stored):
+                continue
+            config = config | {"tie_word_embeddings": False}
+            notes.append(f"config.json ties {alias} to {stored}, but the file has another {alias}, which is used")
+            return config, build(config)
+    return config, model
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    a, b = checkpoint.info(one), checkpoint.info(other)
+    if a.shape != b.shape:
+        return False
+    steps = range(0, a.shape[0], _ROWS)
+    ends = [(start, min(start + _ROWS, a.shape[0])) for start in steps]
+    return all(torch.equal(checkpoint.rows(one, *end), checkpoint.rows(other, *end)) for end in ends)
+
+
+def _aliases(checkpoint: Checkpoint, model: LanguageModel) -> frozenset[str]:
+    """Copies in the file of tensors that are tied to others: they are not read."""
+    return frozenset(alias for alias in model.tied if checkpoint.has(alias))
