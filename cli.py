@@ -48,6 +48,7 @@ def main() -> None:
     help="tuned: to gptq's codes, on its calibration data, where that helps on data apart.",
 )
 @cli_options.strict
+@cli_options.against
 @cli_options.as_json
 def export(model: str, output: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Compile MODEL into a bundle.
@@ -212,6 +213,7 @@ def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: b
 @click.option("--text-windows", type=click.IntRange(1, 4096), help="Windows of --text to score. Default: 16.")
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @cli_options.strict
+@cli_options.against
 @cli_options.threads
 @cli_options.as_json
 def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_json: bool, **options: Any) -> None:

@@ -13,7 +13,7 @@ from .checkpoints.checkpoint import Checkpoint
 from .errors import UserError
 from .models.kv_cache import stored_as
 from .models.opening import open_model
-from .pipeline.check import check_bundle, refuse_too_large
+from .pipeline.check import check_bundle, compare_reading, refuse_too_large
 from .pipeline.plan import plan
 from .pipeline.planned import Planned
 from .pipeline.quantize import quantize
@@ -24,14 +24,17 @@ from .quant.plan import BitPlan
 from .system.reading import one_line
 from .system.resumable import ResumableExport
 from .targets.registry import require, require_kv_cache
-from .verification.report import Report
+from .verification.report import Independent, Report
 
 __all__ = ["Cost", "Exported", "Planned", "Request", "export", "plan"]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export. costs: what lowering each target took, measured. peak_anonymous: bytes, children counted."""
+    """A finished export. costs: what lowering each target took, measured. peak_anonymous: bytes, children counted.
+
+    independent: the checkpoint's reading compared with transformers, None where it was not.
+    """
 
     path: Path
     planned: Planned
@@ -39,6 +42,7 @@ class Exported:
     report: Report | None
     peak_anonymous: int
     costs: dict[str, Cost]
+    independent: Independent | None
 
 
 def export(request: Request, output: Path, progress: Progress = lambda _: None) -> Exported:
@@ -52,6 +56,7 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
         require(name)  # a missing library is refused before any work
     require_kv_cache(request.formats, request.targets.kv_cache)
     checkpoint = open_model(request.model)
+    independent = compare_reading(request, checkpoint, progress)
     with resumable(request, output, checkpoint, progress) as run:
         planned = _plan(request, checkpoint, run.folder, progress)
         refuse_too_large(planned, request)
@@ -60,7 +65,7 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
         manifest = write_bundle(planned, request, run.folder, lowered, progress)
         costs = {name: target.cost for name, target in lowered.items()}
         report = check_bundle(request, run.folder, manifest, costs, progress)
-    return Exported(output, planned, manifest, report, run.peak.bytes, costs)
+    return Exported(output, planned, manifest, report, run.peak.bytes, costs, independent)
 
 
 def _plan(request: Request, checkpoint: Checkpoint, run: ResumableExport, progress: Progress) -> Planned:

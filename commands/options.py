@@ -71,6 +71,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 strict = click.option(
     "--strict-placement", is_flag=True, help="Exit code 1 if an op fell back to another unit than the target's."
 )
+against = click.option(
+    "--against",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "transformers", "none"]),
+    help="Compare how MODEL is read with transformers. auto: where it is installed and knows the model.",
+)
 threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
 check = click.option(
     "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
@@ -224,7 +231,9 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
             own=_own_choices(options),
         ),
         checks=CheckOptions(
-            verify=not options.get("no_verify", False), strict_placement=options.get("strict_placement", False)
+            verify=not options.get("no_verify", False),
+            strict_placement=options.get("strict_placement", False),
+            against=options.get("against", "none"),
         ),
         num_layers=options["num_layers"],
         max_context=options["max_context"],

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from ..bundle import Bundle, Manifest
-from ..errors import VerificationFailure
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import UserError, VerificationFailure
 from ..models.language_model import LanguageModel
 from ..runtimes.session import sized
-from ..system.memory import anonymous_bytes, require_available
+from ..system.memory import anonymous_bytes, limited, require_available
 from ..system.resumable import ResumableExport
 from ..targets.registry import TARGETS
+from ..verification import against
 from ..verification.checking import require_memory, verify_here
-from ..verification.report import Report, require, require_placement
+from ..verification.report import Independent, Report, require, require_placement
 from .planned import Planned
 from .request import Progress, Request
 from .write_bundle import Cost
@@ -41,6 +43,27 @@ def refuse_too_large(planned: Planned, request: Request) -> None:
         )
     if request.checks.verify:
         require_memory(planned.weights, stored, original=False)
+
+
+def compare_reading(request: Request, checkpoint: Checkpoint, progress: Progress) -> Independent | None:
+    """The checkpoint as it is read here against transformers, as `request.checks.against` says; None if it was not compared.
+
+    In a process of its own that is not counted in the export's memory. Raises VerificationFailure if they differ, UserError if
+    "transformers" was asked for and cannot be had.
+    """
+    asked = request.checks.against
+    if asked == "auto" and not request.checks.verify:
+        return None
+    if request.num_layers is not None:
+        if asked == "auto":
+            return None
+        raise UserError("--against compares whole models; leave it or --num-layers out")
+    weights = sum(math.prod(checkpoint.info(name).shape) for name in checkpoint.names())
+    with limited(request.memory_limit):
+        found = against.compare_reading(request.model, weights, asked, progress)
+    if found is not None:
+        progress(found.text)
+    return found
 
 
 def context_bytes(model: LanguageModel, context: int, caches: bool) -> int:

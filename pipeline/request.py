@@ -86,11 +86,13 @@ class CheckOptions:
     """What is checked before a bundle appears.
 
     verify: every artefact is reloaded and compared with the reference. strict_placement: an op that fell back to another unit
-    than the target's is a failure, too.
+    than the target's is a failure, too. against: whether the checkpoint's reading is compared with transformers; "auto": where
+    it is installed, knows the model, and there is the memory.
     """
 
     verify: bool = True
     strict_placement: bool = False
+    against: Literal["auto", "transformers", "none"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ def export_text(exported: Exported) -> str:
         parts.append("not verified (--no-verify): run 'edgewright verify' before shipping")
     else:
         parts += [_lowering_table(exported.report), _target_table(exported.report), *_fell_back(exported.report)]
+    if exported.independent is not None:
+        parts.append(exported.independent.text)
     parts.append(f"peak anonymous memory: {exported.peak_anonymous / 2**20:.0f} MiB")
     parts.append(f"bundle: {exported.path}")
     return text(*parts)
@@ -38,6 +40,7 @@ def export_json(exported: Exported) -> dict[str, Any]:
         "plan": plan_json(exported.planned),
         "targets": [t.model_dump(mode="json") for t in exported.manifest.targets],
         "verification": exported.report.to_json() if exported.report is not None else None,
+        "independent": None if exported.independent is None else asdict(exported.independent),
         "costs": {name: asdict(cost) for name, cost in exported.costs.items()},
         "peak_anonymous_bytes": exported.peak_anonymous,
     }
@@ -103,7 +106,8 @@ def _fell_back(report: Report) -> list[str]:
 def verify_text(report: Report) -> str:
     parts: list[Table | str] = [_lowering_table(report), _target_table(report), *_fell_back(report)]
     parts += [_task_line(t, report) for t in report.targets if t.task_accuracy is not None]
-    return text(*parts, *_text_table(report), _placement_table(report), *report.notes)
+    notes = [*report.notes, *([report.independent.text] if report.independent is not None else [])]
+    return text(*parts, *_text_table(report), _placement_table(report), *notes)
 
 
 def _placement_table(report: Report) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..bundle import Bundle, TargetEntry
 from ..errors import UserError
@@ -22,7 +22,8 @@ class VerifyOptions:
     model: the original checkpoint, for the quantization loss. task: a task file, of which the first `task_limit` lines count.
     text: a text file, of which the first `text_windows` windows are scored: next-token distributions are compared with the
     original's, or without `model` with the reference's. formats: the targets to check; without, all whose library is
-    installed. threads: of the runtimes; 0 is all cores.
+    installed. threads: of the runtimes; 0 is all cores. against: whether the reading of `model` is compared with transformers;
+    "auto": where it is installed and knows the model.
     """
 
     model: str | None = None
@@ -32,6 +33,7 @@ class VerifyOptions:
     text_windows: int = TEXT_WINDOWS
     formats: Sequence[str] = ()
     threads: int = 0
+    against: Literal["auto", "transformers", "none"] = "auto"
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)

@@ -63,6 +63,31 @@ def _agrees(agreement: Agreement) -> bool:
 
 
 @dataclass(frozen=True)
+class Independent:
+    """The original weights as read here, compared with transformers on the same tokens.
+
+    version: of transformers. max_relative_error: of any logit, relative to the largest. top1: share of positions with the same
+    best token. positions: compared. tokens: greedy tokens among them, the same from both. differs: the first part whose output
+    differs, None if the logits agree.
+    """
+
+    version: str
+    max_relative_error: float
+    top1: float
+    positions: int
+    tokens: int
+    differs: str | None
+
+    @property
+    def text(self) -> str:
+        """One line about it."""
+        return (
+            f"read as transformers {self.version} reads it: logits differ by at most {self.max_relative_error:.1e} of the "
+            f"largest over {self.positions} positions, {self.tokens} greedy tokens the same"
+        )
+
+
+@dataclass(frozen=True)
 class TextScore:
     """A session on the scored positions of a text: its perplexity, and its next-token distributions beside the base's.
 
@@ -171,6 +196,7 @@ class Report:
 
     quantization: the dequantized against the original weights. text_against: the weights whose distributions the text scores
     are compared with. text_positions: scored tokens, in text_windows windows. notes: targets and measurements left out.
+    independent: the original's reading compared with transformers.
     """
 
     targets: Sequence[TargetReport]
@@ -183,6 +209,7 @@ class Report:
     text_windows: int = 0
     text_positions: int = 0
     notes: Sequence[str] = ()
+    independent: Independent | None = None
 
     @property
     def passed(self) -> bool:
@@ -200,6 +227,7 @@ class Report:
         own = {f.name: values[f.name] for f in fields(Report)}
         own["targets"] = [TargetReport.from_json(target) for target in values["targets"]]
         own["quantization"] = _made(Agreement, values["quantization"])
+        own["independent"] = _made(Independent, values["independent"])
         own |= {key: _made(TextScore, values[key]) for key in ("original_text", "dequantized_text")}
         return Report(**own)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..bundle import Bundle
@@ -15,6 +16,7 @@ from ..errors import UserError, VerificationFailure
 from ..runtimes.limits import limits_of
 from ..system.reading import one_line
 from ..system.subprocesses import ChildFailed, Limits, run_child
+from .against import compare_reading
 from .options import TEXT_WINDOWS, VerifyOptions, chosen_entries
 from .report import Report
 
@@ -40,8 +42,12 @@ def verify(
     # the user's own module, which has its name on the command line, may lie anywhere that this process looks
     search = [folder for folder in sys.path if folder] if ":" in (options.model or "") else []
     job = {"path": str(bundle.path), "options": options.to_json(), "search": search}
+    independent = None
+    if options.model is not None:
+        independent = compare_reading(options.model, bundle.manifest.weights, options.against, progress)
     try:
-        return Report.from_json(run_child("edgewright.verification.checking", job, progress, granted))
+        report = Report.from_json(run_child("edgewright.verification.checking", job, progress, granted))
+        return replace(report, independent=independent)
     except ChildFailed as error:
         if error.stage:
             raise VerificationFailure(f"{error.stage}: the process {error}") from None

@@ -21,7 +21,7 @@ SMALL = CalibrationOptions(tokens=600, fisher_windows=6)
 
 def asking(model: str, formats: tuple[str, ...] = ("onnx",), **options: Any) -> Request:
     """A `Request` with the options of all groups side by side, which calibrates on little data."""
-    return changed(Request(model, calibration=SMALL), formats=formats, **options)
+    return changed(Request(model, calibration=SMALL), formats=formats, **{"against": "none"} | options)
 
 
 def changed(request: Request, **options: Any) -> Request:

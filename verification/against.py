@@ -1,0 +1,71 @@
+"""The original checkpoint as this product reads it, against transformers: an independent reader and an independent model.
+
+`verify` compares an artefact with a reference that reads the checkpoint as the exporter does, so it cannot see a misreading. Where
+transformers is installed and knows the model, both read the same files here, in float32 and in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from ..errors import UserError, VerificationFailure
+from ..system.memory import available_bytes
+from ..system.reading import one_line
+from ..system.subprocesses import ChildFailed, Limits, run_child
+from .report import TOLERANCE, Independent
+
+Against = Literal["auto", "transformers", "none"]
+
+_PROCESS = 4 << 30
+_SECONDS = 1800.0
+
+
+def compare_reading(model: str, weights: int, against: Against, progress: Callable[[str], None]) -> Independent | None:
+    """Compare how a model of so many weights is read with transformers, as `--against` says. A line tells why it was not done.
+
+    Raises VerificationFailure if they differ, UserError if "transformers" was asked for and cannot be had.
+    """
+    if against == "none":
+        return None
+    reason = _hindrance(model, weights)
+    if reason is None:
+        try:
+            limits = Limits(12 * weights + _PROCESS, _SECONDS)
+            job = {"model": model}
+            values = run_child("edgewright.verification.transformers_model", job, progress, limits)
+            reason = values.get("reason")
+            if reason is None:
+                return _judged(Independent(**values))
+        except (ChildFailed, UserError) as error:
+            reason = one_line(error, 200)
+    if against == "transformers":
+        raise UserError(f"--against transformers: {reason}; leave the option out to go on without")
+    progress(f"not compared with transformers: {reason}")
+    return None
+
+
+def _judged(found: Independent) -> Independent:
+    if found.differs is not None:
+        raise VerificationFailure(
+            f"the checkpoint is read in another way than by transformers {found.version}: logits differ by up to "
+            f"{found.max_relative_error:.2g} of the largest (allowed: {TOLERANCE:g}), top-1 agreement {found.top1:.1%}; the first "
+            f"output that differs is that of {found.differs}; --against none leaves this check out"
+        )
+    return found
+
+
+def _hindrance(model: str, weights: int) -> str | None:
+    """Why this checkpoint cannot be compared here; None if nothing is known to hinder."""
+    folder = Path(model).expanduser()
+    if importlib.util.find_spec("transformers") is None:
+        return "it is not installed (pip install transformers)"
+    if not folder.is_dir():
+        return "it is compared where the model is a directory"
+    needed = 8 * weights + (1 << 30)
+    if needed > available_bytes():
+        free = available_bytes() / 2**30
+        return f"two models in float32 take about {needed / 2**30:.1f} GiB, of which {free:.1f} GiB are available"
+    return None
