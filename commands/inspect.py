@@ -13,7 +13,7 @@ from ..bundle import MANIFEST, Bundle
 def inspect(target: str) -> dict[str, Any]:
     """A bundle's manifest in short, or a checkpoint's architecture, tensors and quantizable weights.
 
-    Raises UserError if it is neither.
+    Raises UserError if it is neither, and for a checkpoint that `export` would refuse, with the same line.
     """
     if (Path(target) / MANIFEST).is_file():
         return _bundle(Bundle.open(target))
@@ -52,17 +52,18 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _checkpoint(target: str) -> dict[str, Any]:
     from ..models.opening import open_model
-    from ..models.registry import build
-    from ..quant.units import quantizable_units
+    from ..pipeline.original import open_original
+    from ..pipeline.request import Request
 
     checkpoint = open_model(target)
     infos = [checkpoint.info(n) for n in checkpoint.names()]
-    model = build(checkpoint.config)
-    units = quantizable_units(model)
+    original = open_original(Request(target), checkpoint, lambda _: None)  # what export would refuse is refused
+    model, units = original.model, original.units
     return {
         "kind": "checkpoint",
         "source": target,
         "model_type": checkpoint.config.get("model_type"),
+        "notes": list(checkpoint.notes),
         "tensors": len(infos),
         "parameters": sum(math.prod(i.shape) for i in infos),
         "dtypes": dict(Counter(str(i.dtype).removeprefix("torch.") for i in infos)),
