@@ -140,6 +140,7 @@ def test_orders_lower_the_least_important_first(benchmark: Any) -> None:
     assert sorted(found["random 1"]) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_plans_are_measured_once_and_as_asked(
     benchmark: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith("reports/")}
 
 
+@pytest.mark.slow
 def test_the_same_plan_and_checkpoint_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
     """The second time from the plan, in another process than the first, and without verification."""
     options = ["--plan", bundle / "checkpoint" / "plan.json", "--no-verify"]

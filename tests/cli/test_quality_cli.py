@@ -96,6 +96,7 @@ def test_the_frontier_is_below_uniform(tmp_path: Path) -> None:
     assert plot.read_text().lstrip().startswith("<?xml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SEQ2SEQ, SLOW[-1]], ids=lambda p: p.name)
 def test_int8_caches_through_export_verify_and_run(model: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
@@ -146,6 +147,7 @@ def test_a_plan_with_negative_scales_is_refused_where_they_are_not_held(tmp_path
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_negative_scales_is_not_lowered_where_they_are_not_held(tmp_path: Path) -> None:
     from edgewright.compiler import export
     from edgewright.errors import UserError

@@ -271,3 +271,64 @@ FAMILIES["hgrn2"] = {
     "use_lower_bound": True,
     "vocab_size": 80,
 }
+
+
+# ---- plain decoders, which one module computes
+
+_PLAIN: dict[str, Any] = {
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 80,
+}
+_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+
+FAMILIES["mistral"] = _PLAIN | {"model_type": "mistral", "sliding_window": 6}
+FAMILIES["ministral"] = _PLAIN | _KINDS | {"model_type": "ministral", "head_dim": 32}
+FAMILIES["qwen3"] = _PLAIN | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
+FAMILIES["gemma"] = _PLAIN | {"model_type": "gemma", "head_dim": 32}
+FAMILIES["gemma2"] = _PLAIN | _KINDS | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 24}
+FAMILIES["phi3"] = _PLAIN | {
+    "model_type": "phi3",
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "attention_factor": 1.1,
+    },
+}
+FAMILIES["smollm3"] = _PLAIN | {"model_type": "smollm3", "no_rope_layer_interval": 2}
+FAMILIES["granite"] = _PLAIN | {
+    "model_type": "granite",
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+}
+FAMILIES["olmo2"] = _PLAIN | {"model_type": "olmo2"}
+FAMILIES["olmo3"] = _PLAIN | _KINDS | {"model_type": "olmo3"}
+FAMILIES["exaone4"] = _PLAIN | _KINDS | {"model_type": "exaone4"}
+FAMILIES["ernie4_5"] = _PLAIN | {"model_type": "ernie4_5", "head_dim": 32, "use_bias": True}
+FAMILIES["hunyuan_v1_dense"] = _PLAIN | {
+    "model_type": "hunyuan_v1_dense",
+    "head_dim": 16,
+    "rope_scaling": {"type": "dynamic", "alpha": 100.0, "factor": 1.0},
+}
+FAMILIES["stablelm"] = _PLAIN | {"model_type": "stablelm", "partial_rotary_factor": 0.25, "use_qkv_bias": True}
+FAMILIES["gpt2"] = {
+    "eos_token_id": 1,
+    "model_type": "gpt2",
+    "n_embd": 64,
+    "n_head": 4,
+    "n_inner": 96,
+    "n_layer": 2,
+    "n_positions": 64,
+    "vocab_size": 80,
+}
+FAMILIES["gpt_neox"] = _PLAIN | {"model_type": "gpt_neox", "rotary_pct": 0.5}

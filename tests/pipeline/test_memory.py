@@ -179,6 +179,7 @@ print(json.dumps({"before": before, "peak": peak.bytes}))
 """
 
 
+@pytest.mark.slow
 def test_an_export_holds_neither_the_checkpoint_nor_what_it_writes(tmp_path: Path) -> None:
     """The small copy of a claim that benchmarks/large_export.py measures: 10 GiB of bf16 are exported within 2 GiB."""
     size = write_large(tmp_path / "large")

@@ -70,6 +70,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.slow
 def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Core ML's and TensorRT's own files differ from build to build
     asked = asking(
@@ -94,6 +95,7 @@ def test_what_was_lowered_is_not_lowered_again(tmp_path: Path, monkeypatch: pyte
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_sigkill_in_the_middle_of_it(tmp_path: Path) -> None:
     folder = EXAMPLES / "t5gemma-g2p"
@@ -130,9 +132,9 @@ def test_two_runs_of_one_command_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "seen", "line"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        pytest.param(KeyboardInterrupt(), KeyboardInterrupt, None, marks=pytest.mark.slow),
         (OSError(28, "No space left on device"), UserError, r"bundle cannot be written \(.*No space left on device\)"),
-        (UserError("the caches do not fit"), UserError, "the caches do not fit"),
+        pytest.param(UserError("the caches do not fit"), UserError, "the caches do not fit", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_ends_early_keeps_codes_and_says_so(

@@ -65,7 +65,12 @@ def small_parts(source: Source, samples: list[Sample]) -> Source:
     return dataclasses.replace(source, samples=samples, part_tokens=32)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+QUICK = ("t5gemma", "dolphin", "llama", "falcon_h1", "qwen3_5_text")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_gains_that_are_off_are_found_again(family: str, tmp_path: Path) -> None:
     """Through every family's graphs: the gradient reaches each norm, and what was spoilt is mended on unseen data."""
     source = opened(family, tmp_path)
@@ -253,7 +258,7 @@ def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "moment",
     [
-        "half way",
+        pytest.param("half way", marks=pytest.mark.slow),
         pytest.param("written, not marked", marks=pytest.mark.slow),
         pytest.param("before the checkpoint", marks=pytest.mark.slow),
     ],
@@ -295,6 +300,7 @@ def _killed(*_: Any) -> Any:
     raise Killed
 
 
+@pytest.mark.slow
 def test_norms_are_kept_where_memory_does_not_hold_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "tuning_bytes", lambda *_: 1 << 50)
     told: list[str] = []

@@ -156,6 +156,7 @@ def test_bf16_stays_bf16_where_that_is_exact(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)  # powers of two round nothing
 
 
+@pytest.mark.slow
 def test_gains_held_less_one_become_float32_and_export(tmp_path: Path) -> None:
     report, _ = smoothed(planted(tmp_path, "gemma3_text"), tmp_path)
     assert report.widened

@@ -172,6 +172,7 @@ def test_an_open_bundle_reads_a_context_once_for_many_prompts(bundle: Path, tmp_
         opened.generate(" ")
 
 
+@pytest.mark.slow
 def test_other_models_keep_no_memory(tmp_path: Path) -> None:
     model = tiny.write_tiny_t5gemma(tmp_path / "model")
     compiler.export(asking(str(model), bits=6.0, verify=False), tmp_path / "bundle")

@@ -53,11 +53,17 @@ def test_the_command_itself(folder: Path, start: tuple[str, ...]) -> None:
 
 
 @pytest.mark.exports
-def test_children_that_lower_measure_and_score(folder: Path) -> None:
-    """Two targets are lowered in a process each, one is verified and measured in others; importance is scored in joblib's."""
+def test_children_that_lower_and_score(folder: Path) -> None:
+    """Two targets are lowered in a process each; importance is scored in joblib's."""
     targets = [name for name in ("onnx", "executorch") if TARGETS[name].installed]
     formats = [word for name in targets for word in ("--format", name)]
     options = ("--bits", "6", "--importance", "zd", "--workers", "2", "--calibration-tokens", "200", "--no-verify")
     command(folder, CONSOLE, "export", "-m", "model", *formats, *options, "-o", "bundle")
-    command(folder, CONSOLE, "verify", "bundle", "--format", "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.exports
+def test_children_that_verify_and_measure(folder: Path) -> None:
+    command(folder, CONSOLE, "export", "-m", "model", "--bits", "6", "--no-verify", "-o", "bundle")
+    command(folder, CONSOLE, "verify", "bundle", "-m", "model", "--format", "onnx")
     command(folder, CONSOLE, "profile", "bundle", "--format", "onnx", "-p", "4", "-n", "2", "-r", "1")

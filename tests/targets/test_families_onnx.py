@@ -17,7 +17,14 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-@pytest.mark.parametrize("family", family_table.NAMES)
+QUICK = ("llama", "gemma3_text", "qwen2", "lfm2", "falcon_h1", "modernbert", "module")
+"""One of each kind of state, and a module. The others through ONNX are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in family_table.NAMES],
+)
 def test_a_family_through_onnx(family: str, tmp_path: Path) -> None:
     report = family_table.verified(family, "onnx", tmp_path)
     assert report.passed

@@ -14,7 +14,12 @@ from edgewright.targets.registry import TARGETS
 pytestmark = pytest.mark.exports
 
 
-SOME = [("module", "coreml"), ("dolphin", "executorch"), ("module", "tensorrt"), ("lfm2", "qnn")]
+SOME = [
+    ("module", "coreml"),
+    ("dolphin", "executorch"),
+    pytest.param("module", "tensorrt", marks=pytest.mark.slow),
+    pytest.param("lfm2", "qnn", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from helpers.requests import asking
 from helpers.tiny import write_tiny_llama
 
 from edgewright import compiler
+from edgewright.bundle import write_manifest
 from edgewright.errors import UserError, VerificationFailure
 from edgewright.exporters.artefact import Options
 from edgewright.pipeline.lower import lower, lower_apart
@@ -106,7 +107,7 @@ def test_a_plan_for_several_targets_uses_what_all_of_them_store_whole(tmp_path: 
         assert planned.true_bytes(target) == true >= 0.99 * planned.plan.total_bytes
 
 
-@pytest.mark.parametrize("data", [None, "task.tsv"])
+@pytest.mark.parametrize("data", [None, pytest.param("task.tsv", marks=pytest.mark.slow)])
 def test_the_negative_scales_that_one_of_several_targets_forgoes_are_in_its_price(data: str | None) -> None:
     model = Path(__file__).parent.parent.parent / "examples" / "deltanet-g2p"
     request = asking(
@@ -148,9 +149,12 @@ def test_strict_placement_does_not_pass_what_nobody_knows() -> None:
 
 
 def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Path, without: Any) -> None:
-    pytest.importorskip("coremltools")
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
-    compiler.export(asking(str(model), ("onnx", "coreml"), bits=6.0, verify=False), tmp_path / "bundle")
+    made = compiler.export(asking(str(model), bits=6.0, verify=False), tmp_path / "bundle").manifest
+    (entry,) = made.targets
+    (tmp_path / "bundle" / "coreml").mkdir()
+    both = (entry, entry.model_copy(update={"format": "coreml", "files": ()}))
+    write_manifest(tmp_path / "bundle", made.model_copy(update={"targets": both}))
     without("coremltools")
     report = verify_here(tmp_path / "bundle")
     assert [t.format for t in report.targets] == ["onnx"]
@@ -165,6 +169,7 @@ def test_verify_skips_a_target_whose_library_is_missing_and_says_so(tmp_path: Pa
 # A target in a process of its own
 
 
+@pytest.mark.slow
 def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)

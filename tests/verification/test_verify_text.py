@@ -193,6 +193,7 @@ def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_
     assert 0 < alone.targets[0].text.mean_kl < target.text.mean_kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5gemma", "dolphin"])
 def test_text_and_task_through_encoders_and_contexts(family: str, tmp_path: Path) -> None:
     """As the command says it, with and without the original."""
