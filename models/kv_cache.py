@@ -97,13 +97,13 @@ def cross_attention(
 
 
 def shared_attention(
-    q: torch.Tensor, k_cache: Cache, v_cache: Cache, positions: torch.Tensor, scale: float
+    q: torch.Tensor, k_cache: Cache, v_cache: Cache, positions: torch.Tensor, scale: float, window: int = 0
 ) -> torch.Tensor:
     """`ops.attention.shared_attention`."""
     if isinstance(k_cache, torch.Tensor):
-        out: torch.Tensor = EW.shared_attention(q, k_cache, v_cache, positions, scale)
+        out: torch.Tensor = EW.shared_attention(q, k_cache, v_cache, positions, scale, window)
         return out
-    quantized: torch.Tensor = EW.quantized_causal_attention(q, *k_cache, *v_cache, positions, scale, 0.0, 0)
+    quantized: torch.Tensor = EW.quantized_causal_attention(q, *k_cache, *v_cache, positions, scale, 0.0, window)
     return quantized
 
 

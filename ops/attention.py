@@ -135,10 +135,12 @@ def merged_attention(
 
 
 @define(fake=fake_attention)
-def shared_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Causal attention over a KV cache that an earlier layer of the same call wrote (SambaY's cross-decoder).
+def shared_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, window: int
+) -> Tensor:
+    """Causal attention over a KV cache that an earlier layer of the same call wrote (SambaY's cross-decoder, Gemma 4).
 
     q: [B, S, H, D]; caches: [B, KV, C, D] as `cached_attention` returned them; positions: int64 [S], the slot of each
-    query's own token: it sees all slots up to that one. Returns [B, S, H * D].
+    query's own token: it sees all slots up to that one, or the last `window` of them. Returns [B, S, H * D].
     """
-    return attend(q.transpose(1, 2), k_cache, v_cache, causal_mask(positions, k_cache.shape[2], 0), scale, 0.0)
+    return attend(q.transpose(1, 2), k_cache, v_cache, causal_mask(positions, k_cache.shape[2], window), scale, 0.0)

@@ -134,14 +134,22 @@ def merged_attention(
     return _unfold(mb.add(x=parts[0], y=parts[1]), q), keys, values
 
 
-def shared_attention(low: Lowering, _: Any, q: Any, keys: Any, values: Any, positions: Any, scale: float) -> Any:
+def shared_attention(
+    low: Lowering, _: Any, q: Any, keys: Any, values: Any, positions: Any, scale: float, window: int
+) -> Any:
     """Over the caches that `cached_attention` returned."""
     positions, capacity = low.var(positions), keys.shape[2]
     slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
-    allowed = low.once(
-        ("seen", id(positions), capacity),
-        lambda: mb.less_equal(x=slots, y=mb.expand_dims(x=positions, axes=[1])),
-    )
+
+    def seen() -> Any:
+        own = mb.expand_dims(x=positions, axes=[1])
+        upto = mb.less_equal(x=slots, y=own)
+        if not window:
+            return upto
+        oldest = mb.sub(x=own, y=low.constants.array(np.array(window, np.int32)))
+        return mb.logical_and(x=upto, y=mb.greater(x=slots, y=oldest))
+
+    allowed = low.once(("seen", id(positions), capacity, window), seen)
     return _attend(low, q, keys, values, allowed, scale, 0.0)
 
 

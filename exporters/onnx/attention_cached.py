@@ -70,7 +70,8 @@ def lower_shared_attention(low: Lowering, node: ir.Node) -> None:
     q, k_cache, v_cache, positions = node.inputs[:4]
     assert positions is not None
     keys, values = (in_use(low, node, cache, positions) for cache in (k_cache, v_cache))
-    allowed = low.built(("seen", positions, 0), lambda: causal_mask(low, node, keys, positions, 0))
+    window = int(attr(node, "window"))
+    allowed = low.built(("seen", positions, window), lambda: causal_mask(low, node, keys, positions, window))
     low.replace(node, [attend(low, node, q, kv_heads_of(k_cache), [Part(keys, values, allowed)])])
 
 

@@ -115,7 +115,7 @@ def _over_its_cache(low: StandardLowering, node: ir.Node, past: ir.Value, others
 def lower_shared_attention(low: StandardLowering, node: ir.Node) -> None:
     q, k_cache, v_cache, positions = operands(node, 0, 4)
     keys, values = _narrowed(low, node, k_cache), _narrowed(low, node, v_cache)
-    allowed = _causal(low, node, k_cache, positions, 0)
+    allowed = _causal(low, node, k_cache, positions, int(attr(node, "window")))
     low.replace(node, [_attend(low, node, q, kv_heads_of(k_cache), [(keys, values, allowed)])])
 
 

@@ -28,8 +28,9 @@ class Block(nn.Module):
     heads: int = 0
 
     def plain_linears(self, names: Sequence[str]) -> list[str]:
-        """Those of the children `names` that are linears, and not quantized ones."""
-        return [name for name in names if isinstance(self.get_submodule(name), Linear)]
+        """Those of the children `names` that are there and are linears, and not quantized ones."""
+        children = dict(self.named_modules())
+        return [name for name in names if isinstance(children.get(name), Linear)]
 
 
 def attention_heads(module: nn.Module) -> int:

@@ -140,7 +140,7 @@ class Shared(Attention):
         h = h + self.out(out)
         q = self.later(h).reshape(*h.shape[:2], HEADS, DIM)
         positions = past + torch.arange(h.shape[1])
-        return h + self.out(EW.shared_attention(q, k_cache, v_cache, positions, DIM**-0.5)), k_cache, v_cache
+        return h + self.out(EW.shared_attention(q, k_cache, v_cache, positions, DIM**-0.5, 0)), k_cache, v_cache
 
 
 class Merged(Attention):

@@ -289,9 +289,33 @@ _KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_windo
 
 FAMILIES["mistral"] = _PLAIN | {"model_type": "mistral", "sliding_window": 6}
 FAMILIES["ministral"] = _PLAIN | _KINDS | {"model_type": "ministral", "head_dim": 32}
+FAMILIES["ministral3"] = _PLAIN | {
+    "model_type": "ministral3",
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 FAMILIES["qwen3"] = _PLAIN | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
 FAMILIES["gemma"] = _PLAIN | {"model_type": "gemma", "head_dim": 32}
 FAMILIES["gemma2"] = _PLAIN | _KINDS | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 24}
+FAMILIES["gemma4_text"] = _PLAIN | {
+    "model_type": "gemma4_text",
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 32,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 6,
+    "use_double_wide_mlp": True,
+    "vocab_size_per_layer_input": 80,
+}
 FAMILIES["phi3"] = _PLAIN | {
     "model_type": "phi3",
     "original_max_position_embeddings": 64,

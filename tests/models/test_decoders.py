@@ -51,6 +51,17 @@ def neox(**changes: Any) -> Any:
     return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**kept | changes))
 
 
+def gemma4(**changes: Any) -> Any:
+    sizes = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 5, "hidden_size_per_layer_input": 16}
+    sizes |= {"vocab_size_per_layer_input": 96, "layer_types": KINDS[:2] + KINDS[1:2]}
+    if "layer_types" in changes:
+        sizes["num_hidden_layers"] = len(changes["layer_types"])
+    model = hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**B | sizes | changes))
+    for i, layer in enumerate(model.model.layers):
+        layer.layer_scalar.fill_(1.0 + 0.1 * i)
+    return model
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**B, tie_word_embeddings=True)),
     "llama-biases": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**B, attention_bias=True, mlp_bias=True)),
@@ -66,6 +77,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "mistral-full": lambda: hf.MistralForCausalLM(hf.MistralConfig(**B, sliding_window=None, head_dim=32)),
     "ministral": lambda: hf.MinistralForCausalLM(
         hf.MinistralConfig(**B, head_dim=16, sliding_window=5, layer_types=KINDS)
+    ),
+    "ministral3": lambda: hf.Ministral3ForCausalLM(
+        hf.Ministral3Config(**B, head_dim=16, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1})
     ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**B)),
     "qwen2-windows": lambda: hf.Qwen2ForCausalLM(
@@ -84,6 +98,13 @@ CASES: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(**B, head_dim=16, sliding_window=5, query_pre_attn_scalar=24, layer_types=KINDS)
     ),
+    "gemma4": lambda: gemma4(
+        num_hidden_layers=6, layer_types=[*KINDS, *KINDS[:2], "full_attention"], num_kv_shared_layers=3
+    ),
+    "gemma4-values-are-keys": lambda: gemma4(
+        attention_k_eq_v=True, num_global_key_value_heads=1, use_double_wide_mlp=True, layer_types=KINDS[1:] + KINDS[:2]
+    ),
+    "gemma4-no-inputs": lambda: gemma4(hidden_size_per_layer_input=0, final_logit_softcapping=20.0),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**B)),
     "phi3-window": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**B, sliding_window=5)),
     "phi4-mini": lambda: hf.Phi3ForCausalLM(

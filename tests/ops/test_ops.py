@@ -214,13 +214,15 @@ def test_merged_attention_has_one_softmax_over_its_cache_and_the_source(
     close(out, attention(q, *both, allowed, softcap))
 
 
-def test_shared_attention_sees_the_slots_up_to_each_querys_own() -> None:
+@pytest.mark.parametrize("window", [0, 3])
+def test_shared_attention_sees_the_slots_up_to_each_querys_own(window: int) -> None:
     q, *_ = qkv(2, 3, 3, 2)
     caches = [normal(2, 2, 9, DIM, spread=s) for s in (2.0, 5.0)]
     at = torch.tensor([0, 6, 3])
-    allowed = np.broadcast_to(np.arange(9)[None] <= at.numpy()[:, None], (2, 3, 9))
+    slots, own = np.arange(9)[None], at.numpy()[:, None]
+    allowed = np.broadcast_to((slots <= own) & (slots > own - (window or 9)), (2, 3, 9))
     seen = [c.transpose(1, 2) for c in caches]
-    close(EW.shared_attention(q, *caches, at, SCALE), attention(q, *seen, allowed, 0.0))
+    close(EW.shared_attention(q, *caches, at, SCALE, window), attention(q, *seen, allowed, 0.0))
 
 
 # ---- schemas, fakes, decompositions ----
@@ -245,7 +247,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *(q, k, v, cache, cache + 1, normal(2, 2, 5, DIM), normal(2, 2, 5, DIM)),
             *(torch.ones(2, 1, 1, 5, dtype=torch.bool), torch.tensor([4]), SCALE, 3.0, 2),
         ),
-        "shared_attention": (q, cache, cache + 1, torch.tensor([0, 5, 6]), SCALE),
+        "shared_attention": (q, cache, cache + 1, torch.tensor([0, 5, 6]), SCALE, 3),
         "quantize_kv": (k.transpose(1, 2),),
         "append_kv": (codes, EW.quantize_kv(k.transpose(1, 2))[0], torch.tensor([4])),
         "quantized_attention": (

@@ -93,9 +93,9 @@ def merged(rewriting: Rewriting, node: fx.Node) -> None:
 
 
 def shared(rewriting: Rewriting, node: fx.Node) -> None:
-    q, k_cache, v_cache, positions, scale = node.args
+    q, k_cache, v_cache, positions, scale, window = node.args
     start = rewriting.start(rewriting.past_length)
-    bias = rewriting.once(lowerings.causal_bias, positions, rewriting.input(-1), 0)
+    bias = rewriting.once(lowerings.causal_bias, positions, rewriting.input(-1), window_of(rewriting, window))
     node.target = lowerings.shared_attention
     node.args = (q, k_cache, v_cache, start, bias, scale)
 
