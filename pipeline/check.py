@@ -55,7 +55,7 @@ def compare_reading(request: Request, checkpoint: Checkpoint, progress: Progress
     if asked == "auto" and not request.checks.verify:
         return None
     if request.num_layers is not None:
-        if asked == "auto":
+        if asked != "transformers":
             return None
         raise UserError("--against compares whole models; leave it or --num-layers out")
     weights = sum(math.prod(checkpoint.info(name).shape) for name in checkpoint.names())

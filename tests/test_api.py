@@ -51,6 +51,7 @@ def test_the_page_names_every_function() -> None:
     assert [name for name in functions if f"ew.{name}(" not in PAGE] == []
 
 
+@pytest.mark.slow
 @pytest.mark.exports
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")

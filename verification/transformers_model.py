@@ -49,6 +49,8 @@ def compare(model: str, progress: Progress) -> dict[str, Any]:
             ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
         want, theirs_layers = _watched(run.their_layers(), lambda: run.theirs(ids))
         got, our_layers = _watched(run.our_layers(), lambda: run.ours(ids))
+    if not bool(torch.isfinite(want).all()):
+        return {"reason": "the logits of its model are not finite"}
     off = _difference(got, want)
     top1 = float((got.argmax(-1) == want.argmax(-1)).float().mean())
     differs = None if off <= TOLERANCE else _first_difference(our_layers, theirs_layers)

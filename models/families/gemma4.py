@@ -44,13 +44,10 @@ class Config(StackKeys):
         self.final_softcap = optional_number(section, "final_logit_softcapping")
         self.types = layer_types(section)
         self.window = section.window(self.types)
-        wide = section.integer("global_head_dim", 512, most=4096)
-        if wide % 8:
-            raise section.error("global_head_dim", wide, "a multiple of 8")
         self.alike = section.flag("attention_k_eq_v", False)  # values of full layers are their keys
-        full_heads = self.kv_heads
-        if self.alike and section.values.get("num_global_key_value_heads") is not None:
-            full_heads = section.divisor("num_global_key_value_heads", self.heads)
+        full = _full_layers(section, self.types, self.alike)
+        wide = full.head_dim(512)
+        full_heads = full.divisor("num_key_value_heads", self.heads, self.kv_heads)
         self.dims, self.kv = {FULL: wide, SLIDING: self.head_dim}, {FULL: full_heads, SLIDING: self.kv_heads}
         named = ConfigReader({"rope_parameters": ROPE} | dict(section.values), section.where)
         self.ropes: dict[str, Rope] = {kind: read_rope(named, 10_000.0, kind) for kind in (FULL, SLIDING)}
@@ -69,12 +66,35 @@ def layer_types(section: ConfigReader) -> list[str]:
     return [*section.layer_types(layers, 6)[:-1], FULL]
 
 
+def _full_layers(section: ConfigReader, types: list[str], alike: bool) -> ConfigReader:
+    """`head_dim` and `num_key_value_heads` of full layers: from `per_layer_config`, or the older `global_…` keys."""
+    each = section.values.get("per_layer_config")
+    if each is None:
+        older = {"head_dim": "global_head_dim"} | (
+            {"num_key_value_heads": "num_global_key_value_heads"} if alike else {}
+        )
+        known = {new: section.values[old] for new, old in older.items() if section.values.get(old) is not None}
+        return ConfigReader(known, f"{section.where}global_")
+    if not isinstance(each, dict):
+        raise section.error("per_layer_config", each, "an object")
+    found = [each.get(str(i), {}) for i, kind in enumerate(types) if kind == FULL]
+    known_keys = {"head_dim", "num_key_value_heads"}
+    alone = all(isinstance(f, dict) and f == found[0] and f.keys() <= known_keys for f in found)
+    if not alone or any(each.get(str(i)) for i, kind in enumerate(types) if kind == SLIDING):
+        raise section.error("per_layer_config", each, "one head_dim and num_key_value_heads for all full layers alone")
+    inner = dict(found[0])
+    inner.setdefault("head_dim", section.values.get("head_dim", 256))
+    return ConfigReader(inner, f"{section.where}per_layer_config.")
+
+
 def _sources(section: ConfigReader, types: list[str]) -> list[int]:
     shared = section.integer("num_kv_shared_layers", 0, least=0, most=len(types) - 1)
     first = len(types) - shared
     last = {kind: i for i, kind in enumerate(types[:first])}
     if missing := set(types) - set(last):
-        raise section.error("num_kv_shared_layers", shared, f"fewer: no layer before computes keys for a {missing.pop()}")
+        raise section.error(
+            "num_kv_shared_layers", shared, f"fewer: no layer before computes keys for a {missing.pop()}"
+        )
     return [i if i < first else last[kind] for i, kind in enumerate(types)]
 
 
@@ -110,9 +130,7 @@ class Attention(Block):
         """Of a layer without its own keys, the caches are those that an earlier layer has written in this call."""
         lead = x.shape[:2]
         positions = past_length + torch.arange(x.shape[1], device=x.device)
-        q = EW.rope(
-            self.q_norm(self.q_proj(x).reshape(*lead, self.heads, self.head_dim)), positions, self.inv_freq
-        )
+        q = EW.rope(self.q_norm(self.q_proj(x).reshape(*lead, self.heads, self.head_dim)), positions, self.inv_freq)
         if not self.own:
             attended = shared_attention(q, k_cache, v_cache, positions, 1.0, self.window)
             return self.o_proj(attended), k_cache, v_cache
@@ -236,13 +254,12 @@ class Model(CausalModel):
 
     @classmethod
     def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """Sharing layers go first."""
-        short = shorten_stack(config | {"layer_types": layer_types(ConfigReader(config, ""))}, layers)
-        kept = short["num_hidden_layers"]
-        short["layer_types"] = [*short["layer_types"][: kept - 1], FULL]
-        computing = config["num_hidden_layers"] - (config.get("num_kv_shared_layers") or 0)
-        shared = max(0, kept - computing)
-        return short | {"num_kv_shared_layers": shared}
+        """Up to the first full layer behind so many, as the last layer is full. Sharing layers go first."""
+        types = layer_types(ConfigReader(config, ""))
+        layers = next(i for i in range(min(layers, len(types)), len(types) + 1) if types[i - 1] == FULL)
+        short = shorten_stack(config | {"layer_types": types}, layers)
+        computing = len(types) - (config.get("num_kv_shared_layers") or 0)
+        return short | {"num_kv_shared_layers": max(0, layers - computing)}
 
     def step(self) -> CausalStep:
         return Step(self)
@@ -255,6 +272,4 @@ class Model(CausalModel):
 
     def states(self) -> list[list[State]]:
         c = self.config
-        return [
-            kv_states(i, c.kv[kind], c.dims[kind]) if c.source[i] == i else [] for i, kind in enumerate(c.types)
-        ]
+        return [kv_states(i, c.kv[kind], c.dims[kind]) if c.source[i] == i else [] for i, kind in enumerate(c.types)]

@@ -43,6 +43,7 @@ def test_an_impossible_budget_names_floor_and_ceiling(
         planned(model, option, end)  # what is named can be typed
 
 
+@pytest.mark.slow
 def test_a_size_is_respected(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = plan_file
     size = 150_000

@@ -19,6 +19,7 @@ SEQ2SEQ, HYBRID, MEMORY = EXAMPLES / "t5gemma-g2p", EXAMPLES / "deltanet-g2p", E
 SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in (HYBRID, MEMORY)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SEQ2SEQ, *SLOW], ids=lambda p: p.name)
 def test_auto_with_data_is_fisher_and_is_compared_with_uniform(model: Path) -> None:
     asked = ("--bits", "3.6", "--widths", "2,3,4,8", "--group-size", "64", "--num-layers", 2, "--json")
@@ -43,6 +44,7 @@ def gates(*options: Any) -> tuple[set[int], str]:
     return {e["bits"] for n, e in entries.items() if "in_proj_a" in n or "in_proj_b" in n}, done.stderr
 
 
+@pytest.mark.slow
 def test_gates_keep_16_bits_unless_8_are_measured_to_cost_nothing() -> None:
     assert gates("--importance", "zd")[0] == {16}
     found, said = gates("--task", HYBRID / "task.tsv", "--importance", "fisher")

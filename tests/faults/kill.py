@@ -30,7 +30,17 @@ class Export:
     def start(self, folder: Path) -> subprocess.Popen[bytes]:
         """The export to `folder`/out as a process, in a session of its own; its temporary files would lie in `folder`/tmp."""
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(self.model), *self.options]
+        command = [
+            sys.executable,
+            "-m",
+            "edgewright.cli",
+            "export",
+            "-m",
+            str(self.model),
+            "--against",
+            "none",
+            *self.options,
+        ]
         with (folder / "log").open("ab") as log:
             return subprocess.Popen(
                 [*command, "-o", str(folder / "out")],

@@ -143,6 +143,7 @@ def test_no_home_and_no_temporary_folder(model: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [12, 20, 40])
 def test_few_file_descriptors(model: Path, most: int) -> None:
     done = plan_in(model, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)))

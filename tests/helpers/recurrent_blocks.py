@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -296,6 +297,10 @@ BLOCKS: dict[str, Any] = {
     "shared": lambda most: causal([Shared(), Attention(DIM)], most),
 }
 """Name -> the graphs of a decoder-only model of so many positions."""
+
+QUICK = ("delta", "mamba", "partial", "shared")
+SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BLOCKS]
+"""All of them, as parameters of a test; a few are enough for the fast suite."""
 
 
 def tokens(batch: int, count: int, seed: int) -> np.ndarray:

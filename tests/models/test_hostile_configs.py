@@ -104,7 +104,11 @@ def test_a_million_layers_are_refused(family: str) -> None:
         for key, item in value.items():
             if isinstance(item, dict):
                 yield from numbers(item, (*path, key))
-            elif key.endswith(("_layers", "n_layer")) and key not in ("num_kept_layers", "max_window_layers"):
+            elif key.endswith(("_layers", "n_layer")) and key not in (
+                "num_kept_layers",
+                "max_window_layers",
+                "num_kv_shared_layers",
+            ):
                 yield (*path, key)
 
     found = list(numbers(CONFIGS[family], ()))

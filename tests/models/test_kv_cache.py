@@ -238,7 +238,7 @@ def agreement(reference: Session, candidate: Session, spec: Generation) -> Agree
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t5gemma", "falcon_h1", "phi4flash")]
 
 
-@pytest.mark.parametrize("family", ["t5gemma2", "llama", *SLOW])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5gemma2", marks=pytest.mark.slow), *SLOW])
 def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path)
     spec = generation_of(model)

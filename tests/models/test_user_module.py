@@ -127,6 +127,7 @@ def test_the_original_is_what_the_factory_made() -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_a_bundle_never_runs_the_code_that_it_names(tmp_path: Path) -> None:
     compiler.export(asking("helpers.user_modules:speech", bits=6.0, verify=False), tmp_path / "bundle")
     command = [sys.executable, "-m", "edgewright.cli", "verify", str(tmp_path / "bundle")]

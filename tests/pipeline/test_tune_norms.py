@@ -231,6 +231,7 @@ def enough_data(example: str, num_layers: int | None = 2) -> Request:
     return request(example, num_layers, tokens=1200, part_tokens=64)
 
 
+@pytest.mark.slow
 def test_an_export_tunes_norms_and_says_so(tmp_path: Path) -> None:
     asked = changed(enough_data("deltanet-g2p", None), bits=3.0)
     told: list[str] = []

@@ -23,7 +23,7 @@ from edgewright.calibration.samples import Sample
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.cli import main
 from edgewright.errors import UserError
-from edgewright.models.families import llama
+from edgewright.models.decoder import DecoderLayer
 from edgewright.models.layers.linear import Linear
 from edgewright.models.layers.norm import RMSNorm
 from edgewright.models.loading import load_original
@@ -197,7 +197,7 @@ def test_a_norm_that_something_else_reads_is_left_and_named(tmp_path: Path, monk
         normed = self.post_attention_layernorm(h + attended)
         return h + self.mlp(normed) + 0.1 * normed, k, v  # the gain is read twice
 
-    monkeypatch.setattr(llama.Layer, "forward", forward)
+    monkeypatch.setattr(DecoderLayer, "forward", forward)
     report, spec = smoothed(path, tmp_path)
     named = {s: why for s, why in report.left.items() if "something besides" in why}
     assert set(named) == {f"model.layers.{i}.post_attention_layernorm" for i in range(3)}
@@ -222,7 +222,7 @@ def test_a_model_without_anything_to_fold_is_refused_in_a_line(tmp_path: Path, m
         attended, k, v = self.self_attn(2.0 * self.input_layernorm(h), past_length, k_cache, v_cache)
         return h + attended, k, v
 
-    monkeypatch.setattr(llama.Layer, "forward", forward)
+    monkeypatch.setattr(DecoderLayer, "forward", forward)
     with pytest.raises(UserError, match=r"nothing can be folded in this llama: .*shares its weight") as refused:
         smoothed(path, tmp_path)
     assert "\n" not in str(refused.value)

@@ -17,7 +17,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-QUICK = ("llama", "gemma3_text", "qwen2", "lfm2", "falcon_h1", "modernbert", "module")
+QUICK = ("llama", "gemma4_text", "lfm2", "falcon_h1", "module")
 """One of each kind of state, and a module. The others through ONNX are slow tests."""
 
 

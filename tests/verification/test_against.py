@@ -103,10 +103,16 @@ def test_without_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert said(llama) == ["not compared with transformers: it is not installed (pip install transformers)"]
 
 
-def test_export_and_verify_say_it(llama: Path, tmp_path: Path) -> None:
+def test_export_says_it(llama: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     export = ("export", "-m", llama, "--bits", 8, "--max-context", 64, "--against", "transformers", "-o", bundle)
     assert "read as transformers" in passed(edgewright(*export))
-    assert "read as transformers" in passed(edgewright("verify", bundle, "-m", llama, "--against", "auto"))
     again = ("export", "-m", llama, "--num-layers", 1, "--against", "transformers", "-o", tmp_path / "short")
     assert "leave it or --num-layers out" in refused(edgewright(*again))
+
+
+@pytest.mark.slow
+def test_verify_says_it(llama: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    passed(edgewright("export", "-m", llama, "--bits", 8, "--max-context", 64, "-o", bundle))
+    assert "read as transformers" in passed(edgewright("verify", bundle, "-m", llama, "--against", "auto"))

@@ -89,6 +89,7 @@ def own_loglikelihood(bundle: Path, context: Sequence[int], continuation: Sequen
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "t5gemma"])
 def test_local_tasks_end_to_end(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -34,7 +34,7 @@ def exported(graphs: list[Graph], folder: Path) -> dict[str, CoremlEvaluator]:
     return {kind: CoremlEvaluator(folder, specs, kind) for kind in ("float32", "float16")}
 
 
-@pytest.fixture(scope="module", params=blocks.BLOCKS)
+@pytest.fixture(scope="module", params=blocks.SOME)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     graphs = blocks.BLOCKS[request.param](CONTEXT)
     return SimpleNamespace(

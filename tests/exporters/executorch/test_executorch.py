@@ -161,6 +161,7 @@ def worst(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_the_rewritten_program_with_float_activations_is_the_reference(case: Case) -> None:
     rewritten = BeforeLowering(case.quantized().graphs(), torch.ops.edgewright.quantized_linear.default)
     model = build(case.checkpoint.config)

@@ -39,7 +39,7 @@ def exported(graphs: list[Graph], folder: Path) -> ExecuTorchSession:
     return ExecuTorchSession(folder, [GraphSpec.of(g) for g in graphs], threads=1)
 
 
-@pytest.fixture(scope="module", params=blocks.BLOCKS)
+@pytest.fixture(scope="module", params=blocks.SOME)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     graphs, folder = blocks.BLOCKS[request.param](CONTEXT), tmp_path_factory.mktemp("executorch")
     graphs[0].module.get_parameter("whole.embed.weight").data[POISON] = float("nan")

@@ -186,6 +186,7 @@ def test_a_tied_embedding_of_16_bits_is_stored_once_in_bfloat16(wide_table: Case
     assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_a_second_process_writes_the_same_bytes(onnx_cases: Callable[[str], Case], tmp_path: Path) -> None:
     """Another process, other addresses, another hash seed: nothing of them may reach the files."""
     script = "import sys; from pathlib import Path; from helpers.onnx_cases import lower\n"

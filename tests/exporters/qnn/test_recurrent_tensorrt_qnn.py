@@ -56,9 +56,6 @@ def remembered_logits(session: Session) -> np.ndarray:
     return np.concatenate(found, 1)
 
 
-QUICK = ("delta", "mamba", "partial", "shared")
-
-
 # ---- TensorRT -------------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +66,7 @@ def network(graphs: list[Graph], folder: Path, exact: bool) -> Any:
 
 
 @tensorrt_only
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in blocks.BLOCKS])
+@pytest.mark.parametrize("name", blocks.SOME)
 def test_an_engine_builds_and_its_network_is_the_reference(name: str, tmp_path: Path) -> None:
     from edgewright.exporters.tensorrt import export
     from edgewright.targets.tensorrt.engine_file import read_header
@@ -140,7 +137,7 @@ def compiled(graphs: list[Graph], folder: Path) -> Any:
             n,
             marks=[pytest.mark.slow, pytest.mark.xfail(strict=True, reason="computed wrongly, cause unknown")]
             if n == "mixed"
-            else (() if n in QUICK else pytest.mark.slow),
+            else (() if n in blocks.QUICK[:2] else pytest.mark.slow),
         )
         for n in BLOCKS
         if n != "hybrid"
