@@ -10,7 +10,13 @@ from helpers.cli_runner import edgewright, passed
 from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
 from helpers.tiny import write_tiny_t5gemma
 
+from edgewright.cli import main
+
 torch.set_num_threads(1)
+
+for command in (main.commands["export"], main.commands["verify"]):
+    # Comparing with transformers takes seconds; its own tests are in tests/verification/test_against.py.
+    next(p for p in command.params if p.name == "against").default = "none"
 
 TESTS = Path(__file__).parent
 EXPORTING = (

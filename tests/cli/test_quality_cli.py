@@ -72,6 +72,7 @@ def test_measured_divergence_is_the_same_for_any_number_of_workers() -> None:
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_the_frontier_is_below_uniform(tmp_path: Path) -> None:
     plot = tmp_path / "frontier.svg"
     done = edgewright(

@@ -17,8 +17,6 @@ def edgewright(*arguments: object, stdin: str | None = None) -> Result:
     command = [str(a) for a in arguments]
     if command and command[0] in ("export", "plan"):
         command[1:1] = LITTLE_DATA
-    if command and command[0] in ("export", "verify") and "--against" not in command:
-        command[1:1] = ("--against", "none")  # its own tests are in tests/verification/test_against.py
     return CliRunner().invoke(main, command, input=stdin)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from helpers import tiny
-from helpers.cli_runner import edgewright, passed, refused
+from helpers.cli_runner import edgewright, passed, process, refused
 from helpers.oracle import randomise
 from helpers.tiny_families import FAMILIES
 
@@ -109,6 +110,11 @@ def test_export_says_it(llama: Path, tmp_path: Path) -> None:
     assert "read as transformers" in passed(edgewright(*export))
     again = ("export", "-m", llama, "--num-layers", 1, "--against", "transformers", "-o", tmp_path / "short")
     assert "leave it or --num-layers out" in refused(edgewright(*again))
+
+
+def test_it_is_the_default() -> None:
+    done = process("-m", "edgewright.cli", "export", "--help")
+    assert re.search(r"--against \[auto\|transformers\|none\].*?\[default: auto\]", done.stdout, re.DOTALL)
 
 
 @pytest.mark.slow

@@ -152,6 +152,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, root / "bundle"
 
 
+@pytest.mark.slow
 def test_a_decoder_only_bundle_with_text_and_task(llama: tuple[Path, Path], tmp_path: Path) -> None:
     model, path = llama
     bundle = Bundle.open(path)

@@ -64,7 +64,7 @@ def quantize(folder: Path, write: Any, overrides: tuple[Override, ...]) -> Path:
     return folder / "bundle" / "checkpoint"
 
 
-@pytest.fixture(scope="module", params=["llama", "t5gemma"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("t5gemma", marks=pytest.mark.slow)])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     from edgewright.exporters.tensorrt import export as tensorrt
 

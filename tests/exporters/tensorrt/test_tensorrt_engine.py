@@ -175,6 +175,7 @@ def answer(session: Any) -> np.ndarray:
     return np.concatenate(out, 1)
 
 
+@pytest.mark.slow
 def test_engines_carry_their_states_from_call_to_call(made: tuple[Path, list[GraphSpec], list[FakeEngine]]) -> None:
     folder, graphs, engines = made
     session = open_tensorrt(folder, graphs)
