@@ -47,6 +47,7 @@ class Piece:
     Attributes:
         source: the tensor's name in the file.
         start, rows: the rows it is, counted behind a transposition; None for all that there are.
+        of: how many rows the whole tensor must have; 0 for any.
         transposed: the file holds [in, out].
         heads: > 0: rows are in another order within so many heads (`order`).
         order: "halves": the file keeps neighbours together that RoPE turns, the model the halves of a head; "third": for each
@@ -58,6 +59,7 @@ class Piece:
     source: str
     start: int = 0
     rows: int | None = None
+    of: int = 0
     transposed: bool = False
     heads: int = 0
     order: str = ""
@@ -70,6 +72,8 @@ class Piece:
         whole = tuple(reversed(stored)) if self.transposed and len(stored) == 2 else stored
         if not whole:
             return whole
+        if self.of and whole[0] != self.of:
+            raise ValueError(f"{whole[0]} rows, {self.of} are expected")
         if self.order == "third":
             if whole[0] % (3 * self.heads):
                 raise ValueError(f"{whole[0]} rows are not three for each of {self.heads} heads")
@@ -131,7 +135,7 @@ def split(path: str, parts: Mapping[str, int], transposed: bool = False) -> Rule
     """`path` of the file holds several weights one below the other. parts: name in the model -> its rows."""
     targets, start = [], 0
     for name, rows in parts.items():
-        targets.append((name, Piece("", start, rows, transposed)))
+        targets.append((name, Piece("", start, rows, sum(parts.values()), transposed)))
         start += rows
     return Rule(path, tuple(targets))
 
