@@ -170,6 +170,7 @@ class Layer(nn.Module):
         h = h + self.post_attention_layernorm(attended)
         h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
         if self.extra:
+            assert own is not None
             added = self.per_layer_projection(self.act(self.per_layer_input_gate(h)) * own)
             h = h + self.post_per_layer_input_norm(added)
         return h * self.layer_scalar.to(h.dtype), k, v
