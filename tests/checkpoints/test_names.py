@@ -118,7 +118,7 @@ def test_what_no_text_model_reads_is_left_out() -> None:
         (
             Names(split("w", {"a": 2, "b": 3})),
             {"w.weight": torch.ones(4, 2)},
-            r"w\.weight has shape \[4, 2\], of which a cannot be a part",
+            r"w\.weight has shape \[4, 2\], of which a.weight cannot be a part .4 rows, 5 are",
         ),
         (
             Names(heads_of_three("w", ("a", "b", "c"), 2)),
