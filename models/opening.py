@@ -23,15 +23,19 @@ _ROWS = 4096
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel", "ForReward")
 
 
-def open_model(model: str) -> Checkpoint:
+def open_model(model: str, adapter: str | None = None) -> Checkpoint:
     """A directory, a .gguf file, a hub id, or `package.module:factory`, whose code the user asks to run by giving its name.
 
-    The checkpoint's tensors have the model's names, its config is the text model's. Raises UserError for what cannot be opened
-    or is no model that generates text.
+    adapter: the folder of a LoRA adapter, which is merged. The checkpoint's tensors have the model's names, its config is the
+    text model's. Raises UserError for what cannot be opened or is no model that generates text.
     """
     if is_factory(model) and not Path(model).exists():
+        if adapter is not None:
+            raise UserError(
+                f"--adapter goes with a checkpoint, and {one_line(model, 80)} is a module of your own; merge it there"
+            )
         return open_module(model)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, adapter)
     config, notes = text_model(checkpoint.config)
     _refuse_other_heads(config)
     built = build(config)
