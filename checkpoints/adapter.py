@@ -5,75 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import UserError
 from ..system.reading import one_line, read_json_object, shown
+from .adapter_config import CONFIG, MERGED, Settings, number_of, settings_of
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, TensorStore
 from .names import PREFIXES
 from .safetensors_reader import SafetensorsStore
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 """The weights of a PEFT adapter, and of mlx-lm's."""
 
 _PICKLE = "adapter_model.bin"
-_MERGED = "merge it where it was trained (PEFT's merge_and_unload, then save_pretrained), and give the merged model"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_PATTERN = re.compile(r"\^?[\w.\\-]+", re.ASCII)
-_MOST_RANK = 1 << 14
+_COPY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
 _CHUNK = 2 << 20  # values computed at a time
-
-# Keys that say how an adapter was trained, or what it is called: the weights are the same without them.
-_HARMLESS = frozenset(
-    [
-        "alora_invocation_string",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "lora_ga_config",
-        "ensure_weight_tying",
-    ]
-)
-_READ = frozenset(
-    ["alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"]
-)
-_OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "true_dora")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What adapter_config.json says. patterns: rank or alpha of the modules that a name is the end of."""
-
-    rank: int
-    alpha: float
-    stabilised: bool
-    transposed: bool
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
-
-    def scale(self, module: str, rank: int) -> float:
-        alpha = _of(self.alphas, module, self.alpha)
-        return alpha / sqrt(rank) if self.stabilised else alpha / rank
 
 
 @dataclass(frozen=True)
@@ -92,7 +41,7 @@ def adapted(checkpoint: Checkpoint, folder: str) -> Checkpoint:
     if not (directory / CONFIG).is_file():
         raise UserError(f"--adapter {one_line(folder)}: no {CONFIG} there; give the folder of a PEFT adapter")
     try:
-        settings = _settings(read_json_object(directory / CONFIG))
+        settings = settings_of(read_json_object(directory / CONFIG))
         if not (directory / WEIGHTS[0]).is_file():
             pickled = (
                 f", and {_PICKLE} is a pickle, which can run code when read" if (directory / _PICKLE).exists() else ""
@@ -122,103 +71,50 @@ def explain_adapter(source: str, directory: Path, weights: bool) -> str | None:
     )
 
 
-def _settings(values: dict[str, Any]) -> _Settings:
-    kind = values.get("peft_type")
-    if not isinstance(kind, str) or kind.upper() != "LORA":
-        raise UserError(f"{CONFIG}: peft_type is {shown(kind, 40)}, and LORA alone is merged here; {_MERGED}")
-    for key in sorted(values.keys() - _HARMLESS - _READ):
-        if values[key]:
-            raise UserError(
-                f"{CONFIG}: {one_line(key, 40)} is {shown(values[key], 60)}, which is not read here; {_MERGED}"
-            )
-    if values.get("bias", "none") != "none":
-        raise UserError(f"{CONFIG}: bias is {shown(values['bias'], 40)}: trained biases are not merged here; {_MERGED}")
-    start = values.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_OWN_BASE):
-        raise UserError(
-            f"{CONFIG}: init_lora_weights is {shown(start, 40)}, which changes the base's weights, too; {_MERGED}"
-        )
-    rank = _number(values, "r", 8)
-    if rank != int(rank):
-        raise UserError(f"{CONFIG}: r is {shown(values['r'], 40)}, expected a whole number")
-    return _Settings(
-        rank=int(rank),
-        alpha=_number(values, "lora_alpha", 8),
-        stabilised=_flag(values, "use_rslora"),
-        transposed=_flag(values, "fan_in_fan_out"),
-        ranks=_patterns(values, "rank_pattern"),
-        alphas=_patterns(values, "alpha_pattern"),
-    )
-
-
-def _number(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = values.get(key, default)
-    if (
-        not isinstance(value, int | float)
-        or isinstance(value, bool)
-        or not 0 < value <= _MOST_RANK
-        or not isfinite(value)
-    ):
-        raise UserError(f"{CONFIG}: {one_line(key, 60)} is {shown(value, 40)}, expected a number up to {_MOST_RANK}")
-    return float(value)
-
-
-def _flag(values: Mapping[str, Any], key: str) -> bool:
-    value = values.get(key, False)
-    if not isinstance(value, bool):
-        raise UserError(f"{CONFIG}: {key} is {shown(value, 40)}, expected true or false")
-    return value
-
-
-def _patterns(values: Mapping[str, Any], key: str) -> dict[str, float]:
-    """Ends of modules' names -> a number. PEFT takes regular expressions; plain names, which are what it writes, are read here."""
-    patterns = values.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{CONFIG}: {key} is {shown(patterns, 40)}, expected an object")
-    for pattern in patterns:
-        if not _PATTERN.fullmatch(pattern) or re.search(r"\\[^.]|\\$", pattern):
-            raise UserError(
-                f"{CONFIG}: {key} has {shown(pattern, 60)}: names of modules alone are read here; {_MERGED}"
-            )
-    return {pattern.replace("\\", ""): _number(patterns, pattern, 0) for pattern in patterns}
-
-
-def _of(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The number of the first pattern that is the module's name, or an end of it behind a dot."""
-    for pattern, value in patterns.items():
-        name = pattern.removeprefix("^")
-        if module == name or (name == pattern and module.endswith("." + name)):
-            return value
-    return default
-
-
-def _changes(own: TensorStore, settings: _Settings, base: TensorStore) -> dict[str, _Change]:
+def _changes(own: TensorStore, settings: Settings, base: TensorStore) -> dict[str, _Change]:
     """Name of a weight of the base -> what is added to it. Raises UserError for a tensor of the adapter that has no place."""
+    names = _by_module(base)
     pairs: dict[str, dict[str, str]] = {}
     for name in own.infos:
         match = _TENSOR.fullmatch(name)
         if match is None:
-            raise UserError(f"{one_line(name)} is no A or B of a LoRA of a linear, and is not merged here; {_MERGED}")
+            _require_copy(own, name, base, names)
+            continue
         if match[2] in pairs.setdefault(match[1], {}):
             raise UserError(f"{one_line(match[1])} has two lora_{match[2]}")
         pairs[match[1]][match[2]] = name
-    names = _by_module(base)
     changes: dict[str, _Change] = {}
     for module, pair in pairs.items():
         weight = names.get(_canonical(module + ".weight"))
         if weight is None or weight in changes:
             raise UserError(
-                f"the model has no weight {one_line(module)}.weight, which the adapter changes; is it the right -m?"
+                f"the model has no weight {one_line(module)}.weight, which it changes; is it the adapter of this -m?"
             )
         if len(pair) < 2:
             raise UserError(f"{one_line(module)} has lora_{next(iter(pair))} alone; is the file whole?")
         changes[weight] = _change(own, settings, base.infos[weight], module, pair)
+    if not changes:
+        raise UserError("it changes no weight; is the file whole?")
     return changes
 
 
-def _change(own: TensorStore, settings: _Settings, weight: TensorInfo, module: str, pair: Mapping[str, str]) -> _Change:
+def _require_copy(own: TensorStore, name: str, base: TensorStore, names: Mapping[str, str | None]) -> None:
+    """Raises UserError for a tensor that is no LoRA's, unless it is the base's, as PEFT copies a head or an embedding."""
+    match = _COPY.fullmatch(name)
+    weight = names.get(_canonical(match[1] + ".weight")) if match else None
+    if weight is None or ".lora_" in name:
+        raise UserError(f"{one_line(name)} is no A or B of a LoRA of a linear, and is not merged here; {MERGED}")
+    info, other = own.infos[name], base.infos[weight]
+    step = max(1, _CHUNK // max(1, *info.shape[1:], 1))
+    starts = range(0, info.shape[0], step) if info.shape else ()
+    same = info.shape == other.shape and {info.dtype, other.dtype} <= set(WEIGHT_DTYPES)
+    if not same or not all(torch.equal(own.rows(name, i, i + step), base.rows(weight, i, i + step)) for i in starts):
+        raise UserError(f"{one_line(name)} is a weight that was trained whole, which is not merged here; {MERGED}")
+
+
+def _change(own: TensorStore, settings: Settings, weight: TensorInfo, module: str, pair: Mapping[str, str]) -> _Change:
     down, up = own.infos[pair["A"]], own.infos[pair["B"]]
-    rank = int(_of(settings.ranks, module, settings.rank))
+    rank = int(number_of(settings.ranks, module, settings.rank))
     shape = tuple(reversed(weight.shape)) if settings.transposed else weight.shape
     fits = len(shape) == 2 and down.shape == (rank, shape[1]) and up.shape == (shape[0], rank)
     if not fits or not {down.dtype, up.dtype, weight.dtype} <= set(WEIGHT_DTYPES):

@@ -12,6 +12,7 @@ from ..system.dtypes import dtype_name
 from ..system.reading import MEBIBYTE, one_line, read_json_object
 from . import adapter as adapters
 from . import mistral_layout
+from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .checkpoint import Checkpoint, TensorStore
 from .mlx_layout import without_mlx_layout
 from .prequantized.block import Block
@@ -21,7 +22,7 @@ from .tokenizer import Tokenizer
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_FILES = (
-    *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, adapters.CONFIG),
+    *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, ADAPTER_CONFIG),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
     *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt"),
 )

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import MANIFEST, Bundle
+from ..errors import UserError
 
 
-def inspect(target: str) -> dict[str, Any]:
+def inspect(target: str, adapter: str | None = None) -> dict[str, Any]:
     """A bundle's manifest in short, or a checkpoint's architecture, tensors and quantizable weights.
 
-    Raises UserError if it is neither.
+    adapter: the folder of a LoRA adapter, merged into the checkpoint. Raises UserError if it is neither.
     """
     if (Path(target) / MANIFEST).is_file():
+        if adapter is not None:
+            raise UserError(
+                "--adapter goes with a checkpoint, and a bundle is given; its weights are quantized already"
+            )
         return _bundle(Bundle.open(target))
-    return _checkpoint(target)
+    return _checkpoint(target, adapter)
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
@@ -50,12 +55,12 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _checkpoint(target: str) -> dict[str, Any]:
+def _checkpoint(target: str, adapter: str | None) -> dict[str, Any]:
     from ..models.opening import open_model
     from ..models.registry import build
     from ..quant.units import quantizable_units
 
-    checkpoint = open_model(target)
+    checkpoint = open_model(target, adapter)
     infos = [checkpoint.info(n) for n in checkpoint.names()]
     model = build(checkpoint.config)
     units = quantizable_units(model)
@@ -72,4 +77,5 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "units": len(units),
         "tied": model.tied,
         "tokenizer": checkpoint.tokenizer is not None,
+        "notes": list(checkpoint.notes),
     }

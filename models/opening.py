@@ -64,9 +64,19 @@ def _named(checkpoint: Checkpoint, model: LanguageModel) -> tuple[Checkpoint, tu
     try:
         resolved = model.names.resolve(checkpoint.names(), wanted)
         store = NamedStore(checkpoint.store, resolved.pieces)
+        zeros = [name for name in resolved.pieces if name not in wanted and _is_zero_bias(store, name)]
+        if zeros:
+            store = NamedStore(checkpoint.store, {n: p for n, p in resolved.pieces.items() if n not in set(zeros)})
     except UserError as error:
         raise UserError(f"{checkpoint.source}: {error}") from None
-    return checkpoint.changed(store=store), resolved.left_out
+    return checkpoint.changed(store=store), (*resolved.left_out, *zeros)
+
+
+def _is_zero_bias(store: NamedStore, name: str) -> bool:
+    """Whether a tensor adds nothing: older GPTQ checkpoints have a bias of zeros for every linear."""
+    info = store.infos[name]
+    plain = name.endswith(".bias") and len(info.shape) == 1 and info.dtype.is_floating_point
+    return plain and not bool(store.tensor(name).float().any())
 
 
 def _untied(

@@ -14,7 +14,9 @@ def stream_words(count: int, bits: int) -> int:
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes, uint8 [rows, count], of little-endian bit streams [rows, words]. bits: 1 to 8."""
-    stream = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
+    stream = words.clone(memory_format=torch.contiguous_format).view(
+        torch.uint8
+    )  # a row or column alone has odd strides
     together = 8 // gcd(bits, 8)  # codes that fill whole bytes
     steps, size = -(-count // together), bits * together // 8
     if stream.shape[1] < steps * size:
