@@ -36,7 +36,10 @@ def open_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     seen as the values that they mean. Raises UserError for anything missing, corrupt or unsafe.
     """
     opened = _open(model)
-    return opened if adapter is None else adapters.adapted(opened, adapter)
+    if adapter is None:
+        return opened
+    told = tuple(line for line in opened.notes if not line.startswith(adapters.BESIDE))
+    return adapters.adapted(opened.changed(notes=told), adapter)
 
 
 def _open(model: str) -> Checkpoint:
