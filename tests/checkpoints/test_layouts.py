@@ -1,4 +1,4 @@
-"""Folders of other layouts: Mistral's own, Meta's, mlx-lm's forms of tensors; read, or refused in one line that says what they are."""
+"""Folders of other layouts: Mistral's, Meta's, mlx-lm's forms of tensors; read, or refused in one line that says what they are."""
 
 from __future__ import annotations
 
