@@ -44,12 +44,12 @@ def dequantized(
     config, block = _taken(config)
     block = block or beside
     if block is None:
-        _refuse_marks(store)
+        _refuse_marks(store, "does not say how it was quantized (quantization_config)")
         return config, store, ()
     method = _method(block)
     found = _METHODS[method](store, block)
     if not found.weights:
-        _refuse_marks(store)
+        _refuse_marks(store, f"says {method}, which has no such part")
         store = DequantizedStore(store, {}, found.unused) if found.unused else store
         return (
             config,
@@ -74,7 +74,7 @@ def _taken(config: dict[str, Any]) -> tuple[dict[str, Any], Block | None]:
             if not isinstance(value, Mapping):
                 raise UserError(f"{where} is {shown(value, 60)}, expected an object")
             if value:
-                blocks.append(Block(value if key != "quantization" else _as_mlx(value), where))
+                blocks.append(Block(_as_mlx(value), where))
         if any(key in inner for key in _KEYS):
             kept = {key: value for key, value in inner.items() if key not in _KEYS}
             config = kept if section is None else config | {section: kept}
@@ -83,8 +83,9 @@ def _taken(config: dict[str, Any]) -> tuple[dict[str, Any], Block | None]:
 
 
 def _as_mlx(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """mlx-lm's block, which alone has no name for its method."""
-    return values if "quant_method" in values or "bits" not in values else {**values, "quant_method": "mlx"}
+    """mlx-lm's block, which has widths and no name for its method."""
+    mlx = {"bits", "group_size"} <= values.keys() and "quant_method" not in values
+    return {**values, "quant_method": "mlx"} if mlx else values
 
 
 def _method(block: Block) -> str:
@@ -102,10 +103,9 @@ def _method(block: Block) -> str:
     )
 
 
-def _refuse_marks(store: TensorStore) -> None:
+def _refuse_marks(store: TensorStore, why: str) -> None:
     name = next((name for name in store.infos if name.endswith(_MARKS)), None)
     if name is not None:
         raise UserError(
-            f"{one_line(name)} is a part of a quantized weight, and config.json says not how it was quantized "
-            "(quantization_config); take the config.json of these weights"
+            f"{one_line(name)} is a part of a quantized weight, and config.json {why}; take the config.json of these weights"
         )
