@@ -203,6 +203,7 @@ def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: b
 @main.command()
 @click.argument("bundle", type=cli_options.path)
 @click.option("-m", "--model", metavar="MODEL", help="The original checkpoint, for the quantization loss.")
+@cli_options.adapter
 @click.option("--task", type=cli_options.path, help="Task file: exact-match accuracy of the artefact and the original.")
 @click.option("--task-limit", type=click.IntRange(1, 1 << 32), help="Only the first N lines of the task file.")
 @click.option(
@@ -226,6 +227,8 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 
     if text_windows is not None and options["text"] is None:
         raise UserError("--text-windows says how much of a text is scored; give --text FILE")
+    if options["adapter"] is not None and options["model"] is None:
+        raise UserError("--adapter is merged into the original checkpoint; give -m MODEL, too")
     report = check(bundle, VerifyOptions(text_windows=text_windows or TEXT_WINDOWS, **options), note)
     Bundle.open(bundle).write_report("verify", report.to_json())
     _print(report.to_json(), verify_report.verify_text(report), as_json)
@@ -362,13 +365,14 @@ def devices_measure(output: Path | None, seconds: float) -> None:
 
 @main.command()
 @click.argument("target", metavar="MODEL|BUNDLE")
+@cli_options.adapter
 @cli_options.as_json
-def inspect(target: str, as_json: bool) -> None:
+def inspect(target: str, adapter: str | None, as_json: bool) -> None:
     """Say what a checkpoint or a bundle holds."""
     from .commands.inspect import inspect as look
     from .reports.inspect import inspect_text
 
-    contents = look(target)
+    contents = look(target, adapter)
     _print(contents, inspect_text(contents), as_json)
 
 

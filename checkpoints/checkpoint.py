@@ -60,6 +60,7 @@ class Checkpoint:
         files: the weight files.
         notes: lines for the user about how the checkpoint is read.
         unread: tensors that are copies of others, which are read in their place.
+        adapter: the folder of an adapter that is merged, None without one.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Checkpoint:
         load_tokenizer: Callable[[], Tokenizer | None],
         notes: tuple[str, ...] = (),
         unread: frozenset[str] = frozenset(),
+        adapter: str | None = None,
     ) -> None:
         self.source = source
         self.config = config
         self.generation = generation
-        self.notes, self.unread = notes, unread
+        self.notes, self.unread, self.adapter = notes, unread, adapter
         self.store = store
         self._load_tokenizer = load_tokenizer
         self._states = {path: _state(path) for path in store.files}
@@ -86,6 +88,7 @@ class Checkpoint:
         store: TensorStore | None = None,
         notes: tuple[str, ...] | None = None,
         unread: frozenset[str] | None = None,
+        adapter: str | None = None,
     ) -> Checkpoint:
         """The checkpoint with some of its fields replaced."""
         return Checkpoint(
@@ -96,6 +99,7 @@ class Checkpoint:
             self._load_tokenizer,
             self.notes if notes is None else notes,
             self.unread if unread is None else unread,
+            self.adapter if adapter is None else adapter,
         )
 
     @cached_property

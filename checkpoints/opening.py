@@ -5,25 +5,44 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+import torch
+
 from ..errors import UserError
+from ..system.dtypes import dtype_name
 from ..system.reading import MEBIBYTE, one_line, read_json_object
-from .checkpoint import Checkpoint
+from . import adapter as adapters
+from . import mistral_layout
+from .adapter_config import CONFIG as ADAPTER_CONFIG
+from .checkpoint import Checkpoint, TensorStore
+from .mlx_layout import without_mlx_layout
+from .prequantized.block import Block
+from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
 from .tokenizer import Tokenizer
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_FILES = (
-    *("*.safetensors", INDEX, "config.json", "generation_config.json"),
+    *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, ADAPTER_CONFIG),
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
     *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     """Open a directory, a .gguf file, or a hub id ("owner/name", from the cache when the hub cannot be reached).
 
-    Only headers and configs are read. Raises UserError for anything missing, corrupt or unsafe.
+    adapter: the folder of a LoRA adapter, which is merged. Only headers and configs are read. Weights that were quantized are
+    seen as the values that they mean. Raises UserError for anything missing, corrupt or unsafe.
     """
+    opened = _open(model)
+    if adapter is None:
+        return opened
+    told = tuple(line for line in opened.notes if not line.startswith(adapters.BESIDE))
+    return adapters.adapted(opened.changed(notes=told), adapter)
+
+
+def _open(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     try:
         if path.is_dir():
@@ -63,18 +82,56 @@ def _download(model: str) -> Path:
 
 
 def _open_directory(source: str, directory: Path) -> Checkpoint:
-    if not (directory / "config.json").exists():
-        _explain_missing_config(source, directory)
-    files = _weight_files(source, directory)
-    config = read_json_object(directory / "config.json")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise UserError(f"{directory / 'config.json'}: no model_type, so the architecture is unknown; add it")
+    native = mistral_layout.weight_files(directory)
+    own_layout = bool(native) and sorted(_safetensors(directory)) == native and not (directory / INDEX).exists()
+    line = adapters.explain_adapter(source, directory, own_layout or _has_weights(directory))
+    notes = [] if line is None else [line]
+    store: TensorStore
+    if own_layout:
+        config, store, lines = mistral_layout.open_mistral(directory)
+        notes += lines
+    else:
+        if not (directory / "config.json").exists():
+            _explain_missing_config(source, directory)
+        files = _weight_files(source, directory)
+        config = read_json_object(directory / "config.json")
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or not model_type:
+            raise UserError(f"{directory / 'config.json'}: no model_type, so the architecture is unknown; add it")
+        try:
+            config, store, quantized = dequantized(config, SafetensorsStore(directory, files), _block_beside(directory))
+            store = without_mlx_layout(model_type, store)
+        except UserError as error:
+            raise UserError(error if str(directory) in str(error) else f"{one_line(source)}: {error}") from None
+        notes += quantized
+    _refuse_unreadable(source, store)
     optional = directory / "generation_config.json"
     generation = read_json_object(optional) if optional.exists() else {}
-    return Checkpoint(
-        source, config, generation, SafetensorsStore(directory, files), lambda: _read_tokenizer(directory)
-    )
+    return Checkpoint(source, config, generation, store, lambda: _read_tokenizer(directory), tuple(notes))
+
+
+def _block_beside(directory: Path) -> Block | None:
+    """What AutoGPTQ, AutoAWQ and ModelOpt write beside config.json, which older versions of them write there alone."""
+    for file, method in (
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt"),
+    ):
+        if (directory / file).is_file():
+            values = read_json_object(directory / file)
+            inner = values.get("quantization")
+            values = inner if method == "modelopt" and isinstance(inner, dict) else values
+            return Block({"quant_method": method, **values}, file)
+    return None
+
+
+def _refuse_unreadable(source: str, store: TensorStore) -> None:
+    for name, info in store.infos.items():
+        if info.dtype in (torch.uint32, torch.float8_e8m0fnu):
+            raise UserError(
+                f"{one_line(source)}: {one_line(name)} has dtype {dtype_name(info.dtype)}, which no weight has here; is it "
+                "quantized, and config.json says not how (quantization_config, or quantization of mlx-lm)?"
+            )
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
@@ -85,6 +142,12 @@ def _read_tokenizer(directory: Path) -> Tokenizer | None:
 
 def _explain_missing_config(source: str, directory: Path) -> None:
     entries = sorted(p.name for p in directory.iterdir())
+    metas = [name for name in entries if name.startswith("consolidated.") and name.endswith(".pth")]
+    if metas:
+        raise UserError(
+            f"{source}: Meta's own layout: {one_line(metas[0], 60)} is a pickle, which can run code when read; give the same model "
+            "in transformers' layout (config.json and model.safetensors), which the hub has beside this one"
+        )
     ggufs = [name for name in entries if name.lower().endswith(".gguf")]
     if ggufs:
         raise UserError(f"{source}: no config.json; to use a GGUF file give its path: {directory / one_line(ggufs[0])}")
@@ -102,10 +165,21 @@ def _pickle_error(source: str) -> UserError:
     )
 
 
+def _safetensors(directory: Path) -> list[str]:
+    """Names of the safetensors files of a model; those of an adapter are none."""
+    return sorted(p.name for p in directory.glob("*.safetensors") if p.name not in adapters.WEIGHTS)
+
+
+def _has_weights(directory: Path) -> bool:
+    return (directory / INDEX).exists() or bool(_safetensors(directory))
+
+
 def _weight_files(source: str, directory: Path) -> dict[str, set[str]]:
     """Weight file name -> the tensors that must be in it by the index; an empty set without an index. Raises UserError."""
-    present = sorted(p.name for p in directory.glob("*.safetensors"))
+    present = _safetensors(directory)
     if not (directory / INDEX).exists():
+        if "model.safetensors" in present:  # the same weights in Mistral's layout may lie beside it
+            present = [name for name in present if not name.startswith("consolidated")]
         if present:
             return {name: set() for name in present}
         if any(p.suffix.lower() in _PICKLES for p in directory.iterdir()):

@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import MANIFEST, Bundle
+from ..errors import UserError
 
 
-def inspect(target: str) -> dict[str, Any]:
+def inspect(target: str, adapter: str | None = None) -> dict[str, Any]:
     """A bundle's manifest in short, or a checkpoint's architecture, tensors and quantizable weights.
 
-    Raises UserError if it is neither, and for a checkpoint that `export` would refuse, with the same line.
+    adapter: the folder of a LoRA adapter, merged into the checkpoint. Raises UserError if it is neither, and for a checkpoint that
+    `export` would refuse, with the same line.
     """
     if (Path(target) / MANIFEST).is_file():
+        if adapter is not None:
+            raise UserError(
+                "--adapter goes with a checkpoint, and a bundle is given; its weights are quantized already"
+            )
         return _bundle(Bundle.open(target))
-    return _checkpoint(target)
+    return _checkpoint(target, adapter)
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
@@ -50,20 +56,21 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _checkpoint(target: str) -> dict[str, Any]:
+def _checkpoint(target: str, adapter: str | None) -> dict[str, Any]:
     from ..models.opening import open_model
     from ..pipeline.original import open_original
     from ..pipeline.request import Request
 
-    checkpoint = open_model(target)
+    checkpoint = open_model(target, adapter)
     infos = [checkpoint.info(n) for n in checkpoint.names()]
-    original = open_original(Request(target), checkpoint, lambda _: None)  # what export would refuse is refused
+    original = open_original(
+        Request(target, adapter=adapter), checkpoint, lambda _: None
+    )  # what export would refuse is refused
     model, units = original.model, original.units
     return {
         "kind": "checkpoint",
         "source": target,
         "model_type": checkpoint.config.get("model_type"),
-        "notes": list(checkpoint.notes),
         "tensors": len(infos),
         "parameters": sum(math.prod(i.shape) for i in infos),
         "dtypes": dict(Counter(str(i.dtype).removeprefix("torch.") for i in infos)),

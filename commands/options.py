@@ -67,6 +67,9 @@ class IntList(click.ParamType[tuple[int, ...]]):
 
 
 model = click.option("-m", "--model", required=True, metavar="MODEL", help="Directory, .gguf file, or hub id.")
+adapter = click.option(
+    "--adapter", metavar="DIR", help="Folder of a LoRA adapter (PEFT), which is merged into MODEL's weights."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 strict = click.option(
     "--strict-placement", is_flag=True, help="Exit code 1 if an op fell back to another unit than the target's."
@@ -88,6 +91,7 @@ path = click.Path(path_type=Path)
 def planning(command: Any) -> Any:
     """The options `export` and `plan` share."""
     options = [
+        adapter,
         click.option(
             "--format",
             "formats",
@@ -207,6 +211,7 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         raise UserError("--cluster needs --workers N as well: how many pieces at once, 2 or more")
     return Request(
         model=model,
+        adapter=options["adapter"],
         budget=BudgetOptions(
             bits=options["bits"],
             size=options["size"],

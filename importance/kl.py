@@ -67,7 +67,9 @@ def kl_of_each(
     no result. Called within their `running`.
     """
     name = source.checkpoint.source
-    data = _WorkerSource(name, source.config, source.generation, source.samples, source.part_tokens)
+    merged = source.checkpoint.adapter
+    adapter = None if merged is None else str(Path(merged).expanduser().absolute())
+    data = _WorkerSource(name, adapter, source.config, source.generation, source.samples, source.part_tokens)
     reference = _single(data, None)
     path = Path(name).expanduser()
     # A worker may be in another folder. A link stays a link: the file that it leads to need not be called .gguf.
@@ -85,13 +87,14 @@ class _WorkerSource:
     """A source as a worker is sent it: with the checkpoint's name, which it opens itself."""
 
     checkpoint: str
+    adapter: str | None
     config: dict[str, Any]
     generation: Generation
     samples: Sequence[Sample]
     part_tokens: int
 
     def open(self) -> Source:
-        checkpoint = open_model(self.checkpoint)
+        checkpoint = open_model(self.checkpoint, self.adapter)
         return Source(checkpoint, self.config, self.generation, self.samples, (), self.part_tokens)
 
 

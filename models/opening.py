@@ -23,15 +23,19 @@ _ROWS = 4096
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel", "ForReward")
 
 
-def open_model(model: str) -> Checkpoint:
+def open_model(model: str, adapter: str | None = None) -> Checkpoint:
     """A directory, a .gguf file, a hub id, or `package.module:factory`, whose code the user asks to run by giving its name.
 
-    The checkpoint's tensors have the model's names, its config is the text model's. Raises UserError for what cannot be opened
-    or is no model that generates text.
+    adapter: the folder of a LoRA adapter, which is merged. The checkpoint's tensors have the model's names, its config is the
+    text model's. Raises UserError for what cannot be opened or is no model that generates text.
     """
     if is_factory(model) and not Path(model).exists():
+        if adapter is not None:
+            raise UserError(
+                f"--adapter goes with a checkpoint, and {one_line(model, 80)} is a module of your own; merge it there"
+            )
         return open_module(model)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, adapter)
     config, notes = text_model(checkpoint.config)
     _refuse_other_heads(config)
     built = build(config)
@@ -60,9 +64,19 @@ def _named(checkpoint: Checkpoint, model: LanguageModel) -> tuple[Checkpoint, tu
     try:
         resolved = model.names.resolve(checkpoint.names(), wanted)
         store = NamedStore(checkpoint.store, resolved.pieces)
+        zeros = [name for name in resolved.pieces if name not in wanted and _is_zero_bias(store, name)]
+        if zeros:
+            store = NamedStore(checkpoint.store, {n: p for n, p in resolved.pieces.items() if n not in set(zeros)})
     except UserError as error:
         raise UserError(f"{checkpoint.source}: {error}") from None
-    return checkpoint.changed(store=store), resolved.left_out
+    return checkpoint.changed(store=store), (*resolved.left_out, *zeros)
+
+
+def _is_zero_bias(store: NamedStore, name: str) -> bool:
+    """Whether a tensor adds nothing: older GPTQ checkpoints have a bias of zeros for every linear."""
+    info = store.infos[name]
+    plain = name.endswith(".bias") and len(info.shape) == 1 and info.dtype.is_floating_point
+    return plain and not bool(store.tensor(name).float().any())
 
 
 def _untied(

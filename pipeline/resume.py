@@ -90,6 +90,7 @@ def _job(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
             calibration[key] = of_file(calibration[key])
     asked = {
         "model": request.model,
+        "adapter": request.adapter,
         "budget": budget,
         "calibration": calibration,
         "targets": vars(request.targets),

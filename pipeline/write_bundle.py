@@ -65,7 +65,7 @@ def write_bundle(
     progress("hashing")
     norms = run.finished("norms")
     manifest = Manifest(
-        source=_source_name(request.model),
+        source=_source_name(request),
         source_fingerprint=planned.fingerprint,
         model_type=str(planned.config["model_type"]),
         graphs=tuple(GraphSpec.of(g) for g in stored_as(planned.model.graphs(), request.targets.kv_cache)),
@@ -114,9 +114,12 @@ def _lower(name: str, request: Request, run: ResumableExport, options: Options, 
     return Lowered(artefact, cost)
 
 
-def _source_name(model: str) -> str:
-    path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model
+def _source_name(request: Request) -> str:
+    path = Path(request.model).expanduser()
+    name = path.resolve().name if path.exists() else request.model
+    if request.adapter is None:
+        return name
+    return f"{name} with the adapter {Path(request.adapter).expanduser().resolve().name}"
 
 
 def tool_versions(formats: tuple[str, ...]) -> dict[str, str]:

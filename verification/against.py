@@ -13,24 +13,29 @@ from typing import Literal
 
 from ..errors import UserError, VerificationFailure
 from ..system.memory import available_bytes
-from ..system.reading import one_line
+from ..system.reading import one_line, read_json_object
 from ..system.subprocesses import ChildFailed, Limits, run_child
 from .report import TOLERANCE, Independent
 
 Against = Literal["auto", "transformers", "none"]
 
+_QUANTIZED = {"quantization_config", "quantization", "compression_config"}
+"""Keys of config.json that say so."""
+
 _PROCESS = 4 << 30
 _SECONDS = 1800.0
 
 
-def compare_reading(model: str, weights: int, against: Against, progress: Callable[[str], None]) -> Independent | None:
+def compare_reading(
+    model: str, adapter: str | None, weights: int, against: Against, progress: Callable[[str], None]
+) -> Independent | None:
     """Compare how a model of so many weights is read with transformers, as `--against` says. A line tells why it was not done.
 
     Raises VerificationFailure if they differ, UserError if "transformers" was asked for and cannot be had.
     """
     if against == "none":
         return None
-    reason = _hindrance(model, weights)
+    reason = _hindrance(model, adapter, weights)
     if reason is None:
         try:
             limits = Limits(12 * weights + _PROCESS, _SECONDS)
@@ -57,13 +62,17 @@ def _judged(found: Independent) -> Independent:
     return found
 
 
-def _hindrance(model: str, weights: int) -> str | None:
+def _hindrance(model: str, adapter: str | None, weights: int) -> str | None:
     """Why this checkpoint cannot be compared here; None if nothing is known to hinder."""
     folder = Path(model).expanduser()
     if importlib.util.find_spec("transformers") is None:
         return "it is not installed (pip install transformers)"
+    if adapter is not None:
+        return "an adapter is merged into the checkpoint"
     if not folder.is_dir():
         return "it is compared where the model is a directory"
+    if (folder / "config.json").is_file() and _QUANTIZED & read_json_object(folder / "config.json").keys():
+        return "the checkpoint is quantized already, and transformers may compute it in other arithmetic"
     needed = 8 * weights + (1 << 30)
     if needed > available_bytes():
         free = available_bytes() / 2**30

@@ -34,7 +34,7 @@ def verify_here(
     bundle.check_files()
     manifest = bundle.manifest
     quantized = open_checkpoint(str(bundle.path / CHECKPOINT))
-    original = None if options.model is None else open_original(bundle, options.model)
+    original = None if options.model is None else open_original(bundle, options.model, options.adapter)
     data = QualityData.read(bundle, quantized, options.task, options.task_limit, options.text, options.text_windows)
     probe = probe_of(bundle)
     require_memory(manifest.weights, {t.format: t.stored_bytes for t in manifest.targets}, original is not None)

@@ -19,7 +19,8 @@ TEXT_WINDOWS = 16
 class VerifyOptions:
     """What is checked, and what quality is measured on.
 
-    model: the original checkpoint, for the quantization loss. task: a task file, of which the first `task_limit` lines count.
+    model: the original checkpoint, for the quantization loss; adapter: the folder of what was merged into it. task: a task
+    file, of which the first `task_limit` lines count.
     text: a text file, of which the first `text_windows` windows are scored: next-token distributions are compared with the
     original's, or without `model` with the reference's. formats: the targets to check; without, all whose library is
     installed. threads: of the runtimes; 0 is all cores. against: whether the reading of `model` is compared with transformers;
@@ -34,6 +35,7 @@ class VerifyOptions:
     formats: Sequence[str] = ()
     threads: int = 0
     against: Literal["auto", "transformers", "none"] = "auto"
+    adapter: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)

@@ -56,11 +56,12 @@ class QualityData:
         return QualityData(examples, text_passages(text, quantized.tokenizer, spec, windows))
 
 
-def open_original(bundle: Bundle, model: str) -> Checkpoint:
-    """The checkpoint that a bundle was made from. Raises UserError if it is another."""
-    original = open_model(model)
+def open_original(bundle: Bundle, model: str, adapter: str | None = None) -> Checkpoint:
+    """The checkpoint that a bundle was made from, with the adapter that was merged. Raises UserError if it is another."""
+    original = open_model(model, adapter)
     if original.fingerprint() != bundle.manifest.source_fingerprint:
-        raise UserError(f"{model} is not the checkpoint this bundle was made from ({bundle.manifest.source})")
+        given = f"{model} with --adapter {adapter}" if adapter else model
+        raise UserError(f"{given} is not the checkpoint this bundle was made from ({bundle.manifest.source})")
     return original
 
 

@@ -31,12 +31,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(model: Path | str, against: str = "auto") -> list[str]:
     lines: list[str] = []
-    assert compare_reading(str(model), 1000, against, lines.append) is None  # type: ignore[arg-type]
+    assert compare_reading(str(model), None, 1000, against, lines.append) is None  # type: ignore[arg-type]
     return lines
 
 
 def test_a_checkpoint_is_read_as_transformers_reads_it(llama: Path) -> None:
-    found = compare_reading(str(llama), 1000, "transformers", lambda _: None)
+    found = compare_reading(str(llama), None, 1000, "transformers", lambda _: None)
     assert found is not None
     assert found.version == hf.__version__
     assert found.max_relative_error < 1e-5
@@ -84,7 +84,7 @@ def test_a_difference_fails(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     }
     monkeypatch.setattr("edgewright.verification.against.run_child", lambda *_: values)
     with pytest.raises(VerificationFailure, match=r"by up to 0\.5 of the largest .*25\.0%.*layer 2 of the decoder"):
-        compare_reading(str(llama), 1000, "auto", lambda _: None)
+        compare_reading(str(llama), None, 1000, "auto", lambda _: None)
 
 
 def test_what_cannot_be_compared_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,18 @@ def test_what_cannot_be_compared_says_why(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("edgewright.verification.against.available_bytes", lambda: 1 << 28)
     assert "take about 1.0 GiB, of which 0.2 GiB are available" in said(tmp_path)[0]
     with pytest.raises(UserError, match="--against transformers: two models in float32"):
-        compare_reading(str(tmp_path), 1000, "transformers", lambda _: None)
+        compare_reading(str(tmp_path), None, 1000, "transformers", lambda _: None)
+
+
+def test_what_transformers_may_compute_in_another_way_is_not_compared(llama: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert compare_reading(str(llama), "adapter", 1000, "auto", lines.append) is None
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    assert compare_reading(str(tmp_path), None, 1000, "auto", lines.append) is None
+    assert [line.split(": ")[1] for line in lines] == [
+        "an adapter is merged into the checkpoint",
+        "the checkpoint is quantized already, and transformers may compute it in other arithmetic",
+    ]
 
 
 def test_without_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
