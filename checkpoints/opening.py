@@ -33,9 +33,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise UserError(f"model {one_line(model)!r} cannot be opened ({one_line(error)})") from None
     if exists:
         if path.suffix.lower() == ".gguf":
-            from .gguf import open_gguf
-
-            return open_gguf(model, path)
+            return _open_gguf(model, path)
         if path.suffix.lower() in _PICKLES:
             raise _pickle_error(model)
         raise UserError(f"{one_line(model)} is neither a directory nor a .gguf file; give the model's directory")
@@ -62,7 +60,18 @@ def _download(model: str) -> Path:
         ) from error
 
 
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from .gguf import open_gguf  # here, as the gguf package's import is slow
+
+    return open_gguf(source, path)
+
+
 def _open_directory(source: str, directory: Path) -> Checkpoint:
+    if not any(directory.glob("*.safetensors")) and not (directory / INDEX).exists():
+        from .gguf_parts import gguf_in
+
+        if (gguf := gguf_in(directory)) is not None:
+            return _open_gguf(source, gguf)
     if not (directory / "config.json").exists():
         _explain_missing_config(source, directory)
     files = _weight_files(source, directory)
@@ -85,9 +94,6 @@ def _read_tokenizer(directory: Path) -> Tokenizer | None:
 
 def _explain_missing_config(source: str, directory: Path) -> None:
     entries = sorted(p.name for p in directory.iterdir())
-    ggufs = [name for name in entries if name.lower().endswith(".gguf")]
-    if ggufs:
-        raise UserError(f"{source}: no config.json; to use a GGUF file give its path: {directory / one_line(ggufs[0])}")
     if not entries:
         raise UserError(f"{source}: the directory is empty; a config.json and *.safetensors are needed")
     if any(name.lower().endswith(_PICKLES) for name in entries):
