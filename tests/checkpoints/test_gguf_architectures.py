@@ -100,7 +100,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             | {"short_factor": [1.5] * 6, "long_factor": [9.0] * 6, "partial_rotary_factor": 0.75}
         },
     ),
-    "smollm3": ("smollm3", "SmolLM3", {"attention_bias": True, "no_rope_layers": [1, 1, 1, 0]}),
+    "smollm3": ("smollm3", "SmolLM3", {"no_rope_layers": [1, 1, 1, 0]}),
     "granite": ("granite", "Granite", _GRANITE),
     "lfm2": (
         "lfm2",

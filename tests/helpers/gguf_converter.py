@@ -160,6 +160,7 @@ def _falcon_h1(config: Any) -> dict[str, Any]:
 
 
 def _qwen35(config: Any) -> dict[str, Any]:
+    dims = int(_head_dim(config) * _rope_of(config).get("partial_rotary_factor", 0.25))
     return {
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "ssm.state_size": config.linear_key_head_dim,
@@ -168,8 +169,8 @@ def _qwen35(config: Any) -> dict[str, Any]:
         "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
         "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
         "full_attention_interval": 4,
-        "rope.dimension_count": int(_head_dim(config) * _rope_of(config).get("partial_rotary_factor", 0.25)),
-        "rope.dimension_sections": [11, 11, 10, 0],
+        "rope.dimension_count": dims,
+        "rope.dimension_sections": [dims // 2 - 2, 1, 1, 0],  # of time, height and width, which are one in a text
     }
 
 
