@@ -29,7 +29,7 @@ from edgewright.calibration.prompts import text_windows
 from edgewright.checkpoints.gguf_file import read_gguf
 from edgewright.models.opening import open_model
 
-TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_S")
+TYPES = ("F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_S")
 WORKER = Path(__file__).resolve().parent / "worker_gguf.py"
 
 

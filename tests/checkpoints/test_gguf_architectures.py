@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +15,9 @@ from gguf.quants import dequantize, quantize
 from helpers.gguf_converter import convert
 from helpers.oracle import causal_logits, randomise
 
+from edgewright.checkpoints import gguf
+from edgewright.checkpoints.gguf_file import GgufFile, read_gguf
+from edgewright.errors import UserError
 from edgewright.models.loading import load_original
 from edgewright.models.opening import open_model
 from edgewright.models.registry import build
@@ -160,3 +165,47 @@ def test_logits_of_a_quantized_file_are_those_of_its_values(tmp_path: Path, name
     ids = torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(1))
     wanted = expected(oracle, ids)
     assert float((logits_of(path, ids) - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+_STRANGE: tuple[Any, ...] = (0, 3, (1 << 32) - 1, float("nan"), "x", [1, 2], [0] * 4)
+
+
+_UNREAD = ("vocab_size", "dimension_sections", "interval", "attention.scale", "nextn_predict_layers")
+"""Keys that some architecture does not read."""
+
+
+def problem(file: GgufFile) -> str | None:
+    """What is wrong with a file when it is opened and all of it read; None if nothing is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "read_parts", lambda path: (file, (path,)))
+        try:
+            checkpoint = open_model(str(file.path))
+            load_original(build(checkpoint.config), checkpoint)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3, long", "granite", "lfm2", "falcon-h1", "qwen35"])
+def test_strange_metadata_open_or_end_in_one_line(tmp_path: Path, name: str) -> None:
+    architecture = MODELS[name][0]
+    whole = read_gguf(convert(oracle_of(name), tmp_path / "m.gguf", architecture))
+    keys = [key for key in whole.metadata if key.startswith(f"{architecture}.")]
+    more = ("rope.scaling.factor", "rope.scaling.type", "nextn_predict_layers", "attention.scale")
+    for key in [*keys, *(f"{architecture}.{key}" for key in more)]:
+        found = [problem(replace(whole, metadata={**whole.metadata, key: value})) for value in _STRANGE]
+        lines = [line for line in found if line is not None]
+        assert not [line for line in lines if "\n" in line]
+        assert lines or key.endswith_UNREAD)
+
+
+@pytest.mark.parametrize("name", ["qwen35", "falcon-h1", "lfm2", "llama, biases"])
+def test_tensors_of_another_shape_end_in_one_line(tmp_path: Path, name: str) -> None:
+    whole = read_gguf(convert(oracle_of(name), tmp_path / "m.gguf", MODELS[name][0]))
+    for key, tensor in whole.tensors.items():
+        for shape in ((1,), (3, 32)):
+            data = np.zeros((int(np.prod(shape[:-1])), 4 * shape[-1]), np.uint8)
+            other = replace(tensor, shape=shape, data=data)
+            line = problem(replace(whole, tensors={**whole.tensors, key: other}))
+            assert line is not None, (key, shape)
+            assert "\n" not in line
