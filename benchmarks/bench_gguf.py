@@ -2,9 +2,10 @@
 
     python benchmarks/bench_gguf.py MODEL.gguf --text FILE [--types Q8_0 Q4_K_M …] [--windows 8] [--output RESULTS.json]
 
-llama.cpp makes a file of each type from MODEL by its own choice of a type for each tensor (`worker_gguf.py`). Ours is the mean
-over the windows of the file's values in float32; llama.cpp rounds activations to int8 where its kernels do. Windows are 512
-tokens, begun with the begin-of-text token. The text is cut by both tokenizers, which must give the same ids.
+llama.cpp makes a file of each type from MODEL by its own choice of a type for each tensor (`worker_gguf.py`). Ours is that of
+the file's values in float32; llama.cpp rounds activations to int8 where its kernels do. With `--values` llama.cpp also runs the
+file brought back to float32 by itself, which leaves that out. Windows are 512 tokens, begun with the begin-of-text token. The
+text is cut by both tokenizers, which must give the same ids.
 
 The peers' Python is that of `peers.py` (EDGEWRIGHT_PEERS_VENV names another).
 """
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--values", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -196,7 +196,7 @@ def test_strange_metadata_open_or_end_in_one_line(tmp_path: Path, name: str) -> 
         found = [problem(replace(whole, metadata={**whole.metadata, key: value})) for value in _STRANGE]
         lines = [line for line in found if line is not None]
         assert not [line for line in lines if "\n" in line]
-        assert lines or key.endswith_UNREAD)
+        assert lines or key.endswith(_UNREAD)
 
 
 @pytest.mark.parametrize("name", ["qwen35", "falcon-h1", "lfm2", "llama, biases"])
