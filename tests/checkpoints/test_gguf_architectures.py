@@ -124,7 +124,10 @@ def oracle_of(name: str) -> torch.nn.Module:
     if causal == "Gemma2":
         values |= {"query_pre_attn_scalar": values["head_dim"]}
     if causal == "Gemma3":
-        values |= {"query_pre_attn_scalar": values["head_dim"], "layer_types": ["sliding_attention"] * 4}
+        values |= {
+            "query_pre_attn_scalar": values["head_dim"],
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        }
     config = getattr(transformers, f"{causal}{text}Config")(**values)
     config._attn_implementation = "eager"
     return randomise(getattr(transformers, f"{causal}ForCausalLM")(config), 3)

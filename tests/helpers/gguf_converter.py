@@ -119,6 +119,7 @@ def _gemma2(config: Any) -> dict[str, Any]:
 def _gemma3(config: Any) -> dict[str, Any]:
     return {
         "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
         "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
     }
 
