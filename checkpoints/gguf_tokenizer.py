@@ -1,19 +1,20 @@
 """A tokenizer from the metadata of a GGUF file, which has a vocabulary and no tokenizer.json.
 
-Two kinds: `gpt2` is byte-level BPE with its merges in the file; `llama` is SentencePiece BPE, whose pieces have scores from
-which the merges follow. Keys are llama.cpp's `tokenizer.ggml.*`.
+Two kinds: `gpt2` is byte-level BPE with its merges in the file, cut as `gguf_pretokenizers` says; `llama` is SentencePiece BPE,
+whose pieces have scores from which the merges follow. Keys are llama.cpp's `tokenizer.ggml.*`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, one_line
+from .gguf_pretokenizers import PreTokenizer, pre_tokenizer
 from .tokenizer_backend import from_library
 from .tokenizer_checks import MOST_TOKENS, Limits
 
@@ -28,7 +29,7 @@ _MOST_CUTS = 1 << 28
 _LIMITS = Limits(growth=12.0, decoded=3.0)
 """A space becomes a mark of three bytes, and one is put in front; a byte that is no UTF-8 becomes U+FFFD."""
 
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "▁"
 _WAY_OUT = "give the safetensors checkpoint instead"
 _BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -48,22 +49,31 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
         raise UserError(f"GGUF: tokenizer.ggml.token_type does not fit the {len(tokens)} tokens; {_WAY_OUT}")
     try:
         if kind == "gpt2":
-            backend = _byte_level(metadata, tokens)
+            cut = pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
+            backend, bos = _byte_level(metadata, tokens, cut), cut.bos
         elif kind == "llama":
-            backend = _sentencepiece(metadata, tokens, types)
+            backend, bos = _sentencepiece(metadata, tokens, types), True
         else:
             raise UserError(f"GGUF: tokenizer model {one_line(kind, 40)!r} (known: gpt2, llama); {_WAY_OUT}")
         spelled = [(_respell(t) if kind == "llama" else t, k) for t, k in zip(tokens, types)]
-        for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-            backend.add_tokens([AddedToken(t, normalized=False, special=special) for t, k in spelled if k == wanted])
+        strips = _strips(metadata.get("general.name"))
+        for wanted, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
+            texts = [t for t, k in spelled if k == wanted]
+            backend.add_tokens([AddedToken(t, normalized=False, special=special, rstrip=strips(t)) for t in texts])
         settings = _settings(metadata, tokens)
-        _add_template(backend, metadata, settings, default_bos=kind == "llama")
+        _add_template(backend, metadata, settings, default_bos=bos)
     except BaseException as error:
         if not from_library(error):
             raise
         raise UserError(f"GGUF: the vocabulary makes no tokenizer ({one_line(error, 120)}); {_WAY_OUT}") from None
     eos = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     return backend, settings, {i for i in eos if isinstance(i, int) and 0 <= i < len(tokens)}, _LIMITS
+
+
+def _strips(model: object) -> Callable[[str], bool]:
+    """Whether white space behind an added token belongs to it. A file does not say; llama.cpp knows it of Phi-3 by its name."""
+    phi3 = isinstance(model, str) and ("phi-3" in model.lower() or "phi3" in model.lower())
+    return lambda token: phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
 
 
 def _texts(metadata: Mapping[str, Any], key: str, most: int, longest: int) -> list[str]:
@@ -80,20 +90,14 @@ def _texts(metadata: Mapping[str, Any], key: str, most: int, longest: int) -> li
     return texts
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], cut: PreTokenizer) -> tokenizers.Tokenizer:
     merges = [tuple(line.split(" ", 1)) for line in _texts(metadata, "merges", MOST_MERGES, 2 * LONGEST_TOKEN)]
     pairs = [(m[0], m[1]) for m in merges if len(m) == 2]
     if len(pairs) != len(merges):
         raise UserError(f"GGUF: a line of tokenizer.ggml.merges is not two pieces; {_WAY_OUT}")
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre == "smollm":
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), split])
-    elif pre in ("default", "gpt-2", "gpt2"):
-        backend.pre_tokenizer = split
-    else:
-        raise UserError(f"GGUF: pre-tokenizer {one_line(pre, 40)!r} (known: smollm, gpt-2, default); {_WAY_OUT}")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=cut.whole))
+    backend.pre_tokenizer = cut.build()
     backend.decoder = decoders.ByteLevel()
     return backend
 

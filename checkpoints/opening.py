@@ -52,9 +52,7 @@ def _open(model: str) -> Checkpoint:
         raise UserError(f"model {one_line(model)!r} cannot be opened ({one_line(error)})") from None
     if exists:
         if path.suffix.lower() == ".gguf":
-            from .gguf import open_gguf
-
-            return open_gguf(model, path)
+            return _open_gguf(model, path)
         if path.suffix.lower() in _PICKLES:
             raise _pickle_error(model)
         raise UserError(f"{one_line(model)} is neither a directory nor a .gguf file; give the model's directory")
@@ -81,7 +79,18 @@ def _download(model: str) -> Path:
         ) from error
 
 
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from .gguf import open_gguf  # here, as the gguf package's import is slow
+
+    return open_gguf(source, path)
+
+
 def _open_directory(source: str, directory: Path) -> Checkpoint:
+    if not any(directory.glob("*.safetensors")) and not (directory / INDEX).exists():
+        from .gguf_parts import gguf_in
+
+        if (gguf := gguf_in(directory)) is not None:
+            return _open_gguf(source, gguf)
     native = mistral_layout.weight_files(directory)
     own_layout = bool(native) and sorted(_safetensors(directory)) == native and not (directory / INDEX).exists()
     line = adapters.explain_adapter(source, directory, own_layout or _has_weights(directory))
@@ -148,9 +157,6 @@ def _explain_missing_config(source: str, directory: Path) -> None:
             f"{source}: Meta's own layout: {one_line(metas[0], 60)} is a pickle, which can run code when read; give the same model "
             "in transformers' layout (config.json and model.safetensors), which the hub has beside this one"
         )
-    ggufs = [name for name in entries if name.lower().endswith(".gguf")]
-    if ggufs:
-        raise UserError(f"{source}: no config.json; to use a GGUF file give its path: {directory / one_line(ggufs[0])}")
     if not entries:
         raise UserError(f"{source}: the directory is empty; a config.json and *.safetensors are needed")
     if any(name.lower().endswith(_PICKLES) for name in entries):

@@ -1,7 +1,8 @@
 """RoPE (arXiv 2104.09864): from config.json to the inverse frequencies of a head, for every type that checkpoints use.
 
 Types: default; linear scaling of positions; dynamic NTK; yarn (arXiv 2309.00071); longrope (arXiv 2402.13753); llama3, of Llama
-3.1 and later; proportional, of Gemma 4. Each value is computed in the order of operations of transformers.
+3.1 and later; proportional, of Gemma 4; factors, of GGUF files, which divide each frequency. Each value is computed in the order
+of operations of transformers, those of factors in llama.cpp's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from ..errors import UserError
 from .config import ConfigReader
 
-KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "factors")
 _ALIASES = {"su": "longrope", "mrope": "default"}  # without images the axes of mrope are one
 _MOST_FACTORS = 4096
 
@@ -32,7 +33,7 @@ class Rope:
         original: positions of the training; for yarn, longrope and llama3.
         low, high: of llama3 the factors of low and high frequencies; of yarn the slow and fast beta.
         truncate: yarn's range is cut to whole dimensions.
-        factors: longrope's, one for each frequency, for texts of at most `original` tokens.
+        factors: one for each frequency; longrope's are for texts of at most `original` tokens.
         attention: what a rotated query and a rotated key are each multiplied by.
         share: of proportional, the share of a head that rotates.
     """
@@ -62,12 +63,15 @@ class Rope:
                 return self._llama3(plain)
             if self.kind == "yarn":
                 return self._yarn(dims)
-            if self.kind == "longrope":
+            if self.kind in ("longrope", "factors"):
                 if len(self.factors) != dims // 2:
                     raise UserError(
-                        f"config.json: {len(self.factors)} factors of longrope for {dims // 2} frequencies of a head"
+                        f"config.json: {len(self.factors)} factors of {self.kind} for {dims // 2} frequencies of a head"
                     )
-                return 1.0 / (torch.tensor(self.factors, dtype=torch.float32) * self._powers(dims))
+                factors = torch.tensor(self.factors, dtype=torch.float32)
+                if self.kind == "factors":
+                    return plain / factors / self.factor
+                return 1.0 / (factors * self._powers(dims))
             if self.kind == "proportional":
                 turned = int(self.share * dims // 2)
                 return torch.cat((plain[:turned], torch.zeros(dims // 2 - turned))) / self.factor
@@ -178,6 +182,13 @@ def _read(block: ConfigReader, section: ConfigReader, theta: float, positions: i
         return replace(rope, share=share, factor=block.number("factor", 1.0, least=1e-6))
     if kind == "linear":
         return replace(rope, factor=block.number("factor", least=1e-6))
+    if kind == "factors":
+        return replace(
+            rope,
+            factors=_factors(block, "factors"),
+            factor=block.number("factor", 1.0, least=1e-6),
+            attention=block.number("attention_factor", 1.0),
+        )
     return _scaled(block, section, rope, positions)
 
 

@@ -17,6 +17,8 @@ from helpers.gguf_files import DIM, FFN, HEADS, HIDDEN, KV, LAYERS, VOCAB, write
 
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.errors import UserError
+from edgewright.models.config import ConfigReader
+from edgewright.models.rope import read_rope
 
 
 def refused(path: Path) -> str:
@@ -80,7 +82,7 @@ def test_llama_config(tmp_path: Path) -> None:
     assert untied.fingerprint() != opened.fingerprint()
     write_gguf(
         path,
-        more={"rope_freqs.weight": np.ones(16, np.float32)},
+        more={"rope_freqs.weight": np.ones(8, np.float32)},
         **{"rope.scaling.type": "linear"},
         **{"rope.scaling.factor": 4.0},
     )
@@ -89,6 +91,52 @@ def test_llama_config(tmp_path: Path) -> None:
         "rope_theta": 50000.0,
         "factor": 4.0,
     }
+
+
+def test_biases_that_a_file_has_in_part(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    bias = np.arange(HEADS * DIM, dtype=np.float32)
+    write_gguf(path, more={"blk.0.attn_q.bias": bias})
+    opened = open_checkpoint(str(path))
+    assert opened.config["attention_bias"] is True
+    assert opened.config["mlp_bias"] is False
+    assert opened.tensor("model.layers.0.self_attn.q_proj.bias")[:4].tolist() == [0.0, 2.0, 4.0, 6.0]  # as the weight
+    assert opened.tensor("model.layers.1.self_attn.q_proj.bias").tolist() == [0.0] * HEADS * DIM
+    assert opened.tensor("model.layers.0.self_attn.o_proj.bias").tolist() == [0.0] * HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("numbers", "block"),
+    [
+        ({}, {"rope_type": "default"}),
+        (
+            {"rope.scale_linear": 4.0},
+            {"rope_type": "linear", "factor": 4.0},
+        ),  # before rope.scaling.* there was this key
+        ({"rope.scale_linear": 4.0, "rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),  # linear is llama.cpp's default
+        ({"rope.scaling.factor": 0.0}, {"rope_type": "default"}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, {"rope_type": "default"}),
+        ({"rope.scaling.type": "yarn"}, {"rope_type": "default"}),
+        (
+            {"rope.scaling.attn_factor": 1.5},
+            {"rope_type": "factors", "factors": [1.0] * 8, "factor": 1.0, "attention_factor": 1.5},
+        ),
+    ],
+)
+def test_rope_as_llamacpp_reads_it(tmp_path: Path, numbers: dict[str, Any], block: dict[str, Any]) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, **numbers)
+    assert open_checkpoint(str(path)).config["rope_parameters"] == {**block, "rope_theta": 50000.0}
+
+
+def test_factors_divide_frequencies(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    factors = np.linspace(1, 32, 8, dtype=np.float32)
+    write_gguf(path, more={"rope_freqs.weight": factors}, **{"rope.scaling.factor": 2.0})
+    rope = read_rope(ConfigReader(open_checkpoint(str(path)).config, ""), 10000.0)
+    plain = 50000.0 ** -(np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(rope.frequencies(DIM).numpy(), plain / factors / 2.0, rtol=1e-6)
 
 
 def test_gemma_norms_lose_their_one_and_queries_keep_their_order(tmp_path: Path) -> None:
@@ -167,7 +215,15 @@ def add_tokens(path: Path, architecture: str, tokens: list[str], numbers: dict[s
         ({"attention.key_length": 8, "attention.value_length": 8}, "heads"),
         ({"attention.key_length": 33, "attention.value_length": 33}, "key_length"),
         ({"rope.dimension_count": 8}, "dimension_count"),
-        ({"rope.scaling.type": "yarn"}, "yarn"),
+        ({"attention.head_count": [4, 2]}, "not the same in all layers"),
+        ({"rope.scaling.type": "ntk"}, "ntk"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5},
+            "yarn_ext_factor",
+        ),
+        ({"rope.scale_linear": -2.0}, "scale_linear"),
+        ({"rope.freq_base": 0.0}, "freq_base"),
+        ({"attention.causal": False}, "cannot generate"),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": float("nan")}, "factor"),
         ({"embedding_length": "x"}, "embedding_length"),
         ({"expert_count": 8}, "experts"),
@@ -185,14 +241,22 @@ def test_missing_and_unknown_tensors_and_kinds(tmp_path: Path) -> None:
     assert "blk.1.ffn_up.weight" in refused(path)
     write_gguf(path, drop=("token_embd.weight",))
     assert "token_embd.weight" in refused(path)
-    write_gguf(path, more={"blk.0.attn_q.bias": np.ones(HEADS * DIM, np.float32)})
-    assert "attn_q.bias" in refused(path)
     write_gguf(path, more={"rope_freqs.weight": np.full(16, 2.0, np.float32)})
-    assert "RoPE" in refused(path)
+    assert "rope_freqs.weight has shape [16], expected [8]" in refused(path)
+    write_gguf(path, more={"rope_freqs.weight": np.zeros(8, np.float32)})
+    assert "no positive numbers" in refused(path)
+    write_gguf(path, more={"blk.0.attn_q.bias": np.ones(HEADS * DIM - 2, np.float32)})
+    assert "attn_q.bias has shape [62]" in refused(path)
+    write_gguf(path, "qwen2", more={"rope_freqs.weight": np.full(8, 2.0, np.float32)})
+    assert "rope_freqs.weight has no place in qwen2" in refused(path)
     write_gguf(path, more={"blk.0.x": np.ones(4, np.int32)})
     assert "I32" in refused(path)
     write_gguf(path, "gpt2")
     assert "'gpt2'" in refused(path)
+    write_gguf(path, "t5")
+    assert "'t5' is an encoder-decoder that no family here computes" in refused(path)
+    write_gguf(path, "clip")
+    assert "encoder of images" in refused(path)
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_scales_cover_their_columns(width: int, size: int, centred: bool, seed: 
     assert torch.equal(scaled(codes, scales, zeros, size, mixed), plain * scales[:, mixed])
 
 
-@pytest.mark.parametrize("case", SAMPLES)
+@pytest.mark.parametrize("case", sorted(SAMPLES))
 def test_what_a_library_quantized_has_the_librarys_values(case: str, tmp_path: Path) -> None:
     config, parts = SAMPLES[case]
     expected = parts[EXPECTED].float()

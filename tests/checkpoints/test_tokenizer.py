@@ -212,7 +212,7 @@ def test_sentencepiece_from_gguf(tmp_path: Path) -> None:
         {"tokenizer.ggml.model": "gpt2"},
         {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]},
         {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["zz qq"]},
-        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "llama-bpe"},
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "falcon"},
     ],
 )
 def test_bad_gguf_vocabularies(change: dict[str, Any]) -> None:

@@ -55,7 +55,9 @@ def write_gguf(
         "attention.value_length": DIM,
     }
     for key, value in {**sizes, **numbers}.items():
-        if isinstance(value, str):
+        if isinstance(value, bool):
+            writer.add_bool(f"{architecture}.{key}", value)
+        elif isinstance(value, str):
             writer.add_string(f"{architecture}.{key}", value)
         elif isinstance(value, list):
             writer.add_array(f"{architecture}.{key}", value)
@@ -64,7 +66,8 @@ def write_gguf(
         else:
             writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32(f"{architecture}.rope.freq_base", 50000.0)
+    if "rope.freq_base" not in numbers:
+        writer.add_float32(f"{architecture}.rope.freq_base", 50000.0)
     random = np.random.default_rng(0)
     values: dict[str, np.ndarray] = {}
     for name, shape in tensors_of(architecture).items():
