@@ -20,9 +20,9 @@ from .config import ConfigReader
 from .decoder import PositionTable
 from .kv_cache import Cache
 from .layers.attention import AttentionSpec, BidirectionalAttention, CachedAttention, CrossAttention
-from .layers.linear import Embedding, Linear
+from .layers.linear import Embedding, Linear, LogitsBias
 from .layers.mlp import FeedForward, GatedMLP
-from .layers.norm import LayerNorm, NormSpec, RMSNorm
+from .layers.norm import NormSpec
 from .layers.relative import RelativeBias, RelativeCachedAttention, RelativeEncoderAttention, RelativeSpec
 from .layers.sinusoids import Sinusoids, SinusoidSpec
 from .seq2seq import EncoderDecoder, Seq2seqModel
@@ -168,8 +168,6 @@ class DecoderLayer(Layer):
 class Stack(nn.Module):
     """What is around the layers of either stack: positions, norms, and a relative bias that all layers share."""
 
-    norm: RMSNorm | LayerNorm
-
     def __init__(self, spec: EncoderDecoderSpec, bidirectional: bool) -> None:
         super().__init__()
         stack = spec.encoder if bidirectional else spec.decoder
@@ -184,9 +182,7 @@ class Stack(nn.Module):
         self.relative = spec.relative_of(bidirectional, each=False)
         layer = EncoderLayer if bidirectional else DecoderLayer
         self.layers = nn.ModuleList(layer(spec) for _ in range(stack.layers))
-        if spec.placement == "pre":
-            self.norm = spec.norm.of(spec.hidden)
-        self.last = spec.placement == "pre"
+        self.norm = spec.norm.of(spec.hidden) if spec.placement == "pre" else nn.Identity()
 
     def positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Rows [S, hidden] of positions int64 [S]."""
@@ -208,16 +204,12 @@ class Stack(nn.Module):
         return DecoderParts(
             embed,
             self.layers,
-            self.norm if self.last else _same,
+            self.norm,
             head,
             None if self.embed_positions is None else self.positions,
             self.embedding_norm,
             self.distances,
         )
-
-
-def _same(h: torch.Tensor) -> torch.Tensor:
-    return h
 
 
 class Stacks(nn.Module):
@@ -256,17 +248,6 @@ class Encode(nn.Module):
         for layer in stack.layers:
             h = layer(h, positions, mask, encoder_mask)
         return (parts.norm(h),)
-
-
-class LogitsBias(nn.Module):
-    """A bias of the logits, weight [1, vocab]."""
-
-    def __init__(self, vocab: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, vocab), requires_grad=False)
-
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits + self.weight.to(logits.dtype)
 
 
 class DescribedEncoderDecoder(Seq2seqModel):
