@@ -135,7 +135,7 @@ class Stream:
         return self.session.run("decoder", inputs, self.state)["logits"]
 
     def prefill(self) -> Array:
-        """Feed the pending prompt, of an encoder-decoder its start token and what is forced; the logits [batch, 1, vocab] after it."""
+        """Feed the pending prompt, of an encoder-decoder its start and what is forced; the logits [batch, 1, vocab] after it."""
         return self.feed(self.pending)
 
 
