@@ -238,7 +238,7 @@ def agreement(reference: Session, candidate: Session, spec: Generation) -> Agree
 SLOW = pytest.param("phi4flash", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2", "llama", "falcon_h1", SLOW])
+@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2", "t5", "llama", "falcon_h1", SLOW])
 def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path)
     spec = generation_of(model)
@@ -261,7 +261,9 @@ def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> 
     assert sum(held[s.name].numpy().nbytes for s in kept) == float_bytes * (1 / 4 + 1 / kept[0].shape[-1])
 
 
-@pytest.mark.parametrize("family", ["t5gemma", "llama", SLOW, pytest.param("t5gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["t5gemma", "llama", SLOW, *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5gemma2", "t5"))]
+)
 def test_executorch_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     from edgewright.runtimes.executorch.session import ExecuTorchSession
