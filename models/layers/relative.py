@@ -50,8 +50,9 @@ class RelativeBias(nn.Module):
         """What is added to an encoder's scores, [B, heads, T, T]: the bias, and `MASKED` where mask bool [B, T] is false."""
         positions = torch.arange(length, device=mask.device)
         ahead = (positions.unsqueeze(0) - positions.unsqueeze(1)).clamp(-self.farthest, self.farthest) + self.farthest
-        bias = nn.functional.embedding(ahead, self.distances()).permute(2, 0, 1).unsqueeze(0)
-        return bias + ((mask.to(torch.float32) - 1.0) * -MASKED).unsqueeze(1).unsqueeze(1)
+        # No new dimension is made of floats: ExecuTorch would leave that one operation out of its delegate.
+        bias = nn.functional.embedding(ahead.unsqueeze(0), self.distances()).permute(0, 3, 1, 2)
+        return bias + (mask.unsqueeze(1).unsqueeze(1).to(torch.float32) - 1.0) * -MASKED
 
 
 def _buckets(count: int, farthest: int) -> torch.Tensor:
