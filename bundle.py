@@ -131,11 +131,13 @@ class Generation(_Strict):
     """What the generate loop needs: the kind of loop, where it starts and stops, and its limits.
 
     task: a "module" has no loop, its graphs run as they are; vocab and max_context are then the limits of its inputs.
+    forced: what every answer of an encoder-decoder begins with, behind decoder_start: fed, not generated, such as a language.
     prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task.
     """
 
     task: Literal["seq2seq", "causal", "memory", "module"]
     decoder_start: Token | None = None
+    forced: tuple[Token, ...] = ()
     eos_ids: tuple[Token, ...] = ()
     pad_id: Token = 0
     vocab: Size
@@ -257,7 +259,7 @@ class Manifest(_Strict):
             raise ValueError("a memory bundle needs generation.context")
         if len(self.contexts) not in (0, len(self.prompts)):
             raise ValueError(f"{len(self.contexts)} contexts do not fit {len(self.prompts)} prompts")
-        lists = [*self.prompts, spec.context.prefix if spec.context is not None else ()]
+        lists = [*self.prompts, spec.forced, spec.context.prefix if spec.context is not None else ()]
         largest = max(spec.decoder_start or 0, spec.pad_id, *(token for tokens in lists for token in tokens))
         if spec.context is not None:
             context_tokens = [t for tokens in (*self.contexts, spec.context.tokens) for t in tokens]

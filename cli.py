@@ -245,6 +245,9 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 )
 @click.option("--memory", type=cli_options.path, metavar="FILE", help="The memory of a context read before.")
 @click.option("--save-memory", type=cli_options.path, metavar="FILE", help="Keep the memory of --context here.")
+@click.option(
+    "--target-language", metavar="TOKEN", help="The token that a translation begins with: fra_Latn, fr_XX, __fr__ …"
+)
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1, cli_options.MOST_TOKENS))
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")

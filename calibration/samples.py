@@ -98,7 +98,7 @@ def read_samples(
 
 
 def _of_task(path: Path, tokenizer: Tokenizer, generation: Generation, longest: int) -> Iterator[Sample]:
-    start = () if generation.decoder_start is None else (generation.decoder_start,)
+    start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
     task = read_task(path, None, generation.task == "memory")
     for i, prompt in enumerate(task.prompts):
         tokens, answer = tokenizer.encode(prompt), tokenizer.encode(task.answers[i][0], special=False)
@@ -112,7 +112,7 @@ def _of_task(path: Path, tokenizer: Tokenizer, generation: Generation, longest: 
 def _of_text(
     path: Path, tokenizer: Tokenizer, generation: Generation, longest: int, most_tokens: int
 ) -> Iterator[Sample]:
-    start = () if generation.decoder_start is None else (generation.decoder_start,)
+    start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
     halves = generation.task in ("seq2seq", "memory")
     length = max(4, min(WINDOW, longest, generation.max_context // 2) * (2 if halves else 1))
     for window in text_windows(path, tokenizer, length, max(1, most_tokens // length)):

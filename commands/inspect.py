@@ -71,6 +71,7 @@ def _checkpoint(target: str, adapter: str | None) -> dict[str, Any]:
         "kind": "checkpoint",
         "source": target,
         "model_type": checkpoint.config.get("model_type"),
+        "notes": list(checkpoint.notes),
         "tensors": len(infos),
         "parameters": sum(math.prod(i.shape) for i in infos),
         "dtypes": dict(Counter(str(i.dtype).removeprefix("torch.") for i in infos)),

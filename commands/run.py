@@ -31,6 +31,7 @@ class RunOptions:
     context: str | None = None
     memory: Path | None = None
     save_memory: Path | None = None
+    target_language: str | None = None
     check: bool = True
 
 
@@ -53,7 +54,13 @@ def _answer(opened: OpenBundle, prompt: str, options: RunOptions, progress: Prog
     if opened.session.stand_in:
         progress(opened.session.how)
     memory = _memory(opened, options, progress)
-    yield from opened.generate(ids, max_new_tokens=options.max_new_tokens, sampling=options.sampling, memory=memory)
+    yield from opened.generate(
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling,
+        memory=memory,
+        target_language=options.target_language,
+    )
 
 
 def _size(opened: OpenBundle) -> int:

@@ -54,6 +54,8 @@ class DecoderParts:
         norm: the norm behind the last layer.
         head: hidden states [B, L, hidden] -> logits [B, L, vocab].
         positions: positions int64 [S] -> rows [S, hidden] that are added to the embeddings; None for none.
+        embedding_norm: of the embeddings with their positions; None for none.
+        shared: what every layer of an encoder-decoder takes beside its states, computed once in a call.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
@@ -61,13 +63,15 @@ class DecoderParts:
     norm: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
     positions: Callable[[torch.Tensor], torch.Tensor] | None = None
+    embedding_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
+    shared: Callable[[], tuple[torch.Tensor, ...]] = tuple
 
     def embedded(self, input_ids: torch.Tensor, past_length: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, hidden] of ids [B, S] behind past_length tokens."""
         h = self.embed(input_ids)
-        if self.positions is None:
-            return h
-        return h + self.positions(past_length + torch.arange(input_ids.shape[1], device=input_ids.device))
+        if self.positions is not None:
+            h = h + self.positions(past_length + torch.arange(input_ids.shape[1], device=input_ids.device))
+        return h if self.embedding_norm is None else self.embedding_norm(h)
 
 
 def run_layers(

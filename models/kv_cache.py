@@ -58,6 +58,26 @@ def cached_attention(
     return EW.quantized_causal_attention(q, *k_new, *v_new, positions, scale, softcap, window), k_new, v_new
 
 
+def biased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
+    past_length: torch.Tensor,
+    distances: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, Cache, Cache]:
+    """`ops.attention.biased_attention`. Over int8 caches it reads the new tokens, too, from their codes."""
+    if isinstance(k_cache, torch.Tensor):
+        out, k_out, v_out = EW.biased_attention(q, k, v, k_cache, v_cache, past_length, distances, scale)
+        return out, k_out, v_out
+    assert isinstance(v_cache, Int8Cache)
+    k_new, v_new = _appended(k_cache, k, past_length), _appended(v_cache, v, past_length)
+    positions = past_length + torch.arange(q.shape[1], device=q.device)
+    return EW.quantized_biased_attention(q, *k_new, *v_new, positions, distances, scale), k_new, v_new
+
+
 def merged_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -73,6 +74,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def graphs(self) -> list[Graph]:
         """The graphs to lower, in the order in which they run."""
+
+    def matched(self, config: dict[str, Any], has: Callable[[str], bool]) -> dict[str, Any]:
+        """`config` as the checkpoint's tensors show it, where they decide what it leaves open. has: whether a file has the tensor
+        that the model calls so."""
+        return config
 
     @classmethod
     def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -40,6 +40,10 @@ def open_model(model: str, adapter: str | None = None) -> Checkpoint:
     _refuse_other_heads(config)
     built = build(config)
     named, left_out = _named(checkpoint, built)
+    matched = built.matched(config, named.has)
+    if matched != config:
+        config, built = matched, build(matched)
+        named, left_out = _named(checkpoint, built)
     if left_out:
         notes.append(
             f"left out, as no graph here uses them: {len(left_out)} tensors ({one_line(left_out[0])} and the like)"

@@ -30,7 +30,7 @@ class EncoderDecoder:
         encoder_root: what stands before the names of its parameters in the checkpoint.
         stack: the module that holds the decoder, by its name in the model.
         head: the module that holds the head, by its name in the model.
-        decoder: its parts. A layer is called with `(h, past_length, mask, [k, v, cross k, cross v])` and returns
+        decoder: its parts. A layer is called with `(h, past_length, mask, [k, v, cross k, cross v], *shared)` and returns
             `(h, k, v)`; its `project_encoder` gives keys and values [B, KV, T, D] of the encoder's output.
         encoder_hidden, vocab, kv_heads, head_dim: sizes.
         source_positions, target_positions: the most tokens of the encoder and of the decoder.
@@ -85,11 +85,12 @@ class DecoderStep(nn.Module):
         """input_ids: int64 [B, S]; past_length: int64 [1]; encoder_mask: bool [B, T], true at real tokens; logit_positions:
         int64 [L]; states: k, v, cross k, cross v of each layer. Returns logits [B, L, vocab] and every new k and v."""
         parts = self.parts
-        h = parts.embed(input_ids)
+        h = parts.embedded(input_ids, past_length)
+        shared = parts.shared()
         mask = encoder_mask.unsqueeze(1).unsqueeze(1)
         updated: list[Cache] = []
         for i, layer in enumerate(parts.layers):
-            h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4])
+            h, k, v = layer(h, past_length, mask, states[4 * i : 4 * i + 4], *shared)
             updated += [k, v]
         return (parts.head(parts.norm(h.index_select(1, logit_positions))), *updated)
 

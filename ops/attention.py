@@ -26,8 +26,10 @@ def rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
 # ---- what the attentions share --------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, softcap: float) -> Tensor:
-    """q [B, H, S, D]; k, v [B, KV, T, D]; allowed bool, broadcastable to [B, H, S, T]. Returns [B, S, H * D]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, softcap: float, bias: Tensor | None = None
+) -> Tensor:
+    """q [B, H, S, D]; k, v [B, KV, T, D]; allowed bool and bias, broadcastable to [B, H, S, T]. Returns [B, S, H * D]."""
     batch, heads, seq, head_dim = q.shape
     # Expanded heads, not folded groups: folding into the query axis breaks dynamic lengths in XNNPACK.
     groups = heads // k.shape[1]
@@ -36,6 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, softc
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
     scores = torch.where(allowed, scores, torch.full_like(scores, torch.finfo(scores.dtype).min))
     out = torch.matmul(torch.softmax(scores, dim=-1), v)
     return out.transpose(1, 2).reshape(batch, seq, heads * head_dim)
@@ -48,6 +52,12 @@ def causal_mask(positions: Tensor, slots: int, window: int) -> Tensor:
     if window:
         allowed = torch.logical_and(allowed, numbers.unsqueeze(0) > positions.unsqueeze(1) - window)
     return allowed
+
+
+def bias_of_distances(distances: Tensor, positions: Tensor, slots: int) -> Tensor:
+    """What each head adds to the scores, [H, S, slots], of distances [M, H]: row d is for the slot d before a position [S]."""
+    away = positions.unsqueeze(1) - torch.arange(slots, device=positions.device).unsqueeze(0)
+    return torch.nn.functional.embedding(away.clamp(0, distances.shape[0] - 1), distances).permute(2, 0, 1)
 
 
 def fake_attention(q: Tensor, *_: object) -> Tensor:
@@ -103,6 +113,29 @@ def cached_attention(
     v_new = v_cache.index_copy(2, positions, v.transpose(1, 2))
     allowed = causal_mask(positions, k_cache.shape[2], window)
     return attend(q.transpose(1, 2), k_new, v_new, allowed, scale, softcap), k_new, v_new
+
+
+@define(fake=_fake_with_caches)
+def biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past_length: Tensor,
+    distances: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached_attention` with a relative bias (T5, arXiv 1910.10683): each head adds a number by how far back the key is.
+
+    distances: float32 [M, H], row d for a key d tokens before the query, the last row for all that are farther.
+    """
+    positions = past_length + torch.arange(q.shape[1], device=q.device)  # [S]
+    k_new = k_cache.index_copy(2, positions, k.transpose(1, 2))
+    v_new = v_cache.index_copy(2, positions, v.transpose(1, 2))
+    allowed = causal_mask(positions, k_cache.shape[2], 0)
+    bias = bias_of_distances(distances, positions, k_cache.shape[2])
+    return attend(q.transpose(1, 2), k_new, v_new, allowed, scale, 0.0, bias), k_new, v_new
 
 
 @define(fake=_fake_with_caches)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attend, causal_mask, fake_attention
+from .attention import attend, bias_of_distances, causal_mask, fake_attention
 from .define import define
 
 LEVELS = 127
@@ -76,6 +76,24 @@ def quantized_causal_attention(
     """
     allowed = causal_mask(positions, k_codes.shape[2], window)
     return quantized_attention(q, k_codes, k_scales, v_codes, v_scales, allowed, scale, softcap)
+
+
+@define(fake=fake_attention)
+def quantized_biased_attention(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    positions: Tensor,
+    distances: Tensor,
+    scale: float,
+) -> Tensor:
+    """`quantized_causal_attention` with a relative bias of distances [M, H], as `biased_attention` adds it."""
+    k, v = k_codes.to(torch.float32) * k_scales, v_codes.to(torch.float32) * v_scales
+    slots = k_codes.shape[2]
+    bias = bias_of_distances(distances, positions, slots)
+    return attend(q.transpose(1, 2), k, v, causal_mask(positions, slots, 0), scale, 0.0, bias)
 
 
 @define(fake=fake_attention)

@@ -13,6 +13,7 @@ from ..models.layers.linear import Embedding
 from ..system.reading import shown
 
 DEFAULT_CONTEXT = 4096
+FORCED = "forced_bos_token_id"
 
 
 def generation_of(
@@ -39,12 +40,15 @@ def generation_of(
     if model.task == "memory":  # the context's decoder has another vocabulary, which only its graph reads
         main = [m for m in main if m.weight.shape[0] >= widths[0]] or main
     vocab = min([*widths, *(m.weight.shape[0] for m in main)], default=1)
-    if (model.decoder_start or 0) >= vocab:
-        raise UserError(f"config.json: decoder_start_token_id is {model.decoder_start}, the vocabulary {vocab}")
+    start, forced = decoder_prompt(model, checkpoint.generation, config)
+    for key, token in (("decoder_start_token_id", start), *((FORCED, token) for token in forced)):
+        if (token or 0) >= vocab:
+            raise UserError(f"config.json: {key} is {token}, the vocabulary {vocab}")
     pad = tokenizer.pad_id if tokenizer is not None else None
     return Generation(
         task=model.task,
-        decoder_start=model.decoder_start,
+        decoder_start=start,
+        forced=forced,
         eos_ids=tuple(sorted(eos)),
         pad_id=pad if pad is not None and pad < vocab else 0,
         vocab=vocab,
@@ -53,6 +57,20 @@ def generation_of(
         prefill_chunk=min([PREFILL_CHUNK, *(g.bounds["sequence"][1] for g in graphs if "sequence" in g.bounds)]),
         context=_context(model, context) if model.task == "memory" else None,
     )
+
+
+def decoder_prompt(
+    model: LanguageModel, generation: dict[str, Any], config: dict[str, Any]
+) -> tuple[int | None, tuple[int, ...]]:
+    """The token that a decoder starts from, and those that every answer begins with.
+
+    generation: the contents of generation_config.json, which come before config.json. Raises UserError for ids that are none.
+    """
+    if model.task != "seq2seq":
+        return model.decoder_start, ()
+    start = _token_ids("decoder_start_token_id", generation.get("decoder_start_token_id"))
+    forced = _token_ids(FORCED, (generation if FORCED in generation else config).get(FORCED))
+    return min(start, default=model.decoder_start), tuple(forced)
 
 
 def _context(model: LanguageModel, most: int) -> ContextSpec:

@@ -86,7 +86,8 @@ class BlockForward:
         decoded, extra, tokens = self._prompts, {}, 0
         pad, seq2seq = self._generation.pad_id, self._generation.task == "seq2seq"
         if seq2seq:
-            start = [] if self._generation.decoder_start is None else [self._generation.decoder_start]
+            spec = self._generation
+            start = [] if spec.decoder_start is None else [spec.decoder_start, *spec.forced]
             decoded = [start + answer for answer in self._answers]
         state = self._session.new_state(len(decoded), max(len(s) for s in decoded))
         if seq2seq:

@@ -65,7 +65,7 @@ class Stream:
         if spec.task == "seq2seq":
             if longest > spec.max_context:
                 raise UserError(f"the prompt has {longest} tokens, the model reads at most {spec.max_context}")
-            capacity = min(spec.max_context, new_tokens + 1)
+            capacity = min(spec.max_context, new_tokens + 1 + len(spec.forced))
         else:
             if longest >= spec.max_context:
                 raise UserError(f"the prompt has {longest} tokens, the bundle's context is {spec.max_context}")
@@ -107,7 +107,8 @@ class Stream:
         encoded = self.session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, self.state)
         self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, self.state)
         self._extra = {"encoder_mask": mask}
-        self.pending = np.full((self.batch, 1), self.spec.decoder_start, np.int64)
+        start = np.array([self.spec.decoder_start, *self.spec.forced], np.int64)
+        self.pending = np.tile(start, (self.batch, 1))
 
     def feed(self, tokens: Array, every: bool = False) -> Array:
         """Append tokens [batch, n]; returns the logits [batch, 1, vocab] of the last one, with `every` [batch, n, vocab].
@@ -134,7 +135,7 @@ class Stream:
         return self.session.run("decoder", inputs, self.state)["logits"]
 
     def prefill(self) -> Array:
-        """Feed the pending prompt (of an encoder-decoder the start token); returns the logits [batch, 1, vocab] after it."""
+        """Feed the pending prompt, of an encoder-decoder its start and what is forced; the logits [batch, 1, vocab] after it."""
         return self.feed(self.pending)
 
 

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-from ..bundle import CHECKPOINT, Bundle, ContextSpec, require_tokens
+from ..bundle import CHECKPOINT, Bundle, ContextSpec, Generation, require_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
+from ..system.reading import shown
 from . import context_memory
 from .generate import Sampling, generate, read_context
 from .registry import import_runtime, open_session
@@ -86,6 +87,7 @@ class OpenBundle:
         chat: bool | None = None,
         context: str | None = None,
         memory: Array | None = None,
+        target_language: str | None = None,
     ) -> Iterator[str]:
         """The text that follows a prompt, piece by piece as it is generated.
 
@@ -96,9 +98,10 @@ class OpenBundle:
             chat: whether the chat template is applied to a text; None: where the tokenizer has one.
             context: for a decoder-decoder, text that it reads first.
             memory: for a decoder-decoder, what `read_context` or `load_memory` gave: [1, rows, hidden].
+            target_language: for an encoder-decoder, the token that the answer begins with, as the tokenizer spells it.
 
         Raises UserError for an empty or too long prompt, a bundle without a tokenizer, an artefact that does not load,
-        or a context or memory that the model does not take.
+        or a context, memory or language that the model does not take.
         """
         ids = self.encode_prompt(prompt, chat) if isinstance(prompt, str) else prompt
         if context is not None and memory is not None:
@@ -107,8 +110,21 @@ class OpenBundle:
             self.require_context_reader()
         elif context is not None:
             memory = self.read_context(context)
-        new_tokens = min(max_new_tokens or self._spec.max_new_tokens, self._spec.max_context - 1)
-        return self._text(generate(self.session, self._spec, ids, new_tokens, sampling, memory))
+        spec = self._spec if target_language is None else self._speaking(target_language)
+        new_tokens = min(max_new_tokens or spec.max_new_tokens, spec.max_context - 1)
+        return self._text(generate(self.session, spec, ids, new_tokens, sampling, memory))
+
+    def _speaking(self, language: str) -> Generation:
+        """How the bundle generates where every answer begins with a language's token. Raises UserError if there is none."""
+        if self._spec.task != "seq2seq":
+            raise UserError(f"--target-language {shown(language, 60)}: the model is no encoder-decoder; leave it out")
+        token = self.tokenizer.token_id(language)
+        if token is None or token >= self._spec.vocab:
+            raise UserError(
+                f"--target-language {shown(language, 60)} is no token of this model; give it as the tokenizer spells it, "
+                "such as fra_Latn, fr_XX or __fr__"
+            )
+        return self._spec.model_copy(update={"forced": (token,)})
 
     def encode_prompt(self, prompt: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt; `chat` as in `generate`.

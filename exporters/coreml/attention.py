@@ -40,10 +40,10 @@ def _rotation(low: Lowering, positions: Any, inv_freq: torch.Tensor) -> tuple[An
     return mb.cast(x=mb.cos(x=angles), dtype="fp16"), mb.cast(x=mb.sin(x=angles), dtype="fp16")
 
 
-def _attend(low: Lowering, q: Any, k: Any, v: Any, allowed: Any, scale: float, softcap: float) -> Any:
-    """q [1, S, H, D]; k, v [1, KV, T, D]; allowed bool [S or 1, T]. Returns [1, S, H * D]."""
+def _attend(low: Lowering, q: Any, k: Any, v: Any, allowed: Any, scale: float, softcap: float, bias: Any = None) -> Any:
+    """q [1, S, H, D]; k, v [1, KV, T, D]; allowed bool [S or 1, T]; bias [H, S, T]. Returns [1, S, H * D]."""
     rows = _rows(low, q, k.shape[1], scale)
-    scores = _scores(low, rows, k, allowed, q.shape[2] // k.shape[1], softcap)
+    scores = _scores(low, rows, k, allowed, q.shape[2] // k.shape[1], softcap, bias)
     return _unfold(mb.matmul(x=mb.softmax(x=scores, axis=-1), y=mb.squeeze(x=v, axes=[0])), q)
 
 
@@ -53,11 +53,14 @@ def _rows(low: Lowering, q: Any, kv_heads: int, scale: float) -> Any:
     return mb.reshape(x=rows, shape=[kv_heads, -1, q.shape[3]])
 
 
-def _scores(low: Lowering, rows: Any, k: Any, allowed: Any, groups: int, softcap: float) -> Any:
-    """Masked scores [KV, H / KV * S, T] of rows [KV, H / KV * S, D] and keys k [1, KV, T, D]."""
+def _scores(low: Lowering, rows: Any, k: Any, allowed: Any, groups: int, softcap: float, bias: Any = None) -> Any:
+    """Masked scores [KV, H / KV * S, T] of rows [KV, H / KV * S, D] and keys k [1, KV, T, D], with a bias [H, S, T]."""
     scores = mb.matmul(x=rows, y=mb.squeeze(x=k, axes=[0]), transpose_y=True)
     if softcap:
         scores = mb.mul(x=mb.tanh(x=mb.real_div(x=scores, y=low.half(softcap))), y=low.half(softcap))
+    if bias is not None:
+        below = bias if groups == 1 else mb.reshape(x=bias, shape=[k.shape[1], -1, k.shape[2]])
+        scores = mb.add(x=scores, y=below)
     if groups > 1 and allowed.shape[0] != 1:
         allowed = low.once(("groups", id(allowed), groups), lambda: mb.concat(values=[allowed] * groups, axis=0))
     allowed = low.once(("mask", id(allowed)), lambda: mb.expand_dims(x=allowed, axes=[0]))
@@ -104,6 +107,32 @@ def cached_attention(
     return _attend(low, q, keys, values, allowed, scale, softcap), keys, values
 
 
+def biased_attention(
+    low: Lowering,
+    node: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    past: Any,
+    distances: Any,
+    scale: float,
+) -> tuple[Any, Any, Any]:
+    """As `cached_attention`; the bias is made once for all layers that share the distances [M, H]."""
+    keys, values, allowed = _appended(low, node, k, v, k_cache, v_cache, past, 0)
+    length, table = low.size(node.args[0].meta["val"].shape[1]), low.var(distances)
+    bias = low.once(("biased", id(past), id(table)), lambda: _bias(low, past, length, keys.shape[2], table))
+    return _attend(low, q, keys, values, allowed, scale, 0.0, bias), keys, values
+
+
+def _bias(low: Lowering, past: Any, length: Any, capacity: int, distances: Any) -> Any:
+    """[H, S, capacity]: what each head adds, by how far before the token a slot is."""
+    back = mb.sub(x=mb.expand_dims(x=_positions(low, past, length), axes=[1]), y=_slots(low, capacity))
+    back = mb.minimum(x=mb.maximum(x=back, y=np.int32(0)), y=np.int32(distances.shape[0] - 1))
+    return mb.gather(x=mb.transpose(x=distances, perm=[1, 0]), indices=back, axis=1)
+
+
 def merged_attention(
     low: Lowering,
     node: Any,
@@ -139,7 +168,7 @@ def shared_attention(
 ) -> Any:
     """Over the caches that `cached_attention` returned."""
     positions, capacity = low.var(positions), keys.shape[2]
-    slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
+    slots = _slots(low, capacity)
 
     def seen() -> Any:
         own = mb.expand_dims(x=positions, axes=[1])
@@ -187,15 +216,25 @@ def _append(low: Lowering, state: Any, new: Any, begin: Any, end: Any) -> Any:
 
 def _causal(low: Lowering, past: Any, length: Any, capacity: int, window: int) -> Any:
     """bool [S, capacity]: the slots that each new token sees."""
-    new = (
-        low.constants.array(np.arange(length, dtype=np.int32))
-        if isinstance(length, int)
-        else mb.range_1d(start=np.int32(0), end=length, step=np.int32(1))
-    )
-    position = mb.expand_dims(x=mb.add(x=past, y=new), axes=[1])
-    slots = low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))
+    position = mb.expand_dims(x=_positions(low, past, length), axes=[1])
+    slots = _slots(low, capacity)
     allowed = mb.less_equal(x=slots, y=position)
     if window:
         oldest = mb.sub(x=position, y=np.int32(window))
         allowed = mb.logical_and(x=allowed, y=mb.greater(x=slots, y=oldest))
     return allowed
+
+
+def _positions(low: Lowering, past: Any, length: Any) -> Any:
+    """int32 [S]: the positions of the new tokens."""
+    new = (
+        low.constants.array(np.arange(length, dtype=np.int32))
+        if isinstance(length, int)
+        else mb.range_1d(start=np.int32(0), end=length, step=np.int32(1))
+    )
+    return mb.add(x=past, y=new)
+
+
+def _slots(low: Lowering, capacity: int) -> Any:
+    """int32 [1, capacity]: the slots of a cache."""
+    return low.constants.array(np.arange(capacity, dtype=np.int32).reshape(1, -1))

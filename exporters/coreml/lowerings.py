@@ -107,13 +107,16 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "edgewright::bidirectional_attention": attention.bidirectional_attention,
     "edgewright::cross_attention": attention.cross_attention,
     "edgewright::cached_attention": attention.cached_attention,
+    "edgewright::biased_attention": attention.biased_attention,
     "edgewright::merged_attention": attention.merged_attention,
     "edgewright::shared_attention": attention.shared_attention,
     "edgewright::causal_conv": causal_conv,
 }
 """An `edgewright::` op without a row is decomposed into ATen first."""
 
-WRITES_STATE = frozenset({"edgewright::cached_attention", "edgewright::merged_attention"})
+WRITES_STATE = frozenset(
+    {"edgewright::cached_attention", "edgewright::biased_attention", "edgewright::merged_attention"}
+)
 """The ops that take states themselves and write them. All others are given the value of a state before the call."""
 
 TAKES_SHRUNK = frozenset({"edgewright::rms_norm", "aten::add", "aten::index_select"})

@@ -28,7 +28,10 @@ def append_kv(cache: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tenso
 def causal_attention(
     q: torch.Tensor, keys: Pair, values: Pair, bias: torch.Tensor, slots: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
-    """Over the filled part of buffers, as many tokens as `slots` has. keys, values: codes and scales; bias [1, G * S, filled]."""
+    """Over the filled part of buffers, as many tokens as `slots` has.
+
+    keys, values: codes and scales; bias [1 or KV, G * S, filled].
+    """
     end = slots.shape[0]
     k, v = _filled(keys[0], end), _filled(values[0], end)
     scales = _filled_scales(keys[1], end), _filled_scales(values[1], end)

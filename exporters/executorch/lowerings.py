@@ -81,10 +81,21 @@ def _bias(allowed: torch.Tensor) -> torch.Tensor:
     return torch.where(allowed, torch.zeros((), dtype=torch.float32), lowest)
 
 
+def biased(distances: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
+    """float32 [H, S, slots]: a causal bias [S, slots] and a relative one of distances [M, H]."""
+    back = (positions.unsqueeze(1) - slots.unsqueeze(0)).clamp(0, distances.shape[0] - 1)
+    return torch.nn.functional.embedding(back, distances).permute(2, 0, 1) + causal
+
+
 def per_group(bias: torch.Tensor, groups: int) -> torch.Tensor:
     """[S, T] or [1, S, T] -> [1, groups * S, T]."""
     bias = bias if bias.dim() == 3 else bias.unsqueeze(0)
     return torch.cat([bias] * groups, 1) if groups > 1 else bias
+
+
+def groups_below(bias: torch.Tensor, groups: int) -> torch.Tensor:
+    """[H, S, T] -> [H / groups, groups * S, T]: the heads that share a key head one below the other."""
+    return bias if groups == 1 else bias.reshape(bias.shape[0] // groups, -1, bias.shape[2])
 
 
 def attend(
@@ -96,7 +107,7 @@ def attend(
     softcap: float,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """q [1, S, H, D]; k [KV, D, T]; v [KV, T, D]; bias [1, G * S or 1, T], G = H / KV. Returns [1, S, H * D].
+    """q [1, S, H, D]; k [KV, D, T]; v [KV, T, D]; bias [1 or KV, G * S or 1, T], G = H / KV. Returns [1, S, H * D].
 
     scales: of k and v, [KV, 1, T] each, where these are codes.
     """
@@ -166,7 +177,7 @@ def windowed_attention(
 def capped_attention(
     q: torch.Tensor, new: Pair, caches: Pair, start: int, bias: torch.Tensor, scale: float, softcap: float
 ) -> tuple[torch.Tensor]:
-    """The same with soft-capping, spelled out over the filled part of the cache; bias [1, G * S, filled]."""
+    """The same with soft-capping, spelled out over the filled part of the cache; bias [1 or KV, G * S, filled]."""
     _write(new, caches, start)
     kv, width, end = caches[0].shape[2], caches[0].shape[3], bias.shape[2]
     keys, values = (cache.narrow(1, 0, end).view(-1, kv, width) for cache in caches)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ...targets.onnx.nodes import attr
 from .lowering import MS, Lowering, dims, kv_heads_of
-from .positions import causal_mask, new_positions
+from .positions import causal_mask, distances_back, new_positions
 
 MASKED = float(np.finfo(np.float32).min)
 """What is added to a masked score. A row that is masked throughout must stay finite: later layers read padding rows too."""
@@ -89,7 +89,7 @@ def in_use(low: Lowering, node: ir.Node, cache: ir.Value | None, positions: ir.V
 class Part(NamedTuple):
     """Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T].
 
-    With scales [B, KV, T, 1] they are int8 codes.
+    With scales [B, KV, T, 1] they are int8 codes. added: goes to the scores in the place of the mask, [H, S, T].
     """
 
     keys: ir.Value | None
@@ -97,6 +97,7 @@ class Part(NamedTuple):
     allowed: ir.Value | None
     key_scales: ir.Value | None = None
     value_scales: ir.Value | None = None
+    added: ir.Value | None = None
 
 
 def starts(low: Lowering, node: ir.Node, past: ir.Value | None) -> ir.Value:
@@ -109,8 +110,11 @@ def starts(low: Lowering, node: ir.Node, past: ir.Value | None) -> ir.Value:
     return low.built(("starts", past), build)
 
 
-def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None:
-    """Write the new keys and values into the caches with TensorScatter, in place, and attend to them and to `others`."""
+def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part], distances: ir.Value | None = None) -> None:
+    """Write the new keys and values into the caches with TensorScatter, in place, and attend to them and to `others`.
+
+    distances: of a relative bias, [M, H].
+    """
     q, k, v, k_cache, v_cache = node.inputs[:5]
     past = node.inputs[8 if others else 5]
     assert past is not None
@@ -120,11 +124,31 @@ def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part]) -> None
         return low.one(node, "TensorScatter", [cache, turned, starts(low, node, past)], axis=-2)
 
     caches = [written(k_cache, k), written(v_cache, v)]
-    window = int(attr(node, "window"))
+    window = int(attr(node, "window")) if "window" in node.attributes else 0
     positions = low.built(("positions", past), lambda: new_positions(low, node, past, low.graph.inputs[0]))
     allowed = low.built(("causal", past, window), lambda: causal_mask(low, node, caches[0], positions, window))
-    parts = [Part(caches[0], caches[1], allowed), *others]
+    own = Part(caches[0], caches[1], allowed)
+    parts = [own if distances is None else biased(low, node, own, distances, positions), *others]
     low.replace(node, [attend(low, node, q, kv_heads_of(k_cache), parts), *caches])
+
+
+def lower_biased_attention(low: Lowering, node: ir.Node) -> None:
+    over_its_cache(low, node, [], node.inputs[6])
+
+
+def biased(low: Lowering, node: ir.Node, part: Part, distances: ir.Value, positions: ir.Value | None) -> Part:
+    """The keys and values of a cache with a relative bias of distances [M, H]; what is added is made once for all layers."""
+    assert part.keys is not None
+    assert part.allowed is not None
+    assert distances.shape is not None
+    keys, mask, rows = part.keys, float_mask(low, part.allowed), int(distances.shape[0])  # type: ignore[arg-type]
+
+    def build() -> ir.Value:
+        back = distances_back(low, node, keys, positions, rows - 1)
+        by_head = low.one(node, "Transpose", [distances], perm=[1, 0])
+        return low.one(node, "Add", [low.one(node, "Gather", [by_head, back], axis=1), mask])
+
+    return part._replace(added=low.built(("biased", distances, positions), build))
 
 
 def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
@@ -139,7 +163,7 @@ def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, part
     folded = low.one(node, "Transpose", [q], perm=[0, 2, 1, 3])
     folded = low.one(node, "Reshape", [folded, low.ints(0, kv_heads, -1, dim)])
     scores = []
-    for keys, _, allowed, key_scales, _ in parts:
+    for keys, _, allowed, key_scales, _, added in parts:
         assert allowed is not None
         floats = keys if key_scales is None else low.one(node, "Cast", [keys], to=ir.DataType.FLOAT)
         part = low.one(node, "FusedMatMul", [folded, floats], domain=MS, transB=1, alpha=scale)
@@ -148,7 +172,7 @@ def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, part
         if cap:
             cap_value = low.constant(np.array(cap, np.float32))
             part = low.one(node, "Mul", [low.one(node, "Tanh", [part]), cap_value])
-        scores.append(low.one(node, "Add", [part, float_mask(low, allowed)]))
+        scores.append(low.one(node, "Add", [part, float_mask(low, allowed) if added is None else added]))
     together = low.one(node, "Concat", [*scores], axis=3) if len(scores) > 1 else scores[0]
     weights = low.one(node, "Softmax", [together], axis=-1)
     weights = low.one(node, "Reshape", [weights, low.ints(0, kv_heads, -1, 0)])
@@ -158,7 +182,7 @@ def attend(low: Lowering, node: ir.Node, q: ir.Value | None, kv_heads: int, part
         sizes = low.one(node, "Concat", [*lengths], axis=0)
         apart = low.emit(node, "Split", [weights, sizes], outputs=len(parts), axis=3)
     sums = []
-    for share, (_, values, _, _, value_scales) in zip(apart, parts, strict=True):
+    for share, (_, values, _, _, value_scales, _) in zip(apart, parts, strict=True):
         if value_scales is not None:
             share = _scaled(low, node, share, value_scales)
             values = low.one(node, "Cast", [values], to=ir.DataType.FLOAT)

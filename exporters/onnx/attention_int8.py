@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...ops.quantized_cache import LEVELS
 from ...targets.onnx.nodes import attr
-from .attention_cached import Part, attend, in_use, starts
+from .attention_cached import Part, attend, biased, in_use, starts
 from .lowering import Lowering, kv_heads_of
 from .positions import causal_mask
 
@@ -44,6 +44,14 @@ def lower_quantized_causal_attention(low: Lowering, node: ir.Node) -> None:
     low.replace(node, [attend(low, node, q, kv_heads_of(caches[0]), [own])])
 
 
+def lower_quantized_biased_attention(low: Lowering, node: ir.Node) -> None:
+    q, *caches = node.inputs[:5]
+    positions, distances = node.inputs[5:7]
+    assert distances is not None
+    own = biased(low, node, _own(low, node, caches, positions), distances, positions)
+    low.replace(node, [attend(low, node, q, kv_heads_of(caches[0]), [own])])
+
+
 def lower_quantized_merged_attention(low: Lowering, node: ir.Node) -> None:
     """One softmax over the own cache and the encoder's keys. The scores are computed apart, so that no key is copied."""
     q, *caches = node.inputs[:5]
@@ -55,6 +63,6 @@ def lower_quantized_merged_attention(low: Lowering, node: ir.Node) -> None:
 def _own(low: Lowering, node: ir.Node, caches: list[ir.Value | None], positions: ir.Value | None) -> Part:
     """The filled slots of caches that this call has written: codes and scales of keys, then of values."""
     keys, key_scales, values, value_scales = (in_use(low, node, cache, positions) for cache in caches)
-    window = int(attr(node, "window"))
+    window = int(attr(node, "window")) if "window" in node.attributes else 0
     allowed = low.built(("seen", positions, window), lambda: causal_mask(low, node, keys, positions, window))
     return Part(keys, values, allowed, key_scales, value_scales)

@@ -19,11 +19,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from ...graph import Graph
 from ...targets.onnx.weights import read_nbits
 from ..artefact import Artefact, Options, Progress
-from .attention_cached import lower_cross_attention, lower_merged_attention, lower_shared_attention
+from .attention_cached import (
+    lower_biased_attention,
+    lower_cross_attention,
+    lower_merged_attention,
+    lower_shared_attention,
+)
 from .attention_int8 import (
     lower_append_kv,
     lower_quantize_kv,
     lower_quantized_attention,
+    lower_quantized_biased_attention,
     lower_quantized_causal_attention,
     lower_quantized_merged_attention,
 )
@@ -41,10 +47,12 @@ _INLINE = 4096  # bytes: larger tensors that torch.onnx left in the graph move t
 LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
     "CachedAttention": lower_cached_attention,
     "BidirectionalAttention": lower_bidirectional_attention,
+    "BiasedAttention": lower_biased_attention,
     "MergedAttention": lower_merged_attention,
     "SharedAttention": lower_shared_attention,
     "CrossAttention": lower_cross_attention,
     "QuantizedCausalAttention": lower_quantized_causal_attention,
+    "QuantizedBiasedAttention": lower_quantized_biased_attention,
     "QuantizedMergedAttention": lower_quantized_merged_attention,
     "QuantizedAttention": lower_quantized_attention,
     "QuantizeKv": lower_quantize_kv,

@@ -24,6 +24,16 @@ def causal_mask(low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Val
     return allowed
 
 
+def distances_back(
+    low: Lowering, node: ir.Node, cache: ir.Value, positions: ir.Value | None, farthest: int
+) -> ir.Value:
+    """int64 [S, T]: how far before each position a slot of a cache [B, KV, T, D] is, from 0 to `farthest`."""
+    rows = low.one(node, "Unsqueeze", [positions, low.ints(1)])
+    back = low.one(node, "Sub", [rows, _numbers(low, node, cache, 2)])
+    least, most = (low.constant(np.array(n, np.int64)) for n in (0, farthest))
+    return low.one(node, "Min", [low.one(node, "Max", [back, least]), most])
+
+
 def _numbers(low: Lowering, node: ir.Node, value: ir.Value, axis: int) -> ir.Value:
     """0, 1, 2 … as many as `value` is long along `axis`."""
     size = value.shape[axis] if value.shape is not None else None

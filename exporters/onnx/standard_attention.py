@@ -14,7 +14,7 @@ import torch
 from ...targets.onnx.nodes import attr
 from .dialect import MASKED, StandardLowering
 from .lowering import dims, kv_heads_of, operands, torch_tensor
-from .positions import causal_mask, new_positions
+from .positions import causal_mask, distances_back, new_positions
 
 
 def _heads_first(low: StandardLowering, node: ir.Node, value: ir.Value | None) -> ir.Value:
@@ -34,8 +34,18 @@ Part = tuple[ir.Value, ir.Value, ir.Value]
 """Keys and values [B, KV, T, D], and which of them a query sees: bool, broadcastable to [B, 1, S, T]."""
 
 
-def _attend(low: StandardLowering, node: ir.Node, q: ir.Value | None, kv_heads: int, parts: Sequence[Part]) -> ir.Value:
-    """Attention of q [B, S, H, D] to all `parts` under one softmax. Gives float32 [B, S, H * D]."""
+def _attend(
+    low: StandardLowering,
+    node: ir.Node,
+    q: ir.Value | None,
+    kv_heads: int,
+    parts: Sequence[Part],
+    added: ir.Value | None = None,
+) -> ir.Value:
+    """Attention of q [B, S, H, D] to all `parts` under one softmax. Gives float32 [B, S, H * D].
+
+    added: goes to the scores of a single part in the place of its mask, [H, S, T].
+    """
     heads, dim = dims(q)
     scale = float(attr(node, "scale"))
     cap = float(attr(node, "softcap")) if "softcap" in node.attributes else 0.0
@@ -49,7 +59,7 @@ def _attend(low: StandardLowering, node: ir.Node, q: ir.Value | None, kv_heads: 
             scores = low.one(node, "Reshape", [scores, low.ints(0, heads, -1, 0)])
         if cap:
             scores = low.one(node, "Mul", [low.one(node, "Tanh", [scores]), low.scalar(cap, True)])
-        masked.append(low.one(node, "Add", [scores, _bias(low, node, allowed)]))
+        masked.append(low.one(node, "Add", [scores, _bias(low, node, allowed) if added is None else added]))
     together = low.one(node, "Concat", [*masked], axis=3) if len(masked) > 1 else masked[0]
     weights = low.one(node, "Softmax", [together], axis=-1)
     if heads != kv_heads:
@@ -82,6 +92,11 @@ def lower_cached_attention(low: StandardLowering, node: ir.Node) -> None:
     _over_its_cache(low, node, past, [])
 
 
+def lower_biased_attention(low: StandardLowering, node: ir.Node) -> None:
+    past, distances = operands(node, 5, 7)
+    _over_its_cache(low, node, past, [], distances)
+
+
 def lower_merged_attention(low: StandardLowering, node: ir.Node) -> None:
     cross_k, cross_v, mask, past = operands(node, 5, 9)
     _over_its_cache(low, node, past, [(_narrowed(low, node, cross_k), _narrowed(low, node, cross_v), mask)])
@@ -94,8 +109,10 @@ def _narrowed(low: StandardLowering, node: ir.Node, value: ir.Value) -> ir.Value
     return narrow
 
 
-def _over_its_cache(low: StandardLowering, node: ir.Node, past: ir.Value, others: Sequence[Part]) -> None:
-    """Write the new keys and values into the caches, attend to these and to `others`."""
+def _over_its_cache(
+    low: StandardLowering, node: ir.Node, past: ir.Value, others: Sequence[Part], distances: ir.Value | None = None
+) -> None:
+    """Write the new keys and values into the caches, attend to these and to `others`. distances: of a relative bias, [M, H]."""
     q, k, v, k_cache, v_cache = operands(node, 0, 5)
     positions = low.built(("positions", past), lambda: new_positions(low, node, past, q))
     kv_heads, _ = dims(k)
@@ -104,9 +121,11 @@ def _over_its_cache(low: StandardLowering, node: ir.Node, past: ir.Value, others
         written = low.dialect.write_cache(low, node, cache, _heads_first(low, node, new), past, positions)
         written.shape, written.type = cache.shape, cache.type
         caches.append(written)
-    allowed = _causal(low, node, k_cache, positions, int(attr(node, "window")))
+    window = int(attr(node, "window")) if "window" in node.attributes else 0
+    allowed = _causal(low, node, k_cache, positions, window)
     parts: list[Part] = [(caches[0], caches[1], allowed), *others]
-    attended = _attend(low, node, q, kv_heads, parts)
+    added = None if distances is None else _biased(low, node, k_cache, positions, distances, allowed)
+    attended = _attend(low, node, q, kv_heads, parts, added)
     low.replace(node, [attended, *caches])
     for cache, source in zip(caches, (k_cache, v_cache), strict=True):
         cache.type = source.type
@@ -122,6 +141,26 @@ def lower_shared_attention(low: StandardLowering, node: ir.Node) -> None:
 def _causal(low: StandardLowering, node: ir.Node, cache: ir.Value, positions: ir.Value, window: int) -> ir.Value:
     """`causal_mask`, made once for all layers."""
     return low.built(("causal", positions, window), lambda: causal_mask(low, node, cache, positions, window))
+
+
+def _biased(
+    low: StandardLowering,
+    node: ir.Node,
+    cache: ir.Value,
+    positions: ir.Value,
+    distances: ir.Value,
+    allowed: ir.Value,
+) -> ir.Value:
+    """A relative bias of distances [M, H] and the mask, [H, S, T], made once for all layers that share them."""
+    assert distances.shape is not None
+    rows = int(distances.shape[0])  # type: ignore[arg-type]
+
+    def build() -> ir.Value:
+        back = distances_back(low, node, cache, positions, rows - 1)
+        by_head = low.one(node, "Transpose", [low.narrow(node, distances)], perm=[1, 0])
+        return low.one(node, "Add", [low.one(node, "Gather", [by_head, back], axis=1), _bias(low, node, allowed)])
+
+    return low.built(("biased", distances, positions), build)
 
 
 def lower_bidirectional_attention(low: StandardLowering, node: ir.Node) -> None:

@@ -18,6 +18,7 @@ from ...targets.onnx.nodes import attr
 from .dialect import Dialect, Lower, StandardLowering
 from .lowering import dims, nodes, operands, torch_tensor
 from .standard_attention import (
+    lower_biased_attention,
     lower_bidirectional_attention,
     lower_cached_attention,
     lower_cross_attention,
@@ -31,6 +32,7 @@ from .translate import DOMAIN
 def _table(dialect: Dialect) -> dict[str, Lower]:
     return {
         "CachedAttention": lower_cached_attention,
+        "BiasedAttention": lower_biased_attention,
         "MergedAttention": lower_merged_attention,
         "SharedAttention": lower_shared_attention,
         "BidirectionalAttention": lower_bidirectional_attention,

@@ -32,6 +32,17 @@ class Embedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(torch.float32)
 
 
+class LogitsBias(nn.Module):
+    """A bias of the logits, weight [1, vocab]."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, vocab), requires_grad=False)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits + self.weight.to(logits.dtype)
+
+
 class QuantizedLinear(nn.Module):
     """A `Linear` whose weight is codes uint8 [out, in * bits / 8] and scales [out, in / group_size]."""
 

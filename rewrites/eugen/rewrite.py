@@ -27,6 +27,7 @@ from ...models.language_model import LanguageModel
 from ...models.layers.linear import Embedding, Linear
 from ...models.layers.mlp import GatedMLP
 from ...models.registry import build
+from ...pipeline.generation import decoder_prompt
 from ...system.dtypes import SAFETENSORS_NAMES
 from ...system.memory import require_available
 from ...system.reading import one_line
@@ -198,9 +199,11 @@ def generation_of(model: LanguageModel, checkpoint: Checkpoint) -> Generation:
     limit = checkpoint.generation.get("max_new_tokens")
     new_tokens = limit if isinstance(limit, int) and 0 < limit <= ANSWER else ANSWER
     pad = tokenizer.pad_id if tokenizer is not None else None
+    start, forced = decoder_prompt(model, checkpoint.generation, checkpoint.config)
     return Generation(
         task=model.task,
-        decoder_start=model.decoder_start,
+        decoder_start=start,
+        forced=forced,
         eos_ids=tuple(sorted(tokenizer.eos_ids)) if tokenizer is not None else (),
         pad_id=pad if pad is not None and pad < vocab else 0,
         vocab=vocab,

@@ -51,6 +51,7 @@ LACKING: dict[str, tuple[Callable[[], set[str]], set[str]]] = {
         {
             *("causal_conv", "gated_delta_rule", "linear_attention", "selective_scan", "quantize_kv", "append_kv"),
             *("quantized_attention", "quantized_causal_attention", "quantized_merged_attention"),
+            "quantized_biased_attention",
         },
     ),
     "executorch": (executorch_rows, set()),
@@ -59,6 +60,7 @@ LACKING: dict[str, tuple[Callable[[], set[str]], set[str]]] = {
         {
             *("gated_delta_rule", "linear_attention", "selective_scan", "quantize_kv", "append_kv"),
             *("quantized_attention", "quantized_causal_attention", "quantized_merged_attention"),
+            "quantized_biased_attention",
         },
     ),
 }

@@ -90,6 +90,45 @@ FAMILIES["mu"] = {
     "vocab_size": 80,
 }
 
+FAMILIES["t5"] = {
+    "model_type": "t5",
+    "d_ff": 64,
+    "d_kv": 16,
+    "d_model": 32,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "layer_norm_epsilon": 1e-06,
+    "n_positions": 64,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "num_layers": 3,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 12,
+    "relative_attention_num_buckets": 8,
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+_BART: dict[str, Any] = {
+    "activation_function": "gelu",
+    "d_model": 64,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "decoder_layers": 2,
+    "decoder_start_token_id": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "encoder_layers": 3,
+    "eos_token_id": 1,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "scale_embedding": True,
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+FAMILIES["bart"] = _BART | {"model_type": "bart", "forced_bos_token_id": 2}
+FAMILIES["m2m_100"] = _BART | {"model_type": "m2m_100", "activation_function": "relu"}
+
 _QWEN2: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 64,

@@ -238,7 +238,9 @@ def agreement(reference: Session, candidate: Session, spec: Generation) -> Agree
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t5gemma", "falcon_h1", "phi4flash")]
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("t5gemma2", marks=pytest.mark.slow), *SLOW])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5gemma2", "t5")), *SLOW]
+)
 def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path)
     spec = generation_of(model)
@@ -261,7 +263,9 @@ def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> 
     assert sum(held[s.name].numpy().nbytes for s in kept) == float_bytes * (1 / 4 + 1 / kept[0].shape[-1])
 
 
-@pytest.mark.parametrize("family", ["llama", *SLOW, pytest.param("t5gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", *SLOW, *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5gemma2", "t5"))]
+)
 def test_executorch_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     from edgewright.runtimes.executorch.session import ExecuTorchSession

@@ -88,7 +88,7 @@ def test_the_older_keys_say_the_same(name: str) -> None:
 
 
 def test_every_kind_is_tried() -> None:
-    assert {block["rope_type"] for block in BLOCKS.values()} | {"default"} == set(KINDS)
+    assert {block["rope_type"] for block in BLOCKS.values()} | {"default", "factors"} == set(KINDS)
     plain = read(rope_theta=5e5).frequencies(32)
     assert torch.equal(plain, 1.0 / (5e5 ** (torch.arange(0, 32, 2, dtype=torch.float) / 32)))
 

@@ -236,6 +236,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     w = quantized(3, 32)
     return {
         "cached_attention": (q, k, v, cache, cache + 1, torch.tensor([4]), SCALE, 3.0, 2),
+        "biased_attention": (q, k, v, cache, cache + 1, torch.tensor([4]), normal(5, HEADS), SCALE),
         "bidirectional_attention": (q, k, v, torch.ones(2, 1, 3, 3, dtype=torch.bool), SCALE, 3.0),
         "cross_attention": (q, cache, cache + 1, torch.ones(2, 1, 1, 8, dtype=torch.bool), SCALE, 0.0),
         "rope": (q, torch.arange(3) + 2, normal(DIM // 2)),
@@ -262,6 +263,10 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "quantized_causal_attention": (
             *(q, codes, factors, codes.flip(2), factors.flip(2)),
             *(torch.tensor([0, 5, 6]), SCALE, 3.0, 2),
+        ),
+        "quantized_biased_attention": (
+            *(q, codes, factors, codes.flip(2), factors.flip(2)),
+            *(torch.tensor([0, 5, 6]), normal(5, HEADS), SCALE),
         ),
         "causal_conv": (normal(2, 3, 5), normal(5, 4), normal(5), normal(2, 5, 3)),
         "gated_delta_rule": (
@@ -299,7 +304,7 @@ def test_schema_fake_and_decomposition_agree_with_the_op(name: str) -> None:
     [
         *("rope", "rms_norm", "gelu_tanh", "cross_attention", "cached_attention", "causal_conv", "gated_delta_rule"),
         *("quantize_kv", "append_kv", "quantized_attention", "quantized_causal_attention"),
-        "quantized_merged_attention",
+        *("quantized_merged_attention", "biased_attention", "quantized_biased_attention"),
     ],
 )
 def test_the_fake_of_strided_arguments_has_the_strides_of_the_result(name: str) -> None:

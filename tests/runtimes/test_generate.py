@@ -96,6 +96,15 @@ def test_an_encoder_decoder_starts_from_its_start_token() -> None:
     assert session.calls[2] == ("decoder", (1, 1))
 
 
+def test_forced_tokens_follow_the_start_token_and_are_not_given() -> None:
+    source, spec = [9, 8, 7, 6], seq2seq(forced=(5, 4))
+    session = Formula()
+    assert list(generate(session, spec, source, 10)) == argmax_loop([2, 5, 4], 10, source)
+    assert session.calls[2] == ("decoder", (1, 3))
+    assert session.capacity == 13
+    assert len(list(generate(Formula(), seq2seq(max_context=10, forced=(5, 4)), source, 100))) == 8
+
+
 def test_an_end_token_stops_and_is_not_given() -> None:
     tokens = argmax_loop([5, 6, 7], 20)
     end = tokens[6]

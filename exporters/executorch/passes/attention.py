@@ -80,6 +80,20 @@ def cached(rewriting: Rewriting, node: fx.Node) -> None:
         node.args = (q, (k, v), (k_cache, v_cache), start, bias, scale)
 
 
+def biased(rewriting: Rewriting, node: fx.Node) -> None:
+    """Spelled out over the filled part of the cache: the kernel takes a mask for all heads alone."""
+    q, k, v, k_cache, v_cache, past_length, distances, scale = node.args
+    assert isinstance(past_length, fx.Node)
+    start = rewriting.start(past_length)
+    _pass_on_caches(rewriting, node, k_cache, v_cache)
+    causal = _causal_bias(rewriting, past_length, 0)
+    positions = rewriting.once(lowerings.new_positions, past_length, rewriting.input(0))
+    bias = rewriting.once(lowerings.biased, distances, positions, rewriting.input(-1), causal)
+    bias = rewriting.once(lowerings.groups_below, bias, groups_of(q, k))
+    node.target = lowerings.capped_attention
+    node.args = (q, (k, v), (k_cache, v_cache), start, bias, scale, 0.0)
+
+
 def merged(rewriting: Rewriting, node: fx.Node) -> None:
     q, k, v, k_cache, v_cache, cross_k, cross_v, mask, past_length, scale, softcap, window = node.args
     assert isinstance(past_length, fx.Node)

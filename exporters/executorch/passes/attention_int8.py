@@ -29,6 +29,16 @@ def causal(rewriting: Rewriting, node: fx.Node) -> None:
     node.args = (q, (keys, key_scales), (values, value_scales), bias, slots, scale, softcap)
 
 
+def biased(rewriting: Rewriting, node: fx.Node) -> None:
+    q, keys, key_scales, values, value_scales, positions, distances, scale = node.args
+    slots = rewriting.input(-1)
+    causal = rewriting.once(lowerings.causal_bias, positions, slots, 0)
+    bias = rewriting.once(lowerings.biased, distances, positions, slots, causal)
+    bias = rewriting.once(lowerings.groups_below, bias, groups_of(q, keys))
+    node.target = attention_int8.causal_attention
+    node.args = (q, (keys, key_scales), (values, value_scales), bias, slots, scale, 0.0)
+
+
 def cross(rewriting: Rewriting, node: fx.Node) -> None:
     q, keys, key_scales, values, value_scales, mask, scale, softcap = node.args
     bias = rewriting.once(lowerings.mask_bias, mask)
