@@ -50,7 +50,7 @@ def embedding_hessians(
     if not samples or not any(name in names for name in _tables(model).values()):
         return {}
     model = copy.deepcopy(model)
-    tables = {table: name for table, name in _tables(model).items() if name in names}
+    tables = _tables(model)  # all of them, as what depends on one decides the draws of all
     some = source.over(evenly(samples, max(1, source.part_tokens * len(samples) // source.tokens)))
     largest = max(some.parts(), key=lambda places: sum(some.samples[i].size for i in places))
     session = GradientSession(model.graphs(), RECURRENCES)
@@ -60,7 +60,8 @@ def embedding_hessians(
     with suppress(_Done):
         forward.logits(1)
     traces = {name: float(sums.trace()) for name, sums in products.sums.items()}
-    return {n: (products.sums[n] / t, products.counts[n]) for n, t in traces.items() if 0.0 < t < float("inf")}
+    found = {n: t for n, t in traces.items() if n in names and 0.0 < t < float("inf")}
+    return {n: (products.sums[n] / t, products.counts[n]) for n, t in found.items()}
 
 
 def embedding_hessian_bytes(model: LanguageModel, longest: int) -> tuple[int, int]:

@@ -76,6 +76,7 @@ def test_it_helps(installed: Path) -> None:
     assert "export" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.exports
 def test_it_exports(installed: Path) -> None:
     model = write_tiny_llama(installed.parent / "model")

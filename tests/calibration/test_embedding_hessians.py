@@ -94,6 +94,7 @@ def outputs_of(checkpoint: Checkpoint, tokens: tuple[int, ...], row: int, error:
     return seen
 
 
+@pytest.mark.slow
 def test_it_says_what_an_error_does_to_the_first_layer(tmp_path: Path) -> None:
     """Measured for each token's row alone, over samples of different lengths: tokens that read others, and padding."""
     source = opened("gemma3_text", tmp_path)

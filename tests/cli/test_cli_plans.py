@@ -138,6 +138,7 @@ def test_a_dry_run_writes_nothing(plan_file: tuple[Path, Path], tmp_path: Path) 
     ]
 
 
+@pytest.mark.slow
 def test_one_layer_of_each_stack(plan_file: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = plan_file
     out = tmp_path / "bundle"

@@ -73,6 +73,7 @@ def adapter(tmp_path: Path) -> tuple[Path, Path]:
     return model, folder
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_what_is_exported(adapter: tuple[Path, Path], tmp_path: Path) -> None:
     model, folder = adapter
     bundle = tmp_path / "bundle"

@@ -94,6 +94,7 @@ def test_shared_modules_stay_shared() -> None:
     assert replacements.tied(net, "whole.")["whole.three.weight"] == "whole.one.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["helpers.user_modules:unet", "helpers.user_modules:speech"])
 def test_export_verify_and_profile(factory: str, tmp_path: Path) -> None:
     made = compiler.export(asking(factory, bits=5.0), tmp_path / "bundle")

@@ -66,9 +66,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("mixed"), bits=5.0, widths=(2, 3, 4, 6, 8), overrides=overrides, num_layers=3)
 
 
-@pytest.fixture(
-    scope="module", params=["short", *(pytest.param(n, marks=pytest.mark.slow) for n in ("usual", "mixed"))]
-)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in ("short", "usual", "mixed")])
 def bundle(request: pytest.FixtureRequest) -> Path:
     found: Path = request.getfixturevalue(request.param)
     return found
@@ -99,6 +97,7 @@ def test_every_artefact_holds_the_same_bits(bundle: Path) -> None:
         assert check_weights(Bundle.open(bundle), name, open_checkpoint(str(bundle / CHECKPOINT))) == len(wanted)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_another_fails_the_check(short: Path) -> None:
     """The other bundle's plan gives other values under the same names."""
     checkpoint = open_checkpoint(str(short / CHECKPOINT))
@@ -223,6 +222,7 @@ def test_every_target_answers(form: str, usual: Path) -> None:
     assert bool(result.stderr) is (form in ("coreml", "tensorrt", "qnn")), "what stands in for a device says so"
 
 
+@pytest.mark.slow
 def test_profile_measures_what_runs_here_and_says_why_not_the_rest(short: Path) -> None:
     options = ("-p", 8, "-n", 4, "-r", 1, "-t", 1)
     result = edgewright("profile", short, *options, "-o", "json")
@@ -240,6 +240,7 @@ def test_profile_measures_what_runs_here_and_says_why_not_the_rest(short: Path) 
     assert "t/s" not in text
 
 
+@pytest.mark.slow
 def test_strict_placement_fails_where_the_placement_is_not_known(short: Path) -> None:
     passes = edgewright("verify", short, "--format", "onnx", "--format", "tensorrt", "--strict-placement")
     assert passes.exit_code == 0, passes.output

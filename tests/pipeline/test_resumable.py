@@ -187,6 +187,7 @@ def test_ctrl_c_says_where_the_codes_are(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.stderr.splitlines()[-2:] == [said, "interrupted"]
 
 
+@pytest.mark.slow
 def test_an_output_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
     refuse = compiler.refuse_too_large
 
@@ -204,6 +205,7 @@ def test_an_output_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
     assert {"quantized already", "onnx: lowered already"} <= set(told)
 
 
+@pytest.mark.slow
 def test_a_target_that_fails_its_check_is_lowered_anew(tmp_path: Path) -> None:
     def failing(*_: Any) -> None:
         raise VerificationFailure("onnx: not what it should be")
@@ -218,6 +220,7 @@ def test_a_target_that_fails_its_check_is_lowered_anew(tmp_path: Path) -> None:
     assert "onnx: lowered already" not in told
 
 
+@pytest.mark.slow
 def test_codes_of_another_plan_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patched:
         killed_at(patched, 6)

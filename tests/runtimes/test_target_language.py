@@ -35,6 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_an_answer_begins_with_the_language(bundle: Path) -> None:
     spec = Bundle.open(bundle).manifest.generation
     assert (spec.decoder_start, spec.forced) == (2, (9,))

@@ -17,7 +17,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-QUICK = ("llama", "gemma4_text", "lfm2", "falcon_h1", "module")
+QUICK = ("gemma4_text", "falcon_h1", "t5", "module")
 """One of each kind of state, and a module. The others through ONNX are slow tests."""
 
 

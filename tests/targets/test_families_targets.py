@@ -16,7 +16,7 @@ pytestmark = pytest.mark.exports
 
 SOME = [
     ("module", "coreml"),
-    ("dolphin", "executorch"),
+    pytest.param("dolphin", "executorch", marks=pytest.mark.slow),
     pytest.param("module", "tensorrt", marks=pytest.mark.slow),
     pytest.param("lfm2", "qnn", marks=pytest.mark.slow),
 ]

@@ -193,6 +193,7 @@ def test_greedy_is_what_generation_gives_ties_included(llama: Path) -> None:
         assert [greedy for _, greedy in scores] == [other.strip() == text for other in others]
 
 
+@pytest.mark.slow
 def test_a_long_context_keeps_its_end_and_what_does_not_fit_is_refused(llama: Path, t5gemma: Path) -> None:
     letters = "abcdefghij" * 12
     for bundle in (llama, t5gemma):

@@ -90,6 +90,7 @@ def test_t5gemma_matches_the_reference(t5gemma: Exported) -> None:
     assert verify_here(t5gemma.path).passed
 
 
+@pytest.mark.slow
 def test_gemma3_matches_the_reference(tmp_path: Path) -> None:
     exported = _export(tiny.write_tiny_gemma3(tmp_path / "model"), tmp_path / "out", bits=4.5)
     assert exported.report is not None

@@ -173,6 +173,7 @@ def test_the_rewritten_program_with_float_activations_is_the_reference(case: Cas
         assert worst(got, want) < 2e-5
 
 
+@pytest.mark.slow
 def test_xnnpack_computes_the_rewritten_program(case: Case) -> None:
     """Both round inputs to int8; where a float's last bit decides a rounding, one code may differ: hence the tolerance."""
     declared, session = BeforeLowering(case.quantized().graphs()), case.session()

@@ -189,6 +189,7 @@ def test_engines_carry_their_states_from_call_to_call(made: tuple[Path, list[Gra
     assert TARGETS["tensorrt"].describe() == "exports, runs the engines on this NVIDIA GPU and verifies them"
 
 
+@pytest.mark.slow
 def test_what_an_engine_was_not_built_for_is_refused(made: tuple[Path, list[GraphSpec], list[FakeEngine]]) -> None:
     folder, graphs, _ = made
     session = open_tensorrt(folder, graphs)
