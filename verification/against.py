@@ -23,7 +23,8 @@ _QUANTIZED = {"quantization_config", "quantization", "compression_config"}
 """Keys of config.json that say so."""
 
 _PROCESS = 4 << 30
-_SECONDS = 1800.0
+_SECONDS, _SECONDS_PER_WEIGHT = 120.0, 2e-6
+"""What loading and what comparing may take; a hostile config must not keep a library busy for ever."""
 
 
 def compare_reading(
@@ -38,7 +39,7 @@ def compare_reading(
     reason = _hindrance(model, adapter, weights)
     if reason is None:
         try:
-            limits = Limits(12 * weights + _PROCESS, _SECONDS)
+            limits = Limits(12 * weights + _PROCESS, _SECONDS + _SECONDS_PER_WEIGHT * weights)
             job = {"model": model}
             values = run_child("edgewright.verification.transformers_model", job, progress, limits)
             reason = values.get("reason")

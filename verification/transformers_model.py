@@ -37,7 +37,8 @@ def compare(model: str, progress: Progress) -> dict[str, Any]:
     checkpoint = open_model(model)
     ours = build(checkpoint.config)
     try:
-        theirs, version = _theirs(model, ours)
+        with Stage("loading transformers' model"):
+            theirs, version = _theirs(model, ours)
     except _Unknown as unknown:
         return {"reason": str(unknown)}
     progress(f"comparing the checkpoint's reading with transformers {version}")
