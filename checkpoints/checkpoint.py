@@ -59,7 +59,6 @@ class Checkpoint:
         generation: the contents of generation_config.json, {} where there is none.
         files: the weight files.
         notes: lines for the user about how the checkpoint is read.
-        unread: tensors that are copies of others, which are read in their place.
         adapter: the folder of an adapter that is merged, None without one.
     """
 
@@ -71,13 +70,12 @@ class Checkpoint:
         store: TensorStore,
         load_tokenizer: Callable[[], Tokenizer | None],
         notes: tuple[str, ...] = (),
-        unread: frozenset[str] = frozenset(),
         adapter: str | None = None,
     ) -> None:
         self.source = source
         self.config = config
         self.generation = generation
-        self.notes, self.unread, self.adapter = notes, unread, adapter
+        self.notes, self.adapter = notes, adapter
         self.store = store
         self._load_tokenizer = load_tokenizer
         self._states = {path: _state(path) for path in store.files}
@@ -87,7 +85,6 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         store: TensorStore | None = None,
         notes: tuple[str, ...] | None = None,
-        unread: frozenset[str] | None = None,
         adapter: str | None = None,
     ) -> Checkpoint:
         """The checkpoint with some of its fields replaced."""
@@ -98,7 +95,6 @@ class Checkpoint:
             self.store if store is None else store,
             self._load_tokenizer,
             self.notes if notes is None else notes,
-            self.unread if unread is None else unread,
             self.adapter if adapter is None else adapter,
         )
 

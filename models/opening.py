@@ -48,8 +48,8 @@ def open_model(model: str, adapter: str | None = None) -> Checkpoint:
         notes.append(
             f"left out, as no graph here uses them: {len(left_out)} tensors ({one_line(left_out[0])} and the like)"
         )
-    config, built = _untied(named, config, built, notes)
-    return named.changed(config=config, notes=(*checkpoint.notes, *notes), unread=_aliases(named, built))
+    config = _untied(named, config, built, notes)
+    return named.changed(config=config, notes=(*checkpoint.notes, *notes))
 
 
 def _refuse_other_heads(config: dict[str, Any]) -> None:
@@ -83,18 +83,14 @@ def _is_zero_bias(store: NamedStore, name: str) -> bool:
     return plain and not bool(store.tensor(name).float().any())
 
 
-def _untied(
-    checkpoint: Checkpoint, config: dict[str, Any], model: LanguageModel, notes: list[str]
-) -> tuple[dict[str, Any], LanguageModel]:
+def _untied(checkpoint: Checkpoint, config: dict[str, Any], model: LanguageModel, notes: list[str]) -> dict[str, Any]:
     """A head that the config ties to the table and the file holds with other values is read as transformers reads it."""
     for alias, stored in model.tied.items():
-        if alias.endswith("lm_head.weight") and checkpoint.has(alias) and checkpoint.has(stored):
-            if _equal(checkpoint, alias, stored):
-                continue
-            config = config | {"tie_word_embeddings": False}
+        both = alias.endswith("lm_head.weight") and checkpoint.has(alias) and checkpoint.has(stored)
+        if both and not _equal(checkpoint, alias, stored):
             notes.append(f"config.json ties {alias} to {stored}, but the file has another {alias}, which is used")
-            return config, build(config)
-    return config, model
+            return config | {"tie_word_embeddings": False}
+    return config
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -104,8 +100,3 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     steps = range(0, a.shape[0], _ROWS)
     ends = [(start, min(start + _ROWS, a.shape[0])) for start in steps]
     return all(torch.equal(checkpoint.rows(one, *end), checkpoint.rows(other, *end)) for end in ends)
-
-
-def _aliases(checkpoint: Checkpoint, model: LanguageModel) -> frozenset[str]:
-    """Copies in the file of tensors that are tied to others: they are not read."""
-    return frozenset(alias for alias in model.tied if checkpoint.has(alias))

@@ -14,6 +14,7 @@ from ..quant.overrides import Override
 from ..quant.plan import BitPlan
 from ..system.workers import ONE, Workers
 from ..targets.registry import TARGETS
+from ..verification.options import Against
 
 DEFAULT_BITS = 4.5
 Progress = Callable[[str], None]
@@ -92,7 +93,7 @@ class CheckOptions:
 
     verify: bool = True
     strict_placement: bool = False
-    against: Literal["auto", "transformers", "none"] = "auto"
+    against: Against = "auto"
 
 
 @dataclass(frozen=True)

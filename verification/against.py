@@ -9,15 +9,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from ..errors import UserError, VerificationFailure
 from ..system.memory import available_bytes
 from ..system.reading import one_line, read_json_object
 from ..system.subprocesses import ChildFailed, Limits, run_child
+from .options import Against
 from .report import TOLERANCE, Independent
-
-Against = Literal["auto", "transformers", "none"]
 
 _QUANTIZED = {"quantization_config", "quantization", "compression_config"}
 """Keys of config.json that say so."""

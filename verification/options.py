@@ -11,6 +11,9 @@ from ..bundle import Bundle, TargetEntry
 from ..errors import UserError
 from ..targets.registry import TARGETS
 
+Against = Literal["auto", "transformers", "none"]
+"""Whether a checkpoint's reading is compared with transformers; "auto": where it can be."""
+
 TEXT_WINDOWS = 16
 """Windows of a text that are scored unless another number is asked for."""
 
@@ -34,7 +37,7 @@ class VerifyOptions:
     text_windows: int = TEXT_WINDOWS
     formats: Sequence[str] = ()
     threads: int = 0
-    against: Literal["auto", "transformers", "none"] = "auto"
+    against: Against = "auto"
     adapter: str | None = None
 
     def to_json(self) -> dict[str, Any]:

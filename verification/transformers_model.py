@@ -73,7 +73,6 @@ def _theirs(folder: str, ours: LanguageModel) -> tuple[nn.Module, str]:
     import transformers
 
     quiet: Any = transformers.logging
-
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     try:

@@ -82,7 +82,7 @@ def stored(bundle: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_every_artefact_holds_the_same_bits(bundle: Path) -> None:
     wanted = dict(stored(bundle))
-    assert len(wanted) > 15
+    assert len(wanted) > (15 if bundle.parent.name.startswith("short") else 50)
     tied = build(open_checkpoint(str(bundle / CHECKPOINT)).config).tied
     for name in FORMATS:
         found = {}
