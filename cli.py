@@ -7,7 +7,6 @@ code 2, a failed verification exit code 1.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .commands import generation_options
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
 from .errors import UserError
@@ -249,36 +249,48 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
     "--target-language", metavar="TOKEN", help="The token that a translation begins with: fra_Latn, fr_XX, __fr__ …"
 )
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1, cli_options.MOST_TOKENS))
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=click.IntRange(0, cli_options.MOST_SEED), default=0)
+@generation_options.generation
+@click.option("--answers", type=click.IntRange(1, 1024), default=1, show_default=True, help="So many answers.")
+@click.option("--show-prompt", is_flag=True, help="Say what the model reads.")
 @click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
 @cli_options.check
-def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None:
-    """Answer a prompt, streaming to standard output.
+@cli_options.as_json
+def run(bundle: Path, prompt: str, context: Path | None, chat: bool | None, as_json: bool, **options: Any) -> None:
+    """Answer a prompt, streaming to standard output; why it stopped and how fast it was goes to standard error.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
     from .checkpoints.chat_template import start_early
 
-    if options["chat"] is not False:
+    if chat is not False:
         start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
     from .commands.run import RunOptions, run_prompt
-    from .runtimes.generate import Sampling
     from .system.reading import MEBIBYTE, read_stream, read_text
 
-    temperature, top_p = options.pop("temperature"), options.pop("top_p")
-    if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
-        raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
     text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
-    sampling = Sampling(temperature, top_p, options.pop("seed"))
-    context_text = None if context is None else read_text(context, 256 * MEBIBYTE)
+    asked = RunOptions(
+        sampling=generation_options.sampling_given(options),
+        chat=generation_options.chat_given(options, chat),
+        context=None if context is None else read_text(context, 256 * MEBIBYTE),
+        **options,
+    )
     terminal = sys.stdout.isatty()  # a token may be an escape sequence
-    for piece in run_prompt(bundle, text, RunOptions(sampling=sampling, context=context_text, **options), note):
-        click.echo(printable(piece) if terminal else piece, nl=False)
-    click.echo()
+    results = []
+    for said in run_prompt(bundle, text, asked, note):
+        pieces = []
+        for piece in said.answer:
+            if as_json:
+                pieces.append(piece)
+            else:
+                click.echo(printable(piece) if terminal else piece, nl=False)
+        if as_json:
+            results.append(said.to_json("".join(pieces)))
+            continue
+        click.echo()
+        note(said.line())
+    if as_json:
+        click.echo(json.dumps({"answers": results}, indent=1))
 
 
 @main.command()

@@ -6,36 +6,18 @@ encoder; a decoder-only model reads it into the KV cache; so does a decoder-deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..errors import UserError
+from .sampling import GREEDY, Sampling
 from .session import Array, Session
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def pick(self, logits: Array, rng: np.random.Generator) -> int:
-        """A token from logits [vocab]."""
-        if self.temperature <= 0:
-            return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities)
-        kept = int(np.searchsorted(np.cumsum(probabilities[order]), self.top_p)) + 1
-        chosen = order[:kept]
-        mass = probabilities[chosen] / probabilities[chosen].sum()
-        return int(rng.choice(chosen, p=mass))
+Ending = Literal["end", "limit", "context"]
+"""Why an answer ended: an end token, as many tokens as were asked for, no room in the context."""
 
 
 class Stream:
@@ -179,24 +161,28 @@ def generate(
     spec: Generation,
     prompt: Sequence[int],
     new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     memory: Array | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, Ending]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: for a "memory" task, what `read_context` returned.
+    memory: for a "memory" task, what `read_context` returned. The generator's return value says why it ended.
     """
-    sampling = sampling or Sampling()
     rng = np.random.default_rng(sampling.seed)
     stream = Stream(session, spec, [prompt], new_tokens, memory)
+    read = stream.pending[0].tolist()
     logits = stream.prefill()
-    for count in range(1, new_tokens + 1):
-        token = sampling.pick(logits[0, -1], rng)
+    written: list[int] = []
+    while True:
+        token = sampling.pick(logits[0, -1], rng, read, written)
         if token in spec.eos_ids:
-            return
+            return "end"
         yield token
-        if count == new_tokens or stream.past >= stream.capacity:
-            return
+        written.append(token)
+        if len(written) == new_tokens:
+            return "limit"
+        if stream.past >= stream.capacity:
+            return "context"
         logits = stream.feed(np.array([[token]], np.int64))
 
 

@@ -83,9 +83,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The UTF-8 text of `path`, at most `limit` bytes. Raises UserError if it is absent, larger, no regular file, or not UTF-8."""
+    """The UTF-8 text of `path` without a byte order mark, at most `limit` bytes.
+
+    Raises UserError if it is absent, larger, no regular file, or not UTF-8.
+    """
     try:
-        text = read_bytes(path, limit).decode("utf-8")
+        text = read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{one_line(path)}: not UTF-8 text; download the file again") from None
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
@@ -97,7 +100,7 @@ def read_stream(stream: BinaryIO, name: str, limit: int) -> str:
     if len(data) > limit:
         raise UserError(f"{name}: more than the {limit} bytes that are read from it; give less")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{name} is not UTF-8 text") from None
 
