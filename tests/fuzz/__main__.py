@@ -1,4 +1,4 @@
-"""`python -m fuzz [--parsers N] [--commands N] [--first K] [--patience S] [--only TARGET]`: N mutants from number K, shared out among targets."""
+"""`python -m fuzz`: N mutants of parsers and of commands from number K on, shared out among targets."""
 
 from __future__ import annotations
 
