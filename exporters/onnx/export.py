@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from ...graph import Graph
 from ...errors import UserError
+from ...graph import Graph
 from ...targets.onnx.oldest import FACT, oldest, read_oldest
 from ...targets.onnx.releases import has, reaches
 from ...targets.onnx.weights import read_nbits

