@@ -43,6 +43,7 @@ _LLAMA: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 128256,
 }
+SHARD = 1 << 30  # bytes of a file
 _PATTERN = ["sliding_attention"] * 4 + ["full_attention"]
 _PHI_FACTORS = 48  # rotated dimensions of a head, 96, by two
 
@@ -178,7 +179,7 @@ def main() -> None:
     for name in given.models:
         checkpoint, bundle = given.directory / name, given.directory / f"{name}-bundle"
         write = write_random_awq if given.awq else write_random
-        count = write(checkpoint, CONFIGS[name])
+        count = write(checkpoint, CONFIGS[name], SHARD)
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
         command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(checkpoint), "--format", "onnx"]
         command += ["--bits", "4.5", "--json", "--against", "none"]

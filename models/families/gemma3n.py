@@ -140,7 +140,8 @@ class AltUp(Block):
         """All hidden states behind the layer, which computed [B, S, hidden] for one that was predicted."""
         shares = self.correction_coefs(self._routed(computed)) + 1.0
         learnt = computed - self.computed(predicted)
-        return learnt.unsqueeze(2) * shares.unsqueeze(3) + predicted
+        corrected: torch.Tensor = learnt.unsqueeze(2) * shares.unsqueeze(3) + predicted
+        return corrected
 
 
 class Layer(nn.Module):

@@ -51,6 +51,7 @@ print(json.dumps({"anonymous": anonymous() - before, "mapped": mapped()}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_a_table_is_not_loaded(family: str, tmp_path: Path) -> None:
