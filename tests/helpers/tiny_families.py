@@ -109,8 +109,9 @@ FAMILIES["t5"] = {
     "tie_word_embeddings": True,
     "vocab_size": 80,
 }
-FAMILIES["mt5"] = FAMILIES["t5"] | {"model_type": "mt5", "num_layers": 2, "tie_word_embeddings": False}
-FAMILIES["umt5"] = FAMILIES["mt5"] | {"model_type": "umt5", "feed_forward_proj": "relu"}
+_SMALL_T5 = {"num_layers": 1, "num_decoder_layers": 1}  # the kin of T5 and BART differ from them in keys, not in depth
+FAMILIES["mt5"] = FAMILIES["t5"] | _SMALL_T5 | {"model_type": "mt5", "tie_word_embeddings": False}
+FAMILIES["umt5"] = FAMILIES["mt5"] | {"model_type": "umt5", "feed_forward_proj": "relu", "num_layers": 2}
 _BART: dict[str, Any] = {
     "activation_function": "gelu",
     "d_model": 64,
@@ -130,7 +131,7 @@ _BART: dict[str, Any] = {
 }
 FAMILIES["bart"] = _BART | {"model_type": "bart", "forced_bos_token_id": 2}
 FAMILIES["m2m_100"] = _BART | {"model_type": "m2m_100", "activation_function": "relu"}
-_SMALL = {"encoder_layers": 2}
+_SMALL = {"encoder_layers": 1, "decoder_layers": 1}
 FAMILIES["mbart"] = _BART | _SMALL | {"model_type": "mbart", "scale_embedding": False}
 FAMILIES["marian"] = (
     _BART | _SMALL | {"model_type": "marian", "activation_function": "swish", "share_encoder_decoder_embeddings": False}
