@@ -295,6 +295,44 @@ def run(bundle: Path, prompt: str, context: Path | None, chat: bool | None, as_j
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
+@click.option("--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first.")
+@generation_options.generation
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def chat(bundle: Path, context: Path | None, format: str | None, threads: int, check: bool, **options: Any) -> None:
+    """Talk with BUNDLE, turn by turn; what it has read is not read again. /help lists the commands of the chat."""
+    from dataclasses import replace
+
+    from .commands.chat import Turns, seed_of, typed_lines
+    from .runtimes.answer import Stops
+    from .runtimes.conversation import Conversation
+    from .runtimes.text_generation import open_bundle
+    from .system.reading import MEBIBYTE, read_text
+
+    given = generation_options.sampling_given(options)
+    asked = generation_options.chat_given(options, None)
+    opened = open_bundle(bundle, format, threads, check)
+    sampling = replace(opened.default_sampling(seed_of(options["seed"])), **given)
+    stops = Stops(tuple(options["stops"]), opened.token_ids(options["stop_tokens"]))
+    memory = None if context is None else opened.read_context(read_text(context, 256 * MEBIBYTE))
+    if opened.session.stand_in:
+        note(opened.session.how)
+    if not opened.tokenizer.templates:
+        note("the tokenizer has no chat template: each line is a prompt of its own")
+    if not sampling.greedy:
+        note(f"seed {sampling.seed}")
+    conversation = Conversation(opened, asked, memory, options["max_new_tokens"])
+    terminal = sys.stdout.isatty()
+
+    def write(piece: str) -> None:
+        click.echo(printable(piece) if terminal else piece, nl=False)
+
+    Turns(conversation, sampling, stops, write, note).run(typed_lines())
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
 @click.option(
     "-p",
     "prompts",

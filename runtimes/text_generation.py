@@ -143,6 +143,20 @@ class OpenBundle:
         require_tokens(read.ids, self._spec.vocab, f"{self.bundle.path}: the prompt")
         return read
 
+    def token_ids(self, tokens: Sequence[str]) -> frozenset[int]:
+        """The ids of tokens as the tokenizer spells them, or of ids as text. Raises UserError for one that it does not have."""
+        ids = set()
+        for token in tokens:
+            found = self.tokenizer.token_id(token)
+            if found is None and token.isdecimal() and len(token) < 10:
+                found = int(token)
+            if found is None:
+                raise UserError(
+                    f"--stop-token {shown(token, 40)} is no token of this model; give it as the tokenizer spells it"
+                )
+            ids.add(found)
+        return frozenset(ids)
+
     def default_sampling(self, seed: int = 0) -> Sampling:
         """How the model's makers have a token drawn, by their generation_config.json; greedy where they do not say."""
         return Sampling(**(self._spec.sampling.model_dump() if self._spec.sampling is not None else {}), seed=seed)
