@@ -333,6 +333,30 @@ def chat(bundle: Path, context: Path | None, format: str | None, threads: int, c
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-key", metavar="KEY", envvar="EDGEWRIGHT_API_KEY", help="What clients must send; or EDGEWRIGHT_API_KEY."
+)
+@click.option("--name", metavar="NAME", help="The model's name. Default: the bundle's folder.")
+@click.option(
+    "--waiting", type=click.IntRange(1, 1 << 16), default=256, show_default=True, help="Requests that may wait."
+)
+@generation_options.templates
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def serve(bundle: Path, **options: Any) -> None:
+    """Serve BUNDLE over HTTP as OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, with streaming."""
+    from .commands.serve import ServeOptions
+    from .commands.serve import serve as answer
+
+    chat = generation_options.chat_given(options, None)
+    answer(bundle, ServeOptions(chat=chat, **options), note)
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
 @click.option(
     "-p",
     "prompts",

@@ -97,7 +97,7 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text")
     opened = open_bundle(path, options.format, options.threads, options.check)
-    with no_more_than_available(_size(opened)):
+    with no_more_than_available(opened.size):
         yield from _answers(opened, prompt, options, progress)
 
 
@@ -139,12 +139,6 @@ def _sampling(opened: OpenBundle, options: RunOptions, progress: Progress) -> Sa
         if options.answers > 1:
             raise UserError("--answers above 1 would be one answer again and again: give --temperature above 0")
     return sampling
-
-
-def _size(opened: OpenBundle) -> int:
-    """Bytes of the target's files."""
-    files = [opened.bundle.path / name for name in opened.bundle.target(opened.format).files]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _check_memory_options(opened: OpenBundle, options: RunOptions, progress: Progress) -> None:

@@ -63,12 +63,18 @@ class PrefixCache:
         stream, pending = self._resumed(ids)
         return Answer(continued(stream, pending, new_tokens, sampling, observe), text, stops, len(ids))
 
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many tokens of `ids` need not be read."""
+        stream = self._stream
+        if stream is None or not stream.whole:
+            return 0
+        count = min(_shared(stream.read[self._before :], ids), len(ids) - 1)
+        return count if self._rewinds or count == len(stream.read) - self._before else 0
+
     def _resumed(self, ids: Sequence[int]) -> tuple[Stream, Array]:
         """A stream that has read the longest possible beginning of `ids`, and the tokens [1, n] that are left, one at least."""
-        stream = self._stream if self._stream is not None and self._stream.whole else None
-        shared = 0 if stream is None else _shared(stream.read[self._before :], ids)
-        shared = min(shared, len(ids) - 1)
-        if stream is not None and (shared == len(stream.read) - self._before or (shared > 0 and self._rewinds)):
+        stream, shared = self._stream, self.shared(ids)
+        if stream is not None and shared > 0:
             stream.rewind(self._before + shared)
             self.reused, self.fed = shared, len(ids) - shared
             return stream, np.array([ids[shared:]], np.int64)

@@ -64,6 +64,12 @@ class OpenBundle:
         """The bundle's own. Raises UserError if it has none."""
         return self._read_tokenizer()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the target's files."""
+        files = [self.bundle.path / name for name in self.bundle.target(self.format).files]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def _read_tokenizer(self, chat: bool = False) -> Tokenizer:
         """chat: a prompt will go through its chat template."""
         folder = self.bundle.path / CHECKPOINT
