@@ -18,6 +18,7 @@ import click
 from .commands import generation_options
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
+from .commands.help import SHELLS, completion_script
 from .errors import UserError
 from .system.reading import printable
 from .system.version import __version__
@@ -397,6 +398,21 @@ def profile(
     click.echo(printable(profile_text(result, output_format)))
 
 
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=cli_options.path, metavar="BUNDLE…")
+@click.option("-o", "output_format", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
+def compare(bundles: tuple[Path, ...], output_format: str) -> None:
+    """Bundles side by side: size, quality, speed and placement, as their manifests and last reports say."""
+    from .commands.compare import compare as look
+    from .reports.compare import compare_csv, compare_text
+
+    rows = look(bundles)
+    if output_format == "csv":
+        click.echo(printable(compare_csv(rows)))
+        return
+    _print(rows, compare_text(rows), output_format == "json")
+
+
 @main.group()
 def devices() -> None:
     """The device profiles: what a device can do, and where each number comes from."""
@@ -462,6 +478,13 @@ def doctor(as_json: bool) -> None:
 
     state = examine()
     _print(state, doctor_text(state), as_json)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in SHELL."""
+    click.echo(completion_script(shell))
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

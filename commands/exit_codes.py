@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import UserError, VerificationFailure
-from ..system.reading import one_line, printable
+from ..system.reading import nearest, one_line, printable
+from .help import Command
 
 DEBUG = "EDGEWRIGHT_DEBUG"
 """With this variable set, an error that nobody foresaw is shown with its traceback."""
@@ -28,6 +29,16 @@ _interrupted = threading.Event()
 
 class Commands(click.Group):
     """Turns every way to end into its exit code: 1 for a failed verification alone, 2 for trouble, 130 for an interrupt."""
+
+    command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Here an unknown command is answered with the nearest known one."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"there is no command {one_line(repr(args[0]), 60)}{nearest(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Here --help and --version are printed, and perhaps cannot be."""
