@@ -58,6 +58,24 @@ def write_random_awq(directory: Path, config: dict[str, Any], shard: int = SHARD
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+def write_zeros(directory: Path, config: dict[str, Any]) -> int:
+    """As `write_random`, all zeros, in one file that is a hole: it has its size and takes no disk. For what reads no weight."""
+    shapes = _shapes(config)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end // 2
+
+
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     model = build(config)
     return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in model.tied}

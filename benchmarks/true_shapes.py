@@ -5,7 +5,8 @@
     python benchmarks/true_shapes.py DIRECTORY --awq --models llama-3.2-3b --limit 3Gi
 
 Writes each checkpoint by streaming, in bfloat16, with --awq as AutoAWQ's 4-bit layout; runs `edgewright export --format onnx
---bits 4.5` on it, and prints the peak of anonymous memory. Without --keep what it wrote is removed. The configs are the
+--bits 4.5` on it, and prints the peak of anonymous memory. A dry run is one with `--importance uniform`, which reads no weight:
+its checkpoint is a file of zeros that takes no disk. Without --keep what it wrote is removed. The configs are the
 models' published config.json; the sources stand beside them. Tensors have the names of `models/`, not those of each publisher.
 """
 
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_checkpoint import write_random, write_random_awq
+from random_checkpoint import write_random, write_random_awq, write_zeros
 
 from edgewright.system.memory import anonymous_of
 
@@ -178,12 +179,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for name in given.models:
         checkpoint, bundle = given.directory / name, given.directory / f"{name}-bundle"
-        write = write_random_awq if given.awq else write_random
-        count = write(checkpoint, CONFIGS[name], SHARD)
+        if given.dry_run:
+            count = write_zeros(checkpoint, CONFIGS[name])
+        elif given.awq:
+            count = write_random_awq(checkpoint, CONFIGS[name], SHARD)
+        else:
+            count = write_random(checkpoint, CONFIGS[name], SHARD)
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
         command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(checkpoint), "--format", "onnx"]
         command += ["--bits", "4.5", "--json", "--against", "none"]
-        command += ["--dry-run"] if given.dry_run else ["-o", str(bundle)]
+        command += ["--dry-run", "--importance", "uniform"] if given.dry_run else ["-o", str(bundle)]
         command += ["--memory-limit", given.limit] if given.limit else []
         command += ["--no-verify"] if given.no_verify and not given.dry_run else []
         printed, seconds, peak = run(command)
