@@ -10,6 +10,7 @@ import torch
 from ..errors import UserError
 from ..system.reading import nearest, shown
 from . import eugen
+from .config import LONG_FACTORS, OURS
 from .language_model import LanguageModel
 
 ARCHITECTURES = {
@@ -21,6 +22,7 @@ ARCHITECTURES = {
     "qwen3": "families.qwen3",
     "gemma": "families.gemma3",
     "gemma2": "families.gemma3",
+    "gemma3n_text": "families.gemma3n",
     "gemma4_text": "families.gemma4",
     "phi3": "families.phi3",
     "smollm3": "families.smollm3",
@@ -93,3 +95,14 @@ def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
     short = architecture.shorten(config, layers)
     with torch.device("meta"):
         return eugen.kept_by(architecture(short), short)
+
+
+def lengthened(config: dict[str, Any], context: int) -> dict[str, Any]:
+    """`config` for contexts of so many tokens: of longrope the long factors, where the short ones end before. Else as it is.
+
+    The factors are chosen once, for every position: keys in a cache cannot be turned anew when a text has grown long. Raises
+    UserError for a bad config.
+    """
+    ends = build(config).max_context
+    longer = config | {OURS: dict(config.get(OURS) or {}) | {LONG_FACTORS: True}}
+    return longer if ends < context and ends < build(longer).max_context else config

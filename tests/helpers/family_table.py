@@ -25,6 +25,11 @@ NAMES = {
     "t5": "T5",
     "bart": "BART",
     "m2m_100": "M2M100",
+    "mt5": "mT5",
+    "umt5": "UMT5",
+    "mbart": "mBART",
+    "marian": "Marian",
+    "pegasus": "Pegasus",
     "dolphin": "Dolphin",
     "arc_encoder": "ARC-Encoder",
     "phi4flash": "SambaY (Phi-4-mini-flash)",
@@ -45,6 +50,7 @@ NAMES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
+    "gemma3n_text": "Gemma 3n",
     "gemma4_text": "Gemma 4, dense",
     "phi3": "Phi-3, Phi-4-mini",
     "smollm3": "SmolLM3",
@@ -85,11 +91,14 @@ def documented() -> dict[tuple[str, str], str]:
     return cells
 
 
+def row(family: str, cells: dict[tuple[str, str], str]) -> str:
+    return f"| {' | '.join([NAMES[family], *(cells[family, form] for form in FORMATS)])} |"
+
+
 def table(cells: dict[tuple[str, str], str]) -> str:
     head = ["family", *FORMATS]
-    lines = [head, ["---"] * len(head)]
-    lines += [[name, *(cells[family, form] for form in FORMATS)] for family, name in NAMES.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head))]
+    return "\n".join([*lines, *(row(family, cells) for family in NAMES)])
 
 
 def cell(report: Report) -> str:

@@ -109,6 +109,9 @@ FAMILIES["t5"] = {
     "tie_word_embeddings": True,
     "vocab_size": 80,
 }
+_SMALL_T5 = {"num_layers": 1, "num_decoder_layers": 1}  # the kin of T5 and BART differ from them in keys, not in depth
+FAMILIES["mt5"] = FAMILIES["t5"] | _SMALL_T5 | {"model_type": "mt5", "tie_word_embeddings": False}
+FAMILIES["umt5"] = FAMILIES["mt5"] | {"model_type": "umt5", "feed_forward_proj": "relu", "num_layers": 2}
 _BART: dict[str, Any] = {
     "activation_function": "gelu",
     "d_model": 64,
@@ -128,6 +131,12 @@ _BART: dict[str, Any] = {
 }
 FAMILIES["bart"] = _BART | {"model_type": "bart", "forced_bos_token_id": 2}
 FAMILIES["m2m_100"] = _BART | {"model_type": "m2m_100", "activation_function": "relu"}
+_SMALL = {"encoder_layers": 1, "decoder_layers": 1}
+FAMILIES["mbart"] = _BART | _SMALL | {"model_type": "mbart", "scale_embedding": False}
+FAMILIES["marian"] = (
+    _BART | _SMALL | {"model_type": "marian", "activation_function": "swish", "share_encoder_decoder_embeddings": False}
+)
+FAMILIES["pegasus"] = _BART | _SMALL | {"model_type": "pegasus", "activation_function": "relu"}
 
 _QWEN2: dict[str, Any] = {
     "hidden_act": "silu",
@@ -342,6 +351,20 @@ FAMILIES["ministral3"] = _PLAIN | {
 FAMILIES["qwen3"] = _PLAIN | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
 FAMILIES["gemma"] = _PLAIN | {"model_type": "gemma", "head_dim": 32}
 FAMILIES["gemma2"] = _PLAIN | _KINDS | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 24}
+FAMILIES["gemma3n_text"] = _PLAIN | {
+    "model_type": "gemma3n_text",
+    "activation_sparsity_pattern": [0.9, 0.0, 0.0],
+    "altup_num_inputs": 3,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "intermediate_size": [96, 64, 64],
+    "laurel_rank": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_hidden_layers": 3,
+    "num_kv_shared_layers": 1,
+    "sliding_window": 6,
+    "vocab_size_per_layer_input": 80,
+}
 FAMILIES["gemma4_text"] = _PLAIN | {
     "model_type": "gemma4_text",
     "final_logit_softcapping": 30.0,
