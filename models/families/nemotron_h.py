@@ -38,6 +38,10 @@ def describe(section: ConfigReader) -> HybridSpec:
     kinds = read_kinds(section)
     if "moe" in kinds:
         raise section.error(_key(section), "moe", f"no layers of experts, as layer {kinds.index('moe')} is one")
+    if section.integer("num_hidden_layers", len(kinds), most=1024) != len(kinds):
+        raise section.error(
+            "num_hidden_layers", section.values["num_hidden_layers"], f"{len(kinds)}, as {_key(section)}"
+        )
     hidden, eps = section.integer("hidden_size", 4096), section.number("layer_norm_epsilon", 1e-5)
     heads, head_dim = section.integer("num_attention_heads", 32, most=4096), section.head_dim(128)
     absent = "num_key_value_heads" not in section.values

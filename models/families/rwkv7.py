@@ -129,12 +129,14 @@ class TimeMix(Block):
         self.k_k = nn.Parameter(torch.empty(hidden), requires_grad=False)
         self.k_a = nn.Parameter(torch.empty(hidden), requires_grad=False)
         self.r_k = nn.Parameter(torch.empty(sizes.heads, sizes.head_dim), requires_grad=False)
-        for name in ("r_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, Linear(hidden, hidden))
-        for name in _LOW_RANK:
-            if not (first and name == "v"):
-                self.add_module(f"{name}_down", Linear(hidden, sizes.ranks[name]))
-                self.add_module(f"{name}_up", Linear(sizes.ranks[name], hidden, bias=name != "g"))
+        self.r_proj, self.k_proj = Linear(hidden, hidden), Linear(hidden, hidden)
+        self.v_proj, self.o_proj = Linear(hidden, hidden), Linear(hidden, hidden)
+        ranks = sizes.ranks
+        self.w_down, self.w_up = Linear(hidden, ranks["w"]), Linear(ranks["w"], hidden, bias=True)
+        if not first:
+            self.v_down, self.v_up = Linear(hidden, ranks["v"]), Linear(ranks["v"], hidden, bias=True)
+        self.a_down, self.a_up = Linear(hidden, ranks["a"]), Linear(ranks["a"], hidden, bias=True)
+        self.g_down, self.g_up = Linear(hidden, ranks["g"]), Linear(ranks["g"], hidden)
         self.g_norm = LayerNorm(hidden, sizes.head_dim * sizes.eps, bias=True)
 
     def forward(

@@ -1,7 +1,7 @@
 """The Mamba-2 mixer (arXiv 2405.21060) of every family that has one; what differs between them is data.
 
-Files hold gate z, x, B, C and dt as one projection. The model has two: dt is the last few rows, and what it gets wrong stays in
-the state, so it keeps 16 bits (`in_proj_names` cuts the file's weight).
+Files hold gate z, x, B, C and dt as one projection, `in_proj`. The model has two, `zxbc_proj` and `dt_proj`: dt is the last few
+rows, and what it gets wrong stays in the state, so it keeps 16 bits (`in_proj_names` cuts the file's weight).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Mamba2Spec:
 
 def in_proj_names(spec: Mamba2Spec, path: str, new: str) -> Rule:
     """The input projection of the mixer at `path` of the file, as the two projections of the mixer at `new` of the model."""
-    return split(f"{path}.in_proj", {f"{new}.in_proj": spec.inner + spec.channels, f"{new}.dt_proj": spec.heads})
+    return split(f"{path}.in_proj", {f"{new}.zxbc_proj": spec.inner + spec.channels, f"{new}.dt_proj": spec.heads})
 
 
 def read_time_steps(section: ConfigReader, key: str = "time_step_limit") -> tuple[float, float]:
@@ -118,14 +118,14 @@ class GroupedRMSNorm(RMSNorm):
 
 
 class Mamba2(Block):
-    """`out(gate(scan(conv(in(x)))))`, under the names of transformers' files but for `dt_proj`."""
+    """`out(gate(scan(conv(in(x)))))`, under the names of transformers' files but for the input projections."""
 
     protected = ("dt_proj",)
 
     def __init__(self, spec: Mamba2Spec) -> None:
         super().__init__()
         self.spec, self.heads, self.act = spec, spec.heads, activation(spec.act)
-        self.in_proj = Linear(spec.hidden, spec.inner + spec.channels, spec.in_bias)
+        self.zxbc_proj = Linear(spec.hidden, spec.inner + spec.channels, spec.in_bias)
         self.dt_proj = Linear(spec.hidden, spec.heads, spec.in_bias)
         self.conv1d = CausalConv(spec.channels, spec.taps, spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(spec.heads), requires_grad=False)
@@ -141,7 +141,7 @@ class Mamba2(Block):
         """h: [B, T, hidden]; conv and state as in `Mamba2Spec.states`. Returns [B, T, hidden] and both after these tokens."""
         s, lead = self.spec, h.shape[:2]
         h = scaled(h, s.into)
-        joined = self.in_proj(h)
+        joined = self.zxbc_proj(h)
         gate = scaled(joined.narrow(2, 0, s.inner), s.parts[0])
         mixed, conv = self.conv1d(self.convolved(joined), conv)
         mixed = self.act(mixed)

@@ -20,7 +20,7 @@ FORMATS = tuple(name for name, target in TARGETS.items() if not target.graphs an
 CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
 MODULE = "helpers.user_modules:unet"
 SAVED = ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "zamba2", "recurrent_gemma")
-"""Families whose tiny model transformers writes, under the names of its files, and is compared with."""
+"""Families whose tiny model transformers writes, under the names of its files."""
 NAMES = {
     "t5gemma": "T5Gemma",
     "t5gemma2": "T5Gemma 2",
@@ -74,13 +74,10 @@ NAMES = {
 
 def verified(family: str, form: str, folder: Path) -> Report:
     """The report of `export` of a family's tiny model at mixed bits to one target: exported, reloaded and compared."""
-    by_transformers = family in SAVED
-    write = saved if by_transformers else tiny.write
+    write = saved if family in SAVED else tiny.write
     model = MODULE if family == "module" else str(write(folder / "model", CONFIGS[family]))
     context = None if family == "module" else 48
-    against = "transformers" if by_transformers else "none"
-    request = asking(model, (form,), bits=6.0, max_context=context, prompts=4, against=against)
-    result = compiler.export(request, folder / "bundle")
+    result = compiler.export(asking(model, (form,), bits=6.0, max_context=context, prompts=4), folder / "bundle")
     widths = {entry.bits for entry in result.planned.plan.entries.values()}
     assert len(widths) > 1, widths  # mixed bits
     assert result.report is not None

@@ -11,10 +11,12 @@ import torch
 import transformers as hf
 from helpers.family_table import SAVED
 from helpers.oracle import causal_logits, randomise
+from helpers.requests import asking
 from helpers.saved import saved
 from helpers.tiny_families import FAMILIES
 from safetensors.torch import load_file, save_file
 
+from edgewright import compiler
 from edgewright.checkpoints.names import Names
 from edgewright.errors import UserError
 from edgewright.models.loading import load_original
@@ -151,6 +153,17 @@ def test_the_comparison_with_transformers_reads_the_files(family: str, tmp_path:
     assert found.get("reason") is None, found
     assert found["max_relative_error"] < 1e-4
     assert (found["top1"], found["differs"]) == (1.0, None)
+
+
+@pytest.mark.slow
+@pytest.mark.exports
+@pytest.mark.parametrize("family", SAVED)
+def test_an_export_that_is_compared_with_transformers(family: str, tmp_path: Path) -> None:
+    request = asking(str(saved(tmp_path / "model", FAMILIES[family])), bits=6.0, max_context=48, against="transformers")
+    result = compiler.export(request, tmp_path / "bundle")
+    assert result.report is not None
+    assert result.report.passed
+    assert result.report.independent is not None
 
 
 # ---- names --------------------------------------------------------------------------------------------------------------
