@@ -101,14 +101,11 @@ class Service:
 
     async def _completions(self, request: Request) -> Response:
         asked = await _read(request, CompletionRequest)
-        prompts = []
-        for prompt in asked.prompts():
-            plain = ChatOptions(use=False)
-            ids = prompt if isinstance(prompt, list) else self.engine.opened.read_prompt(prompt, plain).ids
-            require_tokens(ids, self._spec.vocab, "the prompt")
-            prompts.append(ids)
-        if not 0 < len(prompts) * asked.n <= MOST_JOBS:
-            raise Refused(400, f"{len(prompts) * asked.n} answers in one request; 1 to {MOST_JOBS} are given", "prompt")
+        given = asked.prompts()
+        if not 0 < len(given) * asked.n <= MOST_JOBS:
+            raise Refused(400, f"{len(given) * asked.n} answers in one request; 1 to {MOST_JOBS} are given", "prompt")
+        # Encoding a long text takes a while, which must not hold the event loop.
+        prompts = await asyncio.to_thread(lambda: [self._plain(prompt) for prompt in given])
         form = TextForm(self.name, self._spell)
         return await self._answers(request, asked, form, prompts, asked.max_tokens, asked.logprobs)
 
@@ -126,6 +123,12 @@ class Service:
         require_tokens(prompt.ids, self._spec.vocab, "the prompt")
         best = (asked.top_logprobs or 0) if asked.logprobs else None
         return await self._answers(request, asked, ChatForm(self.name, self._spell), [prompt.ids], asked.most, best)
+
+    def _plain(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a prompt without a template. Raises UserError for an empty one, and tokens that the model lacks."""
+        ids = prompt if isinstance(prompt, list) else self.engine.opened.read_prompt(prompt, ChatOptions(use=False)).ids
+        require_tokens(ids, self._spec.vocab, "the prompt")
+        return ids
 
     def _spell(self, token: int) -> str:
         tokenizer = self.engine.opened.tokenizer

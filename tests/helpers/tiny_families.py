@@ -281,6 +281,113 @@ FAMILIES["falcon_h1"] = {
     "tie_word_embeddings": False,
     "vocab_size": 80,
 }
+_MAMBA: dict[str, Any] = {
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+}
+FAMILIES["mamba2"] = _MAMBA | {
+    "model_type": "mamba2",
+    "expand": 2,
+    "head_dim": 32,
+    "n_groups": 2,
+    "num_heads": 4,
+    "state_size": 24,
+    "tie_word_embeddings": True,
+}
+_ATTENDING: dict[str, Any] = {
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_MIXER: dict[str, Any] = {
+    "mamba_d_head": 32,
+    "mamba_d_state": 24,
+    "mamba_expand": 2,
+    "mamba_n_groups": 2,
+    "mamba_n_heads": 4,
+}
+FAMILIES["bamba"] = _MAMBA | _ATTENDING | _MIXER | {"model_type": "bamba", "attn_layer_indices": [1]}
+FAMILIES["granitemoehybrid"] = (
+    _MAMBA
+    | _ATTENDING
+    | _MIXER
+    | {
+        "model_type": "granitemoehybrid",
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "logits_scaling": 2.0,
+        "num_local_experts": 0,
+        "position_embedding_type": "nope",
+        "residual_multiplier": 0.5,
+        "shared_intermediate_size": 96,
+        "tie_word_embeddings": True,
+    }
+)
+FAMILIES["nemotron_h"] = (
+    _MAMBA
+    | _ATTENDING
+    | {
+        "model_type": "nemotron_h",
+        "head_dim": 16,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"],
+        "mamba_head_dim": 32,
+        "mamba_num_heads": 4,
+        "n_groups": 2,
+        "num_hidden_layers": 4,
+        "ssm_state_size": 24,
+    }
+)
+FAMILIES["zamba2"] = (
+    _MAMBA
+    | _ATTENDING
+    | {
+        "model_type": "zamba2",
+        "adapter_rank": 32,
+        "hidden_act": "gelu",
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 24,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 4,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 4,
+        "num_mem_blocks": 2,
+        "use_mem_rope": True,
+        "use_shared_attention_adapter": True,
+    }
+)
+FAMILIES["recurrent_gemma"] = (
+    _MAMBA
+    | _ATTENDING
+    | {
+        "model_type": "recurrent_gemma",
+        "attention_window_size": 6,
+        "block_types": ["recurrent", "attention"],
+        "intermediate_size": 192,
+        "logits_soft_cap": 30.0,
+        "lru_width": 96,
+    }
+)
+FAMILIES["rwkv7"] = _MAMBA | {
+    "model_type": "rwkv7",
+    "a_low_rank_dim": 32,
+    "decay_low_rank_dim": 32,
+    "gate_low_rank_dim": 32,
+    "head_dim": 16,
+    "hidden_act": "sqrelu",
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "norm_bias": True,
+    "norm_eps": 1e-05,
+    "norm_first": True,
+    "tie_word_embeddings": False,
+    "v_low_rank_dim": 32,
+}
 FAMILIES["lfm2"] = {
     "model_type": "lfm2",
     "block_auto_adjust_ff_dim": True,
