@@ -19,12 +19,20 @@ from .prequantized.block import Block
 from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
 from .tokenizer import Tokenizer
+from .vocabularies.finding import has_vocabulary
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_FILES = (
     *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, ADAPTER_CONFIG),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
-    *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt"),
+    *(
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "additional_chat_templates/*.jinja",
+    ),
+    *("*.model", "tokenizer.model.v[0-9]", "tekken.json", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -144,9 +152,7 @@ def _refuse_unreadable(source: str, store: TensorStore) -> None:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
-    # The older files count as a tokenizer, so that `from_dir` says how to convert them.
-    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
+    return Tokenizer.from_dir(directory) if has_vocabulary(directory) else None
 
 
 def _explain_missing_config(source: str, directory: Path) -> None:
