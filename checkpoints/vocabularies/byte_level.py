@@ -215,16 +215,15 @@ def read_merges(directory: Path, tokenizer_class: str | None, values: Mapping[st
         splitter = _split(PRE_TOKENIZERS["qwen2"].expressions[0], prefix)
     else:
         splitter = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True}
-    parts = {
+    parts: dict[str, Any] = {
         "normalizer": _NFC if kind == "Qwen2Tokenizer" else None,
         "pre_tokenizer": splitter,
         "decoder": _BYTES,
         "added_tokens": [],
     }
+    before, after = ends_asked(values, bos=False, eos=False)
     if kind == "RobertaTokenizer":
         before, after = ("cls_token",), ("sep_token",)
-    else:
-        before, after = ends_asked(values, bos=False, eos=False)
     return Vocabulary(
         file, models.BPE(vocab, _merges(directory / "merges.txt")), parts, MERGES_CLASSES[kind], before, after
     )

@@ -108,7 +108,7 @@ def _parsed(file: Path) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise UserError(f"{one_line(file)}: {_INSTALL} ({one_line(error, 80)})") from None
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(read_bytes(file, LARGEST_FILE))
     except DecodeError:
@@ -218,7 +218,8 @@ def _prefix_scheme(proto: Any, kind: str | None, values: Mapping[str, Any]) -> s
 def _unigram(file: Path, proto: Any, kind: str | None, values: Mapping[str, Any]) -> Vocabulary:
     vocab = [(piece.piece, float(piece.score)) for piece in proto.pieces]
     tokens, unknown = _added(proto), _unknown(proto)
-    before, after = ("bos_token",), ("eos_token",)
+    before: tuple[str, ...] = ("bos_token",)
+    after: tuple[str, ...] = ("eos_token",)
     if kind in ("XLMRobertaTokenizer", "MBartTokenizer"):
         if [piece for piece, _ in vocab[:3]] != ["<unk>", "<s>", "</s>"]:
             raise Unfit(f"its first pieces are not <unk>, <s> and </s>, as those of {kind} are")

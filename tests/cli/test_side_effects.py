@@ -13,6 +13,7 @@ import pytest
 from helpers.cli_runner import edgewright, passed
 from helpers.hub_cache import in_the_hubs_cache
 from helpers.tiny import write_tiny_llama
+from helpers.vocabularies import letters
 
 pytestmark = pytest.mark.exports
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.exports
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("side")
-    model = write_tiny_llama(folder / "model", num_hidden_layers=1)
+    model = letters(write_tiny_llama(folder / "model", num_hidden_layers=1))
     passed(edgewright("export", "-m", model, "--against", "none", "-o", folder / "bundle"))
     return folder / "bundle"
 
@@ -49,7 +50,7 @@ def test_the_result_of_a_bundle_that_cannot_be_written(unwritable: Path) -> None
     assert result.exit_code == 0
     assert json.loads(result.stdout)["targets"]
     assert "the report is not kept: " in result.stderr
-    passed(edgewright("run", unwritable, "--prompt", "hello", "--max-new-tokens", 2))
+    passed(edgewright("run", unwritable, "--prompt", "k n", "--max-new-tokens", 2))
     passed(edgewright("inspect", unwritable))
     assert tree(unwritable) == before
 
@@ -79,7 +80,7 @@ def test_the_report_is_kept_where_the_reader_has_gone(bundle: Path, tmp_path: Pa
 def test_a_snapshot_of_the_hubs_cache_opens_runs_and_verifies(bundle: Path, tmp_path: Path) -> None:
     snapshot = in_the_hubs_cache(bundle, tmp_path / "cache")
     assert all(p.is_symlink() for p in snapshot.rglob("*") if p.is_file())
-    answer = passed(edgewright("run", bundle, "--prompt", "hello", "--max-new-tokens", 3))
-    assert passed(edgewright("run", snapshot, "--prompt", "hello", "--max-new-tokens", 3)) == answer
+    answer = passed(edgewright("run", bundle, "--prompt", "k n", "--max-new-tokens", 3))
+    assert passed(edgewright("run", snapshot, "--prompt", "k n", "--max-new-tokens", 3)) == answer
     passed(edgewright("verify", snapshot))
     passed(edgewright("profile", snapshot, "-p", 8, "-n", 4, "-r", 1))
