@@ -19,6 +19,7 @@ import click
 from .commands import generation_options
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
+from .commands.help import SHELLS, completion_script
 from .errors import UserError
 from .system.reading import printable
 from .system.version import __version__
@@ -295,6 +296,68 @@ def run(bundle: Path, prompt: str, context: Path | None, chat: bool | None, as_j
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
+@click.option("--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first.")
+@generation_options.generation
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def chat(bundle: Path, context: Path | None, format: str | None, threads: int, check: bool, **options: Any) -> None:
+    """Talk with BUNDLE, turn by turn; what it has read is not read again. /help lists the commands of the chat."""
+    from dataclasses import replace
+
+    from .commands.chat import Turns, seed_of, typed_lines
+    from .runtimes.answer import Stops
+    from .runtimes.conversation import Conversation
+    from .runtimes.text_generation import open_bundle
+    from .system.reading import MEBIBYTE, read_text
+
+    given = generation_options.sampling_given(options)
+    asked = generation_options.chat_given(options, None)
+    opened = open_bundle(bundle, format, threads, check)
+    sampling = replace(opened.default_sampling(seed_of(options["seed"])), **given)
+    stops = Stops(tuple(options["stops"]), opened.token_ids(options["stop_tokens"]))
+    memory = None if context is None else opened.read_context(read_text(context, 256 * MEBIBYTE))
+    if opened.session.stand_in:
+        note(opened.session.how)
+    if not opened.tokenizer.templates:
+        note("the tokenizer has no chat template: each line is a prompt of its own")
+    if not sampling.greedy:
+        note(f"seed {sampling.seed}")
+    conversation = Conversation(opened, asked, memory, options["max_new_tokens"])
+    terminal = sys.stdout.isatty()
+
+    def write(piece: str) -> None:
+        click.echo(printable(piece) if terminal else piece, nl=False)
+
+    Turns(conversation, sampling, stops, write, note).run(typed_lines())
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-key", metavar="KEY", envvar="EDGEWRIGHT_API_KEY", help="What clients must send; or EDGEWRIGHT_API_KEY."
+)
+@click.option("--name", metavar="NAME", help="The model's name. Default: the bundle's folder.")
+@click.option(
+    "--waiting", type=click.IntRange(1, 1 << 16), default=256, show_default=True, help="Requests that may wait."
+)
+@generation_options.templates
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def serve(bundle: Path, **options: Any) -> None:
+    """Serve BUNDLE over HTTP as OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, with streaming."""
+    from .commands.serve import ServeOptions
+    from .commands.serve import serve as answer
+
+    chat = generation_options.chat_given(options, None)
+    answer(bundle, ServeOptions(chat=chat, **options), note)
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
 @click.option(
     "-p",
     "prompts",
@@ -332,6 +395,21 @@ def profile(
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     with _keeping(bundle, "profile", result):
         click.echo(printable(profile_text(result, output_format)))
+
+
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=cli_options.path, metavar="BUNDLE…")
+@click.option("-o", "output_format", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
+def compare(bundles: tuple[Path, ...], output_format: str) -> None:
+    """Bundles side by side: size, quality, speed and placement, as their manifests and last reports say."""
+    from .commands.compare import compare as look
+    from .reports.compare import compare_csv, compare_text
+
+    rows = look(bundles)
+    if output_format == "csv":
+        click.echo(printable(compare_csv(rows)))
+        return
+    _print(rows, compare_text(rows), output_format == "json")
 
 
 @main.group()
@@ -413,6 +491,13 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
             Bundle.open(bundle).write_report(name, report)
         except UserError as error:
             note(f"the report is not kept: {error}")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in SHELL."""
+    click.echo(completion_script(shell))
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

@@ -64,6 +64,12 @@ class OpenBundle:
         """The bundle's own. Raises UserError if it has none."""
         return self._read_tokenizer()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the target's files."""
+        files = [self.bundle.path / name for name in self.bundle.target(self.format).files]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def _read_tokenizer(self, chat: bool = False) -> Tokenizer:
         """chat: a prompt will go through its chat template."""
         folder = self.bundle.path / CHECKPOINT
@@ -142,6 +148,20 @@ class OpenBundle:
         read = read_prompt(self.tokenizer, prompt, self._spec.task != "seq2seq", chat)
         require_tokens(read.ids, self._spec.vocab, f"{self.bundle.path}: the prompt")
         return read
+
+    def token_ids(self, tokens: Sequence[str]) -> frozenset[int]:
+        """The ids of tokens as the tokenizer spells them, or of ids as text. Raises UserError for one that it does not have."""
+        ids = set()
+        for token in tokens:
+            found = self.tokenizer.token_id(token)
+            if found is None and token.isdecimal() and len(token) < 10:
+                found = int(token)
+            if found is None:
+                raise UserError(
+                    f"--stop-token {shown(token, 40)} is no token of this model; give it as the tokenizer spells it"
+                )
+            ids.add(found)
+        return frozenset(ids)
 
     def default_sampling(self, seed: int = 0) -> Sampling:
         """How the model's makers have a token drawn, by their generation_config.json; greedy where they do not say."""

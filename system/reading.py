@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,3 +150,9 @@ def _too_large(path: Path, size: int, limit: int) -> UserError:
 def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
     reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
     return UserError(f"{one_line(path)}: cannot be read ({reason})")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)` where a known name is near to an unknown one, else nothing."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""

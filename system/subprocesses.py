@@ -58,12 +58,13 @@ _MOST_WRITTEN = 1 << 30
 class ChildFailed(Exception):
     """The child ended without a result. The text says how, and the last line it wrote to standard error.
 
-    stage: what it was doing (`system.stages`), "" where it did not say, and where it was ended from outside.
+    stage: what it was doing (`system.stages`), "" where it did not say, and where it was ended from outside. killed: by its limits
+    or from outside, and did not fail by itself.
     """
 
-    def __init__(self, text: str, stage: str = "") -> None:
+    def __init__(self, text: str, stage: str = "", killed: bool = False) -> None:
         super().__init__(text)
-        self.stage = stage
+        self.stage, self.killed = stage, killed
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ def run_child(
                     guard.stop()
         where = "" if limits is None else read_stage(stage)[0]
         if guard is not None and guard.reason is not None:
-            raise ChildFailed(guard.reason, where)
+            raise ChildFailed(guard.reason, where, killed=True)
         if -process.returncode in _FROM_OUTSIDE:
-            raise ChildFailed(f"was ended from outside with {_how(process.returncode)}; is there memory enough?")
+            how = f"was ended from outside with {_how(process.returncode)}; is there memory enough?"
+            raise ChildFailed(how, killed=True)
         if process.returncode == _REFUSED:
             raise UserError(_last_line(errors))
         if process.returncode or not result_file.is_file():

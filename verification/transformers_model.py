@@ -6,13 +6,14 @@ transformers gets no code of the checkpoint, no pickle and no network.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, VerificationFailure
 from ..models.language_model import LanguageModel
 from ..models.loading import load_original
 from ..models.opening import open_model
@@ -21,6 +22,7 @@ from ..runtimes.session import sized
 from ..system.reading import one_line, shown
 from ..system.stages import Stage
 from ..system.subprocesses import Progress, serve
+from .against import THEIRS
 from .report import TOLERANCE
 
 _PROMPT, _BATCH, _NEW = 20, 2, 8
@@ -32,23 +34,36 @@ class _Unknown(Exception):
     """transformers cannot say what this model computes. The text says why."""
 
 
+@contextmanager
+def _their_work(cannot: str) -> Iterator[None]:
+    """A part in which transformers is at work: what fails in it is no fault of ours. Raises _Unknown."""
+    try:
+        with Stage(f"{THEIRS}{cannot}"):
+            yield
+    except _Unknown:
+        raise
+    except Exception as error:  # whatever it stumbles on in a stranger's files, it cannot be compared with
+        raise _Unknown(f"it cannot {cannot} ({one_line(type(error).__name__)}: {one_line(error, 160)})") from None
+
+
 def compare(model: str, progress: Progress) -> dict[str, Any]:
     """The fields of an `Independent`, or the `reason` why there is nothing to compare with."""
     checkpoint = open_model(model)
     ours = build(checkpoint.config)
     try:
-        with Stage("loading transformers' model"):
+        with _their_work("load the checkpoint"):
             theirs, version = _theirs(model, ours)
+        progress(f"comparing the checkpoint's reading with transformers {version}")
+        run = _Seq2seq(ours, theirs) if ours.task == "seq2seq" else _Causal(ours, theirs)
+        ids = _tokens(_vocab(ours), checkpoint.config)
+        with _their_work("compute the model"), torch.no_grad():
+            for _ in range(_NEW):
+                ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
+            want, theirs_layers = _watched(run.their_layers(), lambda: run.theirs(ids))
     except _Unknown as unknown:
         return {"reason": str(unknown)}
-    progress(f"comparing the checkpoint's reading with transformers {version}")
     load_original(ours, checkpoint)
-    run = _Seq2seq(ours, theirs) if ours.task == "seq2seq" else _Causal(ours, theirs)
-    with Stage("comparing with transformers"), torch.no_grad():
-        ids = _tokens(_vocab(ours), checkpoint.config)
-        for _ in range(_NEW):
-            ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
-        want, theirs_layers = _watched(run.their_layers(), lambda: run.theirs(ids))
+    with Stage("computing the checkpoint's model"), torch.no_grad():
         got, our_layers = _watched(run.our_layers(), lambda: run.ours(ids))
     if not bool(torch.isfinite(want).all()):
         return {"reason": "the logits of its model are not finite"}
@@ -75,26 +90,21 @@ def _theirs(folder: str, ours: LanguageModel) -> tuple[nn.Module, str]:
     quiet: Any = transformers.logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        names = [n for n in (config.architectures or []) if isinstance(n, str) and n.endswith(_SUFFIXES)]
-        chosen = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-        chosen = chosen or getattr(transformers, _CLASSES[ours.task])
-        options = {"trust_remote_code": False} if chosen.__name__.startswith("Auto") else {}
-        theirs, info = chosen.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # whatever it stumbles on in a stranger's files, it cannot be compared with
-        raise _Unknown(
-            f"it cannot load the checkpoint ({one_line(type(error).__name__)}: {one_line(error, 160)})"
-        ) from None
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    names = [n for n in (config.architectures or []) if isinstance(n, str) and n.endswith(_SUFFIXES)]
+    chosen = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    chosen = chosen or getattr(transformers, _CLASSES[ours.task])
+    options = {"trust_remote_code": False} if chosen.__name__.startswith("Auto") else {}
+    theirs, info = chosen.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise _Unknown(f"it does not find {len(missing)} weights ({shown(missing[0], 80)} and the like) in the files")
@@ -218,12 +228,17 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
 
 
+def _side_by_side(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Gemma 3n's hidden states [streams, B, S, hidden], which lie side by side in ours."""
+    return theirs.permute(1, 2, 0, 3).flatten(2) if theirs.ndim == ours.ndim + 1 else theirs
+
+
 def _first_difference(ours: Mapping[str, Sequence[torch.Tensor]], theirs: Mapping[str, Sequence[torch.Tensor]]) -> str:
     """The first part whose output differs, in words."""
     for name in sorted(ours, key=lambda n: n != "encoder"):
         pairs = list(zip(ours[name], theirs.get(name, []), strict=False))
         for i, (got, want) in enumerate(pairs):
-            if _difference(got, want) > TOLERANCE:
+            if _difference(got, _side_by_side(want, got)) > TOLERANCE:
                 return f"the {name}'s embedding" if i == 0 else f"layer {i - 1} of the {name}"
         if not pairs:
             return f"the {name}, whose layers transformers does not show"
@@ -231,10 +246,15 @@ def _first_difference(ours: Mapping[str, Sequence[torch.Tensor]], theirs: Mappin
 
 
 def _job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """`compare`, or the `fault` of ours that ended it."""
     try:
         return compare(job["model"], progress)
-    except MemoryError:
-        raise UserError("two models in float32 took more memory than there is") from None
+    except (UserError, VerificationFailure):
+        raise
+    except Exception as error:  # told apart from what transformers cannot do
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return {"reason": "two models in float32 took more memory than there is"}
+        return {"fault": f"{type(error).__name__}: {one_line(error, 160)}"}
 
 
 if __name__ == "__main__":
