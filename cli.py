@@ -239,7 +239,11 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
-@click.option("--prompt", help="The prompt; '-' reads standard input.", required=True)
+@click.option("--prompt", help="The prompt; '-' reads standard input.")
+@click.option("--embed", is_flag=True, help="The vector of the prompt, as a line of JSON; of standard input one of each line.")
+@click.option("--texts", type=cli_options.path, metavar="FILE", help="For --embed: a file of texts, one a line.")
+@click.option("--prompt-name", metavar="NAME", help="For --embed: a prompt of the model's own before each text, such as query.")
+@click.option("-o", "--output", type=cli_options.path, metavar="FILE.npy", help="For --embed: all vectors as one array.")
 @click.option(
     "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
 )
@@ -256,11 +260,20 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 @click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
 @cli_options.check
-def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None:
-    """Answer a prompt, streaming to standard output.
+def run(bundle: Path, prompt: str | None, context: Path | None, embed: bool, **options: Any) -> None:
+    """Answer a prompt, streaming to standard output; with --embed print vectors of texts.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
+    vectors = {name: options.pop(name) for name in ("texts", "prompt_name", "output")}
+    if embed:
+        _embed(bundle, prompt, vectors, options | {"context": context})
+        return
+    for name, value in vectors.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --embed, which makes vectors of texts; give that, too")
+    if prompt is None:
+        raise UserError("say what to answer: --prompt TEXT")
     from .checkpoints.chat_template import start_early
 
     if options["chat"] is not False:
@@ -279,6 +292,31 @@ def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None
     for piece in run_prompt(bundle, text, RunOptions(sampling=sampling, context=context_text, **options), note):
         click.echo(printable(piece) if terminal else piece, nl=False)
     click.echo()
+
+
+def _embed(bundle: Path, prompt: str | None, vectors: dict[str, Any], options: dict[str, Any]) -> None:
+    """`run --embed`."""
+    from .commands.embed import MOST_BYTES, EmbedOptions, lines_of, run_embed
+    from .system.reading import read_stream, read_text
+
+    given = next((name for name in _GENERATING if options[name] is not None), None)
+    if given is not None:
+        raise UserError(f"--{given.replace('_', '-')} is for a model that generates; leave it out of --embed")
+    file: Path | None = vectors.pop("texts")
+    if (prompt is None) == (file is None):
+        raise UserError("--embed takes one of --prompt TEXT and --texts FILE")
+    if file is not None:
+        texts = lines_of(read_text(file, MOST_BYTES), str(file))
+    elif prompt == "-":
+        texts = lines_of(read_stream(sys.stdin.buffer, "standard input", MOST_BYTES), "standard input")
+    else:
+        texts = [prompt or ""]
+    shared = {name: options[name] for name in ("format", "threads", "check")}
+    for line in run_embed(bundle, texts, EmbedOptions(**shared, **vectors), note):
+        click.echo(line)
+
+
+_GENERATING = ("context", "memory", "save_memory", "target_language", "chat", "max_new_tokens")
 
 
 @main.command()

@@ -18,13 +18,15 @@ from .mlx_layout import without_mlx_layout
 from .prequantized.block import Block
 from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
+from .sentence_transformers import read_sentence_transformer
 from .tokenizer import Tokenizer
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_FILES = (
     *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, ADAPTER_CONFIG),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
-    *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt"),
+    *("modules.json", "sentence_*config.json", "config_sentence_transformers.json", "*/config.json"),
+    *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "*.bpe.model", "vocab.*", "merges.txt"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -86,6 +88,14 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
 
 
 def _open_directory(source: str, directory: Path) -> Checkpoint:
+    described = read_sentence_transformer(directory)
+    if described is None:
+        return _open_model(source, directory)
+    return described.joined(_open_model(source, described.transformer))
+
+
+def _open_model(source: str, directory: Path) -> Checkpoint:
+    """A folder as one model, whatever lies beside it."""
     if not any(directory.glob("*.safetensors")) and not (directory / INDEX).exists():
         from .gguf_parts import gguf_in
 
@@ -145,7 +155,7 @@ def _refuse_unreadable(source: str, store: TensorStore) -> None:
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
     # The older files count as a tokenizer, so that `from_dir` says how to convert them.
-    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
     return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
 
 

@@ -44,7 +44,7 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text")
     opened = open_bundle(path, options.format, options.threads, options.check)
-    with no_more_than_available(_size(opened)):
+    with no_more_than_available(bundle_bytes(opened)):
         yield from _answer(opened, prompt, options, progress)
 
 
@@ -63,7 +63,7 @@ def _answer(opened: OpenBundle, prompt: str, options: RunOptions, progress: Prog
     )
 
 
-def _size(opened: OpenBundle) -> int:
+def bundle_bytes(opened: OpenBundle) -> int:
     """Bytes of the target's files."""
     files = [opened.bundle.path / name for name in opened.bundle.target(opened.format).files]
     return sum(file.stat().st_size for file in files if file.is_file())

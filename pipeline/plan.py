@@ -28,7 +28,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     checkpoint: the request's model, where it is open already. Raises UserError for anything wrong with the checkpoint, the
     budget or the options.
     """
-    checkpoint = checkpoint or open_model(request.model, request.adapter)
+    checkpoint = checkpoint or open_model(request.model, request.adapter, request.pooling)
     prompted = with_own_task(request, checkpoint, progress)  # a task of the checkpoint's own gives prompts alone
     original = open_original(request, checkpoint, progress)
     generation = generation_of(original.model, checkpoint, original.config, request.max_context)

@@ -35,6 +35,6 @@ def test_a_family_through_onnx(family: str, tmp_path: Path) -> None:
 def test_the_table_has_every_architecture_and_target() -> None:
     """All but the kin of T5 and BART, which the same two descriptions compute."""
     assert set(ARCHITECTURES) - set(family_table.NAMES) == {"mt5", "umt5", "mbart", "marian", "pegasus"}
-    assert set(family_table.NAMES) <= set(ARCHITECTURES)
+    assert {name.partition(" ")[0] for name in family_table.NAMES} <= set(ARCHITECTURES)
     assert set(family_table.documented()) == {(f, t) for f in family_table.NAMES for t in family_table.FORMATS}
     assert family_table.table(family_table.documented()) in family_table.DOCS.read_text()
