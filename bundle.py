@@ -128,7 +128,7 @@ class ContextSpec(_Strict):
 
 
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
-"""How the vectors of a text's tokens become one; of several the results lie side by side in this order."""
+"""How the vectors of a text's tokens become one; of several the results lie side by side."""
 
 PromptText = Annotated[str, Field(max_length=4096)]
 _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
@@ -171,8 +171,8 @@ class EmbeddingSpec(_Strict):
         return self.prompt(names[0] if names else None)
 
     def prepared(self, text: str, prompt: str) -> str:
-        """What the tokenizer reads. No space is left at the ends, as in sentence-transformers."""
-        whole = (prompt + text).strip()
+        """What the tokenizer reads."""
+        whole = prompt + text
         return whole.lower() if self.lower_case else whole
 
 

@@ -224,7 +224,7 @@ class CalibrationForward:
     def _embed(self, part: _Part, most: int | None) -> tuple[Array, Array]:
         ids, part.real = self._padded(part, lambda s: s.tokens, None)
         inputs = {"input_ids": ids.numpy(), "encoder_mask": part.real.numpy()}
-        vectors = self._session.run("encoder", inputs, {})["embedding"]
+        vectors = self._session.run("encoder", inputs, {})["sentence_embedding"]
         return vectors[:, None], np.ones((len(vectors), 1), bool)
 
     def _seq2seq(self, part: _Part, most: int | None) -> tuple[Array, Array]:

@@ -39,7 +39,7 @@ POOLING = {
     "pooling_mode_weightedmean_tokens": "weighted_mean",
     "pooling_mode_lasttoken": "last",
 }
-"""The library's flag -> our name of the pooling, in the order in which the library joins their outputs."""
+"""The library's flag -> our name of the pooling, in the order in which the library joins what such flags ask for."""
 
 _BY_NAME = {"cls": "cls", "max": "max", "mean": "mean", "mean_sqrt_len_tokens": "mean_sqrt_len"} | {
     "weightedmean": "weighted_mean",
@@ -174,14 +174,16 @@ def _pooling(path: Path, prompted: bool) -> list[str]:
         names = named if isinstance(named, list) else [named]
         if not names or not all(isinstance(n, str) and n in _BY_NAME for n in names):
             raise UserError(f"{path}: pooling_mode is {shown(named, 60)}; known: {', '.join(_BY_NAME)}")
-        chosen = {_BY_NAME[n] for n in names}
+        chosen = list(dict.fromkeys(_BY_NAME[n] for n in names))
     else:
-        chosen = {ours for flag, ours in POOLING.items() if _flag(path, values, flag, ours == "mean")}  # its default
+        chosen = [ours for flag, ours in POOLING.items() if _flag(path, values, flag, False)]
+        if not chosen and "pooling_mode_mean_tokens" not in values:
+            chosen = ["mean"]  # the library's default
     if not chosen:
         raise UserError(f"{path}: no pooling is switched on; one of {', '.join(POOLING)} must be true")
     if prompted and not _flag(path, values, "include_prompt", True):
         raise UserError(f"{path}: include_prompt is false, and prompts that are not pooled are not supported")
-    return [ours for ours in POOLING.values() if ours in chosen]
+    return chosen
 
 
 def _flag(path: Path, values: Mapping[str, Any], key: str, default: bool) -> bool:

@@ -97,13 +97,13 @@ path = click.Path(path_type=Path)
 
 
 def _poolings(text: str) -> tuple[str, ...]:
-    """The poolings of a comma-separated list, in the order in which their results lie. Raises click's error for another."""
+    """The poolings of a comma-separated list. Raises click's error for another."""
     known = get_args(Pooling)
     asked = [part.strip() for part in text.split(",")] if text else []
     for name in asked:
         if name not in known:
             raise click.BadParameter(f"{shown(name, 60)} is none of {', '.join(known)}", param_hint="--pooling")
-    return tuple(name for name in known if name in asked)
+    return tuple(dict.fromkeys(asked))
 
 
 def planning(command: Any) -> Any:

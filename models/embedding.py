@@ -25,9 +25,10 @@ from .layers.activations import activation
 from .layers.linear import Linear
 
 POOLINGS = tuple(POOLING.values())
-"""The poolings; of several the results lie side by side in this order."""
+"""The poolings; of several the results lie side by side."""
 
 _ACTS = {"identity": None, "tanh": torch.tanh, "gelu": activation("gelu"), "relu": torch.relu, "silu": activation("silu")}
+OUTPUT = "sentence_embedding"
 _MOST_LINEARS = 8
 _SMALLEST = 1e-12
 
@@ -75,7 +76,7 @@ class EmbeddingSpec:
             return EmbeddingSpec(("mean",))
         section = ConfigReader(config, "").section(CONFIG).section(KEY)
         pooling = section.values.get("pooling")
-        if not isinstance(pooling, list) or not pooling or any(p not in POOLINGS for p in pooling):
+        if not isinstance(pooling, list) or not pooling or any(p not in POOLINGS or pooling.count(p) > 1 for p in pooling):
             raise section.error("pooling", pooling, f"some of {', '.join(POOLINGS)}")
         prompts = section.values.get("prompts") or {}
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
@@ -84,7 +85,7 @@ class EmbeddingSpec:
         if default is not None and default not in prompts:
             raise section.error("default_prompt", default, "one of the prompts")
         return EmbeddingSpec(
-            tuple(p for p in POOLINGS if p in pooling),
+            tuple(pooling),
             _behind(section),
             section.integer("max_length", 0, least=0),
             section.boolean("lower_case", False),
@@ -233,7 +234,7 @@ class EmbeddingModel(LanguageModel):
                     Port("input_ids", torch.int64, ("batch", "source")),
                     Port("encoder_mask", torch.bool, ("batch", "source")),
                 ),
-                outputs=(Port("embedding", torch.float32, ("batch", self.size)),),
+                outputs=(Port(OUTPUT, torch.float32, ("batch", self.size)),),
                 example={"batch": 2, "source": 5},
                 bounds={"batch": (1, 1024), "source": (1, self.max_context)},
             )

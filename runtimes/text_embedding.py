@@ -37,7 +37,7 @@ def embed_tokens(session: Session, spec: Generation, texts: Sequence[Sequence[in
         mask = np.zeros((len(rows), longest), bool)
         for row, text in enumerate(rows):
             ids[row, : len(texts[text])], mask[row, : len(texts[text])] = texts[text], True
-        vectors[rows] = session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, {})["embedding"]
+        vectors[rows] = session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, {})["sentence_embedding"]
         at += len(rows)
     return vectors
 

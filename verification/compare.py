@@ -194,7 +194,7 @@ class Texts:
         if np.isfinite(actual).all():
             errors = np.abs(expected - actual).max(-1) / np.maximum(np.abs(expected).max(-1), 1e-30)
         close = int((errors <= TOLERANCE).sum())
-        worst = float(min(errors.max(initial=0.0), sys.float_info.max))
+        worst = min(float(errors.max(initial=0.0)), sys.float_info.max)
         return Agreement(worst, 0.0, 1.0, len(self.texts), close, 0, None, similarity)
 
 

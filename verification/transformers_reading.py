@@ -113,4 +113,4 @@ def first_difference(ours: Mapping[str, Sequence[torch.Tensor]], theirs: Mapping
                 return f"the {name}'s embedding" if i == 0 else f"layer {i - 1} of the {name}"
         if not pairs:
             return f"the {name}, whose layers transformers does not show"
-    return "what stands behind the last layer (norm or head)"
+    return "what stands behind the last layer (norm, head or pooling)"
