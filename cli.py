@@ -240,10 +240,16 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 @main.command()
 @click.argument("bundle", type=cli_options.path)
 @click.option("--prompt", help="The prompt; '-' reads standard input.")
-@click.option("--embed", is_flag=True, help="The vector of the prompt, as a line of JSON; of standard input one of each line.")
+@click.option(
+    "--embed", is_flag=True, help="The vector of the prompt, as a line of JSON; of standard input one of each line."
+)
 @click.option("--texts", type=cli_options.path, metavar="FILE", help="For --embed: a file of texts, one a line.")
-@click.option("--prompt-name", metavar="NAME", help="For --embed: a prompt of the model's own before each text, such as query.")
-@click.option("-o", "--output", type=cli_options.path, metavar="FILE.npy", help="For --embed: all vectors as one array.")
+@click.option(
+    "--prompt-name", metavar="NAME", help="For --embed: a prompt of the model's own before each text, such as query."
+)
+@click.option(
+    "-o", "--output", type=cli_options.path, metavar="FILE.npy", help="For --embed: all vectors as one array."
+)
 @click.option(
     "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
 )

@@ -71,9 +71,10 @@ def read_samples(
 ) -> list[Sample]:
     """Samples of a text file, or of a task file (`.tsv`): prompts with their first answers. About `most_tokens` tokens in all.
 
-    longest: tokens the model's decoder, or encoder of texts, takes in one call. Of a text, an encoder-decoder reads the first half of each window
-    and its decoder is fed the second; a model with a context reads the first half as that. Raises UserError for a file that
-    cannot be read or has too little in it, a model without a tokenizer, or tokens that the model does not have.
+    longest: tokens the model's decoder, or encoder of texts, takes in one call. Of a text, an encoder-decoder reads the first half
+    of each window and its decoder is fed the second; a model with a context reads the first half as that, a model of embeddings
+    paragraphs. Raises UserError for a file that cannot be read or has too little in it, a model without a tokenizer, or tokens
+    that the model does not have.
     """
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:

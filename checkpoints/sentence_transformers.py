@@ -81,7 +81,9 @@ class JoinedStore:
         for store in stores:
             for name, info in store.infos.items():
                 if name in self._owner:
-                    raise UserError(f"{one_line(name)} is in two files of the checkpoint; is one of them another model's?")
+                    raise UserError(
+                        f"{one_line(name)} is in two files of the checkpoint; is one of them another model's?"
+                    )
                 self.infos[name], self._owner[name] = info, store
         self.files = tuple(file for store in stores for file in store.files)
 
@@ -149,8 +151,12 @@ def _chain(directory: Path) -> list[tuple[str, Path]]:
 
 def _stays_inside(path: str) -> bool:
     parts = PurePosixPath(path)
-    return len(path) <= 200 and path.isprintable() and not parts.is_absolute() and ".." not in parts.parts and not (
-        set(path) & set("\\:")
+    return (
+        len(path) <= 200
+        and path.isprintable()
+        and not parts.is_absolute()
+        and ".." not in parts.parts
+        and not (set(path) & set("\\:"))
     )
 
 
@@ -162,7 +168,9 @@ def _refuse_unknown(path: Path, values: Mapping[str, Any], known: Collection[str
     """What a key that is not read would change cannot be known."""
     for key, value in values.items():
         if key not in known and value not in (None, False, {}, []):
-            raise UserError(f"{path}: {shown(key, 60)} is {shown(value, 60)}, which is not computed here; remove the key")
+            raise UserError(
+                f"{path}: {shown(key, 60)} is {shown(value, 60)}, which is not computed here; remove the key"
+            )
 
 
 def _pooling(path: Path, prompted: bool) -> list[str]:
@@ -210,7 +218,9 @@ def _dense(path: Path) -> dict[str, Any]:
     act = values.get("activation_function", "torch.nn.modules.activation.Tanh")  # the library's default
     name = act.rpartition(".")[2] if isinstance(act, str) else ""
     if name not in _ACTIVATIONS or not act.startswith("torch.nn."):
-        raise UserError(f"{path}: activation_function is {shown(act, 80)}; known: {', '.join(_ACTIVATIONS)} of torch.nn")
+        raise UserError(
+            f"{path}: activation_function is {shown(act, 80)}; known: {', '.join(_ACTIVATIONS)} of torch.nn"
+        )
     return {
         "kind": "dense",
         "in": _size(path, values, "in_features"),
@@ -230,9 +240,7 @@ def _linear(folder: Path, number: int) -> TensorStore:
             )
         raise UserError(f"{folder}: no model.safetensors, where the weights of a Dense should be; download it again")
     store = SafetensorsStore(folder, {"model.safetensors": set()})
-    return NamedStore(
-        store, {f"dense.{number}.{name.removeprefix('linear.')}": (Piece(name),) for name in store.infos}
-    )
+    return NamedStore(store, {f"dense.{number}.{name.removeprefix('linear.')}": (Piece(name),) for name in store.infos})
 
 
 def _limits(transformer: Path) -> dict[str, Any]:
@@ -242,7 +250,9 @@ def _limits(transformer: Path) -> dict[str, Any]:
     inert = {"tokenizer_name_or_path", "cache_dir", "transformer_task", "modality_config", "module_output_name"}
     _refuse_unknown(path, values, {"max_seq_length", "do_lower_case", *inert})
     if values.get("transformer_task") not in (None, "feature-extraction"):
-        raise UserError(f"{path}: transformer_task is {shown(values['transformer_task'], 60)}; feature-extraction is known")
+        raise UserError(
+            f"{path}: transformer_task is {shown(values['transformer_task'], 60)}; feature-extraction is known"
+        )
     limits: dict[str, Any] = {}
     if values.get("max_seq_length") is not None:
         limits["max_length"] = _size(path, values, "max_seq_length")
@@ -260,7 +270,12 @@ def _prompts(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], s
     if not isinstance(prompts, dict) or len(prompts) > _MOST_PROMPTS:
         raise UserError(f"{path}: prompts is {shown(prompts, 60)}, expected at most {_MOST_PROMPTS} texts by name")
     for name, text in prompts.items():
-        if not isinstance(text, str) or len(text) > _LONGEST_PROMPT or not 0 < len(name) <= 80 or not name.isprintable():
+        if (
+            not isinstance(text, str)
+            or len(text) > _LONGEST_PROMPT
+            or not 0 < len(name) <= 80
+            or not name.isprintable()
+        ):
             raise UserError(f"{path}: the prompt {shown(name, 60)} is no text of at most {_LONGEST_PROMPT} characters")
     default = settings.get("default_prompt_name")
     if default is not None and (not isinstance(default, str) or default not in prompts):

@@ -43,7 +43,9 @@ def lines_of(text: str, name: str) -> list[str]:
     return lines
 
 
-def run_embed(path: Path, texts: Sequence[str], options: EmbedOptions, progress: Progress = lambda _: None) -> Iterator[str]:
+def run_embed(
+    path: Path, texts: Sequence[str], options: EmbedOptions, progress: Progress = lambda _: None
+) -> Iterator[str]:
     """A line of JSON for each text: {"tokens": how many were read, "embedding": [numbers]}. With an output no line at all.
 
     Raises UserError as `OpenBundle.embed` does, and for a file that cannot be written.

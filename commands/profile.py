@@ -37,7 +37,9 @@ class ProfileLengths:
         if spec.task == "module":
             return Lengths((), 0, tuple(self.depths), self.repeats)
         if spec.task == "embed" and self.new:
-            raise UserError(f"-n {self.new}: the bundle holds a model of embeddings, which generates nothing; leave it out")
+            raise UserError(
+                f"-n {self.new}: the bundle holds a model of embeddings, which generates nothing; leave it out"
+            )
         context, causal = spec.max_context, spec.task not in ("seq2seq", "embed")
         prompts = [min(512, context - 1)] if self.prompts is None else [n for n in self.prompts if n]
         new = 0 if spec.task == "embed" else self.new

@@ -246,13 +246,13 @@ class DescribedDecoder(CausalModel):
         return [kv_states(i, a.kv_heads, a.head_dim) for i, a in enumerate(self.spec.attention)]
 
     def text_encoder(self) -> TextEncoder:
-        return TextEncoder(
-            EncodingStack(self.spec), self.spec.hidden, self.spec.vocab, self.max_context, self.names
-        )
+        return TextEncoder(EncodingStack(self.spec), self.spec.hidden, self.spec.vocab, self.max_context, self.names)
 
     def graphs(self) -> list[Graph]:
         if self.spec.bidirectional:
-            raise UserError("config.json: use_bidirectional_attention is set: an encoder of texts, which generates nothing")
+            raise UserError(
+                "config.json: use_bidirectional_attention is set: an encoder of texts, which generates nothing"
+            )
         return super().graphs()
 
 

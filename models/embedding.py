@@ -27,7 +27,13 @@ from .layers.linear import Linear
 POOLINGS = tuple(POOLING.values())
 """The poolings; of several the results lie side by side."""
 
-_ACTS = {"identity": None, "tanh": torch.tanh, "gelu": activation("gelu"), "relu": torch.relu, "silu": activation("silu")}
+_ACTS = {
+    "identity": None,
+    "tanh": torch.tanh,
+    "gelu": activation("gelu"),
+    "relu": torch.relu,
+    "silu": activation("silu"),
+}
 OUTPUT = "sentence_embedding"
 _MOST_LINEARS = 8
 _SMALLEST = 1e-12
@@ -76,7 +82,11 @@ class EmbeddingSpec:
             return EmbeddingSpec(("mean",))
         section = ConfigReader(config, "").section(CONFIG).section(KEY)
         pooling = section.values.get("pooling")
-        if not isinstance(pooling, list) or not pooling or any(p not in POOLINGS or pooling.count(p) > 1 for p in pooling):
+        if (
+            not isinstance(pooling, list)
+            or not pooling
+            or any(p not in POOLINGS or pooling.count(p) > 1 for p in pooling)
+        ):
             raise section.error("pooling", pooling, f"some of {', '.join(POOLINGS)}")
         prompts = section.values.get("prompts") or {}
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
@@ -97,7 +107,11 @@ class EmbeddingSpec:
 
 def _behind(section: ConfigReader) -> tuple[DenseSpec | None, ...]:
     entries = section.values.get("behind") or []
-    if not isinstance(entries, list) or len(entries) > 2 * _MOST_LINEARS or not all(isinstance(e, dict) for e in entries):
+    if (
+        not isinstance(entries, list)
+        or len(entries) > 2 * _MOST_LINEARS
+        or not all(isinstance(e, dict) for e in entries)
+    ):
         raise section.error("behind", entries, f"a list of at most {2 * _MOST_LINEARS} objects")
     steps: list[DenseSpec | None] = []
     for entry in entries:
@@ -258,5 +272,3 @@ def embedding_model(config: dict[str, Any], backbone: LanguageModel) -> Embeddin
     return EmbeddingModel(
         config, replace(encoder, names=Names(*names.rules, root=names.root, ignored=(*names.ignored, *sorted(heads))))
     )
-
-

@@ -116,7 +116,9 @@ class DescribedEncoder(EmbeddingModel):
     def __init__(self, config: dict[str, Any]) -> None:
         spec = self.describe(ConfigReader(config, ""))
         stack = EncoderStack(spec)
-        super().__init__(config, TextEncoder(stack, spec.hidden, spec.vocab, spec.positions - spec.before, self.table()))
+        super().__init__(
+            config, TextEncoder(stack, spec.hidden, spec.vocab, spec.positions - spec.before, self.table())
+        )
 
     @staticmethod
     @abstractmethod

@@ -38,7 +38,9 @@ def open_model(model: str, adapter: str | None = None, pooling: Sequence[str] = 
                 f"--adapter goes with a checkpoint, and {one_line(model, 80)} is a module of your own; merge it there"
             )
         if pooling:
-            raise UserError(f"--pooling is of text encoders, and {one_line(model, 80)} is a module of your own; leave it out")
+            raise UserError(
+                f"--pooling is of text encoders, and {one_line(model, 80)} is a module of your own; leave it out"
+            )
         return open_module(model)
     checkpoint = open_checkpoint(model, adapter)
     config, notes = text_model(checkpoint.config)
@@ -67,7 +69,9 @@ def _with_pooling(config: dict[str, Any], pooling: Sequence[str], notes: list[st
     own = architecture_of(config).own_pooling(config)
     if own is None or described(config):
         return config
-    notes.append(f"no modules.json: a text's vector is the {own} of its tokens, not normalised; --pooling chooses another")
+    notes.append(
+        f"no modules.json: a text's vector is the {own} of its tokens, not normalised; --pooling chooses another"
+    )
     return pooled_by(config, (own,))
 
 

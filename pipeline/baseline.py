@@ -46,7 +46,10 @@ def compare_with_uniform(plan: BitPlan, even: BitPlan | None, source: Source, pr
     ours, theirs = measured_kl(source.over(evenly(source.samples, COMPARED)), [plan, even])
     taken = "; uniform is taken" if theirs < ours else ""
     measure = measure_of(source.generation.task)
-    progress(f"mean {measure.name} ({measure.unit}) on {COMPARED} samples, rounded to nearest: {ours:.4g} planned, {theirs:.4g} uniform{taken}")
+    progress(
+        f"mean {measure.name} ({measure.unit}) on {COMPARED} samples, rounded to nearest: {ours:.4g} planned, "
+        f"{theirs:.4g} uniform{taken}"
+    )
     return Baseline(even.average_bits, ours, theirs)
 
 

@@ -66,8 +66,8 @@ class TuningOptions:
 class Tuned:
     """What tuning gave. values: stored name -> the tuned vector in its file's dtype; none where nothing was won.
 
-    before, after: the divergence from the original on the parts kept apart, in nats a token or 1 - cosine a text; GPTQ has seen these too. tokens: of
-    the samples that the gains were tuned on.
+    before, after: the divergence from the original on the parts kept apart, in nats a token or 1 - cosine a text; GPTQ has
+    seen these too. tokens: of the samples that the gains were tuned on.
     """
 
     values: dict[str, torch.Tensor]

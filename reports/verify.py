@@ -166,7 +166,10 @@ def _similarity_table(report: Report) -> list[Table | str]:
         f"{report.text_against} weights"
     )
     rows = table("on the text", "cosine", "least", "Spearman of pairs", "same nearest text")
-    scores = [("dequantized, float32", report.dequantized_text), *((f"{t.format}, as shipped", t.text) for t in report.targets)]
+    scores = [
+        ("dequantized, float32", report.dequantized_text),
+        *((f"{t.format}, as shipped", t.text) for t in report.targets),
+    ]
     for name, s in scores:
         if isinstance(s, Similarity):
             rows.add_row(name, f"{s.cosine:.6f}", f"{s.worst:.6f}", f"{s.spearman:.4f}", f"{s.nearest:.2%}")

@@ -126,8 +126,8 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
 
     pp: an encoder-decoder reads so many source tokens and makes its first decoder step; a decoder-only model reads a
     prompt; a decoder-decoder reads a context and then a question of 8 tokens. tg: the depth is the source length of an
-    encoder-decoder, else the tokens already in the cache. A model of embeddings has pp rows alone, a module has one row, its calls a second. Where something runs in
-    place of the target's device the result is {"not_measured": why}.
+    encoder-decoder, else the tokens already in the cache. A model of embeddings has pp rows alone, a module
+    has one row, its calls a second. Where something runs in place of the target's device the result is {"not_measured": why}.
     """
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation

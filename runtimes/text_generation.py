@@ -29,14 +29,16 @@ def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, c
         threads: CPU threads of the target's runtime; 0 is all cores.
         check: whether the files that will be read are hashed first.
 
-    Raises UserError if there is no bundle or no such target, or it holds a module, which reads no text; VerificationFailure for a file
-    that is not what was exported.
+    Raises UserError if there is no bundle or no such target, or it holds a module, which reads no text; VerificationFailure for a
+    file that is not what was exported.
     """
     return OpenBundle(Bundle.open(path), format, threads, check)
 
 
 class OpenBundle:
-    """A bundle that generates text, or makes vectors of texts. Tokenizer and artefact are loaded at the first prompt and kept for the next ones.
+    """A bundle that generates text, or makes vectors of texts.
+
+    Tokenizer and artefact are loaded at the first prompt and kept for the next ones.
 
     Attributes:
         bundle: path and manifest.
@@ -105,7 +107,9 @@ class OpenBundle:
         or a context, memory or language that the model does not take.
         """
         if self._spec.task == "embed":
-            raise UserError(f"{self.bundle.path} holds a model of embeddings, which generates nothing; use --embed (`embed`)")
+            raise UserError(
+                f"{self.bundle.path} holds a model of embeddings, which generates nothing; use --embed (`embed`)"
+            )
         ids = self.encode_prompt(prompt, chat) if isinstance(prompt, str) else prompt
         if context is not None and memory is not None:
             raise UserError("a context and a memory of one were both passed; pass one of them")

@@ -83,10 +83,10 @@ def _agrees(agreement: Agreement) -> bool:
 class Independent:
     """The original weights as read here, compared with transformers on the same tokens.
 
-    version: of transformers, or for a model of embeddings what was compared with. max_relative_error: of any logit, relative to the largest. top1: share of positions with the same
-    best token. positions: compared. tokens: greedy tokens among them, the same from both. differs: the first part whose output
-    differs, None if the logits agree. cosine: of a model of embeddings, the least of a text's vectors; positions are then texts, and
-    there are no tokens.
+    version: of transformers, or for a model of embeddings what was compared with. max_relative_error: of any logit, relative to
+    the largest. top1: share of positions with the same best token. positions: compared. tokens: greedy tokens among them, the
+    same from both. differs: the first part whose output differs, None if the logits agree. cosine: of a model of embeddings,
+    the least of a text's vectors; positions are then texts, and there are no tokens.
     """
 
     version: str
@@ -178,7 +178,9 @@ class TargetReport:
         """The entry of a target in `Report.to_json`."""
         own = {f.name: values[f.name] for f in fields(TargetReport)}
         own |= {key: Agreement.from_json(values[key]) for key in ("lowering", "shipped", "arithmetic")}
-        return TargetReport(**own | {"placement": _made(Placement, values["placement"]), "text": _score(values["text"])})
+        return TargetReport(
+            **own | {"placement": _made(Placement, values["placement"]), "text": _score(values["text"])}
+        )
 
     @property
     def _least_top1(self) -> float:
@@ -240,8 +242,8 @@ class Report:
     """The result of `verify`.
 
     quantization: the dequantized against the original weights. text_against: the weights whose distributions the text scores
-    are compared with. text_positions: scored tokens, in text_windows windows (of embeddings: tokens, in so many texts). notes: targets and measurements left out.
-    independent: the original's reading compared with transformers.
+    are compared with. text_positions: scored tokens, in text_windows windows (of embeddings: tokens, in so many texts). notes:
+    targets and measurements left out. independent: the original's reading compared with transformers.
     """
 
     targets: Sequence[TargetReport]

@@ -1,4 +1,4 @@
-"""The files of sentence-transformers: what they say is read, and what cannot be computed, or leads out of the folder, is refused."""
+"""The files of sentence-transformers: what they say is read; what cannot be computed, or leads out of the folder, is refused."""
 
 from __future__ import annotations
 
@@ -152,7 +152,10 @@ LIMITS = "sentence_bert_config.json"
         (replaced("modules.json", "[" * 100), "not valid JSON"),
         (replaced("modules.json", json.dumps([[[]] * 3] * 40)), "40 modules; 2 to 16 are expected"),
         (replaced("modules.json", "[1, 2]"), "1 is no module; its type and path are strings"),
-        (entries(lambda e: e[1:]), "the modules are Pooling, Dense, Normalize; a Transformer and a Pooling must come first"),
+        (
+            entries(lambda e: e[1:]),
+            "the modules are Pooling, Dense, Normalize; a Transformer and a Pooling must come first",
+        ),
         (entries(lambda e: [*e, e[1]]), "a second Pooling follows the first"),
         (typed(2, "sentence_transformers.models.LSTM"), "a module of type 'sentence_transformers.models.LSTM'"),
         (typed(0, "custom_st.Transformer"), "a module of type 'custom_st.Transformer' is not computed here"),

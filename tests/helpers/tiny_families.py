@@ -430,7 +430,9 @@ FAMILIES["roberta"] = (
     | {"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}
     | _embedding("max", "mean_sqrt_len")
 )
-FAMILIES["xlm-roberta"] = FAMILIES["roberta"] | {"model_type": "xlm-roberta"} | _embedding("weighted_mean", behind=_LINEARS)
+FAMILIES["xlm-roberta"] = (
+    FAMILIES["roberta"] | {"model_type": "xlm-roberta"} | _embedding("weighted_mean", behind=_LINEARS)
+)
 FAMILIES["distilbert"] = {
     "model_type": "distilbert",
     "activation": "gelu",

@@ -214,7 +214,7 @@ def test_a_family_without_a_text_encoder_is_refused(tmp_path: Path) -> None:
 
 def test_a_classifier_is_refused(tmp_path: Path) -> None:
     randomise(hf.BertForSequenceClassification(hf.BertConfig(**_BERT)), 2).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="BertForSequenceClassification.*its vectors are not for search"):
+    with pytest.raises(UserError, match=r"BertForSequenceClassification.*its vectors are not for search"):
         open_model(str(tmp_path))
 
 

@@ -32,7 +32,7 @@ from edgewright.verification.report import Agreement
 
 EW = torch.ops.edgewright
 CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
-WITHOUT = {"modernbert"}
+WITHOUT = {"modernbert", "bert", "roberta", "xlm-roberta", "distilbert"}
 """Families that keep no keys and values: encoders."""
 HEADS, KV, DIM, SCALE = 4, 2, 16, 0.3
 

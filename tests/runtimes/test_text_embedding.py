@@ -123,7 +123,10 @@ def test_the_command_refuses_in_one_line(bundle: Path, tmp_path: Path) -> None:
         (["--embed"], "--embed takes one of --prompt TEXT and --texts FILE"),
         (["--embed", "--prompt", " "], "text 1 is empty"),
         (["--embed", "--texts", str(empty)], "0 texts, a line each; give 1 to"),
-        (["--embed", "--prompt", "a", "--prompt-name", "title"], "--prompt-name title is no prompt of this model; it has: document, query"),
+        (
+            ["--embed", "--prompt", "a", "--prompt-name", "title"],
+            "--prompt-name title is no prompt of this model; it has: document, query",
+        ),
         (["--embed", "--prompt", "a", "-n", "3"], "--max-new-tokens is for a model that generates"),
         (["--embed", "--prompt", "a", "-o", "vectors.txt"], "vectors are written as .npy"),
         (["--prompt", "a", "--prompt-name", "query"], "--prompt-name is for --embed"),
