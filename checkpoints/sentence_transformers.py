@@ -29,7 +29,7 @@ _OLDER = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta",
 _LENGTHS = ("sentence_bert_config.json", *(f"sentence_{name}_config.json" for name in _OLDER[1:]))
 _PACKAGE = "sentence_transformers."
 _KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
-_MOST_MODULES, _MOST_PROMPTS, _LONGEST_PROMPT, _LARGEST = 16, 64, 4096, 1 << 20
+_MOST_MODULES, MOST_PROMPTS, _LONGEST_PROMPT, _LARGEST = 16, 64, 4096, 1 << 20
 
 POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -46,7 +46,7 @@ _BY_NAME = {"cls": "cls", "max": "max", "mean": "mean", "mean_sqrt_len_tokens": 
     "lasttoken": "last",
 }
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
-_SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SentenceTransformer:
         Raises UserError for a linear whose weights are missing, or a pickle.
         """
         ours = checkpoint.config.get(CONFIG)
-        described = (ours if isinstance(ours, Mapping) else {}) | {KEY: self.embedding}
+        described: dict[str, Any] = {**(ours if isinstance(ours, dict) else {}), KEY: self.embedding}
         stores = [checkpoint.store, *(_linear(folder, i) for i, folder in enumerate(self.dense))]
         store = checkpoint.store if len(stores) == 1 else JoinedStore(stores)
         return checkpoint.changed(config=checkpoint.config | {CONFIG: described}, store=store)
@@ -267,27 +267,28 @@ def _prompts(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], s
     if kind not in (None, "SentenceTransformer"):
         raise UserError(f"{path}: model_type is {shown(kind, 60)}; a SentenceTransformer makes one vector of a text")
     prompts = settings.get("prompts") or {}
-    if not isinstance(prompts, dict) or len(prompts) > _MOST_PROMPTS:
-        raise UserError(f"{path}: prompts is {shown(prompts, 60)}, expected at most {_MOST_PROMPTS} texts by name")
-    for name, text in prompts.items():
-        if (
-            not isinstance(text, str)
-            or len(text) > _LONGEST_PROMPT
-            or not 0 < len(name) <= 80
-            or not name.isprintable()
-        ):
-            raise UserError(f"{path}: the prompt {shown(name, 60)} is no text of at most {_LONGEST_PROMPT} characters")
+    if not isinstance(prompts, dict) or len(prompts) > MOST_PROMPTS:
+        raise UserError(f"{path}: prompts is {shown(prompts, 60)}, expected at most {MOST_PROMPTS} texts by name")
+    bad = next((name for name, text in prompts.items() if not prompts_fit({name: text})), None)
+    if bad is not None:
+        raise UserError(f"{path}: the prompt {shown(bad, 60)} is no text of at most {_LONGEST_PROMPT} characters")
     default = settings.get("default_prompt_name")
     if default is not None and (not isinstance(default, str) or default not in prompts):
         raise UserError(f"{path}: default_prompt_name is {shown(default, 60)}, which is none of the prompts")
     return dict(prompts), default
 
 
+def prompts_fit(prompts: Mapping[str, Any]) -> bool:
+    """Whether they are few enough, all texts, and none of them or their names is too long."""
+    texts = all(isinstance(text, str) and len(text) <= _LONGEST_PROMPT for text in prompts.values())
+    return texts and len(prompts) <= MOST_PROMPTS and all(0 < len(n) <= 80 and n.isprintable() for n in prompts)
+
+
 def _similarity(directory: Path, settings: Mapping[str, Any]) -> str:
     name = settings.get("similarity_fn_name")
     if name is None:
         return "cosine"
-    if not isinstance(name, str) or name not in _SIMILARITIES:
-        known = ", ".join(_SIMILARITIES)
+    if not isinstance(name, str) or name not in SIMILARITIES:
+        known = ", ".join(SIMILARITIES)
         raise UserError(f"{directory / _SETTINGS}: similarity_fn_name is {shown(name, 60)}; known: {known}")
     return name

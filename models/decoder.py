@@ -158,15 +158,14 @@ class PositionTable(nn.Module):
         return nn.functional.embedding(positions, self.weight).to(torch.float32)
 
 
-class DecoderEnds(nn.Module):
-    """Embedding and last norm of a stack; heirs have the layers between them."""
+class DecoderEmbedding(nn.Module):
+    """The embedding of a stack; heirs have the layers and the last norm."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.scale = spec.embedding_scale
         self.embed_tokens = Embedding(spec.vocab, spec.hidden)
         self.embed_positions = PositionTable(spec.table, spec.hidden) if spec.table else None
-        self.norm = spec.norm.of(spec.hidden)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, hidden] of input_ids [B, S]."""
@@ -174,23 +173,25 @@ class DecoderEnds(nn.Module):
         return h if self.scale == 1.0 else h * self.scale
 
 
-class DecoderStack(DecoderEnds):
+class DecoderStack(DecoderEmbedding):
     """Embedding, layers and last norm."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__(spec)
         self.layers = nn.ModuleList(DecoderLayer(spec, i) for i in range(len(spec.attention)))
+        self.norm = spec.norm.of(spec.hidden)
 
     def parts(self, head: Any) -> DecoderParts:
         return DecoderParts(self.embed, self.layers, self.norm, head, self.embed_positions)
 
 
-class EncodingStack(DecoderEnds, TextStack):
+class EncodingStack(DecoderEmbedding, TextStack):
     """The same layers as an encoder of texts, causal unless the spec says bidirectional."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__(spec)
         self.layers = nn.ModuleList(EncodingLayer(spec, i) for i in range(len(spec.attention)))
+        self.norm = spec.norm.of(spec.hidden)
         self.windows = tuple(a.window for a in spec.attention)
         self.bidirectional = spec.bidirectional
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.names import Names
-from ..checkpoints.sentence_transformers import CONFIG, KEY, POOLING
+from ..checkpoints.sentence_transformers import CONFIG, KEY, MOST_PROMPTS, POOLING, SIMILARITIES, prompts_fit
 from ..errors import UserError
 from ..graph import Graph, Port
 from ..system.reading import shown
@@ -89,11 +89,14 @@ class EmbeddingSpec:
         ):
             raise section.error("pooling", pooling, f"some of {', '.join(POOLINGS)}")
         prompts = section.values.get("prompts") or {}
-        if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-            raise section.error("prompts", prompts, "texts by name")
+        if not isinstance(prompts, dict) or not prompts_fit(prompts):
+            raise section.error("prompts", prompts, f"at most {MOST_PROMPTS} texts by name")
         default = section.values.get("default_prompt")
-        if default is not None and default not in prompts:
+        if default is not None and (not isinstance(default, str) or default not in prompts):
             raise section.error("default_prompt", default, "one of the prompts")
+        similarity = section.text("similarity", "cosine")
+        if similarity not in SIMILARITIES:
+            raise section.error("similarity", similarity, f"one of {', '.join(SIMILARITIES)}")
         return EmbeddingSpec(
             tuple(pooling),
             _behind(section),
@@ -101,7 +104,7 @@ class EmbeddingSpec:
             section.boolean("lower_case", False),
             tuple(sorted(prompts.items())),
             default,
-            section.text("similarity", "cosine"),
+            similarity,
         )
 
 

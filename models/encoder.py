@@ -107,7 +107,8 @@ class EncoderStack(TextStack):
         mask = torch.logical_and(encoder_mask.unsqueeze(1).unsqueeze(1), everywhere)
         for layer in self.layers:
             h = layer(h, positions, mask)
-        return h
+        out: torch.Tensor = h
+        return out
 
 
 class DescribedEncoder(EmbeddingModel):

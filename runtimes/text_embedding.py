@@ -23,10 +23,10 @@ def embed_tokens(session: Session, spec: Generation, texts: Sequence[Sequence[in
     Raises UserError for a text that is empty, too long, or has tokens that the model does not.
     """
     assert spec.embedding is not None
-    for ids in texts:
-        require_tokens(ids, spec.vocab, "a text")
-        if len(ids) > spec.max_context:
-            raise UserError(f"a text has {len(ids)} tokens, the model reads at most {spec.max_context}")
+    for text in texts:
+        require_tokens(text, spec.vocab, "a text")
+        if len(text) > spec.max_context:
+            raise UserError(f"a text has {len(text)} tokens, the model reads at most {spec.max_context}")
     vectors = np.zeros((len(texts), spec.embedding.size), np.float32)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     at = 0
@@ -35,8 +35,8 @@ def embed_tokens(session: Session, spec: Generation, texts: Sequence[Sequence[in
         rows = order[at : at + max(1, min(ROWS, _SCORES // longest**2))]
         ids = np.full((len(rows), longest), spec.pad_id, np.int64)
         mask = np.zeros((len(rows), longest), bool)
-        for row, text in enumerate(rows):
-            ids[row, : len(texts[text])], mask[row, : len(texts[text])] = texts[text], True
+        for row, place in enumerate(rows):
+            ids[row, : len(texts[place])], mask[row, : len(texts[place])] = texts[place], True
         vectors[rows] = session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, {})["sentence_embedding"]
         at += len(rows)
     return vectors

@@ -230,7 +230,9 @@ class TargetReport:
 
 
 def _score(values: Mapping[str, Any] | None) -> TextScore | Similarity | None:
-    return _made(Similarity if values is not None and "cosine" in values else TextScore, values)
+    if values is not None and "cosine" in values:
+        return Similarity(**values)
+    return _made(TextScore, values)
 
 
 def _made(kind: type[_T], values: Mapping[str, Any] | None) -> _T | None:
@@ -298,7 +300,8 @@ def require(report: Report) -> None:
         if not target.passed:
             agreement = target.lowering
             if target.shipped.max_relative_error == sys.float_info.max:
-                raise VerificationFailure(f"{target.format}: as shipped its outputs are not finite: it overflows")
+                what = "logits" if target.shipped.similarity is None else "vectors"
+                raise VerificationFailure(f"{target.format}: as shipped its {what} are not finite: it overflows")
             if target.on_device and not target._near(target.shipped):
                 agreement = target.shipped
             if agreement.similarity is not None:

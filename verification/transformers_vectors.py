@@ -63,7 +63,7 @@ def compare_vectors(
         full = torch.ones_like(ids, dtype=torch.bool)
         layers = {"encoder": stack_of(theirs.model, len(ours.model.layers), "encoder")}
         want, their_layers = watched(layers, lambda: theirs.vectors(ids, full))
-        got, our_layers = watched(ours.stacks(), lambda: graph.call([ids, full])[0])
+        got, our_layers = watched({"encoder": list(ours.model.layers)}, lambda: graph.call([ids, full])[0])
         want, got = torch.cat((want, theirs.vectors(ids, cut))), torch.cat((got, graph.call([ids, cut])[0]))
     if not bool(torch.isfinite(want).all()):
         return {"reason": "the vectors of its model are not finite"}
@@ -123,9 +123,9 @@ def _transformer(folder: str, ours: EmbeddingModel, checkpoint: Checkpoint) -> _
 def _pooled(h: torch.Tensor, pooling: Sequence[str]) -> torch.Tensor:
     """One vector of the hidden states [T, hidden] of a text without padding."""
     numbers = torch.arange(1, len(h) + 1).unsqueeze(-1)
-    ways = {
+    ways: dict[str, Callable[[], torch.Tensor]] = {
         "cls": lambda: h[0],
-        "max": lambda: h.max(0).values,
+        "max": lambda: h.amax(0),
         "mean": lambda: h.mean(0),
         "mean_sqrt_len": lambda: h.sum(0) / len(h) ** 0.5,
         "weighted_mean": lambda: (h * numbers).sum(0) / numbers.sum(),
