@@ -127,6 +127,20 @@ class ContextSpec(_Strict):
     splice: Literal["exact", "released"] = "exact"
 
 
+class SamplingSpec(_Strict):
+    """How the model's makers have a token drawn, as generation_config.json says; the names are `runtimes.sampling.Sampling`'s.
+
+    temperature 0 is greedy.
+    """
+
+    temperature: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=1e-2, le=1e2, allow_inf_nan=False)] = 1.0
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=1 << 10)] = 0
+
+
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
 """How the vectors of a text's tokens become one; of several the results lie side by side."""
 
@@ -182,7 +196,7 @@ class Generation(_Strict):
     task: a "module" has no loop, its graphs run as they are; vocab and max_context are then the limits of its inputs. "embed" has
     none either: a text of at most max_context tokens becomes one vector, as `embedding` says.
     forced: what every answer of an encoder-decoder begins with, behind decoder_start: fed, not generated, such as a language.
-    prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task.
+    prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task. sampling: None is greedy.
     """
 
     task: Literal["seq2seq", "causal", "memory", "embed", "module"]
@@ -196,6 +210,7 @@ class Generation(_Strict):
     prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
     context: ContextSpec | None = None
     embedding: EmbeddingSpec | None = None
+    sampling: SamplingSpec | None = None
 
     @property
     def pooling(self) -> tuple[str, ...]:

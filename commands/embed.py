@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from ..runtimes.session import Array
 from ..runtimes.text_generation import OpenBundle, open_bundle
 from ..system.memory import no_more_than_available
 from ..system.writing import write_file
-from .run import Progress, bundle_bytes
 
 MOST_TEXTS = 1 << 20
 MOST_BYTES = 256 << 20
 """Of a file of texts."""
 
 _TOGETHER = 256
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def run_embed(
     if options.output is not None and options.output.suffix != ".npy":
         raise UserError(f"-o {options.output}: vectors are written as .npy; name the file so")
     opened = open_bundle(path, options.format, options.threads, options.check)
-    with no_more_than_available(bundle_bytes(opened)):
+    with no_more_than_available(opened.size):
         ids = opened.encode_texts(texts, options.prompt_name, progress)
         if opened.session.stand_in:
             progress(opened.session.how)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..system.reading import shown
+from ..system.reading import nearest, shown
 from . import eugen
+from .config import LONG_FACTORS, OURS
 from .embedding import EmbeddingModel, described, embedding_model
 from .language_model import LanguageModel
 
@@ -22,6 +23,7 @@ ARCHITECTURES = {
     "qwen3": "families.qwen3",
     "gemma": "families.gemma3",
     "gemma2": "families.gemma3",
+    "gemma3n_text": "families.gemma3n",
     "gemma4_text": "families.gemma4",
     "phi3": "families.phi3",
     "smollm3": "families.smollm3",
@@ -38,6 +40,13 @@ ARCHITECTURES = {
     "qwen3_next": "families.qwen3_5",
     "olmo_hybrid": "families.olmo_hybrid",
     "falcon_h1": "families.falcon_h1",
+    "mamba2": "families.mamba2",
+    "bamba": "families.bamba",
+    "granitemoehybrid": "families.granite4",
+    "nemotron_h": "families.nemotron_h",
+    "recurrent_gemma": "families.recurrent_gemma",
+    "zamba2": "families.zamba2",
+    "rwkv7": "families.rwkv7",
     "lfm2": "families.lfm2",
     "hgrn2": "families.hgrn2",
     "gemma3_text": "families.gemma3",
@@ -70,7 +79,8 @@ def architecture_of(config: dict[str, Any]) -> type[LanguageModel]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"model_type {shown(kind, 60)} is not supported; supported: {known}")
+        near = nearest(kind, ARCHITECTURES) if isinstance(kind, str) else ""
+        raise UserError(f"model_type {shown(kind, 60)} is not supported{near}; supported: {known}")
     architecture: type[LanguageModel] = importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
     return architecture
 
@@ -103,3 +113,14 @@ def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
     short = architecture_of(config).shorten(config, layers)
     with torch.device("meta"):
         return eugen.kept_by(_made(short), short)
+
+
+def lengthened(config: dict[str, Any], context: int) -> dict[str, Any]:
+    """`config` for contexts of so many tokens: of longrope the long factors, where the short ones end before. Else as it is.
+
+    The factors are chosen once, for every position: keys in a cache cannot be turned anew when a text has grown long. Raises
+    UserError for a bad config.
+    """
+    ends = build(config).max_context
+    longer = config | {OURS: dict(config.get(OURS) or {}) | {LONG_FACTORS: True}}
+    return longer if ends < context and ends < build(longer).max_context else config

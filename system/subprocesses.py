@@ -44,6 +44,9 @@ _LOOK = 0.05
 _LAST_WORDS = 1 << 16
 """Bytes of a child's standard error that are looked at, from its end; and of one line of its standard output."""
 
+_KILLED = 9
+"""The signal that ends a process for whose memory there is no room."""
+
 _MOST_WRITTEN = 1 << 30
 """Bytes of a file that a child with limits may write."""
 
@@ -51,12 +54,13 @@ _MOST_WRITTEN = 1 << 30
 class ChildFailed(Exception):
     """The child ended without a result. The text says how, and the last line it wrote to standard error.
 
-    stage: what it was doing (`system.stages`), "" where it did not say.
+    stage: what it was doing (`system.stages`), "" where it did not say. killed: it was ended from outside, by its limits or by
+    the system, and did not fail by itself.
     """
 
-    def __init__(self, text: str, stage: str = "") -> None:
+    def __init__(self, text: str, stage: str = "", killed: bool = False) -> None:
         super().__init__(text)
-        self.stage = stage
+        self.stage, self.killed = stage, killed
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,10 @@ def run_child(
                     guard.stop()
         where = "" if limits is None else read_stage(stage)[0]
         if guard is not None and guard.reason is not None:
-            raise ChildFailed(guard.reason, where)
+            raise ChildFailed(guard.reason, where, killed=True)
         if process.returncode or not result_file.is_file():
-            raise ChildFailed(f"ended with {_how(process.returncode)} ({_last_line(errors)})", where)
+            killed = process.returncode == -_KILLED
+            raise ChildFailed(f"ended with {_how(process.returncode)} ({_last_line(errors)})", where, killed)
         result: dict[str, Any] = json.loads(result_file.read_text())
     if "error" in result:
         raise UserError(result["error"])

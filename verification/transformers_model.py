@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, VerificationFailure
 from ..models.embedding import EmbeddingModel
 from ..models.language_model import LanguageModel
 from ..models.loading import load_original
 from ..models.opening import open_model
 from ..models.registry import build
 from ..runtimes.session import sized
+from ..system.reading import one_line
 from ..system.stages import Stage
 from ..system.subprocesses import Progress, serve
 from .report import TOLERANCE
-from .transformers_reading import Unknown, difference, first_difference, load_theirs, random_tokens, stack_of, watched
+from .transformers_reading import (
+    Unknown,
+    difference,
+    first_difference,
+    load_theirs,
+    random_tokens,
+    stack_of,
+    their_work,
+    watched,
+)
 from .transformers_vectors import compare_vectors
 
 _PROMPT, _BATCH, _NEW = 20, 2, 8
@@ -33,18 +43,19 @@ def compare(model: str, progress: Progress, pooling: Sequence[str] = ()) -> dict
     if isinstance(ours, EmbeddingModel):
         return compare_vectors(model, ours, checkpoint, progress, pooling)
     try:
-        with Stage("loading transformers' model"):
+        with their_work("load the checkpoint"):
             theirs, version = _theirs(model, ours.task)
+        progress(f"comparing the checkpoint's reading with transformers {version}")
+        run = _Seq2seq(ours, theirs) if ours.task == "seq2seq" else _Causal(ours, theirs)
+        ids = random_tokens(_vocab(ours), checkpoint.config, _BATCH, _PROMPT)
+        with their_work("compute the model"), torch.no_grad():
+            for _ in range(_NEW):
+                ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
+            want, theirs_layers = watched(run.their_layers(), lambda: run.theirs(ids))
     except Unknown as unknown:
         return {"reason": str(unknown)}
-    progress(f"comparing the checkpoint's reading with transformers {version}")
     load_original(ours, checkpoint)
-    run = _Seq2seq(ours, theirs) if ours.task == "seq2seq" else _Causal(ours, theirs)
-    with Stage("comparing with transformers"), torch.no_grad():
-        ids = random_tokens(_vocab(ours), checkpoint.config, _BATCH, _PROMPT)
-        for _ in range(_NEW):
-            ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
-        want, theirs_layers = watched(run.their_layers(), lambda: run.theirs(ids))
+    with Stage("computing the checkpoint's model"), torch.no_grad():
         got, our_layers = watched(run.our_layers(), lambda: run.ours(ids))
     if not bool(torch.isfinite(want).all()):
         return {"reason": "the logits of its model are not finite"}
@@ -139,10 +150,15 @@ class _Seq2seq(_Causal):
 
 
 def _job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """`compare`, or the `fault` of ours that ended it."""
     try:
         return compare(job["model"], progress, job["pooling"])
-    except MemoryError:
-        raise UserError("two models in float32 took more memory than there is") from None
+    except (UserError, VerificationFailure):
+        raise
+    except Exception as error:  # told apart from what transformers cannot do
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return {"reason": "two models in float32 took more memory than there is"}
+        return {"fault": f"{type(error).__name__}: {one_line(error, 160)}"}
 
 
 if __name__ == "__main__":

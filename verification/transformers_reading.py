@@ -6,18 +6,33 @@ transformers gets no code of the checkpoint, no pickle and no network.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..system.reading import one_line, shown
+from ..system.stages import Stage
+from .against import THEIRS
 from .report import TOLERANCE
 
 
 class Unknown(Exception):
     """transformers cannot say what this model computes. The text says why."""
+
+
+@contextmanager
+def their_work(cannot: str) -> Iterator[None]:
+    """A part in which transformers is at work: what fails in it is no fault of ours. Raises Unknown."""
+    try:
+        with Stage(f"{THEIRS}{cannot}"):
+            yield
+    except Unknown:
+        raise
+    except Exception as error:  # whatever it stumbles on in a stranger's files, it cannot be compared with
+        raise Unknown(f"it cannot {cannot} ({one_line(type(error).__name__)}: {one_line(error, 160)})") from None
 
 
 def load_theirs(folder: str, auto: str, suffixes: tuple[str, ...] = (), optional: str = "") -> tuple[nn.Module, str]:
@@ -32,26 +47,21 @@ def load_theirs(folder: str, auto: str, suffixes: tuple[str, ...] = (), optional
     quiet: Any = transformers.logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        names = [n for n in (config.architectures or []) if isinstance(n, str) and suffixes and n.endswith(suffixes)]
-        chosen = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-        chosen = chosen or getattr(transformers, auto)
-        options = {"trust_remote_code": False} if chosen.__name__.startswith("Auto") else {}
-        theirs, info = chosen.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # whatever it stumbles on in a stranger's files, it cannot be compared with
-        raise Unknown(
-            f"it cannot load the checkpoint ({one_line(type(error).__name__)}: {one_line(error, 160)})"
-        ) from None
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    names = [n for n in (config.architectures or []) if isinstance(n, str) and suffixes and n.endswith(suffixes)]
+    chosen = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    chosen = chosen or getattr(transformers, auto)
+    options = {"trust_remote_code": False} if chosen.__name__.startswith("Auto") else {}
+    theirs, info = chosen.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
     missing = sorted(name for name in info["missing_keys"] if not optional or optional not in name)
     if missing:
         raise Unknown(f"it does not find {len(missing)} weights ({shown(missing[0], 80)} and the like) in the files")
@@ -104,12 +114,17 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
 
 
+def _side_by_side(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Gemma 3n's hidden states [streams, B, S, hidden], which lie side by side in ours."""
+    return theirs.permute(1, 2, 0, 3).flatten(2) if theirs.ndim == ours.ndim + 1 else theirs
+
+
 def first_difference(ours: Mapping[str, Sequence[torch.Tensor]], theirs: Mapping[str, Sequence[torch.Tensor]]) -> str:
     """The first part whose output differs, in words."""
     for name in sorted(ours, key=lambda n: n != "encoder"):
         pairs = list(zip(ours[name], theirs.get(name, []), strict=False))
         for i, (got, want) in enumerate(pairs):
-            if difference(got, want) > TOLERANCE:
+            if difference(got, _side_by_side(want, got)) > TOLERANCE:
                 return f"the {name}'s embedding" if i == 0 else f"layer {i - 1} of the {name}"
         if not pairs:
             return f"the {name}, whose layers transformers does not show"

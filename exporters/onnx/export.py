@@ -37,7 +37,14 @@ from .attention_ort import lower_bidirectional_attention, lower_cached_attention
 from .linear import lower_embedding, lower_linear
 from .lowering import MS, Lowering, nodes
 from .pointwise import fuse_silu, lower_gelu_tanh, lower_rms_norm
-from .recurrence import lower_causal_conv, lower_gated_delta_rule, lower_linear_attention, lower_selective_scan
+from .recurrence import (
+    lower_causal_conv,
+    lower_diagonal_scan,
+    lower_gated_delta_rule,
+    lower_generalized_delta_rule,
+    lower_linear_attention,
+    lower_selective_scan,
+)
 from .translate import DOMAIN, translate
 from .weight_file import WeightFile
 
@@ -62,6 +69,8 @@ LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
     "GatedDeltaRule": lower_gated_delta_rule,
     "LinearAttention": lower_linear_attention,
     "SelectiveScan": lower_selective_scan,
+    "DiagonalScan": lower_diagonal_scan,
+    "GeneralizedDeltaRule": lower_generalized_delta_rule,
     "QuantizedLinear": lower_linear,
     "QuantizedEmbedding": lower_embedding,
     "RmsNorm": lower_rms_norm,

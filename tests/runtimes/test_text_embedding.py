@@ -119,7 +119,7 @@ def test_the_command_refuses_in_one_line(bundle: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     for arguments, words in (
-        (["--prompt", "snow"], "holds a model of embeddings, which generates nothing; use --embed"),
+        (["--prompt", "snow"], "holds a model of embeddings, which generates nothing; use 'run --embed'"),
         (["--embed"], "--embed takes one of --prompt TEXT and --texts FILE"),
         (["--embed", "--prompt", " "], "text 1 is empty"),
         (["--embed", "--texts", str(empty)], "0 texts, a line each; give 1 to"),
