@@ -163,8 +163,10 @@ def pool(h: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "last":
         weights = real - torch.cat((real, torch.zeros_like(count)), 1)[:, 1:]
     elif kind == "weighted_mean":
-        numbers = torch.arange(h.shape[1], device=h.device).to(h.dtype) + 1.0
-        weights = real * (numbers.unsqueeze(0) / count)
+        # A token's number, as a share of all: whole numbers in float16 would be rounded.
+        numbers = torch.arange(h.shape[1], device=h.device)
+        before = (numbers.unsqueeze(1) <= numbers.unsqueeze(0)).to(h.dtype)
+        weights = real * torch.matmul(real / count, before)
         weights = weights / weights.sum(1, keepdim=True)
     else:
         weights = real / count

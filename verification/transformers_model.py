@@ -152,7 +152,7 @@ class _Seq2seq(_Causal):
 def _job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """`compare`, or the `fault` of ours that ended it."""
     try:
-        return compare(job["model"], progress, job["pooling"])
+        return compare(job["model"], progress, job.get("pooling", ()))
     except (UserError, VerificationFailure):
         raise
     except Exception as error:  # told apart from what transformers cannot do
