@@ -57,7 +57,7 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
     for name in request.formats:
         require(name)  # a missing library is refused before any work
     require_kv_cache(request.formats, request.targets.kv_cache)
-    checkpoint = open_model(request.model, request.adapter)
+    checkpoint = open_model(request.model, request.adapter, request.pooling)
     independent = compare_reading(request, checkpoint, progress)
     with resumable(request, output, checkpoint, progress) as run:
         planned = _plan(request, checkpoint, run.folder, progress)

@@ -29,7 +29,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     checkpoint: the request's model, where it is open already. Raises UserError for anything wrong with the checkpoint, the
     budget or the options.
     """
-    checkpoint = checkpoint or open_model(request.model, request.adapter)
+    checkpoint = checkpoint or open_model(request.model, request.adapter, request.pooling)
     original = open_original(request, checkpoint, progress)
     generation = generation_of(original.model, checkpoint, original.config, request.max_context, progress)
     _report_context(original.model, generation, progress)

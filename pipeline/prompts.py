@@ -8,7 +8,15 @@ from pathlib import Path
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..calibration.batches import padded
-from ..calibration.prompts import Prompts, random_contexts, random_prompts, read_task, text_windows
+from ..calibration.prompts import (
+    Prompts,
+    paragraphs,
+    random_contexts,
+    random_prompts,
+    read_task,
+    text_ids,
+    text_windows,
+)
 from ..calibration.samples import Call
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.prompt import read_prompt
@@ -53,6 +61,8 @@ def read_prompts(request: Request, checkpoint: Checkpoint, generation: Generatio
 
 def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Prompts:
     data = request.calibration
+    if generation.task == "embed":
+        return Prompts(_texts(request, tokenizer, generation))
     if data.task is not None:
         task = read_task(data.task, data.prompts, generation.task == "memory")
         contexts = [tokenizer.encode(c, special=False) for c in task.contexts]
@@ -63,6 +73,16 @@ def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Pro
     if generation.context is None:
         return Prompts(windows)
     return Prompts([w[: max(1, len(w) // 4)] for w in windows], windows)
+
+
+def _texts(request: Request, tokenizer: Tokenizer, generation: Generation) -> list[list[int]]:
+    """Whole texts for a model of embeddings: paragraphs, or of a task file what is asked."""
+    data = request.calibration
+    if data.task is not None:
+        task = read_task(data.task, data.prompts)
+        return text_ids(task.prompts, tokenizer, generation, query=True, whose=f"{request.model}: a prompt")
+    assert data.text is not None
+    return paragraphs(data.text, tokenizer, generation, data.prompts)
 
 
 def _random(generation: Generation, count: int) -> Prompts:
@@ -84,7 +104,7 @@ def _random_contexts(context: ContextSpec, count: int) -> list[list[int]]:
 
 def _check(model: str, prompts: Prompts, generation: Generation) -> None:
     for prompt in prompts.tokens:
-        if len(prompt) >= generation.max_context:
+        if len(prompt) >= generation.max_context and generation.task != "embed":
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit --max-context {generation.max_context}")
         require_tokens(prompt, generation.vocab, f"{model}: a prompt")
     if generation.context is not None:

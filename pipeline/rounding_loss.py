@@ -57,7 +57,7 @@ class RoundingLoss:
 def rounding_loss(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> RoundingLoss | None:
     """Measure the quantized checkpoint in the run's folder; None for a model without logits, or where memory is short."""
     source, generation = planned.source, planned.generation
-    if generation.task == "module":
+    if generation.task in ("module", "embed"):
         return None
     limit = request.memory_limit
     if limit is not None and limit - anonymous_bytes() < _HEADROOM:
@@ -65,6 +65,7 @@ def rounding_loss(planned: Planned, request: Request, run: ResumableExport, prog
         return None
     decoder = next(g for g in planned.model.graphs() if g.name == "decoder")
     longest = min(decoder.bounds["sequence"][1], generation.max_context)
+    samples: Sequence[Sample]
     samples, data = held_out_samples(planned.checkpoint, generation, longest), "held-out text"
     if not samples:
         samples, data = (

@@ -525,3 +525,61 @@ FAMILIES["gpt2"] = {
     "vocab_size": 80,
 }
 FAMILIES["gpt_neox"] = _PLAIN | {"model_type": "gpt_neox", "rotary_pct": 0.5}
+
+
+# ---- encoders for search
+
+_BERT: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+    "vocab_size": 80,
+}
+
+
+def _embedding(*pooling: str, **more: Any) -> dict[str, Any]:
+    """The description of an embedding in config.json."""
+    return {"edgewright": {"embedding": {"pooling": list(pooling)} | more}}
+
+
+_UNIT = [{"kind": "normalize"}]
+_LINEARS = [
+    {"kind": "dense", "in": 64, "out": 96, "bias": False, "act": "identity"},
+    {"kind": "dense", "in": 96, "out": 32, "bias": True, "act": "tanh"},
+    *_UNIT,
+]
+FAMILIES["bert"] = _BERT | {"model_type": "bert"} | _embedding("mean", behind=_UNIT)
+FAMILIES["roberta"] = (
+    _BERT
+    | {"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}
+    | _embedding("max", "mean_sqrt_len")
+)
+FAMILIES["xlm-roberta"] = (
+    FAMILIES["roberta"] | {"model_type": "xlm-roberta"} | _embedding("weighted_mean", behind=_LINEARS)
+)
+FAMILIES["distilbert"] = {
+    "model_type": "distilbert",
+    "activation": "gelu",
+    "dim": 64,
+    "hidden_dim": 96,
+    "max_position_embeddings": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+} | _embedding("cls", behind=_LINEARS)
+EMBEDDERS: dict[str, dict[str, Any]] = {
+    "modernbert": FAMILIES["modernbert"] | _embedding("cls", behind=_UNIT),
+    "gemma3_text": _PLAIN
+    | _KINDS
+    | {"model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True}
+    | _embedding("mean", behind=_LINEARS),
+    "qwen3": FAMILIES["qwen3"] | _embedding("last", behind=_UNIT),
+}
+"""Families that also do something else, as models of embeddings: EmbeddingGemma is a Gemma 3."""
