@@ -18,7 +18,7 @@ SAMPLING = (*_SAMPLING, "no_repeat_ngram")
 
 
 def generation(command: Any) -> Any:
-    """The options that `run`, `chat` and `serve` share."""
+    """The options that `run` and `chat` share."""
     options = [
         click.option("-n", "--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), help="Default: the model's."),
         click.option("--temperature", type=float, help="0 takes the best token. Default: the model's, else 0."),
@@ -32,6 +32,16 @@ def generation(command: Any) -> Any:
         click.option("--seed", type=click.IntRange(0, MOST_SEED), help="Of the draws. Default: random, and printed."),
         click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Ends the answer; repeatable."),
         click.option("--stop-token", "stop_tokens", multiple=True, metavar="TOKEN", help="The same, one token."),
+    ]
+    command = templates(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def templates(command: Any) -> Any:
+    """The options that say how a prompt is put."""
+    options = [
         click.option(
             "--template", metavar="NAME|FILE", help="Another chat template: the model's own, or a jinja file."
         ),

@@ -15,7 +15,6 @@ from ..runtimes.sampling import Sampling
 from ..runtimes.session import Array
 from ..runtimes.text_generation import OpenBundle, open_bundle
 from ..system.memory import no_more_than_available
-from ..system.reading import shown
 
 Progress = Callable[[str], None]
 
@@ -98,7 +97,7 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text")
     opened = open_bundle(path, options.format, options.threads, options.check)
-    with no_more_than_available(_size(opened)):
+    with no_more_than_available(opened.size):
         yield from _answers(opened, prompt, options, progress)
 
 
@@ -110,7 +109,7 @@ def _answers(opened: OpenBundle, prompt: str, options: RunOptions, progress: Pro
     if options.show_prompt:
         progress(f"the prompt, {len(read.ids)} tokens {read.ids[:64]}{'…' * (len(read.ids) > 64)}:\n{read.text}")
     sampling = _sampling(opened, options, progress)
-    stops = Stops(options.stops, _stop_tokens(opened, options.stop_tokens))
+    stops = Stops(options.stops, opened.token_ids(options.stop_tokens))
     if opened.session.stand_in:
         progress(opened.session.how)
     memory = _memory(opened, options, progress)
@@ -140,27 +139,6 @@ def _sampling(opened: OpenBundle, options: RunOptions, progress: Progress) -> Sa
         if options.answers > 1:
             raise UserError("--answers above 1 would be one answer again and again: give --temperature above 0")
     return sampling
-
-
-def _stop_tokens(opened: OpenBundle, tokens: tuple[str, ...]) -> frozenset[int]:
-    """The ids of stop tokens. Raises UserError for one that the tokenizer does not have."""
-    ids = set()
-    for token in tokens:
-        found = opened.tokenizer.token_id(token)
-        if found is None and token.isdecimal() and len(token) < 10:
-            found = int(token)
-        if found is None:
-            raise UserError(
-                f"--stop-token {shown(token, 40)} is no token of this model; give it as the tokenizer spells it"
-            )
-        ids.add(found)
-    return frozenset(ids)
-
-
-def _size(opened: OpenBundle) -> int:
-    """Bytes of the target's files."""
-    files = [opened.bundle.path / name for name in opened.bundle.target(opened.format).files]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _check_memory_options(opened: OpenBundle, options: RunOptions, progress: Progress) -> None:

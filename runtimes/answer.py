@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,11 +38,54 @@ class Stops:
 NO_STOPS = Stops()
 
 
+class Writer:
+    """The text of one answer as its tokens are given to it, up to what stops it.
+
+    Attributes:
+        ids: the tokens so far.
+        stopped: whether a stop string or stop token has come; no token may follow.
+        whole: whether the text is that of the tokens: not before `end`, and not where a stop string was cut off.
+    """
+
+    def __init__(self, stream: DecodeStream, stops: Stops = NO_STOPS) -> None:
+        self.ids: list[int] = []
+        self.stopped = self.whole = self._cut = False
+        self._stream, self._stops = stream, stops
+        self._held = ""
+
+    def put(self, token: int) -> str:
+        """The text that may be shown after `token`; often empty."""
+        if token in self._stops.tokens:
+            self.stopped = True
+            return ""
+        self.ids.append(token)
+        return self._shown(self._stream.put(token))
+
+    def end(self) -> str:
+        """What was held back. The last call."""
+        if self._cut:
+            return ""
+        text = self._shown(self._stream.end(), last=True)
+        self.whole = not self._cut
+        return text
+
+    def _shown(self, text: str, last: bool = False) -> str:
+        """What of the held text and `text` is no beginning of a stop string; with `last`, all before one that is whole."""
+        text, self._held = self._held + text, ""
+        found = [at for stop in self._stops.strings if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = self._cut = True
+            return text[: min(found)]
+        stops = () if last else self._stops.strings
+        kept = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
 class Answer(Iterator[str]):
     """The text of generated tokens, piece by piece.
 
     Attributes:
-        ids: the tokens so far.
         reason: why it ended.
         prompt_tokens: tokens that the model read first.
         first_seconds, seconds: until the first token, and from then on.
@@ -55,11 +98,11 @@ class Answer(Iterator[str]):
         stops: Stops = NO_STOPS,
         prompt_tokens: int = 0,
     ) -> None:
-        self.ids: list[int] = []
         self.reason: Reason = "unfinished"
         self.prompt_tokens = prompt_tokens
         self.first_seconds = self.seconds = 0.0
-        self._pieces = self._written(tokens, stream, stops)
+        self._writer = Writer(stream, stops)
+        self._pieces = self._written(tokens)
 
     def __iter__(self) -> Answer:
         return self
@@ -72,34 +115,31 @@ class Answer(Iterator[str]):
         self._pieces.close()
 
     @property
+    def ids(self) -> list[int]:
+        """The tokens so far."""
+        return self._writer.ids
+
+    @property
+    def whole(self) -> bool:
+        """Whether the text is that of the tokens: not where a stop string was cut off, or the writing was left."""
+        return self._writer.whole
+
+    @property
     def rate(self) -> float:
         """Tokens a second after the first one; 0 where there are none."""
         return (len(self.ids) - 1) / self.seconds if len(self.ids) > 1 and self.seconds > 0 else 0.0
 
-    def _written(
-        self, tokens: Generator[int, None, Ending], stream: DecodeStream, stops: Stops
-    ) -> Generator[str, None, None]:
-        held = ""
+    def _written(self, tokens: Generator[int, None, Ending]) -> Generator[str, None, None]:
+        writer = self._writer
         for token in self._timed(tokens):
-            if token in stops.tokens:
-                self.reason = "stop"
+            if piece := writer.put(token):
+                yield piece
+            if writer.stopped:
                 break
-            self.ids.append(token)
-            held += stream.put(token)
-            before, stopped = _until(held, stops.strings)
-            if stopped:
-                self.reason = "stop"
-                if before:
-                    yield before
-                return
-            if before:
-                yield before
-                held = held[len(before) :]
-        before, stopped = _until(held + stream.end(), stops.strings, last=True)
-        if stopped:
+        if piece := writer.end():
+            yield piece
+        if writer.stopped:
             self.reason = "stop"
-        if before:
-            yield before
 
     def _timed(self, tokens: Generator[int, None, Ending]) -> Iterator[int]:
         """The tokens; their times are kept, and why they end."""
@@ -117,17 +157,3 @@ class Answer(Iterator[str]):
                 self.reason = ended.value
         finally:
             tokens.close()
-
-
-def _until(text: str, stops: Sequence[str], last: bool = False) -> tuple[str, bool]:
-    """What of `text` may be shown, and whether a stop string follows it.
-
-    What could be the beginning of a stop string is held back, unless this is the last of the text.
-    """
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    if found:
-        return text[: min(found)], True
-    if last:
-        return text, False
-    kept = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - kept], False

@@ -6,7 +6,7 @@ encoder; a decoder-only model reads it into the KV cache; so does a decoder-deco
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,8 +20,19 @@ Ending = Literal["end", "limit", "context"]
 """Why an answer ended: an end token, as many tokens as were asked for, no room in the context."""
 
 
+Observer = Callable[[int, Array], None]
+"""Is told of a token and the logits [vocab] that it was chosen from."""
+
+
 class Stream:
-    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length."""
+    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length.
+
+    Attributes:
+        past: positions in the state.
+        capacity: positions that it has.
+        read: tokens of the first row that the decoder has read.
+        whole: whether the state is that of the tokens read: not after a call that was interrupted.
+    """
 
     def __init__(
         self,
@@ -39,6 +50,8 @@ class Stream:
             require_tokens(prompt, spec.vocab, "the prompt")
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
+        self.read: list[int] = []
+        self.whole = True
         self._extra: dict[str, Array] = {}
         self._slots = np.zeros(0, np.int64)
         if spec.context is not None:
@@ -113,8 +126,16 @@ class Stream:
         if self.spec.context is not None:
             slots = self._slots[self.past : self.past + n]
             inputs["slots"] = np.concatenate([slots, np.full(n - len(slots), -1, np.int64)])
-        self.past += n
-        return self.session.run("decoder", inputs, self.state)["logits"]
+        self.whole = False
+        logits = self.session.run("decoder", inputs, self.state)["logits"]
+        self.past, self.whole = self.past + n, True
+        self.read.extend(tokens[0].tolist())
+        return logits
+
+    def rewind(self, tokens: int) -> None:
+        """Forget what was read after the first `tokens` tokens: only where all states are KV caches, as a recurrence cannot."""
+        self.past -= len(self.read) - tokens
+        del self.read[tokens:]
 
     def prefill(self) -> Array:
         """Feed the pending prompt, of an encoder-decoder its start and what is forced; the logits [batch, 1, vocab] after it."""
@@ -163,20 +184,29 @@ def generate(
     new_tokens: int,
     sampling: Sampling = GREEDY,
     memory: Array | None = None,
+    observe: Observer | None = None,
 ) -> Generator[int, None, Ending]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
     memory: for a "memory" task, what `read_context` returned. The generator's return value says why it ended.
     """
-    rng = np.random.default_rng(sampling.seed)
     stream = Stream(session, spec, [prompt], new_tokens, memory)
-    read = stream.pending[0].tolist()
-    logits = stream.prefill()
-    written: list[int] = []
+    return (yield from continued(stream, stream.pending, new_tokens, sampling, observe))
+
+
+def continued(
+    stream: Stream, tokens: Array, new_tokens: int, sampling: Sampling = GREEDY, observe: Observer | None = None
+) -> Generator[int, None, Ending]:
+    """As `generate`, where the stream has read what comes before `tokens` [1, n]. observe: sees each token before it is given."""
+    rng, spec = np.random.default_rng(sampling.seed), stream.spec
+    logits = stream.feed(tokens)
+    read, written = list(stream.read), list[int]()
     while True:
         token = sampling.pick(logits[0, -1], rng, read, written)
         if token in spec.eos_ids:
             return "end"
+        if observe is not None:
+            observe(token, logits[0, -1])
         yield token
         written.append(token)
         if len(written) == new_tokens:

@@ -33,6 +33,8 @@ NAMES = "weights.json"
 CHUNK, SHORT = 128, 16
 """The most tokens of one call of the decoder; memory is planned for them, and a session feeds more in pieces. Recurrences with a
 decay for each key dimension take the shorter chunk: their work grows with the square of it."""
+TOKEN_BY_TOKEN = ("selective_scan", "diagonal_scan", "generalized_delta_rule")
+"""Recurrences whose tokens follow each other one by one, as many as the program says."""
 
 _NO_VARIANT = re.compile(r"Missing out variants: \{'([\w:.]+)'")
 
@@ -233,13 +235,14 @@ def _is_carried(state: State) -> bool:
 def methods(graph: Graph, max_positions: int) -> dict[str, torch.export.ExportedProgram]:
     """Name -> program of a graph's methods: one, and for a graph with recurrent states a second one for a single token.
 
-    The first takes any number of tokens up to a limit. Where it has a selective scan, it takes exactly `SHORT`.
+    The first takes any number of tokens up to a limit. Where it has a recurrence that goes token by token, it takes exactly
+    `SHORT`.
     """
     if not any(s.kind == "recurrent" for s in graph.states):
         return {graph.name: method(graph, max_positions)}
     targets = {n.target for n in graph.export().graph.nodes}
     step = {graph.name + STEP: method(graph, max_positions, exactly=1)}
-    if torch.ops.edgewright.selective_scan.default in targets:
+    if not targets.isdisjoint(getattr(torch.ops.edgewright, name).default for name in TOKEN_BY_TOKEN):
         exactly = min(SHORT, max_positions, graph.bounds["sequence"][1])
         return {graph.name + EXACT: method(graph, max_positions, exactly=exactly)} | step
     most = SHORT if torch.ops.edgewright.linear_attention.default in targets else CHUNK

@@ -42,7 +42,14 @@ from .linear import lower_embedding, lower_linear
 from .lowering import MS, Lowering, nodes
 from .opset import lower_opset
 from .pointwise import fuse_silu, lower_gelu_tanh, lower_rms_norm
-from .recurrence import lower_causal_conv, lower_gated_delta_rule, lower_linear_attention, lower_selective_scan
+from .recurrence import (
+    lower_causal_conv,
+    lower_diagonal_scan,
+    lower_gated_delta_rule,
+    lower_generalized_delta_rule,
+    lower_linear_attention,
+    lower_selective_scan,
+)
 from .translate import DOMAIN, translate
 from .weight_file import WeightFile
 
@@ -67,6 +74,8 @@ LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
     "GatedDeltaRule": lower_gated_delta_rule,
     "LinearAttention": lower_linear_attention,
     "SelectiveScan": lower_selective_scan,
+    "DiagonalScan": lower_diagonal_scan,
+    "GeneralizedDeltaRule": lower_generalized_delta_rule,
     "QuantizedLinear": lower_linear,
     "QuantizedEmbedding": lower_embedding,
     "RmsNorm": lower_rms_norm,
@@ -136,7 +145,7 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def lower(model: ir.Model, weights: WeightFile, max_positions: int, runtime: str | None = None) -> None:
-    """Rewrite every private node of `model` by the table. runtime: as `Lowering` has it. Raises ValueError for one without a row."""
+    """Rewrite every private node of `model` by the table. Raises ValueError for one without a row. runtime: as in `Lowering`."""
     low = Lowering(model.graph, weights, max_positions, runtime=runtime)
     for op, lowering in LOWERINGS.items():
         for node in nodes(model.graph, op):
