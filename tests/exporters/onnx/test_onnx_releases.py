@@ -257,7 +257,6 @@ def test_what_a_wheel_opens_is_what_the_facts_say(
     opened = {path: not isinstance(result, str) for path, result in found.items()}
     expected = {path: reaches(version, release) for path, release in claims.items()}
     wrong = {p: (claims[p], found[p]) for p in claims if opened[p] != expected[p]}
-    # A table or a linear alone may open with a release before the oldest that was looked at.
     assert wrong == {}
     _, here = _run(claims, None)
     for path in (p for p in claims if opened[p]):
