@@ -19,6 +19,7 @@ from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
 from .sentence_transformers import read_sentence_transformer
 from .tokenizer import Tokenizer
+from .vocabularies.finding import has_vocabulary
 
 
 def open_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
@@ -126,9 +127,7 @@ def _refuse_unreadable(source: str, store: TensorStore) -> None:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
-    # The older files count as a tokenizer, so that `from_dir` says how to convert them.
-    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
-    return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
+    return Tokenizer.from_dir(directory) if has_vocabulary(directory) else None
 
 
 def _explain_missing_config(source: str, directory: Path) -> None:
