@@ -40,8 +40,8 @@ Choices = tuple[int, ...] | tuple[str, ...]
 class TargetOption:
     """What the command line asks of one target alone.
 
-    flag: such as "--sm". kind: whole numbers separated by commas, names (then the flag is repeatable), or one version. check: raises
-    UserError for what can be refused before any work.
+    flag: such as "--sm". kind: whole numbers separated by commas, names (then the flag is repeatable), or one version.
+    check: raises UserError for what can be refused before any work.
     """
 
     flag: str

@@ -117,7 +117,8 @@ def compare_artefact(
 def check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
     """Compare every quantized weight in an artefact's files with the checkpoint's, to the bit; returns how many.
 
-    What the manifest says of the files is compared with them, too. Raises VerificationFailure for what differs or is missing, UserError for files that cannot be read.
+    What the manifest says of the files is compared with them, too. Raises VerificationFailure for what differs or is missing,
+    UserError for files that cannot be read.
     """
     try:
         weights = _check_weights(bundle, format, quantized)
