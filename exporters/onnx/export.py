@@ -145,7 +145,7 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def lower(model: ir.Model, weights: WeightFile, max_positions: int, runtime: str | None = None) -> None:
-    """Rewrite every private node of `model` by the table; ValueError for one without a row. runtime: as `Lowering` has it."""
+    """Rewrite every private node of `model` by the table. Raises ValueError for one without a row. runtime: as in `Lowering`."""
     low = Lowering(model.graph, weights, max_positions, runtime=runtime)
     for op, lowering in LOWERINGS.items():
         for node in nodes(model.graph, op):

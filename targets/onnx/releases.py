@@ -13,7 +13,7 @@ from ...system.reading import shown
 Release = tuple[int, ...]
 
 OLDEST = "1.23.2"
-"""The oldest release that graphs are written for: before 1.23 GatherBlockQuantized has no `bits`, and no embedding opens."""
+"""The oldest release that graphs are written for: before 1.23 GatherBlockQuantized has no `bits`, so no table of embeddings."""
 
 OPSETS = {24: "1.24.1"}
 """Opset of the standard's domain -> the first release that reads it. Older ones: `OLDEST`."""

@@ -129,7 +129,7 @@ def test_a_foreign_op_has_no_release() -> None:
     node = helper.make_node("Anything", ["x"], ["y"], domain="com.microsoft")
     ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy"]
     proto = helper.make_model(helper.make_graph([node], "g", ports[:1], ports[1:]))
-    with pytest.raises(UserError, match=r"Anything of com\.microsoft is in no export"):
+    with pytest.raises(UserError, match="Anything of com"):
         oldest(ir.serde.deserialize_model(proto))
 
 
