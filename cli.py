@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,6 @@ def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: b
 @cli_options.as_json
 def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_json: bool, **options: Any) -> None:
     """Check every artefact of BUNDLE against its reference."""
-    from .bundle import Bundle
     from .reports import verify as verify_report
     from .verification.report import require, require_placement
     from .verification.verify import TEXT_WINDOWS, VerifyOptions
@@ -231,8 +231,8 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
     if options["adapter"] is not None and options["model"] is None:
         raise UserError("--adapter is merged into the original checkpoint; give -m MODEL, too")
     report = check(bundle, VerifyOptions(text_windows=text_windows or TEXT_WINDOWS, **options), note)
-    Bundle.open(bundle).write_report("verify", report.to_json())
-    _print(report.to_json(), verify_report.verify_text(report), as_json)
+    with _keeping(bundle, "verify", report.to_json()):
+        _print(report.to_json(), verify_report.verify_text(report), as_json)
     require(report)
     if strict_placement:
         require_placement(report)
@@ -388,14 +388,13 @@ def profile(
     **lengths: Any,
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
-    from .bundle import Bundle
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
-    Bundle.open(bundle).write_report("profile", result)
-    click.echo(printable(profile_text(result, output_format)))
+    with _keeping(bundle, "profile", result):
+        click.echo(printable(profile_text(result, output_format)))
 
 
 @main.command()
@@ -478,6 +477,20 @@ def doctor(as_json: bool) -> None:
 
     state = examine()
     _print(state, doctor_text(state), as_json)
+
+
+@contextmanager
+def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[None]:
+    """Print the result within this context; then its report is kept in the bundle, where that can be written."""
+    from .bundle import Bundle
+
+    try:
+        yield
+    finally:
+        try:
+            Bundle.open(bundle).write_report(name, report)
+        except UserError as error:
+            note(f"the report is not kept: {error}")
 
 
 @main.command()

@@ -19,6 +19,7 @@ from .pipeline.planned import Planned
 from .pipeline.quantize import quantize
 from .pipeline.request import Progress, Request
 from .pipeline.resume import resumable
+from .pipeline.rounding_loss import RoundingLoss, rounding_loss
 from .pipeline.write_bundle import Cost, lower_targets, write_bundle
 from .quant.plan import BitPlan
 from .system.reading import one_line
@@ -33,7 +34,7 @@ __all__ = ["Cost", "Exported", "Planned", "Request", "export", "plan"]
 class Exported:
     """A finished export. costs: what lowering each target took, measured. peak_anonymous: bytes, children counted.
 
-    independent: the checkpoint's reading compared with transformers, None where it was not.
+    independent: the checkpoint's reading compared with transformers, None where it was not. quality: what the codes cost.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Exported:
     peak_anonymous: int
     costs: dict[str, Cost]
     independent: Independent | None
+    quality: RoundingLoss | None = None
 
 
 def export(request: Request, output: Path, progress: Progress = lambda _: None) -> Exported:
@@ -61,11 +63,12 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
         planned = _plan(request, checkpoint, run.folder, progress)
         refuse_too_large(planned, request)
         planned = quantize(planned, request, run.folder, progress)
+        quality = rounding_loss(planned, request, run.folder, progress)
         lowered = lower_targets(planned, request, run.folder, progress)
         manifest = write_bundle(planned, request, run.folder, lowered, progress)
         costs = {name: target.cost for name, target in lowered.items()}
         report = check_bundle(request, run.folder, manifest, costs, progress)
-    return Exported(output, planned, manifest, report, run.peak.bytes, costs, independent)
+    return Exported(output, planned, manifest, report, run.peak.bytes, costs, independent, quality)
 
 
 def _plan(request: Request, checkpoint: Checkpoint, run: ResumableExport, progress: Progress) -> Planned:

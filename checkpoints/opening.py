@@ -18,6 +18,7 @@ from .prequantized.block import Block
 from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
 from .tokenizer import Tokenizer
+from .vocabularies.finding import has_vocabulary
 
 
 def open_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
@@ -117,9 +118,7 @@ def _refuse_unreadable(source: str, store: TensorStore) -> None:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
-    # The older files count as a tokenizer, so that `from_dir` says how to convert them.
-    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
+    return Tokenizer.from_dir(directory) if has_vocabulary(directory) else None
 
 
 def _explain_missing_config(source: str, directory: Path) -> None:

@@ -122,9 +122,15 @@ def planning(command: Any) -> Any:
             default="auto",
             show_default=True,
             type=click.Choice(["auto", "rtn", "gptq"]),
-            help="auto: gptq with --calibration or --task, else rtn.",
+            help="auto: gptq where there are calibration data, else rtn.",
         ),
-        click.option("--calibration", type=path, help="Text to calibrate on; verify compares on prompts from it, too."),
+        click.option(
+            "--calibration",
+            type=path,
+            metavar="FILE|none",
+            help="Text to calibrate on; verify compares on prompts from it, too. Default: the text that ships, for a language "
+            "model whose tokenizer knows it; none: no data.",
+        ),
         click.option("--task", type=path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
         click.option("--calibration-tokens", type=click.IntRange(1, 1 << 24), hidden=True),
         click.option("--fisher-windows", type=click.IntRange(1, 1 << 16), hidden=True),
@@ -199,7 +205,10 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         raise UserError("--plan already says the bits; leave out --bits, --size, --latency and --override")
     if plan_file is not None and (options["widths"] is not None or group is not None):
         raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
-    if options["calibration"] is not None and options["task"] is not None:
+    text: Path | None = options["calibration"]
+    shipped = text is None and options["task"] is None
+    text = None if text is not None and str(text) == "none" else text
+    if text is not None and options["task"] is not None:
         raise UserError("--calibration and --task both give the prompts; choose one")
     if len(budgets) > 1:
         raise UserError(
@@ -224,7 +233,8 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
             importance=options["importance"],
         ),
         calibration=CalibrationOptions(
-            text=options["calibration"],
+            text=text,
+            shipped=shipped,
             task=options["task"],
             quantizer=options["quantizer"],
             norms=options.get("norms", "tuned"),

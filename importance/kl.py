@@ -25,7 +25,7 @@ from ..models.layers.linear import Embedding
 from ..models.opening import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan
 from ..quant.rtn import effective_group, quantize_rtn
-from ..runtimes.logits import torch_divergence, torch_log_softmax
+from ..runtimes.logits import same_top1, torch_divergence, torch_log_softmax
 from ..runtimes.session import Array
 from ..system.workers import ONE, Workers
 
@@ -46,13 +46,25 @@ def measured_kl(source: Source, plans: Sequence[BitPlan | WeightTransform]) -> l
     finished codes. Raises UserError for a model without logits.
     """
     reference = _logits(source, None)
-    used = _tokens(source.generation, source.samples)
+    used = ids_of(source.generation, source.samples)
     divergences = []
     for plan in plans:
         if isinstance(plan, BitPlan):
             plan = rounding({n: (e.bits, e.group_size, e.signed) for n, e in plan.entries.items()}, used)
         divergences.append(_divergence(reference, _logits(source, plan)))
     return divergences
+
+
+def agreement_under(source: Source, transform: WeightTransform) -> tuple[float, float, int]:
+    """(mean divergence in nats a token, share of positions with the same best token, how many positions) under other weights.
+
+    Raises UserError for a model without logits.
+    """
+    reference, made = _logits(source, None), _logits(source, transform)
+    logits, real = reference
+    ours, theirs = logits[real], made[0][real]
+    same = sum(same_top1(ours[i : i + _ROWS], theirs[i : i + _ROWS]) for i in range(0, len(ours), _ROWS))
+    return _divergence(reference, made), same / max(1, len(ours)), len(ours)
 
 
 def kl_of_each(
@@ -99,7 +111,7 @@ class _WorkerSource:
 
 
 def _kl_of_part(data: _WorkerSource, reference: tuple[Array, Array], part: Mapping[str, Width]) -> float:
-    return _divergence(reference, _single(data, rounding(part, _tokens(data.generation, data.samples))))
+    return _divergence(reference, _single(data, rounding(part, ids_of(data.generation, data.samples))))
 
 
 def _single(data: _WorkerSource, transform: WeightTransform | None) -> tuple[Array, Array]:
@@ -134,7 +146,7 @@ def _rounded(value: torch.Tensor, bits: int, group: int, signed: bool) -> torch.
     return quantize_rtn(value, bits, effective_group(int(value.shape[1]), group), signed).dequantize()
 
 
-def _tokens(generation: Generation, samples: Sequence[Sample]) -> torch.Tensor:
+def ids_of(generation: Generation, samples: Sequence[Sample]) -> torch.Tensor:
     """All ids that the samples hold."""
     ids = {0, generation.pad_id, *(t for s in samples for part in (s.tokens, s.decoded, s.context) for t in part)}
     if generation.context is not None:

@@ -12,7 +12,8 @@ from ..errors import UserError
 from ..quant.plan import UNQUANTIZED, BitPlan, Quantizer
 from ..system.memory import require_available
 from .original import Original
-from .request import Request
+from .request import Progress, Request
+from .shipped_text import TEXT
 
 
 def quantizer_of(request: Request) -> Quantizer:
@@ -45,6 +46,22 @@ def calibration_samples(request: Request, original: Original, generation: Genera
         "give --memory-limit, which calibrates on fewer, or --quantizer rtn",
     )
     return samples
+
+
+def data_within_memory(
+    request: Request, original: Original, generation: Generation, progress: Progress
+) -> tuple[Request, list[Sample]]:
+    """`calibration_samples`, and the request: without the text that ships where memory is too short for that.
+
+    Raises UserError as `calibration_samples` does where the user gave the data, or a plan that was made on them.
+    """
+    try:
+        return request, calibration_samples(request, original, generation)
+    except UserError as error:
+        if request.calibration.text != TEXT or request.budget.plan is not None:
+            raise
+        progress(f"no calibration: {error}")
+        return replace(request, calibration=replace(request.calibration, text=None, shipped=False)), []
 
 
 def with_calibration(plan: BitPlan, source: Source) -> BitPlan:

@@ -16,6 +16,7 @@ from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from .request import Progress, Request
+from .shipped_text import TEXT
 
 TASK = "task.tsv"
 
@@ -29,7 +30,8 @@ _SHORT_PROMPT = 8  # tokens of a random prompt that comes with a context
 def with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress) -> Request:
     """`request` with the task file that a checkpoint's directory may hold: its prompts are better than random ids."""
     own = Path(request.model).expanduser() / TASK  # a factory's name is no such path
-    if request.calibration.file or checkpoint.tokenizer is None or not own.is_file():
+    data = request.calibration
+    if data.task or data.text not in (None, TEXT) or checkpoint.tokenizer is None or not own.is_file():
         return request
     progress(f"prompts from the checkpoint's own {TASK}")
     return replace(request, calibration=replace(request.calibration, task=own))

@@ -45,6 +45,7 @@ class BudgetOptions:
 class CalibrationOptions:
     """The calibration data, a text or a task file, and what is done with them.
 
+    shipped: without either, whether the text that ships with the product is used where the model's tokenizer knows it.
     quantizer: auto is gptq where there are data, else rtn. norms: whether they are tuned to GPTQ's codes. tokens: of the data, at
     most. part_tokens: that go through the model together. fisher_windows: samples that Fisher's backward pass reads at most.
     prompts: how many LIM and every later `verify` use.
@@ -52,6 +53,7 @@ class CalibrationOptions:
 
     text: Path | None = None
     task: Path | None = None
+    shipped: bool = True
     quantizer: Literal["auto", "rtn", "gptq"] = "auto"
     norms: Literal["tuned", "kept"] = "tuned"
     tokens: int = MOST_TOKENS

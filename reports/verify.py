@@ -29,6 +29,8 @@ def export_text(exported: Exported) -> str:
         parts += [_lowering_table(exported.report), _target_table(exported.report), *_fell_back(exported.report)]
     if exported.independent is not None:
         parts.append(exported.independent.text)
+    if exported.quality is not None:
+        parts.append(exported.quality.text)
     parts.append(f"peak anonymous memory: {exported.peak_anonymous / 2**20:.0f} MiB")
     parts.append(f"bundle: {exported.path}")
     return text(*parts)
@@ -41,6 +43,7 @@ def export_json(exported: Exported) -> dict[str, Any]:
         "targets": [t.model_dump(mode="json") for t in exported.manifest.targets],
         "verification": exported.report.to_json() if exported.report is not None else None,
         "independent": None if exported.independent is None else asdict(exported.independent),
+        "quality": None if exported.quality is None else asdict(exported.quality),
         "costs": {name: asdict(cost) for name, cost in exported.costs.items()},
         "peak_anonymous_bytes": exported.peak_anonymous,
     }
