@@ -57,12 +57,8 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
     for name in request.formats:
         require(name)  # a missing library is refused before any work
     require_kv_cache(request.formats, request.targets.kv_cache)
-<<<<<<< HEAD
     require_choices(request.targets.own)
-    checkpoint = open_model(request.model, request.adapter)
-=======
     checkpoint = open_model(request.model, request.adapter, request.pooling)
->>>>>>> 0b30355dfbb859a00cab849f4fd8226cdbef3c2f
     independent = compare_reading(request, checkpoint, progress)
     with resumable(request, output, checkpoint, progress) as run:
         planned = _plan(request, checkpoint, run.folder, progress)

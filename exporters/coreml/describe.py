@@ -38,7 +38,10 @@ def describe(spec: Any, graphs: Sequence[Graph]) -> None:
     metadata.author = AUTHOR
     metadata.license = LICENSE
     metadata.versionString = __version__
-    metadata.shortDescription = f"A language model with quantized weights. Functions: {', '.join(names)}; one that ends in _step takes one token."
+    functions = ", ".join(names)
+    metadata.shortDescription = (
+        f"A language model with quantized weights. Functions: {functions}; one that ends in _step takes one token."
+    )
     for function in spec.description.functions:
         for feature in (*function.input, *function.output, *function.state):
             feature.shortDescription = words(feature.name)
