@@ -239,7 +239,11 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
-@click.option("--prompt", help="The prompt; '-' reads standard input.", required=True)
+@click.option("--prompt", help="The prompt; '-' reads standard input.")
+@click.option("--audio", type=cli_options.path, metavar="FILE", help="A sound to write down (WAV, FLAC, Ogg, MP3 …).")
+@click.option("--language", metavar="CODE", help="For --audio: the language spoken, such as de. Default: what is heard.")
+@click.option("--translate", is_flag=True, help="For --audio: write it down in English.")
+@click.option("--timestamps", is_flag=True, help="For --audio: a line for each segment, with its times.")
 @click.option(
     "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
 )
@@ -256,27 +260,43 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 @click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
 @cli_options.check
-def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None:
-    """Answer a prompt, streaming to standard output.
+def run(bundle: Path, prompt: str | None, audio: Path | None, context: Path | None, **options: Any) -> None:
+    """Answer a prompt, or write a sound down, streaming to standard output.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
     from .checkpoints.chat_template import start_early
 
-    if options["chat"] is not False:
+    if (prompt is None) == (audio is None):
+        raise UserError("say what to answer: --prompt TEXT, or a sound to write down: --audio FILE; one of them")
+    speech = {name: options.pop(name) for name in ("language", "translate", "timestamps")}
+    if audio is None and any(speech.values()):
+        given = next(name for name, value in speech.items() if value)
+        raise UserError(f"--{given} goes with --audio FILE")
+    if audio is None and options["chat"] is not False:
         start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
-    from .commands.run import RunOptions, run_prompt
+    from .commands.run import RunOptions, run_prompt, run_sound
     from .runtimes.generate import Sampling
+    from .runtimes.transcribe import SpeechOptions
     from .system.reading import MEBIBYTE, read_stream, read_text
 
     temperature, top_p = options.pop("temperature"), options.pop("top_p")
     if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
-    text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
-    sampling = Sampling(temperature, top_p, options.pop("seed"))
-    context_text = None if context is None else read_text(context, 256 * MEBIBYTE)
+    task = "translate" if speech["translate"] else None
+    run_options = RunOptions(
+        sampling=Sampling(temperature, top_p, options.pop("seed")),
+        context=None if context is None else read_text(context, 256 * MEBIBYTE),
+        speech=SpeechOptions(speech["language"], task, speech["timestamps"]),
+        **options,
+    )
+    if audio is not None:
+        pieces = run_sound(bundle, audio, run_options, note)
+    else:
+        text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
+        pieces = run_prompt(bundle, text or "", run_options, note)
     terminal = sys.stdout.isatty()  # a token may be an escape sequence
-    for piece in run_prompt(bundle, text, RunOptions(sampling=sampling, context=context_text, **options), note):
+    for piece in pieces:
         click.echo(printable(piece) if terminal else piece, nl=False)
     click.echo()
 

@@ -1,4 +1,4 @@
-"""`run`: the text that a bundle generates for a prompt. No torch is imported."""
+"""`run`: the text that a bundle generates for a prompt or a sound. No torch is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from ..errors import UserError
 from ..runtimes.generate import Sampling
 from ..runtimes.session import Array
-from ..runtimes.text_generation import GREEDY, OpenBundle, open_bundle
+from ..runtimes.text_generation import GREEDY, OpenBundle, SpokenText, open_bundle
+from ..runtimes.transcribe import SpeechOptions
 from ..system.memory import no_more_than_available
 
 Progress = Callable[[str], None]
@@ -20,7 +21,7 @@ class RunOptions:
     """The options of `run`; those of `OpenBundle.generate` mean the same there.
 
     context: text that a decoder-decoder reads first. memory: a file with what it made of one. save_memory: the file that
-    keeps what it makes of `context`. check: as of `open_bundle`.
+    keeps what it makes of `context`. speech: of a sound. check: as of `open_bundle`.
     """
 
     format: str | None = None
@@ -32,6 +33,7 @@ class RunOptions:
     memory: Path | None = None
     save_memory: Path | None = None
     target_language: str | None = None
+    speech: SpeechOptions = SpeechOptions()
     check: bool = True
 
 
@@ -46,6 +48,48 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     opened = open_bundle(path, options.format, options.threads, options.check)
     with no_more_than_available(_size(opened)):
         yield from _answer(opened, prompt, options, progress)
+
+
+def run_sound(path: Path, sound: Path, options: RunOptions, progress: Progress = lambda _: None) -> Iterator[str]:
+    """Pieces of what is said in a sound file, as they are found; with timestamps a line for each segment.
+
+    Raises UserError for a bundle that reads no sound, a file that is none, and options that go with a prompt.
+    """
+    opened = open_bundle(path, options.format, options.threads, options.check)
+    for given, flag in ((options.context, "--context"), (options.memory, "--memory"), (options.chat, "--chat")):
+        if given:
+            raise UserError(f"{flag} goes with a prompt; leave it out with --audio")
+    if options.target_language is not None:
+        raise UserError("--target-language goes with a prompt; of a sound, say --language or --translate")
+    with no_more_than_available(_size(opened)):
+        pieces = opened.transcribe(
+            sound, options.speech, max_new_tokens=options.max_new_tokens, sampling=options.sampling
+        )
+        yield from _lines(pieces) if options.speech.timestamps else _joined(pieces)
+
+
+def _lines(pieces: Iterator[SpokenText]) -> Iterator[str]:
+    """A line for each segment, without the last line's end."""
+    for i, piece in enumerate(pieces):
+        yield f"{chr(10) if i else ''}[{_clock(piece.start)} --> {_clock(piece.end)}] {piece.text.strip()}"
+
+
+def _clock(seconds: float) -> str:
+    """Hours where there are any, minutes, seconds and hundredths."""
+    hundredths = round(seconds * 100)
+    minutes, rest = divmod(hundredths, 6000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{f'{hours}:' if hours else ''}{minutes:02d}:{rest // 100:02d}.{rest % 100:02d}"
+
+
+def _joined(pieces: Iterator[SpokenText]) -> Iterator[str]:
+    """The text without its leading space; a space between windows where the tokenizer writes none at a text's beginning."""
+    last = ""
+    for piece in pieces:
+        text = piece.text if last else piece.text.lstrip()
+        gap = bool(last and text) and last[-1].isascii() and not last[-1].isspace() and not text[0].isspace()
+        yield (" " if gap else "") + text
+        last = text or last
 
 
 def _answer(opened: OpenBundle, prompt: str, options: RunOptions, progress: Progress) -> Iterator[str]:

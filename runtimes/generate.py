@@ -1,19 +1,23 @@
 """The generate loop over any `Session`: prefill, then one decode step per token. No torch is imported.
 
-`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt with its
-encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context before it.
+`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt, tokens or a
+sound, with its encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..errors import UserError
+from .encoder_inputs import Prompt, encoder_batch, token_prompt
 from .session import Array, Session
+
+TokenRule = Callable[[Sequence[int], Array], Array]
+"""What a model may say next: the tokens so far and logits [vocab] -> the logits, those of forbidden tokens -inf."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Stream:
         self,
         session: Session,
         spec: Generation,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         new_tokens: int,
         memory: Array | None = None,
     ) -> None:
@@ -53,26 +57,44 @@ class Stream:
 
         Raises UserError for a prompt or memory that is empty, does not fit the context, or has tokens the model does not.
         """
-        for prompt in prompts or [()]:
-            require_tokens(prompt, spec.vocab, "the prompt")
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
         self._extra: dict[str, Array] = {}
         self._slots = np.zeros(0, np.int64)
+        if spec.task == "seq2seq":
+            self._encode(prompts, new_tokens)
+        else:
+            self._read([token_prompt(p) for p in prompts], new_tokens, memory)
+
+    def _read(self, prompts: list[Sequence[int]], new_tokens: int, memory: Array | None) -> None:
+        """Prompts of a decoder-only model, to be fed; behind the memory of a decoder-decoder."""
+        spec = self.spec
+        for prompt in prompts or [()]:
+            require_tokens(prompt, spec.vocab, "the prompt")
         if spec.context is not None:
             prompts = self._splice(spec.context, prompts, memory)
         longest = max(len(p) for p in prompts)
-        if spec.task == "seq2seq":
-            if longest > spec.max_context:
-                raise UserError(f"the prompt has {longest} tokens, the model reads at most {spec.max_context}")
-            capacity = min(spec.max_context, new_tokens + 1 + len(spec.forced))
-        else:
-            if longest >= spec.max_context:
-                raise UserError(f"the prompt has {longest} tokens, the bundle's context is {spec.max_context}")
-            capacity = min(spec.max_context, longest + new_tokens)
-        self.capacity = capacity
-        self.state = session.new_state(self.batch, capacity)
-        self._start(prompts, longest)
+        if longest >= spec.max_context:
+            raise UserError(f"the prompt has {longest} tokens, the bundle's context is {spec.max_context}")
+        if any(len(p) != longest for p in prompts):
+            raise ValueError("prompts of one decoder-only batch must have one length")
+        self._allocate(longest + new_tokens)
+        self.pending = np.asarray(prompts, np.int64)
+
+    def _encode(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """Prompts through the encoder; its decoder's start is to be fed."""
+        spec = self.spec
+        inputs, mask = encoder_batch(spec, prompts or [()])
+        self._allocate(new_tokens + 1 + len(spec.forced))
+        encoded = self.session.run("encoder", inputs, self.state)
+        self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, self.state)
+        self._extra = {"encoder_mask": mask}
+        start = np.array([spec.decoder_start, *spec.forced], np.int64)
+        self.pending = np.tile(start, (self.batch, 1))
+
+    def _allocate(self, capacity: int) -> None:
+        self.capacity = min(self.spec.max_context, capacity)
+        self.state = self.session.new_state(self.batch, self.capacity)
 
     def _splice(
         self, context: ContextSpec, prompts: Sequence[Sequence[int]], memory: Array | None
@@ -93,22 +115,6 @@ class Stream:
         self._extra = {"memory": memory}
         self._slots = np.array([*slots, *[-1] * max(len(p) for p in prompts)], np.int64)
         return [[*ids, *p] for p in prompts]
-
-    def _start(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
-        if self.spec.task != "seq2seq":
-            if any(len(p) != longest for p in prompts):
-                raise ValueError("prompts of one decoder-only batch must have one length")
-            self.pending = np.asarray(prompts, np.int64)
-            return
-        ids = np.full((self.batch, longest), self.spec.pad_id, np.int64)
-        mask = np.zeros((self.batch, longest), bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-        encoded = self.session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, self.state)
-        self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, self.state)
-        self._extra = {"encoder_mask": mask}
-        start = np.array([self.spec.decoder_start, *self.spec.forced], np.int64)
-        self.pending = np.tile(start, (self.batch, 1))
 
     def feed(self, tokens: Array, every: bool = False) -> Array:
         """Append tokens [batch, n]; returns the logits [batch, 1, vocab] of the last one, with `every` [batch, n, vocab].
@@ -177,23 +183,27 @@ def _memory(session: Session, spec: Generation, context: ContextSpec, part: Sequ
 def generate(
     session: Session,
     spec: Generation,
-    prompt: Sequence[int],
+    prompt: Prompt,
     new_tokens: int,
     sampling: Sampling | None = None,
     memory: Array | None = None,
+    rule: TokenRule | None = None,
 ) -> Iterator[int]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: for a "memory" task, what `read_context` returned.
+    memory: for a "memory" task, what `read_context` returned. rule: what may be said next; None for anything.
     """
     sampling = sampling or Sampling()
     rng = np.random.default_rng(sampling.seed)
     stream = Stream(session, spec, [prompt], new_tokens, memory)
     logits = stream.prefill()
+    said: list[int] = []
     for count in range(1, new_tokens + 1):
-        token = sampling.pick(logits[0, -1], rng)
+        scores = logits[0, -1] if rule is None else rule(said, logits[0, -1])
+        token = sampling.pick(scores, rng)
         if token in spec.eos_ids:
             return
+        said.append(token)
         yield token
         if count == new_tokens or stream.past >= stream.capacity:
             return
@@ -203,7 +213,7 @@ def generate(
 def generate_batch(
     session: Session,
     spec: Generation,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     new_tokens: int,
     contexts: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:

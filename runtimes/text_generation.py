@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..audio.files import Samples, checked, read_sound
 from ..bundle import CHECKPOINT, Bundle, ContextSpec, Generation, require_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
@@ -15,8 +17,18 @@ from . import context_memory
 from .generate import Sampling, generate, read_context
 from .registry import import_runtime, open_session
 from .session import Array, PlacedSession
+from .transcribe import SpeechOptions, require_speech, transcribe
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class SpokenText:
+    """A piece of what was said. start, end: seconds. text: as the tokenizer gives it, mostly with a space before."""
+
+    start: float
+    end: float
+    text: str
 
 
 def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, check: bool = True) -> OpenBundle:
@@ -103,6 +115,8 @@ class OpenBundle:
         Raises UserError for an empty or too long prompt, a bundle without a tokenizer, an artefact that does not load,
         or a context, memory or language that the model does not take.
         """
+        if self._spec.speech is not None:
+            raise UserError(f"{self.bundle.path}: this model reads sound, not text: give --audio FILE ('transcribe')")
         ids = self.encode_prompt(prompt, chat) if isinstance(prompt, str) else prompt
         if context is not None and memory is not None:
             raise UserError("a context and a memory of one were both passed; pass one of them")
@@ -113,6 +127,30 @@ class OpenBundle:
         spec = self._spec if target_language is None else self._speaking(target_language)
         new_tokens = min(max_new_tokens or spec.max_new_tokens, spec.max_context - 1)
         return self._text(generate(self.session, spec, ids, new_tokens, sampling, memory))
+
+    def transcribe(
+        self,
+        sound: str | Path | Samples,
+        options: SpeechOptions = SpeechOptions(),
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[SpokenText]:
+        """What is said in a sound, piece by piece as it is found: one for each window, with timestamps one for each segment.
+
+        Args:
+            sound: a file that libsndfile reads, or samples float [n] of one channel at the model's rate (mostly 16,000 a second).
+            options: language, task, timestamps.
+            max_new_tokens: of a window at most; None is the model's limit.
+            sampling: how a token is drawn; greedy by default.
+
+        Raises UserError for a model of text, a sound that cannot be read, and a language or task that the model does not know.
+        """
+        rate = require_speech(self._spec).sound.rate
+        samples = read_sound(Path(sound), rate) if isinstance(sound, str | Path) else checked(sound, "the sound")
+        tokenizer = self.tokenizer
+        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, sampling):
+            yield SpokenText(part.start, part.end, tokenizer.decode(part.tokens))
 
     def _speaking(self, language: str) -> Generation:
         """How the bundle generates where every answer begins with a language's token. Raises UserError if there is none."""

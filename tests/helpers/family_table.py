@@ -25,6 +25,8 @@ NAMES = {
     "t5": "T5",
     "bart": "BART",
     "m2m_100": "M2M100",
+    "whisper": "Whisper",
+    "moonshine": "Moonshine",
     "dolphin": "Dolphin",
     "arc_encoder": "ARC-Encoder",
     "phi4flash": "SambaY (Phi-4-mini-flash)",
