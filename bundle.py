@@ -192,8 +192,8 @@ class SpeechSpec(_Strict):
     no_timestamps: Token | None = None
     languages: Annotated[dict[Name, Token], Field(max_length=1024)] = {}
     tasks: Annotated[dict[Literal["transcribe", "translate"], Token], Field(max_length=2)] = {}
-    first_within: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
-    tokens_a_second: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
+    first_within: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    tokens_a_second: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
 
     @property
     def first_timestamp(self) -> int | None:

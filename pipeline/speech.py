@@ -71,14 +71,14 @@ def _sound(layout: SoundLayout, context: int) -> SoundSpec:
 
 
 class _Reader:
-    """Keys of generation_config.json, else of config.json."""
+    """Keys of generation_config.json."""
 
     def __init__(self, generation: dict[str, Any], config: dict[str, Any], vocab: int) -> None:
         self.values, self._config, self._vocab = generation, config, vocab
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """A list of ids; () where there is none. Raises UserError."""
-        value = (self.values if key in self.values else self._config).get(key)
+        """A list of ids; () where there is none. config.json counts where there is no other. Raises UserError."""
+        value = (self.values or self._config).get(key)
         if value is None:
             return ()
         if not isinstance(value, list) or len(value) > _MOST or not all(self._is_token(v) for v in value):
@@ -96,7 +96,7 @@ class _Reader:
         value = self.values.get(key, default)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST):
             raise UserError(f"generation_config.json: {key} is {shown(value, 40)}, expected a number up to {_MOST}")
-        return cast("int | None", value)
+        return value
 
     def languages(self) -> dict[str, int]:
         """Code -> token, of `lang_to_id`, whose keys are such as <|en|>."""

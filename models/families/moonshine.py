@@ -74,14 +74,25 @@ class MoonshineFront(Front):
         batch, rows = mask.shape
         frames = torch.tanh(self.conv1(_patches(samples.unsqueeze(3), TAPS[0], STRIDES[0])))  # [B, T, 6, hidden]
         each = frames.shape[2]
-        count = mask.to(frames.dtype).sum(1).unsqueeze(1) * each + (each + 1)  # those that the real positions read
-        real = (torch.arange(rows * each, device=frames.device) < count).to(frames.dtype).unsqueeze(2)
+        real = _real_frames(mask.to(frames.dtype).unsqueeze(2), each)
         frames = self.groupnorm(frames.reshape(batch, rows * each, -1), real).reshape(batch, rows, each, -1)
         frames = gelu(self.conv2(_patches(frames, TAPS[1], STRIDES[1])))  # [B, T, 2, 2 * hidden]
         h = gelu(self.conv3(_patches(frames, TAPS[2], STRIDES[2]))).squeeze(2)
         positions = torch.arange(rows, device=h.device)
         everywhere = (positions.unsqueeze(1) + positions.unsqueeze(0) >= 0).unsqueeze(0).unsqueeze(0)
         return h, torch.logical_and(mask.unsqueeze(1).unsqueeze(1), everywhere)
+
+
+def _real_frames(mask: torch.Tensor, each: int) -> torch.Tensor:
+    """[B, T * each, 1], 1 at frames that a real position reads; mask: [B, T, 1], 1 at those, the first among them.
+
+    They are the frames of its row and the next one, and the first of the row behind. Shifted masks, as half precision does not count
+    so far.
+    """
+    rows, one = mask.shape[1], torch.ones_like(mask.narrow(1, 0, 1))
+    first = torch.cat((one, one, mask.narrow(1, 0, rows - 2)), 1)
+    others = torch.cat((one, mask.narrow(1, 0, rows - 1)), 1)
+    return torch.cat((first, *[others] * (each - 1)), 2).reshape(mask.shape[0], rows * each, 1)
 
 
 def _patches(x: torch.Tensor, taps: int, stride: int) -> torch.Tensor:

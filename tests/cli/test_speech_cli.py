@@ -34,7 +34,6 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = edgewright("export", "-m", root / "model", *options)
     said = passed(done)
     assert "onnx: lowering error (float32 activations)" in said
-    assert "read as transformers" in said, done.stderr
     return root
 
 

@@ -40,6 +40,7 @@ WHISPER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 1,
     "decoder_start_token_id": 3,
+    "begin_suppress_tokens": None,
 }
 MOONSHINE: dict[str, Any] = {
     "vocab_size": 96,
@@ -147,33 +148,34 @@ def test_a_saved_speech_model_is_what_transformers_computes(case: str, tmp_path:
 def test_sounds_of_several_lengths_side_by_side_are_each_what_it_is_alone(tmp_path: Path) -> None:
     written("moonshine", tmp_path)
     model = ours(tmp_path)
-    both, samples = sound_of(model, (0.2, 0.45))
+    both, _ = sound_of(model, (0.2, 0.45))
+    assert len(set(both["encoder_mask"].sum(1).tolist())) == 2
     target = torch.randint(4, 96, (2, 9), generator=torch.Generator().manual_seed(2))
     together = logits(model, both, target, [9])
     for row in range(2):
-        alone, _ = sound_of(model, tuple(len(s) / 16000 for s in samples[: row + 1]))
         rows = int(both["encoder_mask"][row].sum()) + 2
         one = {n: v[row : row + 1, :rows] for n, v in both.items()}
-        assert torch.equal(one["input_values"], alone["input_values"][row : row + 1, :rows])
         torch.testing.assert_close(together[row : row + 1], logits(model, one, target[row : row + 1], [9]))
 
 
 def generation_config(oracle: Any, several: bool) -> Any:
     """One like Whisper's in a vocabulary of 96: 30 timestamps at its end."""
-    config = oracle.generation_config
-    config.update(
-        no_timestamps_token_id=64,
-        max_initial_timestamp_index=4,
-        suppress_tokens=[11, 12, 13],
-        begin_suppress_tokens=[5, 1],
-        decoder_start_token_id=3,
-        max_length=40,
-        is_multilingual=several,
-        return_timestamps=False,
-    )
-    if several:
-        config.update(lang_to_id={"<|en|>": 55, "<|de|>": 56}, task_to_id={"transcribe": 58, "translate": 59})
-    return config
+    values = {
+        "no_timestamps_token_id": 64,
+        "max_initial_timestamp_index": 4,
+        "suppress_tokens": [11, 12, 13],
+        "begin_suppress_tokens": [5, 1],
+        "decoder_start_token_id": 3,
+        "max_length": 40,
+        "is_multilingual": several,
+        "return_timestamps": False,
+        "lang_to_id": {"<|en|>": 55, "<|de|>": 56},
+        "task_to_id": {"transcribe": 58, "translate": 59},
+    }
+    for name, value in values.items():
+        if several or not name.endswith("to_id"):
+            setattr(oracle.generation_config, name, value)
+    return oracle.generation_config
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -190,7 +192,12 @@ def test_greedy_transcripts_are_those_of_transformers(several: bool, timestamps:
     inputs, _ = sound_of(model)
     asked = {"language": "de", "task": "translate"} if several else {}
     want = oracle.generate(
-        inputs["input_features"], return_timestamps=timestamps, do_sample=False, num_beams=1, **asked
+        inputs["input_features"],
+        return_timestamps=timestamps,
+        do_sample=False,
+        num_beams=1,
+        force_unique_generate_call=True,  # else it goes on to a second window behind the last timestamp
+        **asked,
     )[0].tolist()
     forced = prefix(spec.speech, asked.get("language"), asked.get("task"), timestamps)
     rule = rule_of(spec, spec.speech, timestamps)
