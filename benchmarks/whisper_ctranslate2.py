@@ -112,7 +112,11 @@ def transformers_names(arrays: Arrays) -> Arrays:
                 put(f"{name}.{leaf}", value)
 
     for stack in ("encoder", "decoder"):
-        layers = {n.split("/")[1] for n in arrays if n.startswith(f"{stack}/layer_") and not n.startswith(f"{stack}/layer_norm")}
+        layers = {
+            n.split("/")[1]
+            for n in arrays
+            if n.startswith(f"{stack}/layer_") and not n.startswith(f"{stack}/layer_norm")
+        }
         for at in range(len(layers)):
             theirs, ours = f"{stack}/layer_{at}", f"{stack}.layers.{at}"
             own = f"{ours}.self_attn"

@@ -112,7 +112,9 @@ def _of_sounds(
     path: Path, tokenizer: Tokenizer, generation: Generation, speech: SpeechSpec, longest: int
 ) -> Iterator[Sample]:
     if path.suffix != ".tsv":
-        raise UserError(f"{path}: this model reads sound; give --task FILE.tsv, whose lines are 'sound.wav<TAB>what is said'")
+        raise UserError(
+            f"{path}: this model reads sound; give --task FILE.tsv, whose lines are 'sound.wav<TAB>what is said'"
+        )
     start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
     lead = "" if speech.no_timestamps is None else " "  # Whisper's words begin with it
     for sound, answer in sounds_of(path, read_task(path), speech.sound):

@@ -30,7 +30,9 @@ def sound_file(task: Path, name: str) -> Path:
     """The file that a task file names. Raises UserError for one outside its folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not name.isprintable():
-        raise UserError(f"{task}: {one_line(name, 80)}: sounds lie in the folder of the task file; name them from there")
+        raise UserError(
+            f"{task}: {one_line(name, 80)}: sounds lie in the folder of the task file; name them from there"
+        )
     return task.parent / name
 
 

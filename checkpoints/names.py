@@ -53,7 +53,8 @@ class Piece:
         order: "halves": the file keeps neighbours together that RoPE turns, the model the halves of a head; "third": for each
             head the file has its query, key and value, and this is number `part` of them.
         rotated: > 0: of each head in the order "halves" only the first so many rows are in it.
-        taps: the file holds a convolution over time, [out, in, taps], the model its matrix [out, taps * in], a tap's inputs together.
+        taps: the file holds a convolution over time, [out, in, taps], the model its matrix [out, taps * in], a tap's inputs side
+            by side.
         add: what is added to each value.
         at: its place among the pieces of a joined tensor.
     """

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..runtimes.generate import Sampling
 from ..runtimes.session import Array
 from ..runtimes.text_generation import GREEDY, OpenBundle, SpokenText, open_bundle
-from ..runtimes.transcribe import SpeechOptions
+from ..runtimes.transcribe import PLAINLY, SpeechOptions
 from ..system.memory import no_more_than_available
 
 Progress = Callable[[str], None]
@@ -33,7 +33,7 @@ class RunOptions:
     memory: Path | None = None
     save_memory: Path | None = None
     target_language: str | None = None
-    speech: SpeechOptions = SpeechOptions()
+    speech: SpeechOptions = PLAINLY
     check: bool = True
 
 

@@ -20,7 +20,6 @@ from .config import ConfigReader
 from .kv_cache import Cache
 from .language_model import LanguageModel
 
-
 _MASK = Port("encoder_mask", torch.bool, ("batch", "source"))
 
 

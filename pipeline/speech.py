@@ -24,7 +24,9 @@ _TASKS: tuple[Literal["transcribe", "translate"], ...] = ("transcribe", "transla
 _MOST = 1 << 16
 
 
-def speech_of(layout: SoundLayout, checkpoint: Checkpoint, config: dict[str, Any], context: int, vocab: int) -> SpeechSpec:
+def speech_of(
+    layout: SoundLayout, checkpoint: Checkpoint, config: dict[str, Any], context: int, vocab: int
+) -> SpeechSpec:
     """How a model that reads `layout` makes text of sound. context: positions that an encoder of samples may have.
 
     Raises UserError for values of generation_config.json that are none, and a context too short for any sound.
@@ -88,7 +90,9 @@ class _Reader:
     def token(self, key: str) -> int | None:
         value = self.values.get(key)
         if value is not None and not self._is_token(value):
-            raise UserError(f"generation_config.json: {key} is {shown(value, 40)}, expected a token below {self._vocab}")
+            raise UserError(
+                f"generation_config.json: {key} is {shown(value, 40)}, expected a token below {self._vocab}"
+            )
         return cast("int | None", value)
 
     def number(self, key: str, default: int) -> int | None:

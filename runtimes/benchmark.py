@@ -127,8 +127,8 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
 
     pp: an encoder-decoder reads so many source tokens and makes its first decoder step; a decoder-only model reads a
     prompt; a decoder-decoder reads a context and then a question of 8 tokens. tg: the depth is the source length of an
-    encoder-decoder, else the tokens already in the cache. A model that reads sound has a row for a window in place of pp, whose rate
-    is seconds of sound a second. A module has one row, its calls a second. Where something runs in
+    encoder-decoder, else the tokens already in the cache. A model that reads sound has a row for a window in place of pp, whose
+    rate is seconds of sound a second. A module has one row, its calls a second. Where something runs in
     place of the target's device the result is {"not_measured": why}.
     """
     bundle = Bundle.open(path)

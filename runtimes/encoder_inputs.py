@@ -48,7 +48,9 @@ def _sounds(sound: SoundSpec, prompts: Sequence[Prompt]) -> tuple[dict[str, Arra
         if not isinstance(prompt, Mapping):
             raise UserError("this model reads sound, not text: give a sound file")
         found = {name: (value.dtype, value.shape) for name, value in prompt.items()}
-        length = found[sound.port][1][1] if sound.kind == "samples" and len(found.get(sound.port, ((), ()))[1]) == 3 else 0
+        length = (
+            found[sound.port][1][1] if sound.kind == "samples" and len(found.get(sound.port, ((), ()))[1]) == 3 else 0
+        )
         if found != _wanted(sound, length):
             raise UserError(f"a sound's inputs are {', '.join(names)} of this model's sizes, one row of each")
         rows.append(prompt)

@@ -1,7 +1,8 @@
 """The generate loop over any `Session`: prefill, then one decode step per token. No torch is imported.
 
-`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt, tokens or a
-sound, with its encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context before it.
+`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt, tokens or
+a sound, with its encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context
+before it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from . import context_memory
 from .generate import Sampling, generate, read_context
 from .registry import import_runtime, open_session
 from .session import Array, PlacedSession
-from .transcribe import SpeechOptions, require_speech, transcribe
+from .transcribe import PLAINLY, SpeechOptions, require_speech, transcribe
 
 GREEDY = Sampling()
 
@@ -131,7 +131,7 @@ class OpenBundle:
     def transcribe(
         self,
         sound: str | Path | Samples,
-        options: SpeechOptions = SpeechOptions(),
+        options: SpeechOptions = PLAINLY,
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,

@@ -39,6 +39,9 @@ class SpeechOptions:
     timestamps: bool = False
 
 
+PLAINLY = SpeechOptions()
+
+
 @dataclass(frozen=True)
 class Segment:
     """A piece of what was said. start, end: seconds; tokens: of the text alone."""
@@ -52,7 +55,7 @@ def transcribe(
     session: Session,
     spec: Generation,
     samples: Samples,
-    options: SpeechOptions = SpeechOptions(),
+    options: SpeechOptions = PLAINLY,
     new_tokens: int | None = None,
     sampling: Sampling | None = None,
 ) -> Iterator[Segment]:

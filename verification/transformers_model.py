@@ -48,7 +48,7 @@ def compare(model: str, progress: Progress) -> dict[str, Any]:
         return {"reason": str(unknown)}
     progress(f"comparing the checkpoint's reading with transformers {version}")
     load_original(ours, checkpoint)
-    kind = _Spoken if ours.sound_layout() is not None else _Seq2seq if ours.task == "seq2seq" else _Causal
+    kind = Spoken if ours.sound_layout() is not None else _Seq2seq if ours.task == "seq2seq" else _Causal
     run = kind(ours, theirs)
     with Stage("comparing with transformers"), torch.no_grad():
         ids = _tokens(_vocab(ours), checkpoint.config)
@@ -198,7 +198,7 @@ class _Seq2seq(_Causal):
         return torch.cat((torch.full((ids.shape[0], 1), start), ids[:, _PROMPT:]), 1)
 
 
-class _Spoken(_Seq2seq):
+class Spoken(_Seq2seq):
     """Both models of one that reads sound; ids are the decoder's, the encoder reads made-up sounds."""
 
     def __init__(self, ours: LanguageModel, theirs: nn.Module) -> None:

@@ -86,12 +86,12 @@ class MoonshineFront(Front):
 def _real_frames(mask: torch.Tensor, each: int) -> torch.Tensor:
     """[B, T * each, 1], 1 at frames that a real position reads; mask: [B, T, 1], 1 at those, the first among them.
 
-    They are the frames of its row and the next one, and the first of the row behind. Shifted masks, as half precision does not count
-    so far.
+    They are the frames of its row and the next one, and the first of the row behind. Masks are shifted, as half precision does not
+    count so far.
     """
     rows, one = mask.shape[1], torch.ones_like(mask.narrow(1, 0, 1))
-    first = torch.cat((one, one, mask.narrow(1, 0, rows - 2)), 1)
     others = torch.cat((one, mask.narrow(1, 0, rows - 1)), 1)
+    first = torch.cat((one, others.narrow(1, 0, rows - 1)), 1)
     return torch.cat((first, *[others] * (each - 1)), 2).reshape(mask.shape[0], rows * each, 1)
 
 

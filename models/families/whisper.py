@@ -60,7 +60,9 @@ class Model(SpeechModel):
         def stack(name: str) -> StackSpec:
             heads = section.divisor(f"{name}_attention_heads", hidden, 6)
             if hidden // heads % 8:
-                raise section.error(f"{name}_attention_heads", heads, f"heads of a multiple of 8 of {hidden} dimensions")
+                raise section.error(
+                    f"{name}_attention_heads", heads, f"heads of a multiple of 8 of {hidden} dimensions"
+                )
             width = hidden // heads
             attention = AttentionSpec(
                 hidden,

@@ -23,6 +23,7 @@ from edgewright.pipeline.generation import generation_of
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import generate
 from edgewright.runtimes.speech_rules import prefix, rule_of
+from edgewright.verification.transformers_model import Spoken, compare
 
 WHISPER: dict[str, Any] = {
     "vocab_size": 96,
@@ -303,3 +304,19 @@ def test_a_bad_generation_config_is_refused_by_its_key(key: str, value: object, 
     checkpoint.generation[key] = value
     with pytest.raises(UserError, match=said):
         generation_of(build(checkpoint.config), checkpoint, checkpoint.config)
+
+
+@pytest.mark.parametrize("case", ["moonshine", "whisper"])
+def test_against_transformers_compares_made_up_sounds(case: str, tmp_path: Path) -> None:
+    """As `export --against transformers` does; and another activation in one layer is seen."""
+    oracle = written(case, tmp_path)
+    found = compare(str(tmp_path), lambda _: None)
+    assert found["differs"] is None, found
+    assert found["max_relative_error"] < 1e-5
+    model: Any = ours(tmp_path)
+    ids = torch.randint(4, 90, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        both = Spoken(model, oracle)
+        assert float((both.ours(ids) - both.theirs(ids)).abs().max()) < 1e-3
+        model.model.encoder.layers[0].mlp.act = torch.relu
+        assert float((both.ours(ids) - both.theirs(ids)).abs().max()) > 1e-2

@@ -197,7 +197,11 @@ def test_segments_are_those_of_transformers() -> None:
         )
         ours, read = segments_of(SPEECH, said, 480_000)
         want: list[Any] = [
-            (round(float(s["start"]), 6), round(float(s["end"]), 6), tuple(t for t in s["tokens"].tolist() if t < START))
+            (
+                round(float(s["start"]), 6),
+                round(float(s["end"]), 6),
+                tuple(t for t in s["tokens"].tolist() if t < START),
+            )
             for s in theirs
         ]
         assert [(round(s.start, 6), round(s.end, 6), s.tokens) for s in ours] == want, said
