@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +105,7 @@ def rounding_loss(planned: Planned, request: Request, run: ResumableExport, prog
     return loss
 
 
-def _of_prompts(planned: Planned) -> Sequence[Sample]:
+def _of_prompts(planned: Planned) -> list[Sample]:
     """A few of the bundle's prompts: of an encoder-decoder the first decoded position alone is compared."""
     generation = planned.generation
     start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
