@@ -7,17 +7,19 @@ code 2, a failed verification exit code 1.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .commands import generation_options
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
+from .commands.help import SHELLS, completion_script
 from .errors import UserError
 from .system.reading import printable
 from .system.version import __version__
@@ -219,7 +221,6 @@ def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: b
 @cli_options.as_json
 def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_json: bool, **options: Any) -> None:
     """Check every artefact of BUNDLE against its reference."""
-    from .bundle import Bundle
     from .reports import verify as verify_report
     from .verification.report import require, require_placement
     from .verification.verify import TEXT_WINDOWS, VerifyOptions
@@ -230,8 +231,8 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
     if options["adapter"] is not None and options["model"] is None:
         raise UserError("--adapter is merged into the original checkpoint; give -m MODEL, too")
     report = check(bundle, VerifyOptions(text_windows=text_windows or TEXT_WINDOWS, **options), note)
-    Bundle.open(bundle).write_report("verify", report.to_json())
-    _print(report.to_json(), verify_report.verify_text(report), as_json)
+    with _keeping(bundle, "verify", report.to_json()):
+        _print(report.to_json(), verify_report.verify_text(report), as_json)
     require(report)
     if strict_placement:
         require_placement(report)
@@ -239,7 +240,17 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
-@click.option("--prompt", help="The prompt; '-' reads standard input.", required=True)
+@click.option("--prompt", help="The prompt; '-' reads standard input.")
+@click.option(
+    "--embed", is_flag=True, help="The vector of the prompt, as a line of JSON; of standard input one of each line."
+)
+@click.option("--texts", type=cli_options.path, metavar="FILE", help="For --embed: a file of texts, one a line.")
+@click.option(
+    "--prompt-name", metavar="NAME", help="For --embed: a prompt of the model's own before each text, such as query."
+)
+@click.option(
+    "-o", "--output", type=cli_options.path, metavar="FILE.npy", help="For --embed: all vectors as one array."
+)
 @click.option(
     "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
 )
@@ -249,36 +260,167 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
     "--target-language", metavar="TOKEN", help="The token that a translation begins with: fra_Latn, fr_XX, __fr__ …"
 )
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1, cli_options.MOST_TOKENS))
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=click.IntRange(0, cli_options.MOST_SEED), default=0)
+@generation_options.generation
+@click.option("--answers", type=click.IntRange(1, 1024), default=1, show_default=True, help="So many answers.")
+@click.option("--show-prompt", is_flag=True, help="Say what the model reads.")
 @click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
 @cli_options.check
-def run(bundle: Path, prompt: str, context: Path | None, **options: Any) -> None:
-    """Answer a prompt, streaming to standard output.
+@cli_options.as_json
+def run(
+    bundle: Path,
+    prompt: str | None,
+    context: Path | None,
+    chat: bool | None,
+    embed: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer a prompt, streaming to standard output; why it stopped and how fast it was goes to standard error. With --embed
+    print vectors of texts.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
+    vectors = {name: options.pop(name) for name in ("texts", "prompt_name", "output")}
+    if embed:
+        _embed(bundle, prompt, vectors, options | {"context": context, "chat": chat})
+        return
+    for name, value in vectors.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --embed, which makes vectors of texts; give that, too")
+    if prompt is None:
+        raise UserError("say what to answer: --prompt TEXT")
     from .checkpoints.chat_template import start_early
 
-    if options["chat"] is not False:
+    if chat is not False:
         start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
     from .commands.run import RunOptions, run_prompt
-    from .runtimes.generate import Sampling
     from .system.reading import MEBIBYTE, read_stream, read_text
 
-    temperature, top_p = options.pop("temperature"), options.pop("top_p")
-    if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
-        raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
     text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
-    sampling = Sampling(temperature, top_p, options.pop("seed"))
-    context_text = None if context is None else read_text(context, 256 * MEBIBYTE)
+    asked = RunOptions(
+        sampling=generation_options.sampling_given(options),
+        chat=generation_options.chat_given(options, chat),
+        context=None if context is None else read_text(context, 256 * MEBIBYTE),
+        **options,
+    )
     terminal = sys.stdout.isatty()  # a token may be an escape sequence
-    for piece in run_prompt(bundle, text, RunOptions(sampling=sampling, context=context_text, **options), note):
+    results = []
+    for said in run_prompt(bundle, text, asked, note):
+        pieces = []
+        for piece in said.answer:
+            if as_json:
+                pieces.append(piece)
+            else:
+                click.echo(printable(piece) if terminal else piece, nl=False)
+        if as_json:
+            results.append(said.to_json("".join(pieces)))
+            continue
+        click.echo()
+        note(said.line())
+    if as_json:
+        click.echo(json.dumps({"answers": results}, indent=1))
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first.")
+@generation_options.generation
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def chat(bundle: Path, context: Path | None, format: str | None, threads: int, check: bool, **options: Any) -> None:
+    """Talk with BUNDLE, turn by turn; what it has read is not read again. /help lists the commands of the chat."""
+    from dataclasses import replace
+
+    from .commands.chat import Turns, seed_of, typed_lines
+    from .runtimes.answer import Stops
+    from .runtimes.conversation import Conversation
+    from .runtimes.text_generation import open_bundle
+    from .system.reading import MEBIBYTE, read_text
+
+    given = generation_options.sampling_given(options)
+    asked = generation_options.chat_given(options, None)
+    opened = open_bundle(bundle, format, threads, check)
+    sampling = replace(opened.default_sampling(seed_of(options["seed"])), **given)
+    stops = Stops(tuple(options["stops"]), opened.token_ids(options["stop_tokens"]))
+    memory = None if context is None else opened.read_context(read_text(context, 256 * MEBIBYTE))
+    if opened.session.stand_in:
+        note(opened.session.how)
+    if not opened.tokenizer.templates:
+        note("the tokenizer has no chat template: each line is a prompt of its own")
+    if not sampling.greedy:
+        note(f"seed {sampling.seed}")
+    conversation = Conversation(opened, asked, memory, options["max_new_tokens"])
+    terminal = sys.stdout.isatty()
+
+    def write(piece: str) -> None:
         click.echo(printable(piece) if terminal else piece, nl=False)
-    click.echo()
+
+    Turns(conversation, sampling, stops, write, note).run(typed_lines())
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-key", metavar="KEY", envvar="EDGEWRIGHT_API_KEY", help="What clients must send; or EDGEWRIGHT_API_KEY."
+)
+@click.option("--name", metavar="NAME", help="The model's name. Default: the bundle's folder.")
+@click.option(
+    "--waiting", type=click.IntRange(1, 1 << 16), default=256, show_default=True, help="Requests that may wait."
+)
+@generation_options.templates
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def serve(bundle: Path, **options: Any) -> None:
+    """Serve BUNDLE over HTTP as OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, with streaming."""
+    from .commands.serve import ServeOptions
+    from .commands.serve import serve as answer
+
+    chat = generation_options.chat_given(options, None)
+    answer(bundle, ServeOptions(chat=chat, **options), note)
+
+
+def _embed(bundle: Path, prompt: str | None, vectors: dict[str, Any], options: dict[str, Any]) -> None:
+    """`run --embed`."""
+    from .commands.embed import MOST_BYTES, EmbedOptions, lines_of, run_embed
+    from .system.reading import read_stream, read_text
+
+    given = [name for name in _GENERATING if options[name] not in (None, (), False, 1)]
+    if given:
+        flag = given[0].removesuffix("s") if given[0] in ("stops", "stop_tokens", "template_args") else given[0]
+        raise UserError(f"--{flag.replace('_', '-')} is for a model that generates; leave it out of --embed")
+    file: Path | None = vectors.pop("texts")
+    if (prompt is None) == (file is None):
+        raise UserError("--embed takes one of --prompt TEXT and --texts FILE")
+    if file is not None:
+        texts = lines_of(read_text(file, MOST_BYTES), str(file))
+    elif prompt == "-":
+        texts = lines_of(read_stream(sys.stdin.buffer, "standard input", MOST_BYTES), "standard input")
+    else:
+        texts = [prompt or ""]
+    shared = {name: options[name] for name in ("format", "threads", "check")}
+    for line in run_embed(bundle, texts, EmbedOptions(**shared, **vectors), note):
+        click.echo(line)
+
+
+_GENERATING = (
+    *(
+        "context",
+        "memory",
+        "save_memory",
+        "target_language",
+        "max_new_tokens",
+        "seed",
+        "stops",
+        "stop_tokens",
+        "answers",
+    ),
+    *("template", "template_args", "system", "tools", "chat", "show_prompt", *generation_options.SAMPLING),
+)
 
 
 @main.command()
@@ -313,14 +455,28 @@ def profile(
     **lengths: Any,
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
-    from .bundle import Bundle
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
-    Bundle.open(bundle).write_report("profile", result)
-    click.echo(printable(profile_text(result, output_format)))
+    with _keeping(bundle, "profile", result):
+        click.echo(printable(profile_text(result, output_format)))
+
+
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=cli_options.path, metavar="BUNDLE…")
+@click.option("-o", "output_format", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
+def compare(bundles: tuple[Path, ...], output_format: str) -> None:
+    """Bundles side by side: size, quality, speed and placement, as their manifests and last reports say."""
+    from .commands.compare import compare as look
+    from .reports.compare import compare_csv, compare_text
+
+    rows = look(bundles)
+    if output_format == "csv":
+        click.echo(printable(compare_csv(rows)))
+        return
+    _print(rows, compare_text(rows), output_format == "json")
 
 
 @main.group()
@@ -388,6 +544,27 @@ def doctor(as_json: bool) -> None:
 
     state = examine()
     _print(state, doctor_text(state), as_json)
+
+
+@contextmanager
+def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[None]:
+    """Print the result within this context; then its report is kept in the bundle, where that can be written."""
+    from .bundle import Bundle
+
+    try:
+        yield
+    finally:
+        try:
+            Bundle.open(bundle).write_report(name, report)
+        except UserError as error:
+            note(f"the report is not kept: {error}")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in SHELL."""
+    click.echo(completion_script(shell))
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

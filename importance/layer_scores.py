@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..calibration.forward import CalibrationForward
@@ -67,6 +68,10 @@ def _lim(source: Source, prompts: Prompts) -> dict[Layer, float]:
         session.run(graph, {name: value.numpy() for name, value in inputs.items()}, {})
     for i, prompt in enumerate(prompts.tokens if not source.calls else ()):
         # one at a time: there is no padding to take out
+        if generation.task == "embed":
+            ids = np.array([prompt], np.int64)
+            session.run("encoder", {"input_ids": ids, "encoder_mask": np.ones_like(ids, bool)}, {})
+            continue
         memory = read_context(session, generation, prompts.contexts[i]) if prompts.contexts else None
         if generation.task != "seq2seq":
             Stream(session, generation, [prompt[: generation.max_context - 1]], 1, memory).prefill()

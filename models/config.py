@@ -8,6 +8,12 @@ from typing import Any
 from ..errors import UserError
 from ..system.reading import shown
 
+OURS = "edgewright"
+"""The object of config.json that holds keys of this product."""
+
+LONG_FACTORS = "long_factors"
+"""Key of `OURS`: longrope takes its long factors, for every position."""
+
 # No real model is near it; a hostile config must not lead to huge shapes or endless loops.
 _MOST = 1 << 24
 

@@ -5,29 +5,38 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..bundle import MOST_IDS, PREFILL_CHUNK, ContextSpec, Generation
+from ..bundle import MOST_IDS, PREFILL_CHUNK, ContextSpec, EmbeddingSpec, Generation
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
+from ..models.embedding import EmbeddingModel
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
 from ..system.reading import shown
+from .answering import Note, end_tokens, sampling_of
 
 DEFAULT_CONTEXT = 4096
 FORCED = "forced_bos_token_id"
 
 
 def generation_of(
-    model: LanguageModel, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    max_context: int | None = None,
+    note: Note = lambda _: None,
 ) -> Generation:
     """How `model` generates. max_context: tokens that a prompt and its answer may take; None: at most DEFAULT_CONTEXT.
 
-    Raises UserError for a context too short, or token ids that are none.
+    note: gets a line where what the configs say is not enough, or not done. Raises UserError for a context too short, or token
+    ids that are none.
     """
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):
         if isinstance(source, dict):
             eos |= _token_ids("eos_token_id", source.get("eos_token_id"))
+    if model.task != "module":
+        eos = end_tokens(tokenizer, eos, note)
     limit = DEFAULT_CONTEXT if max_context is None else max_context
     if limit < 2:
         raise UserError(f"--max-context {limit} is too short; give at least 2")
@@ -56,6 +65,23 @@ def generation_of(
         max_new_tokens=max(1, min(new_tokens, context - 1)),
         prefill_chunk=min([PREFILL_CHUNK, *(g.bounds["sequence"][1] for g in graphs if "sequence" in g.bounds)]),
         context=_context(model, context) if model.task == "memory" else None,
+        sampling=sampling_of(checkpoint.generation, note),
+        embedding=_embedding(model) if isinstance(model, EmbeddingModel) else None,
+    )
+
+
+def _embedding(model: EmbeddingModel) -> EmbeddingSpec:
+    spec = model.embedding
+    return EmbeddingSpec.model_validate(
+        {
+            "size": model.size,
+            "pooling": spec.pooling,
+            "normalised": spec.normalised,
+            "similarity": spec.similarity,
+            "prompts": dict(spec.prompts),
+            "default_prompt": spec.default_prompt,
+            "lower_case": spec.lower_case,
+        }
     )
 
 

@@ -8,13 +8,23 @@ from pathlib import Path
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..calibration.batches import padded
-from ..calibration.prompts import Prompts, random_contexts, random_prompts, read_task, text_windows
+from ..calibration.prompts import (
+    Prompts,
+    paragraphs,
+    random_contexts,
+    random_prompts,
+    read_task,
+    text_ids,
+    text_windows,
+)
 from ..calibration.samples import Call
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from .request import Progress, Request
+from .shipped_text import TEXT
 
 TASK = "task.tsv"
 
@@ -28,7 +38,8 @@ _SHORT_PROMPT = 8  # tokens of a random prompt that comes with a context
 def with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress) -> Request:
     """`request` with the task file that a checkpoint's directory may hold: its prompts are better than random ids."""
     own = Path(request.model).expanduser() / TASK  # a factory's name is no such path
-    if request.calibration.file or checkpoint.tokenizer is None or not own.is_file():
+    data = request.calibration
+    if data.task or data.text not in (None, TEXT) or checkpoint.tokenizer is None or not own.is_file():
         return request
     progress(f"prompts from the checkpoint's own {TASK}")
     return replace(request, calibration=replace(request.calibration, task=own))
@@ -50,15 +61,28 @@ def read_prompts(request: Request, checkpoint: Checkpoint, generation: Generatio
 
 def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Prompts:
     data = request.calibration
+    if generation.task == "embed":
+        return Prompts(_texts(request, tokenizer, generation))
     if data.task is not None:
         task = read_task(data.task, data.prompts, generation.task == "memory")
         contexts = [tokenizer.encode(c, special=False) for c in task.contexts]
-        return Prompts([tokenizer.encode(p) for p in task.prompts], contexts)
+        continues = generation.task != "seq2seq"
+        return Prompts([read_prompt(tokenizer, p, continues).ids for p in task.prompts], contexts)
     assert data.text is not None
     windows = text_windows(data.text, tokenizer, min(64, max(2, generation.max_context // 2)), data.prompts)
     if generation.context is None:
         return Prompts(windows)
     return Prompts([w[: max(1, len(w) // 4)] for w in windows], windows)
+
+
+def _texts(request: Request, tokenizer: Tokenizer, generation: Generation) -> list[list[int]]:
+    """Whole texts for a model of embeddings: paragraphs, or of a task file what is asked."""
+    data = request.calibration
+    if data.task is not None:
+        task = read_task(data.task, data.prompts)
+        return text_ids(task.prompts, tokenizer, generation, query=True, whose=f"{request.model}: a prompt")
+    assert data.text is not None
+    return paragraphs(data.text, tokenizer, generation, data.prompts)
 
 
 def _random(generation: Generation, count: int) -> Prompts:
@@ -80,7 +104,7 @@ def _random_contexts(context: ContextSpec, count: int) -> list[list[int]]:
 
 def _check(model: str, prompts: Prompts, generation: Generation) -> None:
     for prompt in prompts.tokens:
-        if len(prompt) >= generation.max_context:
+        if len(prompt) >= generation.max_context and generation.task != "embed":
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit --max-context {generation.max_context}")
         require_tokens(prompt, generation.vocab, f"{model}: a prompt")
     if generation.context is not None:

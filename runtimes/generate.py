@@ -6,40 +6,33 @@ encoder; a decoder-only model reads it into the KV cache; so does a decoder-deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..errors import UserError
+from .sampling import GREEDY, Sampling
 from .session import Array, Session
 
+Ending = Literal["end", "limit", "context"]
+"""Why an answer ended: an end token, as many tokens as were asked for, no room in the context."""
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def pick(self, logits: Array, rng: np.random.Generator) -> int:
-        """A token from logits [vocab]."""
-        if self.temperature <= 0:
-            return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities)
-        kept = int(np.searchsorted(np.cumsum(probabilities[order]), self.top_p)) + 1
-        chosen = order[:kept]
-        mass = probabilities[chosen] / probabilities[chosen].sum()
-        return int(rng.choice(chosen, p=mass))
+Observer = Callable[[int, Array], None]
+"""Is told of a token and the logits [vocab] that it was chosen from."""
 
 
 class Stream:
-    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length."""
+    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length.
+
+    Attributes:
+        past: positions in the state.
+        capacity: positions that it has.
+        read: tokens of the first row that the decoder has read.
+        whole: whether the state is that of the tokens read: not after a call that was interrupted.
+    """
 
     def __init__(
         self,
@@ -57,6 +50,8 @@ class Stream:
             require_tokens(prompt, spec.vocab, "the prompt")
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
+        self.read: list[int] = []
+        self.whole = True
         self._extra: dict[str, Array] = {}
         self._slots = np.zeros(0, np.int64)
         if spec.context is not None:
@@ -131,8 +126,16 @@ class Stream:
         if self.spec.context is not None:
             slots = self._slots[self.past : self.past + n]
             inputs["slots"] = np.concatenate([slots, np.full(n - len(slots), -1, np.int64)])
-        self.past += n
-        return self.session.run("decoder", inputs, self.state)["logits"]
+        self.whole = False
+        logits = self.session.run("decoder", inputs, self.state)["logits"]
+        self.past, self.whole = self.past + n, True
+        self.read.extend(tokens[0].tolist())
+        return logits
+
+    def rewind(self, tokens: int) -> None:
+        """Forget what was read after the first `tokens` tokens: only where all states are KV caches, as a recurrence cannot."""
+        self.past -= len(self.read) - tokens
+        del self.read[tokens:]
 
     def prefill(self) -> Array:
         """Feed the pending prompt, of an encoder-decoder its start and what is forced; the logits [batch, 1, vocab] after it."""
@@ -179,24 +182,37 @@ def generate(
     spec: Generation,
     prompt: Sequence[int],
     new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     memory: Array | None = None,
-) -> Iterator[int]:
+    observe: Observer | None = None,
+) -> Generator[int, None, Ending]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: for a "memory" task, what `read_context` returned.
+    memory: for a "memory" task, what `read_context` returned. The generator's return value says why it ended.
     """
-    sampling = sampling or Sampling()
-    rng = np.random.default_rng(sampling.seed)
     stream = Stream(session, spec, [prompt], new_tokens, memory)
-    logits = stream.prefill()
-    for count in range(1, new_tokens + 1):
-        token = sampling.pick(logits[0, -1], rng)
+    return (yield from continued(stream, stream.pending, new_tokens, sampling, observe))
+
+
+def continued(
+    stream: Stream, tokens: Array, new_tokens: int, sampling: Sampling = GREEDY, observe: Observer | None = None
+) -> Generator[int, None, Ending]:
+    """As `generate`, where the stream has read what comes before `tokens` [1, n]. observe: sees each token before it is given."""
+    rng, spec = np.random.default_rng(sampling.seed), stream.spec
+    logits = stream.feed(tokens)
+    read, written = list(stream.read), list[int]()
+    while True:
+        token = sampling.pick(logits[0, -1], rng, read, written)
         if token in spec.eos_ids:
-            return
+            return "end"
+        if observe is not None:
+            observe(token, logits[0, -1])
         yield token
-        if count == new_tokens or stream.past >= stream.capacity:
-            return
+        written.append(token)
+        if len(written) == new_tokens:
+            return "limit"
+        if stream.past >= stream.capacity:
+            return "context"
         logits = stream.feed(np.array([[token]], np.int64))
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import CHECKPOINT, Bundle, require_tokens
-from ..calibration.prompts import Passage, special_tokens
+from ..calibration.prompts import Passage
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
-from ..runtimes.generate import Sampling, generate
+from ..runtimes.answer import Answer, Stops
+from ..runtimes.generate import generate
 from ..runtimes.logits import log_softmax
 from ..runtimes.registry import open_session
+from ..runtimes.sampling import Sampling
 from ..runtimes.session import Session
 from .scores import predictions
 
@@ -33,7 +35,8 @@ except ImportError:
 NEW_TOKENS = 256
 """Tokens generated where a task does not say how many."""
 
-_SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SUPPORTED = {"until", "max_gen_toks", "do_sample", *_DRAWN}
 
 _log = logging.getLogger(__name__)
 
@@ -67,15 +70,16 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         opened = Bundle.open(Path(str(bundle)))
         self.spec = opened.manifest.generation
-        if self.spec.task == "module":
-            raise UserError(f"{bundle} holds a module, which has no tokens to be scored")
+        if self.spec.task in ("module", "embed"):
+            kind = "a module" if self.spec.task == "module" else "a model of embeddings"
+            raise UserError(f"{bundle} holds {kind}, which has no tokens to be scored")
         if not (opened.path / CHECKPOINT / "tokenizer.json").is_file():
             raise UserError(f"{bundle} has no tokenizer, so it cannot read a task; export from a checkpoint with one")
         opened.check_target(format or opened.manifest.targets[0].format)
         self.tokenizer = Tokenizer.from_dir(opened.path / CHECKPOINT)
         self.backend = "seq2seq" if self.spec.task == "seq2seq" else "causal"
         self._name = f"{opened.path.name}-{opened.manifest.source_fingerprint}"
-        self._before, self._after = special_tokens(self.tokenizer)
+        self._before, self._after = self.tokenizer.special_tokens()
         require_tokens([*self._before, *self._after, self.prefix_token_id], self.spec.vocab, str(bundle))
         if self.backend == "causal":
             self._after = []  # a prompt goes on, so it has no end token
@@ -208,18 +212,11 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         seq2seq = self.backend == "seq2seq"
         most = min(int(asked["max_gen_toks"]), self.max_length if seq2seq else self.max_length // 2)
         ids = self._fit(self.tok_encode(context), self.max_length - (0 if seq2seq else most))
-        sampling = Sampling(float(asked.get("temperature") or 0.0), float(asked.get("top_p") or 1.0), seed)
+        sampling = Sampling(seed=seed, **{name: asked[name] for name in _DRAWN if asked.get(name) is not None})
         # A special token decodes to no text, so a stop string that is one is compared by its id.
-        ends = {self.tokenizer.token_id(stop) for stop in stops}
-        stream, text = self.tokenizer.stream(), ""
-        for token in generate(self._session, self.spec, ids, most, sampling):
-            if token in ends:
-                break
-            text += stream.put(token)
-            if any(stop in text for stop in stops):
-                break
-        text += stream.end()
-        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+        ends = frozenset(i for stop in stops if (i := self.tokenizer.token_id(stop)) is not None)
+        tokens = generate(self._session, self.spec, ids, most, sampling)
+        return "".join(Answer(tokens, self.tokenizer.stream(), Stops(tuple(stops), ends)))
 
 
 def main() -> None:
