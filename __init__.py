@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .pipeline.plan import plan
     from .pipeline.planned import Planned
     from .pipeline.request import BudgetOptions, CalibrationOptions, CheckOptions, Request, TargetOptions
-    from .runtimes.generate import Sampling
+    from .runtimes.sampling import Sampling
     from .runtimes.text_generation import OpenBundle, open_bundle
     from .verification.report import Report
     from .verification.verify import VerifyOptions, verify
@@ -59,7 +59,7 @@ _MODULES = {
     "pipeline.plan": ("plan",),
     "pipeline.planned": ("Planned",),
     "pipeline.request": ("BudgetOptions", "CalibrationOptions", "CheckOptions", "Request", "TargetOptions"),
-    "runtimes.generate": ("Sampling",),
+    "runtimes.sampling": ("Sampling",),
     "runtimes.text_generation": ("OpenBundle", "open_bundle"),
     "verification.report": ("Report",),
     "verification.verify": ("VerifyOptions", "verify"),

@@ -209,13 +209,27 @@ class SpeechSpec(_Strict):
         return named if self.no_timestamps is None else [*named, self.no_timestamps]
 
 
+class SamplingSpec(_Strict):
+    """How the model's makers have a token drawn, as generation_config.json says; the names are `runtimes.sampling.Sampling`'s.
+
+    temperature 0 is greedy.
+    """
+
+    temperature: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=1e-2, le=1e2, allow_inf_nan=False)] = 1.0
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=1 << 10)] = 0
+
+
 class Generation(_Strict):
     """What the generate loop needs: the kind of loop, where it starts and stops, and its limits.
 
     task: a "module" has no loop, its graphs run as they are; vocab and max_context are then the limits of its inputs.
     forced: what every answer of an encoder-decoder begins with, behind decoder_start: fed, not generated, such as a language.
     prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task. speech: of a "seq2seq" one whose encoder
-    reads sound.
+    reads sound. sampling: None is greedy.
     """
 
     task: Literal["seq2seq", "causal", "memory", "module"]
@@ -229,6 +243,7 @@ class Generation(_Strict):
     prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
     context: ContextSpec | None = None
     speech: SpeechSpec | None = None
+    sampling: SamplingSpec | None = None
 
 
 def require_tokens(ids: Sequence[int], vocab: int, whose: str) -> None:

@@ -7,7 +7,6 @@ code 2, a failed verification exit code 1.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .commands import generation_options
 from .commands import options as cli_options
 from .commands.exit_codes import Commands, cleaning_up, note
+from .commands.help import SHELLS, completion_script
 from .errors import UserError
 from .system.reading import printable
 from .system.version import __version__
@@ -255,15 +256,23 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
     "--target-language", metavar="TOKEN", help="The token that a translation begins with: fra_Latn, fr_XX, __fr__ …"
 )
 @click.option("--chat/--no-chat", default=None, help="Use the chat template. Default: when the tokenizer has one.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1, cli_options.MOST_TOKENS))
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default="0: greedy")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=click.IntRange(0, cli_options.MOST_SEED), default=0)
+@generation_options.generation
+@click.option("--answers", type=click.IntRange(1, 1024), default=1, show_default=True, help="So many answers.")
+@click.option("--show-prompt", is_flag=True, help="Say what the model reads.")
 @click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
 @cli_options.threads
 @cli_options.check
-def run(bundle: Path, prompt: str | None, audio: Path | None, context: Path | None, **options: Any) -> None:
-    """Answer a prompt, or write a sound down, streaming to standard output.
+@cli_options.as_json
+def run(
+    bundle: Path,
+    prompt: str | None,
+    audio: Path | None,
+    context: Path | None,
+    chat: bool | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer a prompt, or write a sound down, to standard output; why it stopped and how fast it was goes to standard error.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
@@ -271,36 +280,109 @@ def run(bundle: Path, prompt: str | None, audio: Path | None, context: Path | No
 
     if (prompt is None) == (audio is None):
         raise UserError("say what to answer: --prompt TEXT, or a sound to write down: --audio FILE; one of them")
-    speech = {name: options.pop(name) for name in ("language", "translate", "timestamps")}
-    if audio is None and any(speech.values()):
-        given = next(name for name, value in speech.items() if value)
-        raise UserError(f"--{given} goes with --audio FILE")
-    if audio is None and options["chat"] is not False:
+    speech = generation_options.speech_given(options, audio is not None)
+    if audio is None and chat is not False:
         start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
-    from .commands.run import RunOptions, run_prompt, run_sound
-    from .runtimes.generate import Sampling
-    from .runtimes.transcribe import SpeechOptions
+    from .commands.run import RunOptions, run_prompt
     from .system.reading import MEBIBYTE, read_stream, read_text
 
-    temperature, top_p = options.pop("temperature"), options.pop("top_p")
-    if math.isnan(top_p) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
-        raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: give 0 or 0.001 to 1000, and 0 to 1")
-    task = "translate" if speech["translate"] else None
-    run_options = RunOptions(
-        sampling=Sampling(temperature, top_p, options.pop("seed")),
+    asked = RunOptions(
+        sampling=generation_options.sampling_given(options),
+        chat=generation_options.chat_given(options, chat),
         context=None if context is None else read_text(context, 256 * MEBIBYTE),
-        speech=SpeechOptions(speech["language"], task, speech["timestamps"]),
+        speech=speech,
         **options,
     )
-    if audio is not None:
-        pieces = run_sound(bundle, audio, run_options, note)
-    else:
-        text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
-        pieces = run_prompt(bundle, text or "", run_options, note)
     terminal = sys.stdout.isatty()  # a token may be an escape sequence
-    for piece in pieces:
+    if audio is not None:
+        from .commands.run_sound import json_of, run_sound, text_of
+
+        spoken = run_sound(bundle, audio, asked)
+        if as_json:
+            click.echo(json.dumps(json_of(spoken), indent=1))
+            return
+        for piece in text_of(spoken, speech.timestamps):
+            click.echo(printable(piece) if terminal else piece, nl=False)
+        click.echo()
+        return
+    text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else str(prompt)
+    results = []
+    for said in run_prompt(bundle, text, asked, note):
+        pieces = []
+        for piece in said.answer:
+            if as_json:
+                pieces.append(piece)
+            else:
+                click.echo(printable(piece) if terminal else piece, nl=False)
+        if as_json:
+            results.append(said.to_json("".join(pieces)))
+            continue
+        click.echo()
+        note(said.line())
+    if as_json:
+        click.echo(json.dumps({"answers": results}, indent=1))
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first.")
+@generation_options.generation
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def chat(bundle: Path, context: Path | None, format: str | None, threads: int, check: bool, **options: Any) -> None:
+    """Talk with BUNDLE, turn by turn; what it has read is not read again. /help lists the commands of the chat."""
+    from dataclasses import replace
+
+    from .commands.chat import Turns, seed_of, typed_lines
+    from .runtimes.answer import Stops
+    from .runtimes.conversation import Conversation
+    from .runtimes.text_generation import open_bundle
+    from .system.reading import MEBIBYTE, read_text
+
+    given = generation_options.sampling_given(options)
+    asked = generation_options.chat_given(options, None)
+    opened = open_bundle(bundle, format, threads, check)
+    sampling = replace(opened.default_sampling(seed_of(options["seed"])), **given)
+    stops = Stops(tuple(options["stops"]), opened.token_ids(options["stop_tokens"]))
+    memory = None if context is None else opened.read_context(read_text(context, 256 * MEBIBYTE))
+    if opened.session.stand_in:
+        note(opened.session.how)
+    if not opened.tokenizer.templates:
+        note("the tokenizer has no chat template: each line is a prompt of its own")
+    if not sampling.greedy:
+        note(f"seed {sampling.seed}")
+    conversation = Conversation(opened, asked, memory, options["max_new_tokens"])
+    terminal = sys.stdout.isatty()
+
+    def write(piece: str) -> None:
         click.echo(printable(piece) if terminal else piece, nl=False)
-    click.echo()
+
+    Turns(conversation, sampling, stops, write, note).run(typed_lines())
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-key", metavar="KEY", envvar="EDGEWRIGHT_API_KEY", help="What clients must send; or EDGEWRIGHT_API_KEY."
+)
+@click.option("--name", metavar="NAME", help="The model's name. Default: the bundle's folder.")
+@click.option(
+    "--waiting", type=click.IntRange(1, 1 << 16), default=256, show_default=True, help="Requests that may wait."
+)
+@generation_options.templates
+@click.option("--format", metavar="FORMAT", help="The target to run. Default: the bundle's first.")
+@cli_options.threads
+@cli_options.check
+def serve(bundle: Path, **options: Any) -> None:
+    """Serve BUNDLE over HTTP as OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, with streaming."""
+    from .commands.serve import ServeOptions
+    from .commands.serve import serve as answer
+
+    chat = generation_options.chat_given(options, None)
+    answer(bundle, ServeOptions(chat=chat, **options), note)
 
 
 @main.command()
@@ -343,6 +425,21 @@ def profile(
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     Bundle.open(bundle).write_report("profile", result)
     click.echo(printable(profile_text(result, output_format)))
+
+
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=cli_options.path, metavar="BUNDLE…")
+@click.option("-o", "output_format", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
+def compare(bundles: tuple[Path, ...], output_format: str) -> None:
+    """Bundles side by side: size, quality, speed and placement, as their manifests and last reports say."""
+    from .commands.compare import compare as look
+    from .reports.compare import compare_csv, compare_text
+
+    rows = look(bundles)
+    if output_format == "csv":
+        click.echo(printable(compare_csv(rows)))
+        return
+    _print(rows, compare_text(rows), output_format == "json")
 
 
 @main.group()
@@ -410,6 +507,13 @@ def doctor(as_json: bool) -> None:
 
     state = examine()
     _print(state, doctor_text(state), as_json)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in SHELL."""
+    click.echo(completion_script(shell))
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

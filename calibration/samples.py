@@ -12,6 +12,7 @@ import torch
 
 from ..bundle import Generation, SpeechSpec, require_tokens
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..system import digest as sha256
@@ -128,7 +129,8 @@ def _of_task(path: Path, tokenizer: Tokenizer, generation: Generation, longest: 
     start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
     task = read_task(path, None, generation.task == "memory")
     for i, prompt in enumerate(task.prompts):
-        tokens, answer = tokenizer.encode(prompt), tokenizer.encode(task.answers[i][0], special=False)
+        tokens = read_prompt(tokenizer, prompt, generation.task != "seq2seq").ids
+        answer = tokenizer.encode(task.answers[i][0], special=False)
         context = tuple(tokenizer.encode(task.contexts[i], special=False)) if task.contexts else ()
         if generation.task == "seq2seq":
             yield Sample(tuple(tokens)[: generation.max_context - 1], (*start, *answer)[:longest])

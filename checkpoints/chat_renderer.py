@@ -11,15 +11,17 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 if sys.platform != "win32":
     import resource
@@ -43,12 +45,50 @@ def environment() -> ImmutableSandboxedEnvironment:
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _to_json  # jinja's own escapes HTML
     made.globals["raise_exception"] = _raise_exception
+    made.globals["dict"] = _Dict()
+    made.globals["namespace"] = _Namespace
     made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return made
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Dict:
+    """`dict` without the class's own attributes."""
+
+    def __call__(self, *pairs: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*pairs, **items)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(Namespace):
+    """jinja's namespace, without names that begin with an underscore: Python's own attributes would be among them."""
+
+    def __init__(*args: Any, **items: Any) -> None:
+        self, pairs = args[0], args[1:]
+        attributes = dict(*pairs, **items)
+        for name in attributes:
+            _refuse_private(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no attribute {name!r}; names with an underscore in front are Python's")
 
 
 def _raise_exception(message: str) -> None:
@@ -78,8 +118,8 @@ class _TooLong(Exception):
 def _rendered(request: Mapping[str, Any]) -> str:
     template = _compiled(request["template"])
     pieces, left = [], request["output"]
-    asked = {"messages": request["messages"], "add_generation_prompt": request["add_generation_prompt"]}
-    for piece in template.generate(**asked, **request["names"]):
+    asked = {**request["variables"], "add_generation_prompt": request["add_generation_prompt"]}
+    for piece in template.generate(asked):
         left -= len(piece)
         if left < 0:
             raise _TooLong

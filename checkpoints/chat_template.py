@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ _KEPT = {"PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMRO
 _OUT_OF_TIME = -int(getattr(signal, "SIGXCPU", 1 << 16))
 """The return code of a process that met its limit of CPU time; one that none has where there is no such limit."""
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
 _WAY_OUT = "use a plain prompt"
 
 _early: list[subprocess.Popen[bytes]] = []
@@ -63,10 +65,19 @@ def start_early(folder: Path) -> None:
     try:
         settings = folder / "tokenizer_config.json"
         named = settings.is_file() and b'"chat_template"' in read_bytes(settings, 16 * MEBIBYTE)
-        if not _early and (named or (folder / "chat_template.jinja").is_file()):
-            _early.append(_start())
+        if named or (folder / "chat_template.jinja").is_file():
+            start_early_for(("default",))
     except (UserError, OSError, ValueError):
         return
+
+
+def start_early_for(templates: Collection[str]) -> None:
+    """Start a process now for the first of `templates` that is rendered; without templates, do nothing."""
+    try:
+        if templates and not _early:
+            _early.append(_start())
+    except UserError:
+        return  # `render` says so, if it comes to that
 
 
 class ChatTemplate:
@@ -81,18 +92,10 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Any] | None = None
 
-    def start(self) -> None:
-        """Start the process without waiting for it, so that it is ready when `render` needs it."""
-        with self._lock:
-            try:
-                self._running()
-            except UserError:
-                return  # `render` says so, if it comes to that
-
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, names: Mapping[str, str]
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
     ) -> str:
-        """The prompt that the template makes of `messages`. names: further variables, such as bos_token.
+        """The prompt that the template makes of `messages`. variables: further ones, such as bos_token and tools.
 
         Raises UserError if the template is no valid jinja, refuses the messages, fails on them, or meets a limit.
         """
@@ -101,12 +104,14 @@ class ChatTemplate:
                 f"the model's chat template has {len(self.source)} characters, {LONGEST_SOURCE} are read; {_WAY_OUT}"
             )
         try:
-            said = json.dumps(messages, ensure_ascii=False)
-            size = len(said.encode("utf-8", "surrogatepass"))
+            plain = [_message(message) for message in messages]
+            said = json.dumps({**variables, "messages": plain}, ensure_ascii=False)
+            given = [plain, *(value for key in ("tools", "documents") if (value := variables.get(key)))]
+            size = sum(len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")) for value in given)
             seconds, memory, output = CPU_SECONDS + size / MEBIBYTE, MEMORY + 32 * size, OUTPUT + 8 * size
-            rest = {"template": self.source, "add_generation_prompt": add_generation_prompt, "names": names}
+            rest = {"template": self.source, "add_generation_prompt": add_generation_prompt}
             rest |= {"seconds": seconds, "memory": memory, "output": output}
-            line = f'{json.dumps(rest, ensure_ascii=False)[:-1]}, "messages": {said}}}\n'.encode(
+            line = f'{json.dumps(rest, ensure_ascii=False)[:-1]}, "variables": {said}}}\n'.encode(
                 "utf-8", "surrogatepass"
             )
         except (TypeError, ValueError, RecursionError) as error:
@@ -184,6 +189,13 @@ class ChatTemplate:
             self._process = _start()
         self._end = weakref.finalize(self, _ended, self._process, os.getpid())
         return self._process
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template: no key is None, and thoughts have each name that templates read."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((kept[key] for key in _THOUGHTS if key in kept), None)
+    return kept if thoughts is None else {"thinking": thoughts, **kept, "reasoning_content": thoughts}
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ import tokenizers
 from tokenizers.decoders import DecodeStream as _LibraryStream
 
 from ..errors import UserError
-from ..system.reading import MEBIBYTE, read_json_object, read_text
-from .chat_template import ChatTemplate
+from ..system.reading import one_line, shown
+from .chat_template import ChatTemplate, start_early_for
 from .tokenizer_backend import encode, from_library, library_errors, read_backend
 from .tokenizer_checks import MOST_BYTES, MOST_TOKENS, Limits
-
-_MOST_IDS = 1 << 32  # the library's ids have 32 bits
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+from .tokenizer_settings import Settings, ids_in, read_settings, settings_of
 
 
 class Tokenizer:
@@ -29,39 +28,28 @@ class Tokenizer:
 
     Args:
         backend: the library's tokenizer. Its truncation and padding are switched off.
-        settings: the contents of tokenizer_config.json (bos_token, eos_token, pad_token, chat_template …).
-        eos_ids: further ids that end generation, from generation_config.json or config.json.
+        settings: named tokens, chat templates and end tokens.
         limits: what the backend may make of texts.
-        template: the settings' chat template, where its process has been started already.
 
     Attributes:
-        bos_id, pad_id: the id, or None where the tokenizer has none.
+        bos_id, pad_id, unk_id: the id, or None where the tokenizer has none.
         eos_ids: every id that ends generation.
-        chat_template: jinja source, or None.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        settings: Mapping[str, Any],
-        eos_ids: Iterable[int],
-        limits: Limits,
-        template: ChatTemplate | None = None,
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Settings, limits: Limits) -> None:
         backend.no_truncation()  # tokenizer.json may have limits of the training, which would cut prompts
         backend.no_padding()
-        self._backend, self._limits = backend, limits
-        self._settings = dict(settings)
-        self._named = {key: _token_text(settings.get(key)) for key in _NAMED}
+        self._backend, self._limits, self._settings = backend, limits, settings
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
-        self.eos_ids = set(eos_ids) | ids_in(settings.get("eos_token_ids")) | ids_in(self._id("eos_token"))
-        self._template = template or _template_of(settings)
-        self.chat_template = None if self._template is None else self._template.source
+        self.unk_id = self._id("unk_token")
+        self.eos_ids = set(settings.eos_ids | ids_in(self._id("eos_token")))
+        self._templates = {name: ChatTemplate(source) for name, source in settings.templates.items()}
 
     @classmethod
     def from_dir(cls, path: str | Path, chat: bool = False) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json, a chat_template.jinja, and eos ids from the model's configs.
+        """Read tokenizer.json and the files beside it: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat
+        templates, and eos ids from the model's configs.
 
         chat: whether a prompt will go through the chat template; its process starts while the rest is read. Raises UserError if
         tokenizer.json is absent or any of them is corrupt.
@@ -73,32 +61,29 @@ class Tokenizer:
                 f"{directory}: no tokenizer.json; where transformers is installed, "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
             )
-        configs = {
-            name: read_json_object(directory / name) if (directory / name).exists() else {}
-            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-        }
-        settings = configs["tokenizer_config.json"]
-        template = directory / "chat_template.jinja"
-        if template.exists():  # the newer layout: it overrides tokenizer_config.json
-            settings["chat_template"] = read_text(template, MEBIBYTE)
-        source = _template_of(settings)
-        if source is not None and chat:
-            source.start()
-        eos = ids_in(configs["generation_config.json"].get("eos_token_id"))
-        backend, limits = read_backend(file)
-        return cls(backend, settings, eos | _config_eos(configs["config.json"]), limits, source)
+        settings = read_settings(directory)
+        if chat:
+            start_early_for(settings.templates)
+        backend, limits = read_backend(file, settings.added, settings.wanted)
+        return cls(backend, settings, limits)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """Build the tokenizer that a GGUF file's metadata describes. Raises UserError if it is of an unknown kind."""
         from .gguf_tokenizer import build
 
-        return cls(*build(metadata))
+        backend, values, eos_ids, limits = build(metadata)
+        return cls(backend, settings_of(values, eos_ids), limits)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, which `decode` leaves out."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`. special: with the tokens that the post-processor adds (Gemma: bos; T5Gemma: eos).
@@ -119,19 +104,62 @@ class Tokenizer:
         with library_errors(f"token {ascii(token)[:40]}"):
             return self._backend.token_to_id(token)
 
+    def spelling(self, token: int) -> str:
+        """How the vocabulary writes a token; "" for one beyond it."""
+        with library_errors("tokens"):
+            return self._backend.id_to_token(token) or ""
+
     def stream(self) -> DecodeStream:
         """A new incremental decoder, for one generated sequence."""
         return DecodeStream(self)
 
-    def apply_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str | None:
-        """The prompt that the chat template makes of `messages`, each {"role": …, "content": …}. None without a template.
+    @property
+    def templates(self) -> list[str]:
+        """Names of the chat templates; a lone one is called "default"."""
+        return sorted(self._templates)
 
-        Raises UserError if the template is no valid jinja, refuses the messages, fails on them, or takes too much.
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja source of the default chat template, or None."""
+        return self._settings.templates.get("default")
+
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        template: str | ChatTemplate | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str | None:
+        """The prompt that a chat template makes of `messages`, each {"role": …, "content": …}. None without a template.
+
+        template: another one, or the name of one of the model's. Default: with tools the one named "tool_use", else "default".
+        tools, documents: JSON schemas of functions, and texts, for templates that show them. arguments: further variables, such as
+        enable_thinking. Raises UserError if there is no such template, or it is no valid jinja, refuses the messages, fails on
+        them, or takes too much.
         """
-        if self._template is None:
+        chosen = template if isinstance(template, ChatTemplate) else self._template(template, tools is not None)
+        if chosen is None:
             return None
-        names = {key: text or "" for key, text in self._named.items()}
-        return self._template.render(messages, add_generation_prompt, names)
+        variables = {**self._settings.named, "tools": tools, "documents": documents, **(arguments or {})}
+        return chosen.render(messages, add_generation_prompt, variables)
+
+    def _template(self, name: str | None, tools: bool) -> ChatTemplate | None:
+        """The template called so; without a name the one that transformers would take, None if there is none at all."""
+        if not self._templates and name is None:
+            return None
+        wanted = [name] if name is not None else ["tool_use"] * tools + ["default"]
+        for each in wanted:
+            if each in self._templates:
+                return self._templates[each]
+        there = ", ".join(one_line(each, 40) for each in self.templates) or "none"
+        if name is None:
+            raise UserError(
+                f"the model has the chat templates {there}, and none is its default; choose with --template"
+            )
+        raise UserError(f"the model has no chat template {shown(name, 40)}; it has: {there}")
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into directory `path`; the latter has chat template and eos ids.
@@ -145,18 +173,20 @@ class Tokenizer:
             )
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
-        settings.update({key: text for key, text in self._named.items() if text is not None})
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings.values}
         settings["eos_token_ids"] = sorted(self.eos_ids)
-        if self.chat_template is not None:
-            settings["chat_template"] = self.chat_template
+        sources = self._settings.templates
+        if sources.keys() == {"default"}:
+            settings["chat_template"] = sources["default"]
+        elif sources:
+            settings["chat_template"] = [{"name": name, "template": sources[name]} for name in sorted(sources)]
         text = _json(settings)
         with library_errors("being saved"):
             self._backend.save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def _id(self, key: str) -> int | None:
-        text = self._named[key]
+        text = self._settings.named.get(key)
         return None if text is None else self.token_id(text)
 
     def characters(self, ids: Iterable[int]) -> int:
@@ -211,36 +241,6 @@ class DecodeStream:
         return (
             text[len(returned) :] if text.startswith(returned) else self._tokenizer.decode(self._ids[self._returned :])
         )
-
-
-def ids_in(value: object) -> set[int]:
-    """The ids in a config's eos_token_id: an int, a list of ints, or nothing."""
-    values = value if isinstance(value, list) else [value]
-    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MOST_IDS}
-
-
-def _config_eos(config: Mapping[str, Any]) -> set[int]:
-    """eos ids of config.json: those at its top, else those of the part that generates text."""
-    for part in (config, config.get("decoder"), config.get("text_config")):
-        if isinstance(part, Mapping) and (ids := ids_in(part.get("eos_token_id"))):
-            return ids
-    return set()
-
-
-def _token_text(value: object) -> str | None:
-    """A token in tokenizer_config.json: a string, or an object with its content."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _template_of(settings: Mapping[str, Any]) -> ChatTemplate | None:
-    """The chat template itself, or of a list of named ones the default."""
-    value = settings.get("chat_template")
-    if isinstance(value, list):
-        default = [e.get("template") for e in value if isinstance(e, Mapping) and e.get("name") == "default"]
-        value = default[-1] if default else None
-    return ChatTemplate(value) if isinstance(value, str) and value else None
 
 
 def _json(settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,12 @@ _COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 _NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 
 
-def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Limits]:
+def read_backend(
+    file: Path, added: Iterable[dict[str, Any]] = (), wanted: Iterable[dict[str, Any]] = ()
+) -> tuple[tokenizers.Tokenizer, Limits]:
     """The library's tokenizer of a tokenizer.json, without its truncation and padding, and its limits.
+
+    added: further entries of its added_tokens. wanted: those that are added only where none is written so.
 
     Raises UserError if the library does not read it, or if it asks for what no tokenizer needs.
     """
@@ -46,6 +50,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Limits]:
     try:
         with quiet_stderr():  # a panic prints there too
             parts, model = _read_parts(data)
+            parts["added_tokens"] = _with_tokens(parts.get("added_tokens"), added, wanted)
             limits = check(parts)
             backend = _build(parts, model, limits)
             _call_encode(backend, limits, "a", True)  # some defects show with the first text
@@ -136,6 +141,19 @@ def _before_model(data: bytes) -> tuple[dict[str, Any], int] | None:
             except ValueError:
                 continue
     return None
+
+
+def _with_tokens(tokens: Any, added: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> Any:
+    """tokenizer.json's list of added tokens with those that other files give."""
+    if not isinstance(tokens or [], list):
+        return tokens  # the library refuses it
+    whole = [*(tokens or []), *added]
+    present = {token.get("content") for token in whole if isinstance(token, dict)}
+    for token in wanted:
+        if token["content"] not in present:
+            present.add(token["content"])
+            whole.append(token)
+    return whole
 
 
 def _model(model: bytes) -> Model:

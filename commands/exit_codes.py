@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -11,12 +12,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ..errors import UserError, VerificationFailure
-from ..system.reading import one_line, printable
+from ..system.reading import nearest, one_line, printable
+from .help import Command
+
+if TYPE_CHECKING:
+    from .progress import Bar
 
 DEBUG = "EDGEWRIGHT_DEBUG"
 """With this variable set, an error that nobody foresaw is shown with its traceback."""
@@ -29,6 +34,16 @@ _interrupted = threading.Event()
 class Commands(click.Group):
     """Turns every way to end into its exit code: 1 for a failed verification alone, 2 for trouble, 130 for an interrupt."""
 
+    command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Here an unknown command is answered with the nearest known one."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"there is no command {one_line(repr(args[0]), 60)}{nearest(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Here --help and --version are printed, and perhaps cannot be."""
         try:
@@ -40,6 +55,8 @@ class Commands(click.Group):
         try:
             with _telling_notes(), _shrunk_files():
                 result = super().invoke(ctx)
+            if _bar.cache_info().currsize:
+                _bar().close()
             sys.stdout.flush()  # here, as at exit a full disk would go unseen
             return result
         except UserError as error:
@@ -75,14 +92,28 @@ class Commands(click.Group):
 
 
 def note(message: str) -> None:
-    """Progress, to standard error."""
+    """Progress, to standard error; on a terminal a step that counts is a bar."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    _echo(printable(message))
+    shown = printable(message)
+    bar = _bar() if sys.stderr.isatty() else None
+    if bar is None or not bar.show(shown):
+        _echo(shown)
+
+
+@functools.cache
+def _bar() -> Bar:
+    from rich.console import Console  # not needed where nobody looks
+
+    from .progress import Bar
+
+    return Bar(Console(stderr=True))
 
 
 def _say(message: str) -> None:
     """The last line of a command, or a note that goes with it."""
+    if _bar.cache_info().currsize:
+        _bar().close()
     _echo(one_line(message, _LONGEST_LINE))
 
 

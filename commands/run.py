@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from ..checkpoints.prompt import AS_IT_IS, ChatOptions
 from ..errors import UserError
-from ..runtimes.generate import Sampling
+from ..runtimes.answer import Answer, Stops
+from ..runtimes.sampling import Sampling
 from ..runtimes.session import Array
-from ..runtimes.text_generation import GREEDY, OpenBundle, SpokenText, open_bundle
+from ..runtimes.text_generation import OpenBundle, open_bundle
 from ..runtimes.transcribe import PLAINLY, SpeechOptions
 from ..system.memory import no_more_than_available
 
 Progress = Callable[[str], None]
+
+REASONS = {
+    "end": "an end token",
+    "limit": "the limit of new tokens (-n)",
+    "context": "the context is full",
+    "stop": "a stop string or token",
+    "unfinished": "it was left",
+}
+"""`Answer.reason` in words."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """The options of `run`; those of `OpenBundle.generate` mean the same there.
 
-    context: text that a decoder-decoder reads first. memory: a file with what it made of one. save_memory: the file that
-    keeps what it makes of `context`. speech: of a sound. check: as of `open_bundle`.
+    sampling: `Sampling`'s fields that differ from what the model's makers say. seed: None is a random one. answers: how many.
+    stops, stop_tokens: texts, and tokens as the tokenizer spells them or by their ids. context: text that a decoder-decoder reads
+    first. memory: a file with what it made of one. save_memory: the file that keeps what it makes of `context`. show_prompt: say
+    what the model reads. speech: of a sound. check: as of `open_bundle`.
     """
 
     format: str | None = None
     threads: int = 0
     max_new_tokens: int | None = None
-    sampling: Sampling = GREEDY
-    chat: bool | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    answers: int = 1
+    stops: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ()
+    chat: ChatOptions = AS_IT_IS
+    show_prompt: bool = False
     context: str | None = None
     memory: Path | None = None
     save_memory: Path | None = None
@@ -37,8 +57,41 @@ class RunOptions:
     check: bool = True
 
 
-def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress = lambda _: None) -> Iterator[str]:
-    """Pieces of text as they are generated; notes go to `progress`.
+@dataclass(frozen=True)
+class Said:
+    """An answer that is being written, and how it is drawn."""
+
+    answer: Answer
+    sampling: Sampling
+
+    def to_json(self, text: str) -> dict[str, Any]:
+        """text: what was written."""
+        answer = self.answer
+        drawn = {} if self.sampling.greedy else {"seed": self.sampling.seed}
+        return {
+            "text": text,
+            "tokens": answer.ids,
+            "stopped": answer.reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "new_tokens": len(answer.ids),
+            "first_token_seconds": round(answer.first_seconds, 6),
+            "tokens_per_second": round(answer.rate, 3),
+            **drawn,
+        }
+
+    def line(self) -> str:
+        """Why it ended, how long it is and how fast it was."""
+        answer = self.answer
+        rate = f", {answer.rate:.1f} tokens/s" if answer.rate else ""
+        seed = "" if self.sampling.greedy else f", seed {self.sampling.seed}"
+        return (
+            f"stopped by {REASONS[answer.reason]}: {len(answer.ids)} tokens{rate}, "
+            f"{answer.prompt_tokens} of prompt in {answer.first_seconds:.2f} s{seed}"
+        )
+
+
+def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress = lambda _: None) -> Iterator[Said]:
+    """The answers, each to be read before the next; notes go to `progress`.
 
     Raises UserError for an empty or too long prompt, a bundle that cannot read text, a target that it does not hold, or
     a memory of another model.
@@ -46,76 +99,55 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text")
     opened = open_bundle(path, options.format, options.threads, options.check)
-    with no_more_than_available(_size(opened)):
-        yield from _answer(opened, prompt, options, progress)
+    with no_more_than_available(opened.size):
+        yield from _answers(opened, prompt, options, progress)
 
 
-def run_sound(path: Path, sound: Path, options: RunOptions, progress: Progress = lambda _: None) -> Iterator[str]:
-    """Pieces of what is said in a sound file, as they are found; with timestamps a line for each segment.
-
-    Raises UserError for a bundle that reads no sound, a file that is none, and options that go with a prompt.
-    """
-    opened = open_bundle(path, options.format, options.threads, options.check)
-    for given, flag in ((options.context, "--context"), (options.memory, "--memory"), (options.chat, "--chat")):
-        if given:
-            raise UserError(f"{flag} goes with a prompt; leave it out with --audio")
-    if options.target_language is not None:
-        raise UserError("--target-language goes with a prompt; of a sound, say --language or --translate")
-    with no_more_than_available(_size(opened)):
-        pieces = opened.transcribe(
-            sound, options.speech, max_new_tokens=options.max_new_tokens, sampling=options.sampling
-        )
-        yield from _lines(pieces) if options.speech.timestamps else _joined(pieces)
-
-
-def _lines(pieces: Iterator[SpokenText]) -> Iterator[str]:
-    """A line for each segment, without the last line's end."""
-    for i, piece in enumerate(pieces):
-        yield f"{chr(10) if i else ''}[{_clock(piece.start)} --> {_clock(piece.end)}] {piece.text.strip()}"
-
-
-def _clock(seconds: float) -> str:
-    """Hours where there are any, minutes, seconds and hundredths."""
-    hundredths = round(seconds * 100)
-    minutes, rest = divmod(hundredths, 6000)
-    hours, minutes = divmod(minutes, 60)
-    return f"{f'{hours}:' if hours else ''}{minutes:02d}:{rest // 100:02d}.{rest % 100:02d}"
-
-
-def _joined(pieces: Iterator[SpokenText]) -> Iterator[str]:
-    """The text without its leading space; a space between windows where the tokenizer writes none at a text's beginning."""
-    last = ""
-    for piece in pieces:
-        text = piece.text if last else piece.text.lstrip()
-        gap = bool(last and text) and last[-1].isascii() and not last[-1].isspace() and not text[0].isspace()
-        yield (" " if gap else "") + text
-        last = text or last
-
-
-def _answer(opened: OpenBundle, prompt: str, options: RunOptions, progress: Progress) -> Iterator[str]:
-    _check_memory_options(opened, options)
-    ids = opened.encode_prompt(prompt, options.chat)
+def _answers(opened: OpenBundle, prompt: str, options: RunOptions, progress: Progress) -> Iterator[Said]:
+    _check_memory_options(opened, options, progress)
+    read = opened.read_prompt(prompt, options.chat)
+    for line in read.notes:
+        progress(line)
+    if options.show_prompt:
+        progress(f"the prompt, {len(read.ids)} tokens {read.ids[:64]}{'…' * (len(read.ids) > 64)}:\n{read.text}")
+    sampling = _sampling(opened, options, progress)
+    stops = Stops(options.stops, opened.token_ids(options.stop_tokens))
     if opened.session.stand_in:
         progress(opened.session.how)
     memory = _memory(opened, options, progress)
-    yield from opened.generate(
-        ids,
-        max_new_tokens=options.max_new_tokens,
-        sampling=options.sampling,
-        memory=memory,
-        target_language=options.target_language,
-    )
+    for number in range(options.answers):
+        drawn = replace(sampling, seed=(sampling.seed + number) % (1 << 63))
+        answer = opened.generate(
+            read.ids,
+            max_new_tokens=options.max_new_tokens,
+            sampling=drawn,
+            stops=stops,
+            memory=memory,
+            target_language=options.target_language,
+        )
+        yield Said(answer, drawn)
 
 
-def _size(opened: OpenBundle) -> int:
-    """Bytes of the target's files."""
-    files = [opened.bundle.path / name for name in opened.bundle.target(opened.format).files]
-    return sum(file.stat().st_size for file in files if file.is_file())
+def _sampling(opened: OpenBundle, options: RunOptions, progress: Progress) -> Sampling:
+    """The makers' sampling with what the options change. Options that change nothing get a line."""
+    makers = opened.default_sampling(secrets.randbits(31) if options.seed is None else options.seed)
+    sampling = replace(makers, **options.sampling)
+    if sampling.greedy:
+        idle = [flag for flag in sampling.idle if flag.removeprefix("--").replace("-", "_") in options.sampling]
+        if options.seed is not None:
+            idle.append("--seed")
+        if idle:
+            progress(f"{', '.join(idle)} without effect: the best token is taken (--temperature above 0 draws)")
+        if options.answers > 1:
+            raise UserError("--answers above 1 would be one answer again and again: give --temperature above 0")
+    return sampling
 
 
-def _check_memory_options(opened: OpenBundle, options: RunOptions) -> None:
+def _check_memory_options(opened: OpenBundle, options: RunOptions, progress: Progress) -> None:
     """Raise UserError for options that the model does not take or that exclude each other."""
     if options.context is None and options.memory is None and options.save_memory is None:
+        if opened.bundle.manifest.generation.task == "memory":
+            progress("no --context and no --memory: the model answers without the context that it was trained with")
         return
     opened.require_context_reader()
     if options.context is not None and options.memory is not None:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
-from ..system.reading import one_line, read_text
+from ..system.reading import nearest, one_line, read_text
 
 _SIZE_LIMIT = 32 << 10  # a profile has a few KiB
 _LIBRARY = Path(__file__).parent
@@ -202,7 +202,8 @@ def load(name_or_path: str | Path) -> DeviceProfile:
     known = _named()
     if text not in known:
         raise UserError(
-            f"unknown device {one_line(text, 80)!r}; known: {', '.join(sorted(known))}; or give the path of a .toml file"
+            f"unknown device {one_line(text, 80)!r}{nearest(text, known)}; known: {', '.join(sorted(known))}; "
+            "or give the path of a .toml file"
         )
     return _read_named(known[text])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..system.reading import shown
+from ..system.reading import nearest, shown
 from . import eugen
 from .language_model import LanguageModel
 
@@ -66,7 +66,8 @@ def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"model_type {shown(kind, 60)} is not supported; supported: {known}")
+        near = nearest(kind, ARCHITECTURES) if isinstance(kind, str) else ""
+        raise UserError(f"model_type {shown(kind, 60)} is not supported{near}; supported: {known}")
     architecture: type[LanguageModel] = importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
     return architecture
 

@@ -12,6 +12,7 @@ from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
 from ..runtimes.speech_rules import prefix
 from ..system.reading import shown
+from .answering import Note, end_tokens, sampling_of
 from .speech import default_language, speech_of
 
 DEFAULT_CONTEXT = 4096
@@ -20,17 +21,24 @@ FORCED = "forced_bos_token_id"
 
 
 def generation_of(
-    model: LanguageModel, checkpoint: Checkpoint, config: dict[str, Any], max_context: int | None = None
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    max_context: int | None = None,
+    note: Note = lambda _: None,
 ) -> Generation:
     """How `model` generates. max_context: tokens that a prompt and its answer may take; None: at most DEFAULT_CONTEXT.
 
-    Raises UserError for a context too short, or token ids that are none.
+    note: gets a line where what the configs say is not enough, or not done. Raises UserError for a context too short, or token
+    ids that are none.
     """
     tokenizer = checkpoint.tokenizer
     eos = set(tokenizer.eos_ids) if tokenizer is not None else set()
     for source in (checkpoint.generation, config, config.get("decoder")):
         if isinstance(source, dict):
             eos |= _token_ids("eos_token_id", source.get("eos_token_id"))
+    if model.task != "module":
+        eos = end_tokens(tokenizer, eos, note)
     limit = DEFAULT_CONTEXT if max_context is None else max_context
     if limit < 2:
         raise UserError(f"--max-context {limit} is too short; give at least 2")
@@ -64,6 +72,7 @@ def generation_of(
         prefill_chunk=min([PREFILL_CHUNK, *(g.bounds["sequence"][1] for g in graphs if "sequence" in g.bounds)]),
         context=_context(model, context) if model.task == "memory" else None,
         speech=speech,
+        sampling=sampling_of(checkpoint.generation, note),
     )
 
 

@@ -31,7 +31,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     checkpoint = checkpoint or open_model(request.model, request.adapter)
     prompted = with_own_task(request, checkpoint, progress)  # a task of the checkpoint's own gives prompts alone
     original = open_original(request, checkpoint, progress)
-    generation = generation_of(original.model, checkpoint, original.config, request.max_context)
+    generation = generation_of(original.model, checkpoint, original.config, request.max_context, progress)
     _report_context(original.model, generation, progress)
 
     prompts = read_prompts(prompted, checkpoint, generation)

@@ -15,6 +15,7 @@ from ..calibration.prompts import Prompts, random_contexts, random_prompts, read
 from ..calibration.samples import Call
 from ..calibration.sounds import SOUNDS, made_up_sounds, sounds_of
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.language_model import LanguageModel
@@ -71,7 +72,8 @@ def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Pro
     if data.task is not None:
         task = read_task(data.task, data.prompts, generation.task == "memory")
         contexts = [tokenizer.encode(c, special=False) for c in task.contexts]
-        return Prompts([tokenizer.encode(p) for p in task.prompts], contexts)
+        continues = generation.task != "seq2seq"
+        return Prompts([read_prompt(tokenizer, p, continues).ids for p in task.prompts], contexts)
     assert data.text is not None
     windows = text_windows(data.text, tokenizer, min(64, max(2, generation.max_context // 2)), data.prompts)
     if generation.context is None:

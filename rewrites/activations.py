@@ -19,6 +19,7 @@ from ..calibration.batches import padded
 from ..calibration.prompts import read_task, text_windows
 from ..calibration.streamed_weights import StreamedWeights
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.prompt import read_prompt
 from ..errors import UserError
 from ..models.eugen import gated_mlps
 from ..models.language_model import LanguageModel
@@ -121,7 +122,8 @@ def read_prompts(
         if tokenizer is None:
             raise UserError(f"{checkpoint.source} has no tokenizer, which calibration text needs")
         if source.suffix == ".tsv":
-            prompts = [tokenizer.encode(p) for p in read_task(source).prompts]
+            continues = generation.task != "seq2seq"
+            prompts = [read_prompt(tokenizer, p, continues).ids for p in read_task(source).prompts]
         else:
             length = min(WINDOW, max(2, generation.max_context // 2))
             prompts = text_windows(source, tokenizer, length, MOST_TOKENS // length)

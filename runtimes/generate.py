@@ -7,44 +7,37 @@ before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..errors import UserError
 from .encoder_inputs import Prompt, encoder_batch, token_prompt
+from .sampling import GREEDY, Sampling
 from .session import Array, Session
 
+Ending = Literal["end", "limit", "context"]
+"""Why an answer ended: an end token, as many tokens as were asked for, no room in the context."""
+
 TokenRule = Callable[[Sequence[int], Array], Array]
-"""What a model may say next: the tokens so far and logits [vocab] -> the logits, those of forbidden tokens -inf."""
+"""What a model may say next: its tokens so far and logits [vocab] -> the logits, those of forbidden tokens -inf."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def pick(self, logits: Array, rng: np.random.Generator) -> int:
-        """A token from logits [vocab]."""
-        if self.temperature <= 0:
-            return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities)
-        kept = int(np.searchsorted(np.cumsum(probabilities[order]), self.top_p)) + 1
-        chosen = order[:kept]
-        mass = probabilities[chosen] / probabilities[chosen].sum()
-        return int(rng.choice(chosen, p=mass))
+Observer = Callable[[int, Array], None]
+"""Is told of a token and the logits [vocab] that it was chosen from."""
 
 
 class Stream:
-    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length."""
+    """A batch of prompts that is being decoded, row by row in step; prompts of a decoder-only batch have one length.
+
+    Attributes:
+        past: positions in the state.
+        capacity: positions that it has.
+        read: tokens of the first row that the decoder has read.
+        whole: whether the state is that of the tokens read: not after a call that was interrupted.
+    """
 
     def __init__(
         self,
@@ -60,6 +53,8 @@ class Stream:
         """
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
+        self.read: list[int] = []
+        self.whole = True
         self._extra: dict[str, Array] = {}
         self._slots = np.zeros(0, np.int64)
         if spec.task == "seq2seq":
@@ -138,8 +133,16 @@ class Stream:
         if self.spec.context is not None:
             slots = self._slots[self.past : self.past + n]
             inputs["slots"] = np.concatenate([slots, np.full(n - len(slots), -1, np.int64)])
-        self.past += n
-        return self.session.run("decoder", inputs, self.state)["logits"]
+        self.whole = False
+        logits = self.session.run("decoder", inputs, self.state)["logits"]
+        self.past, self.whole = self.past + n, True
+        self.read.extend(tokens[0].tolist())
+        return logits
+
+    def rewind(self, tokens: int) -> None:
+        """Forget what was read after the first `tokens` tokens: only where all states are KV caches, as a recurrence cannot."""
+        self.past -= len(self.read) - tokens
+        del self.read[tokens:]
 
     def prefill(self) -> Array:
         """Feed the pending prompt, of an encoder-decoder its start and what is forced; the logits [batch, 1, vocab] after it."""
@@ -186,28 +189,45 @@ def generate(
     spec: Generation,
     prompt: Prompt,
     new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     memory: Array | None = None,
+    observe: Observer | None = None,
     rule: TokenRule | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, Ending]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: for a "memory" task, what `read_context` returned. rule: what may be said next; None for anything.
+    memory: for a "memory" task, what `read_context` returned. rule: what may be said next; None for anything. The return value of the
+    generator says why it ended.
     """
-    sampling = sampling or Sampling()
-    rng = np.random.default_rng(sampling.seed)
     stream = Stream(session, spec, [prompt], new_tokens, memory)
-    logits = stream.prefill()
-    said: list[int] = []
-    for count in range(1, new_tokens + 1):
-        scores = logits[0, -1] if rule is None else rule(said, logits[0, -1])
-        token = sampling.pick(scores, rng)
+    return (yield from continued(stream, stream.pending, new_tokens, sampling, observe, rule))
+
+
+def continued(
+    stream: Stream,
+    tokens: Array,
+    new_tokens: int,
+    sampling: Sampling = GREEDY,
+    observe: Observer | None = None,
+    rule: TokenRule | None = None,
+) -> Generator[int, None, Ending]:
+    """As `generate`, where the stream has read what comes before `tokens` [1, n]. observe: sees each token before it is given."""
+    rng, spec = np.random.default_rng(sampling.seed), stream.spec
+    logits = stream.feed(tokens)
+    read, written = list(stream.read), list[int]()
+    while True:
+        scores = logits[0, -1] if rule is None else rule(written, logits[0, -1])
+        token = sampling.pick(scores, rng, read, written)
         if token in spec.eos_ids:
-            return
-        said.append(token)
+            return "end"
+        if observe is not None:
+            observe(token, logits[0, -1])
         yield token
-        if count == new_tokens or stream.past >= stream.capacity:
-            return
+        written.append(token)
+        if len(written) == new_tokens:
+            return "limit"
+        if stream.past >= stream.capacity:
+            return "context"
         logits = stream.feed(np.array([[token]], np.int64))
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from ..audio.files import Samples, checked, read_sound
 from ..bundle import CHECKPOINT, Bundle, ContextSpec, Generation, require_tokens
+from ..checkpoints.prompt import AS_IT_IS, ChatOptions, Prompt, read_prompt
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..system.reading import shown
 from . import context_memory
-from .generate import Sampling, generate, read_context
+from .answer import NO_STOPS, Answer, Stops
+from .generate import generate, read_context
 from .registry import import_runtime, open_session
+from .sampling import Sampling
 from .session import Array, PlacedSession
 from .transcribe import PLAINLY, SpeechOptions, require_speech, transcribe
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class OpenBundle:
         """The bundle's own. Raises UserError if it has none."""
         return self._read_tokenizer()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the target's files."""
+        files = [self.bundle.path / name for name in self.bundle.target(self.format).files]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def _read_tokenizer(self, chat: bool = False) -> Tokenizer:
         """chat: a prompt will go through its chat template."""
         folder = self.bundle.path / CHECKPOINT
@@ -95,19 +102,21 @@ class OpenBundle:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         chat: bool | None = None,
+        stops: Stops = NO_STOPS,
         context: str | None = None,
         memory: Array | None = None,
         target_language: str | None = None,
-    ) -> Iterator[str]:
+    ) -> Answer:
         """The text that follows a prompt, piece by piece as it is generated.
 
         Args:
-            prompt: text, or the token ids that `encode_prompt` gives for it.
+            prompt: text, or the token ids of a `read_prompt`.
             max_new_tokens: at most so many tokens are generated; None is the model's default.
-            sampling: how a token is drawn; greedy by default.
+            sampling: how a token is drawn; None: as the model's makers have it.
             chat: whether the chat template is applied to a text; None: where the tokenizer has one.
+            stops: what ends the answer beside the model's end tokens.
             context: for a decoder-decoder, text that it reads first.
             memory: for a decoder-decoder, what `read_context` or `load_memory` gave: [1, rows, hidden].
             target_language: for an encoder-decoder, the token that the answer begins with, as the tokenizer spells it.
@@ -115,9 +124,7 @@ class OpenBundle:
         Raises UserError for an empty or too long prompt, a bundle without a tokenizer, an artefact that does not load,
         or a context, memory or language that the model does not take.
         """
-        if self._spec.speech is not None:
-            raise UserError(f"{self.bundle.path}: this model reads sound, not text: give --audio FILE ('transcribe')")
-        ids = self.encode_prompt(prompt, chat) if isinstance(prompt, str) else prompt
+        ids = self.read_prompt(prompt, ChatOptions(use=chat)).ids if isinstance(prompt, str) else list(prompt)
         if context is not None and memory is not None:
             raise UserError("a context and a memory of one were both passed; pass one of them")
         if memory is not None:
@@ -126,7 +133,9 @@ class OpenBundle:
             memory = self.read_context(context)
         spec = self._spec if target_language is None else self._speaking(target_language)
         new_tokens = min(max_new_tokens or spec.max_new_tokens, spec.max_context - 1)
-        return self._text(generate(self.session, spec, ids, new_tokens, sampling, memory))
+        chosen = self.default_sampling() if sampling is None else sampling
+        tokens = generate(self.session, spec, ids, new_tokens, chosen, memory)
+        return Answer(tokens, self.tokenizer.stream(), stops, len(ids))
 
     def transcribe(
         self,
@@ -134,7 +143,7 @@ class OpenBundle:
         options: SpeechOptions = PLAINLY,
         *,
         max_new_tokens: int | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
     ) -> Iterator[SpokenText]:
         """What is said in a sound, piece by piece as it is found: one for each window, with timestamps one for each segment.
 
@@ -142,14 +151,14 @@ class OpenBundle:
             sound: a file that libsndfile reads, or samples float [n] of one channel at the model's rate (mostly 16,000 a second).
             options: language, task, timestamps.
             max_new_tokens: of a window at most; None is the model's limit.
-            sampling: how a token is drawn; greedy by default.
+            sampling: how a token is drawn; None: as the model's makers have it.
 
         Raises UserError for a model of text, a sound that cannot be read, and a language or task that the model does not know.
         """
         rate = require_speech(self._spec).sound.rate
         samples = read_sound(Path(sound), rate) if isinstance(sound, str | Path) else checked(sound, "the sound")
-        tokenizer = self.tokenizer
-        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, sampling):
+        tokenizer, drawn = self.tokenizer, self.default_sampling() if sampling is None else sampling
+        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, drawn):
             yield SpokenText(part.start, part.end, tokenizer.decode(part.tokens))
 
     def _speaking(self, language: str) -> Generation:
@@ -164,22 +173,37 @@ class OpenBundle:
             )
         return self._spec.model_copy(update={"forced": (token,)})
 
-    def encode_prompt(self, prompt: str, chat: bool | None = None) -> list[int]:
-        """Token ids of a prompt; `chat` as in `generate`.
+    def read_prompt(self, prompt: str, chat: ChatOptions = AS_IT_IS) -> Prompt:
+        """The tokens of a prompt, through the chat template where there is one, with a note of what was put right.
 
-        Raises UserError for an empty prompt, for `chat` without a template, and for tokens that the model does not have.
+        Raises UserError for an empty prompt, options that need a template where there is none, and for tokens that the model does
+        not have.
         """
-        if not prompt.strip():
-            raise UserError("the prompt is empty; give some text")
-        if chat is not False and "tokenizer" not in self.__dict__:
+        if self._spec.speech is not None:
+            raise UserError(f"{self.bundle.path}: this model reads sound, not text: give --audio FILE ('transcribe')")
+        if chat.use is not False and "tokenizer" not in self.__dict__:
             self.tokenizer = self._read_tokenizer(chat=True)
-        text = None if chat is False else self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
-        if text is None and chat:
-            raise UserError("--chat: the tokenizer has no chat template; leave --chat out")
-        # The template writes its own special tokens.
-        ids = self.tokenizer.encode(prompt) if text is None else self.tokenizer.encode(text, special=False)
-        require_tokens(ids, self._spec.vocab, f"{self.bundle.path}: the prompt")
-        return ids
+        read = read_prompt(self.tokenizer, prompt, self._spec.task != "seq2seq", chat)
+        require_tokens(read.ids, self._spec.vocab, f"{self.bundle.path}: the prompt")
+        return read
+
+    def token_ids(self, tokens: Sequence[str]) -> frozenset[int]:
+        """The ids of tokens as the tokenizer spells them, or of ids as text. Raises UserError for one that it does not have."""
+        ids = set()
+        for token in tokens:
+            found = self.tokenizer.token_id(token)
+            if found is None and token.isdecimal() and len(token) < 10:
+                found = int(token)
+            if found is None:
+                raise UserError(
+                    f"--stop-token {shown(token, 40)} is no token of this model; give it as the tokenizer spells it"
+                )
+            ids.add(found)
+        return frozenset(ids)
+
+    def default_sampling(self, seed: int = 0) -> Sampling:
+        """How the model's makers have a token drawn, by their generation_config.json; greedy where they do not say."""
+        return Sampling(**(self._spec.sampling.model_dump() if self._spec.sampling is not None else {}), seed=seed)
 
     def encode_context(self, text: str) -> list[int]:
         """Token ids of a decoder-decoder's context.
@@ -215,13 +239,3 @@ class OpenBundle:
                 f"{self.bundle.path}: this model keeps no memory of a context; give all of it as the prompt"
             )
         return self._spec.context
-
-    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
-        stream = self.tokenizer.stream()
-        for token in tokens:
-            piece = stream.put(token)
-            if piece:
-                yield piece
-        rest = stream.end()
-        if rest:
-            yield rest

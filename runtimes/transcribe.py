@@ -15,7 +15,8 @@ from ..audio.features import encoder_inputs
 from ..audio.files import Samples
 from ..bundle import Generation, SoundSpec, SpeechSpec
 from ..errors import UserError
-from .generate import Sampling, Stream, generate
+from .generate import Stream, generate
+from .sampling import GREEDY, Sampling
 from .session import Session
 from .speech_rules import prefix, rule_of
 
@@ -57,7 +58,7 @@ def transcribe(
     samples: Samples,
     options: SpeechOptions = PLAINLY,
     new_tokens: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Segment]:
     """Segments of what is said in samples [n], one channel at the model's rate, as they are found.
 

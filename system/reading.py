@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,9 +85,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The UTF-8 text of `path`, at most `limit` bytes. Raises UserError if it is absent, larger, no regular file, or not UTF-8."""
+    """The UTF-8 text of `path` without a byte order mark, at most `limit` bytes.
+
+    Raises UserError if it is absent, larger, no regular file, or not UTF-8.
+    """
     try:
-        text = read_bytes(path, limit).decode("utf-8")
+        text = read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{one_line(path)}: not UTF-8 text; download the file again") from None
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
@@ -97,7 +102,7 @@ def read_stream(stream: BinaryIO, name: str, limit: int) -> str:
     if len(data) > limit:
         raise UserError(f"{name}: more than the {limit} bytes that are read from it; give less")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{name} is not UTF-8 text") from None
 
@@ -145,3 +150,9 @@ def _too_large(path: Path, size: int, limit: int) -> UserError:
 def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
     reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
     return UserError(f"{one_line(path)}: cannot be read ({reason})")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)` where a known name is near to an unknown one, else nothing."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 
 from ..errors import UserError
+from ..system.reading import nearest
 from .target import Target
 
 NAMES = (
@@ -28,7 +29,9 @@ def require(name: str) -> Target:
     """The target `name`. Raises UserError if it is unknown or its library is not installed."""
     target = TARGETS.get(name)
     if target is None:
-        raise UserError(f"--format {name} is not known; choose from {', '.join(TARGETS)} or {ALL}")
+        raise UserError(
+            f"--format {name} is not known{nearest(name, TARGETS)}; choose from {', '.join(TARGETS)} or {ALL}"
+        )
     if not target.installed:
         raise UserError(target.missing)
     return target

@@ -15,9 +15,11 @@ from ..bundle import CHECKPOINT, Bundle, require_tokens
 from ..calibration.prompts import Passage, special_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
-from ..runtimes.generate import Sampling, generate
+from ..runtimes.answer import Answer, Stops
+from ..runtimes.generate import generate
 from ..runtimes.logits import log_softmax
 from ..runtimes.registry import open_session
+from ..runtimes.sampling import Sampling
 from ..runtimes.session import Session
 from .scores import predictions
 
@@ -33,7 +35,8 @@ except ImportError:
 NEW_TOKENS = 256
 """Tokens generated where a task does not say how many."""
 
-_SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SUPPORTED = {"until", "max_gen_toks", "do_sample", *_DRAWN}
 
 _log = logging.getLogger(__name__)
 
@@ -208,18 +211,11 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         seq2seq = self.backend == "seq2seq"
         most = min(int(asked["max_gen_toks"]), self.max_length if seq2seq else self.max_length // 2)
         ids = self._fit(self.tok_encode(context), self.max_length - (0 if seq2seq else most))
-        sampling = Sampling(float(asked.get("temperature") or 0.0), float(asked.get("top_p") or 1.0), seed)
+        sampling = Sampling(seed=seed, **{name: asked[name] for name in _DRAWN if asked.get(name) is not None})
         # A special token decodes to no text, so a stop string that is one is compared by its id.
-        ends = {self.tokenizer.token_id(stop) for stop in stops}
-        stream, text = self.tokenizer.stream(), ""
-        for token in generate(self._session, self.spec, ids, most, sampling):
-            if token in ends:
-                break
-            text += stream.put(token)
-            if any(stop in text for stop in stops):
-                break
-        text += stream.end()
-        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+        ends = frozenset(i for stop in stops if (i := self.tokenizer.token_id(stop)) is not None)
+        tokens = generate(self._session, self.spec, ids, most, sampling)
+        return "".join(Answer(tokens, self.tokenizer.stream(), Stops(tuple(stops), ends)))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from ..bundle import CHECKPOINT, Bundle, Generation
 from ..calibration.prompts import Passage, Task
 from ..calibration.sounds import sound_file
 from ..checkpoints.opening import open_checkpoint
+from ..checkpoints.prompt import read_prompt
 from ..errors import UserError
 from ..runtimes.generate import Stream, generate_batch, read_context
 from ..runtimes.logits import divergence, log_softmax, same_top1
@@ -36,7 +37,7 @@ def task_accuracy(session: Session, bundle: Bundle, task: Task) -> float:
     right = 0
     for start in range(0, len(order), _TASK_BATCH):
         rows = order[start : start + _TASK_BATCH]
-        ids = [tokenizer.encode(task.prompts[i]) for i in rows]
+        ids = [read_prompt(tokenizer, task.prompts[i], spec.task != "seq2seq").ids for i in rows]
         contexts = [tokenizer.encode(task.contexts[i], special=False) for i in rows if task.contexts]
         for row, tokens in zip(rows, generate_batch(session, spec, ids, spec.max_new_tokens, contexts), strict=True):
             right += tokenizer.decode(tokens).strip() in task.answers[row]

@@ -5,6 +5,7 @@ An op without a row in the target's table is decomposed first. The exporters low
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Collection
@@ -14,6 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
+from torch.onnx._internal.exporter import _registration
 
 from ...graph import Graph, Port, State
 from ...ops import DECOMPOSITIONS
@@ -38,6 +40,7 @@ def translate(graph: Graph, kept: Collection[str]) -> ir.Model:
     if decompositions:
         program = program.run_decompositions(decompositions)
     _quieten()
+    _remember_translations()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
@@ -90,6 +93,14 @@ def _decomposition(op: Any) -> Callable[..., Any]:
 def _quieten() -> None:
     # torch.onnx warns about torchvision ops on every import, and no user can act on it.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+
+
+@functools.cache
+def _remember_translations() -> None:
+    # torch.onnx reads its thousand translations from their sources again for each graph, a second each time.
+    found: Any = getattr(_registration, "onnxscript_apis", None)
+    if hasattr(found, "get_torchlib_ops"):
+        found.get_torchlib_ops = functools.cache(found.get_torchlib_ops)
 
 
 def _table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -17,7 +17,10 @@ import numpy as np
 import torch
 
 from ...errors import UserError
+from ...system.quiet import quiet_torchao
 from ...system.reading import one_line
+
+quiet_torchao()  # before ExecuTorch's modules load it
 
 DELEGATE = "EthosUBackend"
 _CONSTANTS = ("CONST", "CONST_SHAPE")

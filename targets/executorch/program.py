@@ -24,7 +24,10 @@ import torch
 from ...errors import UserError
 from ...ops.packing import repack, swap_nibbles
 from ...ops.quantized import dequantize
+from ...system.quiet import quiet_torchao
 from ...system.reading import one_line
+
+quiet_torchao()  # before ExecuTorch's modules load it
 
 DELEGATE = "XnnpackBackend"
 KERNELS = "CPU"

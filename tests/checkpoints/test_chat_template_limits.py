@@ -131,9 +131,13 @@ def test_a_process_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_it_starts_early_only_for_a_prompt_that_goes_through_it(tmp_path: Path) -> None:
     letters(tmp_path, chat_template="x")
-    assert Tokenizer.from_dir(tmp_path)._template._process is None  # type: ignore[union-attr]
-    assert Tokenizer.from_dir(tmp_path, chat=True)._template._process is not None  # type: ignore[union-attr]
-    assert Tokenizer.from_dir(letters(tmp_path / "none"), chat=True)._template is None
+    Tokenizer.from_dir(tmp_path)
+    Tokenizer.from_dir(letters(tmp_path / "none"), chat=True)
+    assert chat_template._early == []
+    tokenizer = Tokenizer.from_dir(tmp_path, chat=True)
+    (process,) = chat_template._early
+    assert tokenizer.apply_chat(HI) == "x"
+    assert tokenizer._templates["default"]._process is process
 
 
 def test_a_command_starts_it_before_it_knows_the_template(tmp_path: Path) -> None:
@@ -163,7 +167,7 @@ def test_threads_share_a_process() -> None:
 
 def test_it_ends_with_its_template() -> None:
     template = ChatTemplate("x")
-    template.start()
+    template.render(HI, True, {})
     process = template._process
     assert process is not None
     assert process.poll() is None
@@ -194,7 +198,7 @@ def rendering() -> Iterator[subprocess.Popen[bytes]]:
     """A process that prints its renderer's id and then renders without end."""
     program = (
         "from edgewright.checkpoints.chat_template import ChatTemplate as T\n"
-        f"t = T({LOOPS!r}); t.start(); print(t._process.pid, flush=True); t.render([], True, {{}})"
+        f"t = T({LOOPS!r}); print(t._running().pid, flush=True); t.render([], True, {{}})"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         yield process

@@ -23,6 +23,7 @@ from edgewright.checkpoints import tokenizer as tokenizer_module
 from edgewright.checkpoints import tokenizer_backend, tokenizer_checks
 from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.checkpoints.tokenizer_backend import read_backend
+from edgewright.checkpoints.tokenizer_settings import settings_of
 from edgewright.errors import UserError
 from edgewright.system.time_limit import OutOfTime, within
 
@@ -314,7 +315,7 @@ def test_settings_that_cannot_be_written_as_they_are(tmp_path: Path) -> None:
     for _ in range(2000):
         deep = [deep]
     backend, limits = read_backend(tmp_path / "tokenizer.json")
-    tokenizer = Tokenizer(backend, {"other": deep}, (), limits)
+    tokenizer = Tokenizer(backend, settings_of({"other": deep}), limits)
     with pytest.raises(UserError, match="too deep"):
         tokenizer.save(tmp_path / "deep" / "out")
 

@@ -142,6 +142,7 @@ def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(kind: str, tmp_path: Pa
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_bad_checkpoint_in_a_real_process(tmp_path: Path) -> None:
     model = write_tiny_t5gemma(tmp_path / "model")
     _put(model, EMBED, float("nan"))

@@ -134,6 +134,7 @@ def test_verify_names_a_missing_file_and_another_checkpoint(bundle: Path, tmp_pa
     assert "is not the checkpoint this bundle was made from" in refused(edgewright("verify", bundle, "-m", other))
 
 
+@pytest.mark.slow
 def test_a_lowering_that_is_wrong_fails_verification(tmp_path: Path, bundle: Path) -> None:
     """Damage a file and mend its hash: weights are read back, and the comparison with the reference sees the rest."""
 
@@ -269,7 +270,9 @@ def test_run_answers(bundle: Path) -> None:
     for arguments, stdin in ((("--prompt", "k n i g h t"), None), (("--prompt", "-"), "k n i g h t\n")):
         result = edgewright("run", bundle, *arguments, "-t", 1, stdin=stdin)
         assert passed(result).splitlines()[-1] == "N AY T"
-        assert result.stderr == ""
+        assert re.fullmatch(
+            r"stopped by an end token: 3 tokens, [\d.]+ tokens/s, 7 of prompt in [\d.]+ s\n", result.stderr
+        )
     short = passed(edgewright("run", bundle, "--prompt", "k n i g h t", "-n", 1))
     assert short.strip() == "N"
     sampled = [
@@ -280,6 +283,21 @@ def test_run_answers(bundle: Path) -> None:
     assert len(set(sampled)) > 1
 
 
+def test_run_says_what_it_read_and_why_it_stopped(bundle: Path) -> None:
+    shown = edgewright("run", bundle, "--prompt", "k n i g h t", "--show-prompt", "--stop", "Y T", "--top-k", 3)
+    assert passed(shown) == "N A\n"
+    assert "--top-k without effect" in shown.stderr
+    assert "the prompt, 7 tokens [" in shown.stderr
+    assert "stopped by a stop string or token" in shown.stderr
+    told = json.loads(passed(edgewright("run", bundle, "--prompt", "k n i g h t", "--stop-token", "T", "--json")))
+    (answer,) = told["answers"]
+    assert (answer["text"], answer["stopped"], answer["new_tokens"]) == ("N AY", "stop", 2)
+    several = edgewright(
+        *("run", bundle, "--prompt", "k n i g h t", "--answers", 3, "--temperature", 1.5, "--seed", 5, "--json")
+    )
+    assert [a["seed"] for a in json.loads(passed(several))["answers"]] == [5, 6, 7]
+
+
 def test_run_refuses_what_it_cannot_answer(bundle: Path, tmp_path: Path) -> None:
     assert "empty" in refused(edgewright("run", bundle, "--prompt", ""))
     assert "empty" in refused(edgewright("run", bundle, "--prompt", "-", stdin=""))
@@ -287,6 +305,14 @@ def test_run_refuses_what_it_cannot_answer(bundle: Path, tmp_path: Path) -> None
     assert "chat template" in refused(edgewright("run", bundle, "--prompt", "a", "--chat"))
     assert "holds no coreml" in refused(edgewright("run", bundle, "--prompt", "a", "--format", "coreml"))
     assert "not a bundle" in refused(edgewright("run", tmp_path, "--prompt", "a"))
+    for options in (
+        ("--stop", ""),
+        ("--stop-token", "no such"),
+        ("--answers", 2),
+        ("--template", "x"),
+        ("--system", "x"),
+    ):
+        assert options[0] in refused(edgewright("run", bundle, "--prompt", "a", *options)) or options[0] == "--template"
     for options in (("--temperature", "nan"), ("--temperature", "1", "--top-p", "nan"), ("--temperature", "inf")):
         result = edgewright("run", bundle, "--prompt", "a", *options)
         assert result.exit_code == 2, options
@@ -396,6 +422,7 @@ def test_doctor_and_devices() -> None:
     assert "absent-device" in refused(edgewright("devices", "show", "absent-device"))
 
 
+@pytest.mark.slow
 def test_the_text_forms_say_the_totals(plan_file: tuple[Path, Path], bundle: Path) -> None:
     model, _ = plan_file
     text = passed(edgewright("plan", "-m", model, "--bits", 5))

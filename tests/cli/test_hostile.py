@@ -124,6 +124,7 @@ def test_prompts_that_do_not_fit_are_refused_before_work(model: Path, tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["task.tsv"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     task = tmp_path / "task.tsv"
     task.write_text("w x y z\tX\n")
@@ -270,6 +271,7 @@ def test_an_answer_that_no_memory_holds_is_refused_by_the_figure(copy: Path, mon
         assert "of which 1.0 GiB are available" in line
 
 
+@pytest.mark.slow
 def test_a_report_never_leaves_the_bundle(copy: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -448,7 +450,9 @@ def test_an_interrupted_export_is_no_failed_verification(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_killed_export_leaves_no_bundle(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "bundle"
     command = [sys.executable, "-m", "edgewright.cli", "export", "-m", str(model), "--against", "none", "-o", str(out)]

@@ -44,6 +44,7 @@ def as_awq(folder: Path, plain: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": BLOCK}))
 
 
+@pytest.mark.slow
 def test_an_awq_llama_is_exported_and_verified(tmp_path: Path) -> None:
     model, plain, bundle = tmp_path / "awq", tmp_path / "plain", tmp_path / "bundle"
     as_awq(model, plain)

@@ -62,6 +62,7 @@ def test_gates_follow_overrides_widths_and_budgets(monkeypatch: pytest.MonkeyPat
     assert gates(*measured)[0] == {8, 16}
 
 
+@pytest.mark.slow
 def test_measured_divergence_is_the_same_for_any_number_of_workers() -> None:
     plans = []
     for workers in (1, 2):

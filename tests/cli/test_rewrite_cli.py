@@ -21,6 +21,7 @@ def edgewright(*arguments: Any) -> Any:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_eugen_blocks_are_fitted_and_the_checkpoint_exports(tmp_path: Path) -> None:
     model = tiny.write_tiny_t5gemma(tmp_path / "model")
     words = tmp_path / "words.tsv"

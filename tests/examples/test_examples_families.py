@@ -71,6 +71,7 @@ def test_the_dolphin_s_script_makes_its_config(train: ModuleType) -> None:
     assert train.build_config() == json.loads((DOLPHIN / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_deltanet_spells_through_the_product(tmp_path: Path) -> None:
     report = compiler.export(asking(str(DELTANET)), tmp_path / "bundle").report
     assert report is not None

@@ -135,6 +135,7 @@ def plan_in(model: Path, **settings: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, **settings)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.slow
 def test_no_home_and_no_temporary_folder(model: Path) -> None:
     kept = {key: os.environ[key] for key in ("PYTHONPATH",) if key in os.environ}
     done = plan_in(model, env=kept)

@@ -1,4 +1,4 @@
-"""`python -m fuzz [--parsers N] [--commands N] [--first K] [--only TARGET]`: N mutants from number K, shared out among targets."""
+"""`python -m fuzz`: N mutants of parsers and of commands from number K on, shared out among targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from fuzz.runner import fuzz
+from fuzz.runner import HANG_SECONDS, fuzz
 from fuzz.seeds import write_seeds
 from fuzz.targets import COMMANDS, PARSERS
 
@@ -20,8 +20,9 @@ from fuzz.targets import COMMANDS, PARSERS
 @click.option("--parsers", default=100_000, show_default=True, help="Mutants of the parsers.")
 @click.option("--commands", default=2_000, show_default=True, help="Mutants of whole commands.")
 @click.option("--first", default=0, show_default=True, help="Number of the first mutant.")
+@click.option("--patience", default=HANG_SECONDS, show_default=True, help="Seconds until a mutant counts as a hang.")
 @click.option("--only", multiple=True, help="Only this target; repeatable.")
-def main(parsers: int, commands: int, first: int, only: tuple[str, ...]) -> None:
+def main(parsers: int, commands: int, first: int, patience: float, only: tuple[str, ...]) -> None:
     """Fuzz; exit code 1 when a mutant broke a rule."""
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     failures = 0
@@ -34,7 +35,7 @@ def main(parsers: int, commands: int, first: int, only: tuple[str, ...]) -> None
                     continue
                 count = -(-total // (len(only) if only else len(targets)))
                 began, broken = time.monotonic(), 0
-                for failure in fuzz(name, fuzzed, seeds, range(first, first + count)):
+                for failure in fuzz(name, fuzzed, seeds, range(first, first + count), patience):
                     broken += 1
                     print(json.dumps(vars(failure)), flush=True)
                 failures += broken

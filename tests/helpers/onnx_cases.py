@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
 from edgewright.bundle import Generation, GraphSpec
 from edgewright.checkpoints.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ PER_CHANNEL = 0
 CHOICES = [(2, 32), (8, PER_CHANNEL), (3, 32), (4, 64), (16, 0), (5, 32), (6, PER_CHANNEL), (4, PER_CHANNEL), (3, 64)]
 CHOICES += [(2, 64), (6, 32)]  # eleven: the turn of the layers is not the turn of the choices
 WRITERS = {"t5gemma": write_tiny_t5gemma, "llama": write_tiny_llama, "gemma3": write_tiny_gemma3}
+FAST = [pytest.param(name, marks=pytest.mark.slow) if name == "gemma3" else name for name in WRITERS]
+"""As parameters of a fixture; two are enough for the fast suite."""
 OVERRIDES = {
     "t5gemma": {"model.encoder.embed_tokens.weight": (2, 32), "model.decoder.embed_tokens.weight": (3, 32)},
     "llama": {"model.embed_tokens.weight": (16, 0), "lm_head.weight": (5, 32)},

@@ -298,7 +298,7 @@ BLOCKS: dict[str, Any] = {
 }
 """Name -> the graphs of a decoder-only model of so many positions."""
 
-QUICK = ("delta", "mamba", "partial", "shared")
+QUICK = ("delta", "mamba")
 SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BLOCKS]
 """All of them, as parameters of a test; a few are enough for the fast suite."""
 

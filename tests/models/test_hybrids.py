@@ -195,6 +195,7 @@ def test_every_matrix_is_a_linear_and_gates_are_protected(family):
         assert protected or not isinstance(module, GatedDelta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [f if f in ("qwen3_5_text", "falcon_h1") else pytest.param(f, marks=pytest.mark.slow) for f in HYBRIDS]
 )

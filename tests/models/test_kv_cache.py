@@ -263,6 +263,7 @@ def test_onnx_is_the_reference_with_int8_caches(family: str, tmp_path: Path) -> 
     assert sum(held[s.name].numpy().nbytes for s in kept) == float_bytes * (1 / 4 + 1 / kept[0].shape[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["llama", *SLOW, *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5gemma2", "t5"))]
 )

@@ -138,6 +138,7 @@ def test_the_caches_hold_key_heads_only():
     assert {tuple(s.shape) for s in states_of(decoder, sizes).values()} == {(1, 3, 5, 16), (1, 3, 4, 16)}
 
 
+@pytest.mark.slow
 def test_the_graphs_export_and_equal_their_modules():
     model, _ = loaded(BASE, 4)
     for graph in model.graphs():

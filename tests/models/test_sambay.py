@@ -228,6 +228,7 @@ def test_the_graph_has_one_growing_cache_and_holds_every_key_once():
     assert graph.bounds == {"batch": (1, 1024), "sequence": (1, 64), "logits": (1, 64), "capacity": (1, 128)}
 
 
+@pytest.mark.slow
 def test_the_program_exports_with_dynamic_lengths():
     model, _ = filled(TINY, seed=5)
     (graph,) = model.graphs()

@@ -375,7 +375,7 @@ SHORT = {"t5gemma": 1, "llama": 1, "gemma3": 2}
 
 
 @pytest.mark.exports
-@pytest.mark.parametrize("name", list(SHORT))
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in SHORT if n != "llama")])
 def test_a_decomposed_program_has_no_private_op_and_the_same_numbers(name: str, tmp_path: Path) -> None:
     layers = {
         "num_hidden_layers": 2,

@@ -48,6 +48,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t5gemma-g2p", "deltanet-g2p")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["dolphin-packages", *SLOW])
 def test_a_killed_run_goes_on_to_the_same_bytes(example: str, tmp_path: Path) -> None:
     told: list[str] = []
@@ -297,6 +298,7 @@ def test_a_memory_limit_is_refused_at_the_start(tmp_path: Path, quantizer: str, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_calibration_of_a_module_of_ones_own(tmp_path: Path) -> None:
     made = export(asking("helpers.user_modules:unet", bits=5.0, quantizer="gptq"), tmp_path / "bundle")
     assert made.report is not None

@@ -245,6 +245,7 @@ print((peak - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of anonymous memory")
 def test_anonymous_memory_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()

@@ -159,6 +159,7 @@ def calibration(vocab: int = 70) -> list[list[int]]:
     return random_prompts(vocab, 64, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if n == "llama" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_a_rewritten_model_exports_and_verifies(name, tmp_path):
     write, regex, count = MODELS[name]

@@ -239,6 +239,7 @@ def edgewright(*arguments: Any) -> Any:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path) -> None:
     words = tmp_path / "words.tsv"
     words.write_text("".join((tiny.EXAMPLE / "task.tsv").read_text().splitlines(keepends=True)[:64]))

@@ -162,7 +162,7 @@ def test_an_open_bundle_reads_a_context_once_for_many_prompts(bundle: Path, tmp_
     pieces = list(opened.generate(task.prompts[0], memory=memory))
     assert "".join(pieces).strip()
     assert list(opened.generate(task.prompts[0], context=task.contexts[0])) == pieces
-    assert list(opened.generate(opened.encode_prompt(task.prompts[0]), memory=memory)) == pieces
+    assert list(opened.generate(opened.read_prompt(task.prompts[0]).ids, memory=memory)) == pieces
     assert len(list(opened.generate(task.prompts[0], memory=memory, max_new_tokens=1))) <= 1
     with pytest.raises(UserError, match="pass one of them"):
         opened.generate("a", context="b", memory=memory)

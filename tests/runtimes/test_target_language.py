@@ -40,7 +40,7 @@ def test_an_answer_begins_with_the_language(bundle: Path) -> None:
     spec = Bundle.open(bundle).manifest.generation
     assert (spec.decoder_start, spec.forced) == (2, (9,))
     opened = open_bundle(bundle, "onnx", threads=1)
-    ids = opened.encode_prompt("k n i g h t")
+    ids = opened.read_prompt("k n i g h t").ids
 
     def answer(language: str) -> str:
         token = opened.tokenizer.token_id(language)
@@ -58,6 +58,7 @@ def test_an_answer_begins_with_the_language(bundle: Path) -> None:
     assert CliRunner().invoke(main, arguments).stdout.strip() == wanted[0].strip()
 
 
+@pytest.mark.slow
 def test_a_language_that_is_no_token_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle, "onnx", threads=1)
     with pytest.raises(UserError, match="--target-language 'Klingon' is no token of this model"):

@@ -52,6 +52,7 @@ def test_the_command_itself(folder: Path, start: tuple[str, ...]) -> None:
     command(folder, *start, "plan", "-m", "model", "--bits", "5")
 
 
+@pytest.mark.slow
 @pytest.mark.exports
 def test_children_that_lower_and_score(folder: Path) -> None:
     """Two targets are lowered in a process each; importance is scored in joblib's."""

@@ -17,8 +17,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-QUICK = ("gemma4_text", "falcon_h1", "t5", "module")
-"""One of each kind of state, and a module. The others through ONNX are slow tests."""
+QUICK = ("falcon_h1", "module")
+"""One with both kinds of state, and a module. The others through ONNX are slow tests."""
 
 
 @pytest.mark.parametrize(

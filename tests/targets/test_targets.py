@@ -185,6 +185,7 @@ def test_what_an_exporter_refuses_elsewhere_is_the_same_line(tmp_path: Path) -> 
     assert said == ["onnx: decoder", "onnx: decoder"]
 
 
+@pytest.mark.slow
 def test_an_exporter_that_dies_elsewhere_is_one_line(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
     made = compiler.export(asking(str(model), bits=6.0, verify=False), tmp_path / "bundle")

@@ -115,6 +115,7 @@ def test_without_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert said(llama) == ["not compared with transformers: it is not installed (pip install transformers)"]
 
 
+@pytest.mark.slow
 def test_export_says_it(llama: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     export = ("export", "-m", llama, "--bits", 8, "--max-context", 64, "--against", "transformers", "-o", bundle)

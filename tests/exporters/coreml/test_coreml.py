@@ -60,6 +60,7 @@ def _quantized(exported: Exported) -> Checkpoint:
     return open_checkpoint(str(exported.path / CHECKPOINT))
 
 
+@pytest.mark.slow
 def test_mixed_widths_match_the_reference(mixed: Exported) -> None:
     assert mixed.report is not None
     (target,) = mixed.report.targets
@@ -124,6 +125,7 @@ def test_weights_in_the_package_are_the_checkpoint_bit_for_bit(mixed: Exported) 
     assert torch.equal(stored["model.norm.weight"], checkpoint.tensor("model.norm.weight").float())
 
 
+@pytest.mark.slow
 def test_weights_that_are_alike_keep_all_their_names(tmp_path: Path) -> None:
     model = tiny.write_tiny_llama(tmp_path / "model", num_hidden_layers=2)
     tensors = load_file(model / "model.safetensors")
@@ -149,6 +151,7 @@ def test_tied_embedding_and_both_decoder_functions_share_their_bytes(t5gemma: Ex
     assert offsets[0]
 
 
+@pytest.mark.slow
 def test_size_is_within_three_percent_of_codes_and_scales(tmp_path: Path) -> None:
     widths = {r"layers\.0\..*(gate|up)_proj": 2, r"layers\.1\..*(gate|up)_proj": 3, r"layers\.2\..*(gate|up)_proj": 6}
     widths |= {r"layers\.3\..*(gate|up)_proj": 8}

@@ -118,7 +118,9 @@ class Case:
         return ExecuTorchSession(self.folder, self.specs, threads=1)
 
 
-@pytest.fixture(scope="module", params=list(WRITERS))
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n == "gemma3" else n for n in WRITERS]
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name = request.param
     root = tmp_path_factory.mktemp(name)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from helpers.onnx_cases import TOLERANCE, WRITERS, Case, logits, prompts
+from helpers.onnx_cases import FAST, TOLERANCE, Case, logits, prompts
 
 from edgewright.runtimes.generate import Sampling, Stream, generate, generate_batch
 from edgewright.runtimes.onnx.session import OnnxSession
 
 
-@pytest.fixture(params=WRITERS)
+@pytest.fixture(params=FAST)
 def case(request: pytest.FixtureRequest, onnx_cases: Callable[[str], Case]) -> Case:
     return onnx_cases(request.param)
 

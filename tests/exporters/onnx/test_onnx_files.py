@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import reference_formulas
-from helpers.onnx_cases import TIED, TOLERANCE, WRITERS, Case, logits, make_case, prompts
+from helpers.onnx_cases import FAST, TIED, TOLERANCE, WRITERS, Case, logits, make_case, prompts
 from helpers.tiny import write_tiny_gemma3
 
 from edgewright.errors import UserError
@@ -24,7 +24,7 @@ from edgewright.quant.plan import UNQUANTIZED
 from edgewright.quant.units import quantizable_units
 
 
-@pytest.fixture(params=WRITERS)
+@pytest.fixture(params=FAST)
 def case(request: pytest.FixtureRequest, onnx_cases: Callable[[str], Case]) -> Case:
     return onnx_cases(request.param)
 

@@ -77,7 +77,9 @@ def test_chunks_and_steps_are_the_reference(name: str, tmp_path: Path) -> None:
         agree(reference, session, 2, (1, 1, 1, 1) if grouped else PIECES, seed)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [next(iter(FORMS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(FORMS)[1:])]
+)
 def test_attention_of_any_form_is_the_reference(form: str, tmp_path: Path) -> None:
     graphs = blocks.causal([Wide(**FORMS[form]), Wide(**FORMS[form])], CONTEXT)
     reference, session, artefact = exported(graphs, tmp_path)
@@ -89,6 +91,7 @@ def test_attention_of_any_form_is_the_reference(form: str, tmp_path: Path) -> No
     assert ("TensorScatter" in ops) == form.startswith("heads of 24") != ("com.microsoft::GroupQueryAttention" in ops)
 
 
+@pytest.mark.slow
 def test_two_streams_taking_turns_do_not_mix(tmp_path: Path) -> None:
     """States change places at each call: each stream keeps its own."""
     reference, session, _ = exported(blocks.BLOCKS["hybrid"](CONTEXT), tmp_path)
@@ -104,6 +107,7 @@ def test_two_streams_taking_turns_do_not_mix(tmp_path: Path) -> None:
     assert blocks.worst(made[1], made[0]) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_cache_is_one_buffer_and_a_recurrent_state_two(tmp_path: Path) -> None:
     _, session, _ = exported(blocks.BLOCKS["hybrid"](CONTEXT), tmp_path)
     state = session.new_state(1, CONTEXT)
@@ -122,7 +126,7 @@ def test_the_recurrences_become_kernels(tmp_path: Path) -> None:
         assert ops.items() <= artefact.ops["decoder"].items()
 
 
-@pytest.mark.parametrize("layer", [blocks.DeltaNet, blocks.Mamba])
+@pytest.mark.parametrize("layer", [blocks.DeltaNet, pytest.param(blocks.Mamba, marks=pytest.mark.slow)])
 def test_a_bfloat16_convolution_is_read_as_it_is(layer: type[Any], tmp_path: Path) -> None:
     """As checkpoints have it: numpy knows no bfloat16, and small ones are folded by torch.onnx."""
     graphs = blocks.causal([layer()], CONTEXT)
@@ -134,6 +138,7 @@ def test_a_bfloat16_convolution_is_read_as_it_is(layer: type[Any], tmp_path: Pat
     agree(reference, session, 1, PIECES, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["partial", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hybrid", "mamba"))])
 def test_an_op_without_a_row_comes_decomposed(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from edgewright.exporters.onnx import export as exporter
@@ -145,7 +150,7 @@ def test_an_op_without_a_row_comes_decomposed(name: str, monkeypatch: pytest.Mon
     assert not {"com.microsoft::LinearAttention", "Scan"} & set(artefact.ops["decoder"])
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 9.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(5, 9.0), pytest.param(0, 0.0, marks=pytest.mark.slow)])
 def test_merged_attention_is_the_reference(window: int, softcap: float, tmp_path: Path) -> None:
     """A batch of two of different sources, several tokens and single ones."""
     reference, session, artefact = exported(blocks.merged(CONTEXT, window, softcap), tmp_path)
@@ -165,6 +170,7 @@ def test_merged_attention_is_the_reference(window: int, softcap: float, tmp_path
     assert artefact.ops["decoder"]["TensorScatter"] == 2
 
 
+@pytest.mark.slow
 def test_queries_that_are_no_tokens_attend_to_all_tokens(tmp_path: Path) -> None:
     """A context pooled into groups: as many queries as groups, whatever the length of the input."""
     checkpoint = open_checkpoint(str(tiny.write(tmp_path / "model", FAMILIES["arc_encoder"])))

@@ -60,7 +60,7 @@ class Made:
         return self.bundle.target("qnn")
 
 
-@pytest.fixture(scope="module", params=["llama", "t5gemma"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("t5gemma", marks=pytest.mark.slow)])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     changes = {"max_position_embeddings": 160} if name == "llama" else {}
@@ -203,6 +203,7 @@ def test_the_emulated_run_computes_what_the_reference_does(made: Made, length: i
     assert np.abs(logits[0] - logits[1]).max() < 2e-2 * np.abs(logits[0]).max()
 
 
+@pytest.mark.slow
 def test_a_residual_beyond_float16_is_computed_right(tmp_path: Path) -> None:
     tiny.write_tiny_llama(tmp_path / "model", num_hidden_layers=2)
     stored = load_file(tmp_path / "model" / "model.safetensors")

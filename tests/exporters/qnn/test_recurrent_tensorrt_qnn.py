@@ -66,7 +66,9 @@ def network(graphs: list[Graph], folder: Path, exact: bool) -> Any:
 
 
 @tensorrt_only
-@pytest.mark.parametrize("name", blocks.SOME)
+@pytest.mark.parametrize(
+    "name", [n if n == "delta" else pytest.param(n, marks=pytest.mark.slow) for n in blocks.BLOCKS]
+)
 def test_an_engine_builds_and_its_network_is_the_reference(name: str, tmp_path: Path) -> None:
     from edgewright.exporters.tensorrt import export
     from edgewright.targets.tensorrt.engine_file import read_header
@@ -86,6 +88,7 @@ def test_an_engine_builds_and_its_network_is_the_reference(name: str, tmp_path: 
         assert blocks.worst(blocks.feed(session, state, ids, PIECES), want) < limit
 
 
+@pytest.mark.slow
 @tensorrt_only
 def test_engines_of_merged_attention_and_of_a_memory(tmp_path: Path) -> None:
     from edgewright.exporters.tensorrt import export
@@ -137,7 +140,7 @@ def compiled(graphs: list[Graph], folder: Path) -> Any:
             n,
             marks=[pytest.mark.slow, pytest.mark.xfail(strict=True, reason="computed wrongly, cause unknown")]
             if n == "mixed"
-            else (() if n in blocks.QUICK[:2] else pytest.mark.slow),
+            else (() if n == "delta" else pytest.mark.slow),
         )
         for n in BLOCKS
         if n != "hybrid"
@@ -179,6 +182,7 @@ def test_htp_computes_the_norm_of_a_rank_of_4_wrongly(tmp_path: Path) -> None:
     assert errors[1] > 1
 
 
+@pytest.mark.slow
 @qnn_only
 def test_asking_for_more_logits_than_a_chunk_gives_moves_a_state_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
