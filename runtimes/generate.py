@@ -196,8 +196,8 @@ def generate(
 ) -> Generator[int, None, Ending]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: for a "memory" task, what `read_context` returned. rule: what may be said next; None for anything. The return value of the
-    generator says why it ended.
+    memory: for a "memory" task, what `read_context` returned. rule: what may be said next; None for anything. The generator returns
+    why it ended.
     """
     stream = Stream(session, spec, [prompt], new_tokens, memory)
     return (yield from continued(stream, stream.pending, new_tokens, sampling, observe, rule))
