@@ -295,22 +295,18 @@ def run(
     for name, value in vectors.items():
         if value is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --embed, which makes vectors of texts; give that, too")
-    speech = {name: options.pop(name) for name in ("language", "translate", "timestamps")}
     if (prompt is None) == (audio is None):
         raise UserError("say what to answer: --prompt TEXT, or a sound to write down: --audio FILE; one of them")
-    if audio is None and any(speech.values()):
-        named = next(name for name, value in speech.items() if value)
-        raise UserError(f"--{named} goes with --audio FILE")
+    speech = generation_options.speech_given(options, audio is not None)
     from .checkpoints.chat_template import start_early
 
     if audio is None and chat is not False:
         start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
-    from .commands.run import RunOptions, run_prompt, run_sound
-    from .runtimes.transcribe import SpeechOptions
+    from .commands.run import RunOptions, run_prompt
     from .system.reading import MEBIBYTE, read_stream, read_text
 
     asked = RunOptions(
-        speech=SpeechOptions(speech["language"], "translate" if speech["translate"] else None, speech["timestamps"]),
+        speech=speech,
         sampling=generation_options.sampling_given(options),
         chat=generation_options.chat_given(options, chat),
         context=None if context is None else read_text(context, 256 * MEBIBYTE),
@@ -318,7 +314,13 @@ def run(
     )
     terminal = sys.stdout.isatty()  # a token may be an escape sequence
     if audio is not None:
-        for piece in run_sound(bundle, audio, asked, note):
+        from .commands.run_sound import json_of, run_sound, text_of
+
+        spoken = run_sound(bundle, audio, asked)
+        if as_json:
+            click.echo(json.dumps(json_of(spoken), indent=1))
+            return
+        for piece in text_of(spoken, speech.timestamps):
             click.echo(printable(piece) if terminal else piece, nl=False)
         click.echo()
         return

@@ -287,4 +287,6 @@ class CalibrationForward:
 
 
 def _real_rows(x: torch.Tensor, part: _Part) -> torch.Tensor:
-    return x[part.real] if x.shape[:-1] == part.real.shape else x.reshape(-1, x.shape[-1])
+    """Of [B, S, …, K] those at real positions, which may have several rows each; all of what is no such sequence."""
+    of_positions = x.ndim > part.real.ndim and x.shape[: part.real.ndim] == part.real.shape
+    return (x[part.real] if of_positions else x).reshape(-1, x.shape[-1])

@@ -18,7 +18,7 @@ from . import context_memory
 from .answer import NO_STOPS, Answer, Stops
 from .generate import generate, read_context
 from .registry import import_runtime, open_session
-from .sampling import GREEDY, Sampling
+from .sampling import Sampling
 from .session import Array, PlacedSession
 from .text_embedding import embed_tokens
 from .transcribe import PLAINLY, SpeechOptions, require_speech, transcribe
@@ -195,7 +195,7 @@ class OpenBundle:
         options: SpeechOptions = PLAINLY,
         *,
         max_new_tokens: int | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
     ) -> Iterator[SpokenText]:
         """What is said in a sound, piece by piece as it is found: one for each window, with timestamps one for each segment.
 
@@ -203,14 +203,14 @@ class OpenBundle:
             sound: a file that libsndfile reads, or samples float [n] of one channel at the model's rate (mostly 16,000 a second).
             options: language, task, timestamps.
             max_new_tokens: of a window at most; None is the model's limit.
-            sampling: how a token is drawn; greedy by default.
+            sampling: how a token is drawn; None: as the model's makers have it.
 
         Raises UserError for a model of text, a sound that cannot be read, and a language or task that the model does not know.
         """
         rate = require_speech(self._spec).sound.rate
         samples = read_sound(Path(sound), rate) if isinstance(sound, str | Path) else checked(sound, "the sound")
-        tokenizer = self.tokenizer
-        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, sampling):
+        tokenizer, drawn = self.tokenizer, self.default_sampling() if sampling is None else sampling
+        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, drawn):
             yield SpokenText(part.start, part.end, tokenizer.decode(part.tokens))
 
     def _speaking(self, language: str) -> Generation:

@@ -73,9 +73,9 @@ class MoonshineFront(Front):
         samples, mask = inputs
         batch, rows = mask.shape
         frames = torch.tanh(self.conv1(_patches(samples.unsqueeze(3), TAPS[0], STRIDES[0])))  # [B, T, 6, hidden]
-        each = frames.shape[2]
+        each, hidden = frames.shape[2], frames.shape[3]
         real = _real_frames(mask.to(frames.dtype).unsqueeze(2), each)
-        frames = self.groupnorm(frames.reshape(batch, rows * each, -1), real).reshape(batch, rows, each, -1)
+        frames = self.groupnorm(frames.reshape(batch, rows * each, hidden), real).reshape(batch, rows, each, hidden)
         frames = gelu(self.conv2(_patches(frames, TAPS[1], STRIDES[1])))  # [B, T, 2, 2 * hidden]
         h = gelu(self.conv3(_patches(frames, TAPS[2], STRIDES[2]))).squeeze(2)
         positions = torch.arange(rows, device=h.device)
@@ -89,7 +89,7 @@ def _real_frames(mask: torch.Tensor, each: int) -> torch.Tensor:
     They are the frames of its row and the next one, and the first of the row behind. Masks are shifted, as half precision does not
     count so far.
     """
-    rows, one = mask.shape[1], torch.ones_like(mask.narrow(1, 0, 1))
+    rows, one = mask.shape[1], mask.narrow(1, 0, 1)
     others = torch.cat((one, mask.narrow(1, 0, rows - 1)), 1)
     first = torch.cat((one, others.narrow(1, 0, rows - 1)), 1)
     return torch.cat((first, *[others] * (each - 1)), 2).reshape(mask.shape[0], rows * each, 1)
@@ -98,12 +98,12 @@ def _real_frames(mask: torch.Tensor, each: int) -> torch.Tensor:
 def _patches(x: torch.Tensor, taps: int, stride: int) -> torch.Tensor:
     """What a convolution's outputs see of x [B, T, n, C], whose n items of T rows follow each other: [B, T, n / stride, taps * C].
 
-    Behind the last row are zeros.
+    Behind the last row stands the last again, which only masked positions read: a constant there would join what is apart.
     """
     batch, rows, items, channels = x.shape
     steps = x.reshape(batch, rows, items // stride, stride * channels)  # a patch begins with each
     needed = -(-taps // stride)  # steps of a patch; the last may be cut
-    later = torch.cat((steps.narrow(1, 1, rows - 1), torch.zeros_like(steps.narrow(1, 0, 1))), 1)
+    later = torch.cat((steps.narrow(1, 1, rows - 1), steps.narrow(1, rows - 1, 1)), 1)
     ahead = torch.cat((steps, later), 2)
     views = [ahead.narrow(2, at, items // stride) for at in range(needed)]
     return torch.cat(views, 3).narrow(3, 0, taps * channels)
