@@ -189,12 +189,12 @@ def _target_options() -> list[Any]:
     from ..targets.registry import TARGETS
 
     own = [target.option for target in TARGETS.values() if target.option is not None]
-    return [
-        click.option(o.flag, type=IntList(), help=o.help)
-        if o.kind == "numbers"
-        else click.option(o.flag, multiple=True, metavar="CONFIG", help=o.help)
-        for o in own
-    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "numbers": {"type": IntList()},
+        "names": {"multiple": True, "metavar": "CONFIG"},
+        "version": {"metavar": "VERSION"},
+    }
+    return [click.option(o.flag, help=o.help, **kinds[o.kind]) for o in own]
 
 
 def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
@@ -203,7 +203,7 @@ def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[s
 
     flags = {name: target.option.flag for name, target in TARGETS.items() if target.option is not None}
     given = {name: options[flag.removeprefix("--").replace("-", "_")] for name, flag in flags.items()}
-    return {name: values for name, values in given.items() if values}
+    return {name: (values,) if isinstance(values, str) else values for name, values in given.items() if values}
 
 
 def request(model: str, options: dict[str, Any], note: Callable[[str], None]) -> Request:

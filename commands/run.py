@@ -1,4 +1,4 @@
-"""`run`: the text that a bundle generates for a prompt. No torch is imported."""
+"""`run`: the text that a bundle generates for a prompt or a sound. No torch is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..errors import UserError
 from ..runtimes.answer import Answer, Stops
 from ..runtimes.sampling import Sampling
 from ..runtimes.session import Array
-from ..runtimes.text_generation import OpenBundle, open_bundle
+from ..runtimes.text_generation import OpenBundle, SpokenText, open_bundle
+from ..runtimes.transcribe import PLAINLY, SpeechOptions
 from ..system.memory import no_more_than_available
 
 Progress = Callable[[str], None]
@@ -35,7 +36,7 @@ class RunOptions:
     sampling: `Sampling`'s fields that differ from what the model's makers say. seed: None is a random one. answers: how many.
     stops, stop_tokens: texts, and tokens as the tokenizer spells them or by their ids. context: text that a decoder-decoder reads
     first. memory: a file with what it made of one. save_memory: the file that keeps what it makes of `context`. show_prompt: say
-    what the model reads. check: as of `open_bundle`.
+    what the model reads. speech: of a sound. check: as of `open_bundle`.
     """
 
     format: str | None = None
@@ -52,6 +53,7 @@ class RunOptions:
     memory: Path | None = None
     save_memory: Path | None = None
     target_language: str | None = None
+    speech: SpeechOptions = PLAINLY
     check: bool = True
 
 
@@ -99,6 +101,53 @@ def run_prompt(path: Path, prompt: str, options: RunOptions, progress: Progress 
     opened = open_bundle(path, options.format, options.threads, options.check)
     with no_more_than_available(opened.size):
         yield from _answers(opened, prompt, options, progress)
+
+
+def run_sound(path: Path, sound: Path, options: RunOptions, progress: Progress = lambda _: None) -> Iterator[str]:
+    """Pieces of what is said in a sound file, as they are found; with timestamps a line for each segment.
+
+    Raises UserError for a bundle that reads no sound, a file that is none, and options that go with a prompt.
+    """
+    opened = open_bundle(path, options.format, options.threads, options.check)
+    asked = (
+        (options.context, "--context"),
+        (options.memory, "--memory"),
+        (options.chat.use, "--chat"),
+        (options.stops, "--stop"),
+    )
+    for given, flag in asked:
+        if given:
+            raise UserError(f"{flag} goes with a prompt; leave it out with --audio")
+    if options.target_language is not None:
+        raise UserError("--target-language goes with a prompt; of a sound, say --language or --translate")
+    sampling = Sampling(**options.sampling, seed=options.seed or 0)
+    with no_more_than_available(opened.size):
+        pieces = opened.transcribe(sound, options.speech, max_new_tokens=options.max_new_tokens, sampling=sampling)
+        yield from _lines(pieces) if options.speech.timestamps else _joined(pieces)
+
+
+def _lines(pieces: Iterator[SpokenText]) -> Iterator[str]:
+    """A line for each segment, without the last line's end."""
+    for i, piece in enumerate(pieces):
+        yield f"{chr(10) if i else ''}[{_clock(piece.start)} --> {_clock(piece.end)}] {piece.text.strip()}"
+
+
+def _clock(seconds: float) -> str:
+    """Hours where there are any, minutes, seconds and hundredths."""
+    hundredths = round(seconds * 100)
+    minutes, rest = divmod(hundredths, 6000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{f'{hours}:' if hours else ''}{minutes:02d}:{rest // 100:02d}.{rest % 100:02d}"
+
+
+def _joined(pieces: Iterator[SpokenText]) -> Iterator[str]:
+    """The text without its leading space; a space between windows where the tokenizer writes none at a text's beginning."""
+    last = ""
+    for piece in pieces:
+        text = piece.text if last else piece.text.lstrip()
+        gap = bool(last and text) and last[-1].isascii() and not last[-1].isspace() and not text[0].isspace()
+        yield (" " if gap else "") + text
+        last = text or last
 
 
 def _answers(opened: OpenBundle, prompt: str, options: RunOptions, progress: Progress) -> Iterator[Said]:

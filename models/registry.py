@@ -63,6 +63,8 @@ ARCHITECTURES = {
     "marian": "families.bart",
     "m2m_100": "families.bart",
     "pegasus": "families.bart",
+    "whisper": "families.whisper",
+    "moonshine": "families.moonshine",
     "modernbert": "families.modernbert",
     "modernbert-decoder": "families.modernbert_decoder",
     "arc_encoder": "families.arc_encoder",

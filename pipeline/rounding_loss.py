@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +72,7 @@ def rounding_loss(planned: Planned, request: Request, run: ResumableExport, prog
         progress(f"quality: not measured under a --memory-limit of {limit / 2**30:.2f} GiB")
         return None
     longest = min(most_tokens(planned.model), generation.max_context)
+    samples: Sequence[Sample]
     samples, data = held_out_samples(planned.checkpoint, generation, longest), "held-out text"
     if not samples:
         samples, data = (
@@ -105,7 +105,7 @@ def rounding_loss(planned: Planned, request: Request, run: ResumableExport, prog
     return loss
 
 
-def _of_prompts(planned: Planned) -> Sequence[Sample]:
+def _of_prompts(planned: Planned) -> list[Sample]:
     """A few of the bundle's prompts: of an encoder-decoder the first decoded position alone is compared."""
     generation = planned.generation
     start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
