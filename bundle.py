@@ -223,16 +223,66 @@ class SamplingSpec(_Strict):
     no_repeat_ngram: Annotated[int, Field(ge=0, le=1 << 10)] = 0
 
 
-class Generation(_Strict):
-    """What the generate loop needs: the kind of loop, where it starts and stops, and its limits.
+Pooling = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
+"""How the vectors of a text's tokens become one; of several the results lie side by side."""
 
-    task: a "module" has no loop, its graphs run as they are; vocab and max_context are then the limits of its inputs.
+PromptText = Annotated[str, Field(max_length=4096)]
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+
+
+class EmbeddingSpec(_Strict):
+    """What an "embed" bundle makes of a text: one vector of `size` numbers, of length 1 where it is `normalised`.
+
+    similarity: how two of them are compared. prompts: what may be put before a text, by name; default_prompt: the name of the
+    one that holds where none is asked for. lower_case: a text is put into lower case first.
+    """
+
+    size: Size
+    pooling: Annotated[tuple[Pooling, ...], Field(min_length=1, max_length=6)]
+    normalised: bool
+    similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
+    prompts: Annotated[dict[Name, PromptText], Field(max_length=64)] = {}
+    default_prompt: Name | None = None
+    lower_case: bool = False
+
+    @model_validator(mode="after")
+    def _default_is_one(self) -> Self:
+        if self.default_prompt is not None and self.default_prompt not in self.prompts:
+            raise ValueError(f"default_prompt {one_line(self.default_prompt, 80)} is none of the prompts")
+        return self
+
+    def prompt(self, name: str | None) -> str:
+        """The prompt of this name, or the default one. Raises UserError, naming those there are, for another name."""
+        name = self.default_prompt if name is None else name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            known = ", ".join(one_line(n, 40) for n in self.prompts) or "none"
+            raise UserError(f"--prompt-name {one_line(name, 60)} is no prompt of this model; it has: {known}")
+        return self.prompts[name]
+
+    def role(self, query: bool) -> str:
+        """The prompt for what is asked (query), or for what is searched, by the names that models give them."""
+        names = [name for name in (_QUERY if query else _DOCUMENT) if name in self.prompts]
+        return self.prompt(names[0] if names else None)
+
+    def prepared(self, text: str, prompt: str) -> str:
+        """What the tokenizer reads."""
+        whole = prompt + text
+        return whole.lower() if self.lower_case else whole
+
+
+class Generation(_Strict):
+    """What running a model needs: the kind of loop, where it starts and stops, and its limits.
+
+    task: a "module" has no loop, its graphs run as they are; vocab and max_context are then the limits of its inputs. "embed" has
+    none either: a text of at most max_context tokens becomes one vector, as `embedding` says.
     forced: what every answer of an encoder-decoder begins with, behind decoder_start: fed, not generated, such as a language.
     prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task. speech: of a "seq2seq" one whose encoder
     reads sound. sampling: None is greedy.
     """
 
-    task: Literal["seq2seq", "causal", "memory", "module"]
+    task: Literal["seq2seq", "causal", "memory", "embed", "module"]
     decoder_start: Token | None = None
     forced: tuple[Token, ...] = ()
     eos_ids: tuple[Token, ...] = ()
@@ -243,7 +293,13 @@ class Generation(_Strict):
     prefill_chunk: int = Field(PREFILL_CHUNK, gt=0, le=4096)
     context: ContextSpec | None = None
     speech: SpeechSpec | None = None
+    embedding: EmbeddingSpec | None = None
     sampling: SamplingSpec | None = None
+
+    @property
+    def pooling(self) -> tuple[str, ...]:
+        """Of an "embed" task; () of others."""
+        return () if self.embedding is None else self.embedding.pooling
 
 
 def require_tokens(ids: Sequence[int], vocab: int, whose: str) -> None:
@@ -261,6 +317,7 @@ NEEDED: dict[str, set[str]] = {
     "seq2seq": {"encoder", "cross_kv", "decoder"},
     "causal": {"decoder"},
     "memory": {"context", "decoder"},
+    "embed": {"encoder"},
     "module": set(),
 }
 """Task -> the graphs that its generate loop runs."""
@@ -358,6 +415,8 @@ class Manifest(_Strict):
             self._check_speech(spec.speech)
         if spec.task == "memory" and spec.context is None:
             raise ValueError("a memory bundle needs generation.context")
+        if spec.task == "embed" and spec.embedding is None:
+            raise ValueError("an embed bundle needs generation.embedding")
         if len(self.contexts) not in (0, len(self.prompts)):
             raise ValueError(f"{len(self.contexts)} contexts do not fit {len(self.prompts)} prompts")
         lists = [*self.prompts, spec.forced, spec.context.prefix if spec.context is not None else ()]

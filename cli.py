@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,6 @@ def rewrite(model: str, eugen: str | None, smooth: bool, adapt: bool, as_json: b
 @cli_options.as_json
 def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_json: bool, **options: Any) -> None:
     """Check every artefact of BUNDLE against its reference."""
-    from .bundle import Bundle
     from .reports import verify as verify_report
     from .verification.report import require, require_placement
     from .verification.verify import TEXT_WINDOWS, VerifyOptions
@@ -231,8 +231,8 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
     if options["adapter"] is not None and options["model"] is None:
         raise UserError("--adapter is merged into the original checkpoint; give -m MODEL, too")
     report = check(bundle, VerifyOptions(text_windows=text_windows or TEXT_WINDOWS, **options), note)
-    Bundle.open(bundle).write_report("verify", report.to_json())
-    _print(report.to_json(), verify_report.verify_text(report), as_json)
+    with _keeping(bundle, "verify", report.to_json()):
+        _print(report.to_json(), verify_report.verify_text(report), as_json)
     require(report)
     if strict_placement:
         require_placement(report)
@@ -247,6 +247,16 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 )
 @click.option("--translate", is_flag=True, help="For --audio: write it down in English.")
 @click.option("--timestamps", is_flag=True, help="For --audio: a line for each segment, with its times.")
+@click.option(
+    "--embed", is_flag=True, help="The vector of the prompt, as a line of JSON; of standard input one of each line."
+)
+@click.option("--texts", type=cli_options.path, metavar="FILE", help="For --embed: a file of texts, one a line.")
+@click.option(
+    "--prompt-name", metavar="NAME", help="For --embed: a prompt of the model's own before each text, such as query."
+)
+@click.option(
+    "-o", "--output", type=cli_options.path, metavar="FILE.npy", help="For --embed: all vectors as one array."
+)
 @click.option(
     "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
 )
@@ -269,13 +279,22 @@ def run(
     audio: Path | None,
     context: Path | None,
     chat: bool | None,
+    embed: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Answer a prompt, or write a sound down, to standard output; why it stopped and how fast it was goes to standard error.
+    With --embed print vectors of texts.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
+    vectors = {name: options.pop(name) for name in ("texts", "prompt_name", "output")}
+    if embed:
+        _embed(bundle, prompt, vectors, options | {"context": context, "chat": chat, "audio": audio})
+        return
+    for name, value in vectors.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --embed, which makes vectors of texts; give that, too")
     from .checkpoints.chat_template import start_early
 
     if (prompt is None) == (audio is None):
@@ -385,6 +404,46 @@ def serve(bundle: Path, **options: Any) -> None:
     answer(bundle, ServeOptions(chat=chat, **options), note)
 
 
+def _embed(bundle: Path, prompt: str | None, vectors: dict[str, Any], options: dict[str, Any]) -> None:
+    """`run --embed`."""
+    from .commands.embed import MOST_BYTES, EmbedOptions, lines_of, run_embed
+    from .system.reading import read_stream, read_text
+
+    given = [name for name in _GENERATING if options[name] not in (None, (), False, 1)]
+    if given:
+        flag = given[0].removesuffix("s") if given[0] in ("stops", "stop_tokens", "template_args") else given[0]
+        raise UserError(f"--{flag.replace('_', '-')} is for a model that generates; leave it out of --embed")
+    file: Path | None = vectors.pop("texts")
+    if (prompt is None) == (file is None):
+        raise UserError("--embed takes one of --prompt TEXT and --texts FILE")
+    if file is not None:
+        texts = lines_of(read_text(file, MOST_BYTES), str(file))
+    elif prompt == "-":
+        texts = lines_of(read_stream(sys.stdin.buffer, "standard input", MOST_BYTES), "standard input")
+    else:
+        texts = [prompt or ""]
+    shared = {name: options[name] for name in ("format", "threads", "check")}
+    for line in run_embed(bundle, texts, EmbedOptions(**shared, **vectors), note):
+        click.echo(line)
+
+
+_GENERATING = (
+    *(
+        "context",
+        "memory",
+        "save_memory",
+        "target_language",
+        "max_new_tokens",
+        "seed",
+        "stops",
+        "stop_tokens",
+        "answers",
+    ),
+    *("audio", "language", "translate", "timestamps"),
+    *("template", "template_args", "system", "tools", "chat", "show_prompt", *generation_options.SAMPLING),
+)
+
+
 @main.command()
 @click.argument("bundle", type=cli_options.path)
 @click.option(
@@ -417,14 +476,13 @@ def profile(
     **lengths: Any,
 ) -> None:
     """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
-    from .bundle import Bundle
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
-    Bundle.open(bundle).write_report("profile", result)
-    click.echo(printable(profile_text(result, output_format)))
+    with _keeping(bundle, "profile", result):
+        click.echo(printable(profile_text(result, output_format)))
 
 
 @main.command()
@@ -507,6 +565,20 @@ def doctor(as_json: bool) -> None:
 
     state = examine()
     _print(state, doctor_text(state), as_json)
+
+
+@contextmanager
+def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[None]:
+    """Print the result within this context; then its report is kept in the bundle, where that can be written."""
+    from .bundle import Bundle
+
+    try:
+        yield
+    finally:
+        try:
+            Bundle.open(bundle).write_report(name, report)
+        except UserError as error:
+            note(f"the report is not kept: {error}")
 
 
 @main.command()

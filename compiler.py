@@ -19,11 +19,12 @@ from .pipeline.planned import Planned
 from .pipeline.quantize import quantize
 from .pipeline.request import Progress, Request
 from .pipeline.resume import resumable
+from .pipeline.rounding_loss import RoundingLoss, rounding_loss
 from .pipeline.write_bundle import Cost, lower_targets, write_bundle
 from .quant.plan import BitPlan
 from .system.reading import one_line
 from .system.resumable import ResumableExport
-from .targets.registry import require, require_kv_cache
+from .targets.registry import require, require_choices, require_kv_cache
 from .verification.report import Independent, Report
 
 __all__ = ["Cost", "Exported", "Planned", "Request", "export", "plan"]
@@ -33,7 +34,7 @@ __all__ = ["Cost", "Exported", "Planned", "Request", "export", "plan"]
 class Exported:
     """A finished export. costs: what lowering each target took, measured. peak_anonymous: bytes, children counted.
 
-    independent: the checkpoint's reading compared with transformers, None where it was not.
+    independent: the checkpoint's reading compared with transformers, None where it was not. quality: what the codes cost.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Exported:
     peak_anonymous: int
     costs: dict[str, Cost]
     independent: Independent | None
+    quality: RoundingLoss | None = None
 
 
 def export(request: Request, output: Path, progress: Progress = lambda _: None) -> Exported:
@@ -55,17 +57,19 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
     for name in request.formats:
         require(name)  # a missing library is refused before any work
     require_kv_cache(request.formats, request.targets.kv_cache)
-    checkpoint = open_model(request.model, request.adapter)
+    require_choices(request.targets.own)
+    checkpoint = open_model(request.model, request.adapter, request.pooling)
     independent = compare_reading(request, checkpoint, progress)
     with resumable(request, output, checkpoint, progress) as run:
         planned = _plan(request, checkpoint, run.folder, progress)
         refuse_too_large(planned, request)
         planned = quantize(planned, request, run.folder, progress)
+        quality = rounding_loss(planned, request, run.folder, progress)
         lowered = lower_targets(planned, request, run.folder, progress)
         manifest = write_bundle(planned, request, run.folder, lowered, progress)
         costs = {name: target.cost for name, target in lowered.items()}
         report = check_bundle(request, run.folder, manifest, costs, progress)
-    return Exported(output, planned, manifest, report, run.peak.bytes, costs, independent)
+    return Exported(output, planned, manifest, report, run.peak.bytes, costs, independent, quality)
 
 
 def _plan(request: Request, checkpoint: Checkpoint, run: ResumableExport, progress: Progress) -> Planned:

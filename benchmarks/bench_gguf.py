@@ -3,9 +3,9 @@
     python benchmarks/bench_gguf.py MODEL.gguf --text FILE [--types Q8_0 Q4_K_M …] [--windows 8] [--output RESULTS.json]
 
 llama.cpp makes a file of each type from MODEL by its own choice of a type for each tensor (`worker_gguf.py`). Ours is that of
-the file's values in float32; llama.cpp rounds activations to int8 where its kernels do. With `--values` llama.cpp also runs the
-file brought back to float32 by itself, which leaves that out. Windows are 512 tokens, begun with the begin-of-text token. The
-text is cut by both tokenizers, which must give the same ids.
+the file's values in float32; llama.cpp rounds activations to int8 where its kernels do. With `--values` llama.cpp also brings
+each file back to float32 itself: its values must be ours to the bit, and its perplexity of them leaves that rounding out.
+Windows are 512 tokens, begun with the begin-of-text token. The text is cut by both tokenizers, which must give the same ids.
 
 The peers' Python is that of `peers.py` (EDGEWRIGHT_PEERS_VENV names another).
 """
@@ -66,6 +66,14 @@ def windows_of(model: Path, text: Path, count: int, work: Path) -> list[list[int
     return [window for window in text_windows(text, tokenizer, WINDOW, count) if len(window) == WINDOW]
 
 
+def other_values(made: Path, floats: Path) -> list[str]:
+    """Tensors of a file whose values here are not those that llama.cpp brought back to float32, to the bit."""
+    ours, theirs = open_model(str(made)), open_model(str(floats))
+    if set(ours.names()) != set(theirs.names()):
+        raise SystemExit(f"{floats}: llama.cpp writes other tensors")
+    return [name for name in ours.names() if not torch.equal(ours.tensor(name), theirs.tensor(name))]
+
+
 def kinds(path: Path) -> str:
     """How many matrices have which type."""
     found = Counter(t.kind.name for t in read_gguf(path).tensors.values() if len(t.shape) > 1)
@@ -93,10 +101,19 @@ def main() -> None:
             theirs("quantize", given.model, made, kind)
             mine = ours(made, windows)
             other = float(theirs("perplexity", made, work / "windows.json", "--threads", given.threads))
-            rows.append({"type": kind, "ours": mine, "llama.cpp": other, "tensors": kinds(made)})
+            row = {"type": kind, "ours": mine, "llama.cpp": other, "tensors": kinds(made)}
             print(
                 f"| {kind} | {mine:.3f} | {other:.3f} | {100 * (mine / other - 1):+.2f} % | {kinds(made)} |", flush=True
             )
+            if given.values:
+                floats = work / "floats.gguf"
+                theirs("quantize", made, floats, "F32")
+                if other_tensors := other_values(made, floats):
+                    raise SystemExit(f"{kind}: other values of {', '.join(other_tensors)}")
+                row["values"] = float(theirs("perplexity", floats, work / "windows.json", "--threads", given.threads))
+                print(f"{kind}: the same values in all tensors; llama.cpp on them: {row['values']:.4f}", flush=True)
+                floats.unlink()
+            rows.append(row)
             made.unlink()
             if given.output is not None:
                 given.output.write_text(json.dumps(rows, indent=2) + "\n")

@@ -21,7 +21,8 @@ from ..runtimes.eager import EagerSession
 _BY_OP = {op.overloadpacket: reference for op, reference in DECOMPOSITIONS.items()}
 
 RECURRENCES = frozenset(
-    getattr(torch.ops.edgewright, name) for name in ("gated_delta_rule", "linear_attention", "selective_scan")
+    getattr(torch.ops.edgewright, name)
+    for name in ("gated_delta_rule", "generalized_delta_rule", "linear_attention", "selective_scan", "diagonal_scan")
 )
 """Ops whose references keep a state for every token when they are differentiated: megabytes a token."""
 

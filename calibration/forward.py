@@ -123,6 +123,8 @@ class CalibrationForward:
     def logits(self, most: int) -> tuple[Array, Array]:
         """Float32 logits [B, P, V] at P evenly spread positions, and where they follow a sample's tokens, bool [B, P].
 
+        Of an "embed" model the vectors of the samples, [B, 1, D], and all true.
+
         B * P is about `most`. Padding and the rows of a memory are no sample's tokens.
         """
         return self._run(most)
@@ -184,7 +186,8 @@ class CalibrationForward:
             if len(self._parts) > 1:
                 torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
             try:
-                return self._seq2seq(part, most) if self._generation.task == "seq2seq" else self._causal(part, most)
+                run = {"seq2seq": self._seq2seq, "embed": self._embed}.get(self._generation.task, self._causal)
+                return run(part, most)
             except _HeadReached:
                 return _NOTHING
 
@@ -218,6 +221,12 @@ class CalibrationForward:
             extra = {"memory": memory, "slots": np.array(slots, np.int64)}
         part.real = real
         return self._decode(ids, self._new_state(*ids.shape), most, extra, counted)
+
+    def _embed(self, part: _Part, most: int | None) -> tuple[Array, Array]:
+        ids, part.real = self._padded(part, lambda s: s.tokens, None)
+        inputs = {"input_ids": ids.numpy(), "encoder_mask": part.real.numpy()}
+        vectors = self._session.run("encoder", inputs, {})["sentence_embedding"]
+        return vectors[:, None], np.ones((len(vectors), 1), bool)
 
     def _seq2seq(self, part: _Part, most: int | None) -> tuple[Array, Array]:
         read = [self._samples[i] for i in part.places]

@@ -16,7 +16,7 @@ from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..system import digest as sha256
-from .prompts import read_task, text_windows
+from .prompts import paragraphs, read_task, text_ids, text_windows
 from .sounds import Sound, sounds_of
 
 MOST_TOKENS = 1 << 15
@@ -81,15 +81,18 @@ def read_samples(
 ) -> list[Sample]:
     """Samples of a text file, or of a task file (`.tsv`): prompts with their first answers. About `most_tokens` tokens in all.
 
-    longest: tokens the model's decoder takes in one call. Of a text, an encoder-decoder reads the first half of each window
-    and its decoder is fed the second; a model with a context reads the first half as that. Raises UserError for a file that
-    cannot be read or has too little in it, a model without a tokenizer, or tokens that the model does not have.
+    longest: tokens the model's decoder, or encoder of texts, takes in one call. Of a text, an encoder-decoder reads the first half
+    of each window and its decoder is fed the second; a model with a context reads the first half as that, a model of embeddings
+    paragraphs. Raises UserError for a file that cannot be read or has too little in it, a model without a tokenizer, or tokens
+    that the model does not have.
     """
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(f"{checkpoint.source} has no tokenizer, which calibration data need")
     if generation.speech is not None:
         samples = _of_sounds(path, tokenizer, generation, generation.speech, longest)
+    elif generation.task == "embed":
+        samples = _of_texts(path, tokenizer, generation, longest, most_tokens)
     elif path.suffix == ".tsv":
         samples = _of_task(path, tokenizer, generation, longest)
     else:
@@ -136,6 +139,30 @@ def _of_task(path: Path, tokenizer: Tokenizer, generation: Generation, longest: 
             yield Sample(tuple(tokens)[: generation.max_context - 1], (*start, *answer)[:longest])
         else:
             yield Sample((*tokens, *answer)[:longest], (), context)
+
+
+def _of_texts(
+    path: Path, tokenizer: Tokenizer, generation: Generation, longest: int, most_tokens: int
+) -> Iterator[Sample]:
+    """Whole texts for a model of embeddings: paragraphs, or of a task file what is asked and what answers it."""
+    most = min(WINDOW, longest, generation.max_context)
+    if path.suffix != ".tsv":
+        for ids in paragraphs(path, tokenizer, generation, max(1, most_tokens // 8)):
+            yield Sample(_cut(tokenizer, ids, most))
+        return
+    task = read_task(path)
+    answers = [accepted[0] for accepted in task.answers]
+    asked = text_ids(task.prompts, tokenizer, generation, query=True, whose=str(path))
+    searched = text_ids(answers, tokenizer, generation, query=False, whose=str(path))
+    for pair in zip(asked, searched, strict=True):
+        for ids in pair:
+            yield Sample(_cut(tokenizer, ids, most))
+
+
+def _cut(tokenizer: Tokenizer, ids: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most `most` ids, with the special tokens behind a text."""
+    after = tokenizer.special_tokens()[1] if len(ids) > most else []
+    return tuple(ids) if len(ids) <= most else (*ids[: most - len(after)], *after)
 
 
 def _of_text(

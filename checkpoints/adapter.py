@@ -19,9 +19,6 @@ from .safetensors_reader import SafetensorsStore
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 """The weights of a PEFT adapter, and of mlx-lm's."""
 
-BESIDE = "an adapter lies in"
-"""How the line about an adapter that is not applied starts."""
-
 _PICKLE = "adapter_model.bin"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _COPY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
@@ -64,7 +61,9 @@ def explain_adapter(source: str, directory: Path, weights: bool) -> str | None:
     if not (directory / CONFIG).is_file():
         return None
     if weights:
-        return f"{BESIDE} {one_line(source)}, which is not applied; to merge it: --adapter {one_line(directory)}"
+        return (
+            f"an adapter lies in {one_line(source)}, which is not applied; to merge it: --adapter {one_line(directory)}"
+        )
     base = read_json_object(directory / CONFIG).get("base_model_name_or_path")
     named = shown(base, 120) if isinstance(base, str) and base else "a model that its config does not name"
     raise UserError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .gguf_keys import Keys
-from .gguf_layout import Architecture, Config, Stored, Tiled, common, decoder, rotated_share, weights
+from .gguf_layout import Architecture, Config, Stored, common, decoder, rotated_share, weights
 from .gguf_rope import rope
+from .row_orders import Tiled
 
 _FFN = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _ATTENTION = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}

@@ -8,59 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import UserError
 from .gguf_keys import WAY_OUT, Keys
+from .row_orders import Halves, Order
 
 Config = dict[str, Any]
-Numbers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Rows of `heads` heads of `size`: llama.cpp turns neighbours, the model's RoPE the two halves of a head.
-
-    The model's row of half h and pair j is the file's row 2 j + h.
-    """
-
-    heads: int
-    size: int
-
-    @property
-    def total(self) -> int:
-        return self.heads * self.size
-
-    def __call__(self, rows: Numbers) -> Numbers:
-        """The file's rows that are these rows of the model."""
-        head, within = np.divmod(rows, self.size)
-        half, pair = np.divmod(within, self.size // 2)
-        turned: Numbers = head * self.size + 2 * pair + half
-        return turned
-
-
-@dataclass(frozen=True)
-class Tiled:
-    """Heads of `width` rows behind `start`: `each` of a group side by side in the model, one of each group in the file."""
-
-    groups: int
-    each: int
-    width: int
-    start: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.start + self.groups * self.each * self.width
-
-    def __call__(self, rows: Numbers) -> Numbers:
-        """The file's rows or columns that are these of the model."""
-        head, within = np.divmod(rows - self.start, self.width)
-        group, which = np.divmod(head, self.each)
-        moved: Numbers = self.start + (which * self.groups + group) * self.width + within
-        return np.where(rows < self.start, rows, moved)
-
-
-Order = Halves | Tiled
 
 
 @dataclass(frozen=True)

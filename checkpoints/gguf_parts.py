@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ..errors import UserError
 from ..system.reading import one_line
 from .gguf_file import GgufFile, GgufTensor, read_gguf
-
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.IGNORECASE)
-_COMPANIONS = ("mmproj", "imatrix")
-_LISTED = 6
+from .gguf_names import PART, listed, models_of
 
 
 def read_parts(path: Path) -> tuple[GgufFile, tuple[Path, ...]]:
@@ -23,7 +19,7 @@ def read_parts(path: Path) -> tuple[GgufFile, tuple[Path, ...]]:
     count = _count(first)
     if count <= 1:
         return first, (path,)
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise UserError(
             f"{one_line(path)}: one of {count} parts of a model, which are found by their names; "
@@ -58,18 +54,8 @@ def _count(file: GgufFile) -> int:
 
 
 def gguf_in(directory: Path) -> Path | None:
-    """The GGUF model of a folder, of a split one the first part; None if there is none.
-
-    Encoders of images and importance matrices, which lie beside models, are left aside. Raises UserError if there are several.
-    """
-    names = sorted(p.name for p in directory.iterdir() if p.suffix.lower() == ".gguf")
-    models: dict[str, str] = {}
-    for name in names:
-        match = _PART.fullmatch(name)
-        models.setdefault(name if match is None else f"{match['stem']}-of-{match['count']}", name)
-    chosen = [name for name in models.values() if not name.lower().startswith(_COMPANIONS)]
-    if len(chosen) > 1:
-        listed = ", ".join(one_line(name, 80) for name in chosen[:_LISTED])
-        more = f" and {len(chosen) - _LISTED} more" if len(chosen) > _LISTED else ""
-        raise UserError(f"{one_line(directory)}: several GGUF models: {listed}{more}; give the path of one")
-    return directory / chosen[0] if chosen else None
+    """The GGUF model of a folder, of a split one the first part; None if there is none. Raises UserError if there are several."""
+    models = models_of([p.name for p in directory.iterdir() if p.suffix.lower() == ".gguf"])
+    if len(models) > 1:
+        raise UserError(f"{one_line(directory)}: several GGUF models: {listed(models)}; give the path of one")
+    return directory / models[0][0] if models else None

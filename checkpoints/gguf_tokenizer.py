@@ -10,29 +10,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, one_line
 from .gguf_pretokenizers import PreTokenizer, pre_tokenizer
-from .tokenizer_backend import from_library
+from .tokenizer_backend import from_library, put_around
 from .tokenizer_checks import MOST_TOKENS, Limits
-
-LONGEST_TOKEN = 1024
-"""Characters of a token: published vocabularies have runs of 256."""
-
-MOST_MERGES = 1 << 23
-
-_MOST_CUTS = 1 << 28
-"""Characters that looking for merges may copy: each token is cut at each of its characters."""
+from .vocabularies.merges import (
+    BYTE_PIECES,
+    CONTROL,
+    LONGEST_TOKEN,
+    MOST_MERGES,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    merges_from_scores,
+)
 
 _LIMITS = Limits(growth=12.0, decoded=3.0)
 """A space becomes a mark of three bytes, and one is put in front; a byte that is no UTF-8 becomes U+FFFD."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_SPACE = "▁"
 _WAY_OUT = "give the safetensors checkpoint instead"
-_BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], set[int], Limits]:
@@ -44,7 +44,7 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
     tokens = _texts(metadata, "tokens", MOST_TOKENS, LONGEST_TOKEN)
     if len(set(tokens)) != len(tokens):
         raise UserError(f"GGUF: tokenizer.ggml.tokens holds one token twice; {_WAY_OUT}")
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens) or not all(isinstance(kind, int) for kind in types):
         raise UserError(f"GGUF: tokenizer.ggml.token_type does not fit the {len(tokens)} tokens; {_WAY_OUT}")
     try:
@@ -57,7 +57,7 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
             raise UserError(f"GGUF: tokenizer model {one_line(kind, 40)!r} (known: gpt2, llama); {_WAY_OUT}")
         spelled = [(_respell(t) if kind == "llama" else t, k) for t, k in zip(tokens, types)]
         strips = _strips(metadata.get("general.name"))
-        for wanted, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
+        for wanted, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
             texts = [t for t, k in spelled if k == wanted]
             backend.add_tokens([AddedToken(t, normalized=False, special=special, rstrip=strips(t)) for t in texts])
         settings = _settings(metadata, tokens)
@@ -115,13 +115,13 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
             merges_from_scores(pieces, scores, types),
             unk_token=pieces[unknown] if isinstance(unknown, int) and 0 <= unknown < len(pieces) else None,
             fuse_unk=True,
-            byte_fallback=vocab.keys() >= _BYTE_PIECES,
+            byte_fallback=vocab.keys() >= BYTE_PIECES,
         )
     )
-    to_mark = normalizers.Replace(" ", _SPACE)
-    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    to_mark = normalizers.Replace(" ", SPACE)
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), to_mark])
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), to_mark])
         backend.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
     else:
         backend.normalizer = to_mark
@@ -131,32 +131,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 def _respell(token: str) -> str:
     """A run of spaces as the space mark: in the model's text spaces are replaced, in GGUF's pieces they are not."""
-    return _SPACE * len(token) if token and not token.strip(" ") else token
-
-
-def merges_from_scores(pieces: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """BPE merges that join as SentencePiece does: first the pair whose joined piece has the highest score.
-
-    A piece of n characters gives a merge for each of its n - 1 cuts whose halves are pieces too. Runs of the space mark are
-    user-defined. SentencePiece matches these before all else, the longest first, so their merges come first. Raises UserError
-    for pieces of more characters, and for more merges, than a vocabulary of words has.
-    """
-    if sum(len(piece) ** 2 for piece in pieces) > _MOST_CUTS:
-        raise UserError(f"GGUF: the tokens are too long, {max(map(len, pieces))} characters one of them; {_WAY_OUT}")
-    vocab = {piece: i for i, piece in enumerate(pieces) if types[i] in (_NORMAL, _USER_DEFINED)}
-    runs = [i for piece, i in vocab.items() if types[i] == _USER_DEFINED and set(piece) == {_SPACE}]
-    runs.sort(key=lambda i: -len(pieces[i]))
-    normal = [i for i in vocab.values() if types[i] == _NORMAL]
-    normal.sort(key=lambda i: -scores[i])  # stable: equal scores keep the file's order
-    merges: list[tuple[str, str]] = []
-    for i in runs + normal:
-        piece = pieces[i]
-        cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        pairs = [(vocab[head], vocab[tail]) for head, tail in cuts if head in vocab and tail in vocab]
-        merges.extend((pieces[head], pieces[tail]) for head, tail in sorted(pairs))
-        if len(merges) > MOST_MERGES:
-            raise UserError(f"GGUF: the tokens make more than {MOST_MERGES} merges; {_WAY_OUT}")
-    return merges
+    return SPACE * len(token) if token and not token.strip(" ") else token
 
 
 def _settings(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
@@ -183,14 +158,8 @@ def _add_template(
         for key, default in (("bos_token", default_bos), ("eos_token", False))
         if metadata.get(f"tokenizer.ggml.add_{key}", default) and key in settings
     }
-    if used:
-        if any(backend.token_to_id(token) is None for token in used.values()):
-            raise UserError(f"GGUF: the bos or eos token is not in the vocabulary; {_WAY_OUT}")
-        if strange := [token for token in used.values() if token.startswith("$") or ":" in token]:
-            # In a template "$A" is the text, and what follows a colon a type.
-            raise UserError(f"GGUF: token {one_line(strange[0], 40)!r} cannot be put around a text; {_WAY_OUT}")
-        backend.post_processor = processors.TemplateProcessing(
-            single=[*([used["bos_token"]] if "bos_token" in used else []), "$A"]
-            + ([used["eos_token"]] if "eos_token" in used else []),
-            special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(used.values())],
-        )
+    put_around(
+        backend,
+        [used[key] for key in ("bos_token",) if key in used],
+        [used[key] for key in ("eos_token",) if key in used],
+    )

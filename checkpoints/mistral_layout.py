@@ -59,10 +59,6 @@ def open_mistral(directory: Path) -> tuple[dict[str, Any], NamedStore, list[str]
             raise UserError(f"{directory}: {new} is there twice")
         pieces[new] = (piece,)
     notes = ["the checkpoint is in Mistral's own layout (params.json)"]
-    if not (directory / "tokenizer.json").exists():
-        notes.append(
-            "its tokenizer is not read (tekken.json); put the tokenizer.json of transformers' layout beside it"
-        )
     return config, NamedStore(store, pieces), notes
 
 

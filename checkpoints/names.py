@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from ..system.reading import one_line
+from .row_orders import Halves
 
 PREFIXES = (
     ("model.language_model.model.", "model."),
@@ -99,14 +100,12 @@ class Piece:
         if not self.order:
             return slice(self.start + start, self.start + stop)
         row = np.arange(start, stop)
-        head, within = np.divmod(row, total // self.heads)
-        if self.order == "third":
-            rows: npt.NDArray[np.int64] = (3 * head + self.part) * (total // self.heads) + within
-            return rows
-        rotated = self.rotated or total // self.heads
-        half, pair = np.divmod(within, rotated // 2)
-        turned: npt.NDArray[np.int64] = head * (total // self.heads)
-        return turned + np.where(within < rotated, 2 * pair + half, within)
+        size = total // self.heads
+        if self.order == "halves":
+            return Halves(self.heads, size, self.rotated)(row)
+        head, within = np.divmod(row, size)
+        rows: npt.NDArray[np.int64] = (3 * head + self.part) * size + within
+        return rows
 
 
 @dataclass(frozen=True)

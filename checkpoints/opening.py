@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -12,71 +11,47 @@ from ..system.dtypes import dtype_name
 from ..system.reading import MEBIBYTE, one_line, read_json_object
 from . import adapter as adapters
 from . import mistral_layout
-from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .checkpoint import Checkpoint, TensorStore
+from .hub import PICKLES, download, is_hub_id
 from .mlx_layout import without_mlx_layout
 from .prequantized.block import Block
 from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
+from .sentence_transformers import read_sentence_transformer
 from .tokenizer import Tokenizer
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_HUB_FILES = (
-    *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, ADAPTER_CONFIG),
-    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
-    *("tokenizer*.json", "chat_template*", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt"),
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+from .vocabularies.finding import has_vocabulary
 
 
 def open_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
-    """Open a directory, a .gguf file, or a hub id ("owner/name", from the cache when the hub cannot be reached).
+    """Open a directory, a .gguf file, or a hub id ("owner/name", of GGUF files "owner/name:Q4_K_M"; from the cache when the hub
+    cannot be reached).
 
     adapter: the folder of a LoRA adapter, which is merged. Only headers and configs are read. Weights that were quantized are
     seen as the values that they mean. Raises UserError for anything missing, corrupt or unsafe.
     """
-    opened = _open(model)
-    if adapter is None:
-        return opened
-    told = tuple(line for line in opened.notes if not line.startswith(adapters.BESIDE))
-    return adapters.adapted(opened.changed(notes=told), adapter)
+    opened = _open(model, tell_adapter=adapter is None)
+    return opened if adapter is None else adapters.adapted(opened, adapter)
 
 
-def _open(model: str) -> Checkpoint:
+def _open(model: str, tell_adapter: bool) -> Checkpoint:
+    """tell_adapter: a line tells of an adapter in the model's folder, which is not applied."""
     path = Path(model).expanduser()
     try:
         if path.is_dir():
-            return _open_directory(model, path)
+            return _open_directory(model, path, tell_adapter)
         exists = path.exists()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"model {one_line(model)!r} cannot be opened ({one_line(error)})") from None
     if exists:
         if path.suffix.lower() == ".gguf":
             return _open_gguf(model, path)
-        if path.suffix.lower() in _PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise _pickle_error(model)
         raise UserError(f"{one_line(model)} is neither a directory nor a .gguf file; give the model's directory")
-    if not _is_hub_id(model):
+    if not is_hub_id(model):
         raise UserError(f"no model at {one_line(model)!r}: give a directory, a .gguf file, or a hub id like owner/name")
-    return _open_directory(model, _download(model))
-
-
-def _is_hub_id(model: str) -> bool:
-    looks_like_file = model.lower().endswith((".gguf", ".safetensors", ".json", *_PICKLES))
-    return bool(_HUB_ID.fullmatch(model)) and ".." not in model and "--" not in model and not looks_like_file
-
-
-def _download(model: str) -> Path:
-    """The folder of a hub repository's configs, tokenizer and safetensors. Pickles and code are not downloaded."""
-    import huggingface_hub  # here, as its import is slow
-
-    try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub's, the HTTP client's and the file system's errors share no base
-        raise UserError(
-            f"no directory {model!r}, and the hub gave nothing for that id ({one_line(error, 120)}); "
-            "check the name and the network, or download the model and give its directory"
-        ) from error
+    found = download(model)
+    return _open_directory(model, found, tell_adapter) if found.is_dir() else _open_gguf(model, found)
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
@@ -85,7 +60,15 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
     return open_gguf(source, path)
 
 
-def _open_directory(source: str, directory: Path) -> Checkpoint:
+def _open_directory(source: str, directory: Path, tell_adapter: bool) -> Checkpoint:
+    described = read_sentence_transformer(directory)
+    if described is None:
+        return _open_model(source, directory, tell_adapter)
+    return described.joined(_open_model(source, described.transformer, tell_adapter))
+
+
+def _open_model(source: str, directory: Path, tell_adapter: bool) -> Checkpoint:
+    """A folder as one model, whatever lies beside it."""
     if not any(directory.glob("*.safetensors")) and not (directory / INDEX).exists():
         from .gguf_parts import gguf_in
 
@@ -94,7 +77,7 @@ def _open_directory(source: str, directory: Path) -> Checkpoint:
     native = mistral_layout.weight_files(directory)
     own_layout = bool(native) and sorted(_safetensors(directory)) == native and not (directory / INDEX).exists()
     line = adapters.explain_adapter(source, directory, own_layout or _has_weights(directory))
-    notes = [] if line is None else [line]
+    notes = [line] if line is not None and tell_adapter else []
     store: TensorStore
     if own_layout:
         config, store, lines = mistral_layout.open_mistral(directory)
@@ -144,9 +127,7 @@ def _refuse_unreadable(source: str, store: TensorStore) -> None:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
-    # The older files count as a tokenizer, so that `from_dir` says how to convert them.
-    kinds = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return Tokenizer.from_dir(directory) if any((directory / kind).exists() for kind in kinds) else None
+    return Tokenizer.from_dir(directory) if has_vocabulary(directory) else None
 
 
 def _explain_missing_config(source: str, directory: Path) -> None:
@@ -159,7 +140,7 @@ def _explain_missing_config(source: str, directory: Path) -> None:
         )
     if not entries:
         raise UserError(f"{source}: the directory is empty; a config.json and *.safetensors are needed")
-    if any(name.lower().endswith(_PICKLES) for name in entries):
+    if any(name.lower().endswith(PICKLES) for name in entries):
         raise _pickle_error(source)
     raise UserError(f"{source}: no config.json; give the directory that save_pretrained wrote")
 
@@ -188,7 +169,7 @@ def _weight_files(source: str, directory: Path) -> dict[str, set[str]]:
             present = [name for name in present if not name.startswith("consolidated")]
         if present:
             return {name: set() for name in present}
-        if any(p.suffix.lower() in _PICKLES for p in directory.iterdir()):
+        if any(p.suffix.lower() in PICKLES for p in directory.iterdir()):
             raise _pickle_error(source)
         raise UserError(f"{source}: no *.safetensors in it; download the weights too")
     weight_map = read_json_object(directory / INDEX, 64 * MEBIBYTE).get("weight_map")

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one class over the `tokenizers` library, read from tokenizer.json or built from GGUF.
+"""Text to token ids and back: one class over the `tokenizers` library, read from a checkpoint's files or built from GGUF.
 
 tokenizer.json, chat templates and GGUF vocabularies come from strangers: a defect is a one-line UserError, what they ask for is
 bounded (`tokenizer_checks.py`), and templates run in a process of their own (`chat_template.py`).
@@ -18,9 +18,10 @@ from tokenizers.decoders import DecodeStream as _LibraryStream
 from ..errors import UserError
 from ..system.reading import one_line, shown
 from .chat_template import ChatTemplate, start_early_for
-from .tokenizer_backend import encode, from_library, library_errors, read_backend
+from .tokenizer_backend import backend_of, encode, from_library, library_errors, read_backend
 from .tokenizer_checks import MOST_BYTES, MOST_TOKENS, Limits
 from .tokenizer_settings import Settings, ids_in, read_settings, settings_of
+from .vocabularies.finding import read_vocabulary, tokenizer_class
 
 
 class Tokenizer:
@@ -48,23 +49,24 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path, chat: bool = False) -> Tokenizer:
-        """Read tokenizer.json and the files beside it: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat
-        templates, and eos ids from the model's configs.
+        """Read tokenizer.json, or else another file with a vocabulary (`vocabularies/finding.py`), and the files beside it:
+        tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates, and eos ids from the model's configs.
 
         chat: whether a prompt will go through the chat template; its process starts while the rest is read. Raises UserError if
-        tokenizer.json is absent or any of them is corrupt.
+        there is no vocabulary, or any of them is corrupt.
         """
         directory = Path(path)
-        file = directory / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(
-                f"{directory}: no tokenizer.json; where transformers is installed, "
-                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
-            )
         settings = read_settings(directory)
         if chat:
             start_early_for(settings.templates)
-        backend, limits = read_backend(file, settings.added, settings.wanted)
+        file = directory / "tokenizer.json"
+        if file.is_file():
+            normalize = tokenizer_class(directory, settings.values) == "Qwen2Tokenizer"
+            backend, limits = read_backend(file, settings.added, settings.wanted, normalize)
+        else:
+            vocabulary = read_vocabulary(directory, settings.values)
+            settings = read_settings(directory, vocabulary.named)
+            backend, limits = backend_of(vocabulary, settings)
         return cls(backend, settings, limits)
 
     @classmethod
@@ -92,6 +94,24 @@ class Tokenizer:
         is no Unicode, that becomes too long or takes too long, or that the library fails on.
         """
         return encode(self._backend, self._limits, text, special)
+
+    def special_tokens(self) -> tuple[list[int], list[int]]:
+        """The ids that it puts before and after a text, each maybe none (Gemma: bos before; T5Gemma: eos after)."""
+        plain, special = self.encode("a", special=False), self.encode("a")
+        for at in range(len(special) - len(plain) + 1):
+            if plain and special[at : at + len(plain)] == plain:
+                return special[:at], special[at + len(plain) :]
+        return [], []
+
+    def encode_within(self, text: str, most: int) -> tuple[list[int], int]:
+        """`encode` cut to `most` ids, the special tokens at both ends kept, and how many were cut off."""
+        ids = self.encode(text)
+        if len(ids) <= most:
+            return ids, 0
+        before, after = self.special_tokens()
+        room = max(0, most - len(before) - len(after))
+        inner = ids[len(before) : len(ids) - len(after)]
+        return [*before, *inner[:room], *after][:most], len(inner) - room
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens. Ids beyond the vocabulary are skipped. Raises UserError if the library fails."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 from tokenizers.models import Model
 
 from ..errors import UserError
@@ -21,6 +22,8 @@ from ..system.quiet import quiet_stderr
 from ..system.reading import MEBIBYTE, one_line, read_bytes
 from ..system.time_limit import OutOfTime, within
 from .tokenizer_checks import Limits, Unfit, check
+from .tokenizer_settings import STANDARD, Settings
+from .vocabularies.vocabulary import Vocabulary
 
 ENCODE_SECONDS = 20.0
 """Time in which a text is encoded, and one more second for each 100 kB of what it may become."""
@@ -38,22 +41,67 @@ _NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 
 
 def read_backend(
-    file: Path, added: Iterable[dict[str, Any]] = (), wanted: Iterable[dict[str, Any]] = ()
+    file: Path, added: Iterable[dict[str, Any]] = (), wanted: Iterable[dict[str, Any]] = (), normalize: bool = False
 ) -> tuple[tokenizers.Tokenizer, Limits]:
     """The library's tokenizer of a tokenizer.json, without its truncation and padding, and its limits.
 
-    added: further entries of its added_tokens. wanted: those that are added only where none is written so.
+    added: further entries of its added_tokens. wanted: those that are added only where none is written so. normalize: whether a
+    text is brought to NFC where the file says nothing of a normalizer.
 
     Raises UserError if the library does not read it, or if it asks for what no tokenizer needs.
     """
     data = read_bytes(file, _LARGEST_FILE)
+    with refusing(file):
+        parts, model = _read_parts(data)
+        if normalize and parts.get("normalizer") is None:
+            parts["normalizer"] = {"type": "NFC"}
+        return _checked(parts, model, added, wanted)
+
+
+def backend_of(vocabulary: Vocabulary, settings: Settings) -> tuple[tokenizers.Tokenizer, Limits]:
+    """The library's tokenizer of a vocabulary in other files, and its limits. Raises UserError as `read_backend` does."""
+    with refusing(vocabulary.file):
+        backend, limits = _checked(dict(vocabulary.parts), vocabulary.model, settings.added, settings.wanted)
+        before, after = (
+            [settings.named.get(key, key) for key in keys if key in settings.named or key not in STANDARD]
+            for keys in (vocabulary.before, vocabulary.after)
+        )
+        put_around(backend, before, after)
+        _call_encode(backend, limits, "a", True)
+    return backend, limits
+
+
+def put_around(backend: tokenizers.Tokenizer, before: list[str], after: list[str]) -> None:
+    """Let `encode` put tokens before and behind a text. Raises Unfit for one that the vocabulary has not, or no template holds."""
+    tokens = dict.fromkeys([*before, *after])
+    for token in tokens:
+        if backend.token_to_id(token) is None:
+            raise Unfit(f"its token {one_line(token, 40)!r} that goes around a text is not in the vocabulary")
+        if token.startswith("$") or ":" in token:
+            # In a template "$A" is the text, and what follows a colon a type.
+            raise Unfit(f"token {one_line(token, 40)!r} cannot be put around a text")
+    if tokens:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after], special_tokens=[(token, backend.token_to_id(token)) for token in tokens]
+        )
+
+
+def _checked(
+    parts: dict[str, Any], model: Model, added: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]
+) -> tuple[tokenizers.Tokenizer, Limits]:
+    parts["added_tokens"] = _with_tokens(parts.get("added_tokens"), added, wanted)
+    limits = check(parts)
+    backend = _build(parts, model, limits)
+    _call_encode(backend, limits, "a", True)  # some defects show with the first text
+    return backend, limits
+
+
+@contextmanager
+def refusing(file: Path) -> Iterator[None]:
+    """What a file asks for that no tokenizer needs, or that the library raises for it, becomes one line."""
     try:
         with quiet_stderr():  # a panic prints there too
-            parts, model = _read_parts(data)
-            parts["added_tokens"] = _with_tokens(parts.get("added_tokens"), added, wanted)
-            limits = check(parts)
-            backend = _build(parts, model, limits)
-            _call_encode(backend, limits, "a", True)  # some defects show with the first text
+            yield
     except Unfit as error:
         raise UserError(f"{file}: a tokenizer that is not loaded here: {error}") from None
     except OutOfTime:
@@ -62,7 +110,6 @@ def read_backend(
         if not from_library(error):
             raise
         raise UserError(f"{file}: not a tokenizer the tokenizers library reads ({one_line(error, 120)})") from None
-    return backend, limits
 
 
 def encode(backend: tokenizers.Tokenizer, limits: Limits, text: str, special: bool) -> list[int]:

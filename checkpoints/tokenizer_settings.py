@@ -44,8 +44,11 @@ class Settings:
     eos_ids: frozenset[int] = frozenset()
 
 
-def read_settings(directory: Path) -> Settings:
-    """The settings that the files in `directory` give. Raises UserError for one that is corrupt."""
+def read_settings(directory: Path, named: Mapping[str, str] | None = None) -> Settings:
+    """The settings that the files in `directory` give; named: tokens for the keys that they do not have.
+
+    Raises UserError for a file that is corrupt.
+    """
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
     files = {name: _object(directory / name) for name in (*names, "config.json")}
     values = files["tokenizer_config.json"]
@@ -55,6 +58,7 @@ def read_settings(directory: Path) -> Settings:
         files["added_tokens.json"] = {}
     if (templates := _template_files(directory)) is not None:
         values["chat_template"] = templates
+    values = {**(named or {}), **values}
     eos = ids_in(files["generation_config.json"].get("eos_token_id")) | _config_eos(files["config.json"])
     return settings_of(values, eos, files["added_tokens.json"])
 

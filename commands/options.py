@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from ..bundle import Pooling
 from ..errors import UserError
 from ..system.reading import shown
 
@@ -81,6 +82,13 @@ against = click.option(
     type=click.Choice(["auto", "transformers", "none"]),
     help="Compare how MODEL is read with transformers. auto: where it is installed and knows the model.",
 )
+pooling = click.option(
+    "--pooling",
+    default="",
+    metavar="NAME[,NAME]",
+    callback=lambda _, __, value: _poolings(value),
+    help="Of an encoder of texts, in place of what its files say: cls, max, mean, mean_sqrt_len, weighted_mean, last.",
+)
 threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
 check = click.option(
     "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
@@ -88,10 +96,21 @@ check = click.option(
 path = click.Path(path_type=Path)
 
 
+def _poolings(text: str) -> tuple[str, ...]:
+    """The poolings of a comma-separated list. Raises click's error for another."""
+    known = get_args(Pooling)
+    asked = [part.strip() for part in text.split(",")] if text else []
+    for name in asked:
+        if name not in known:
+            raise click.BadParameter(f"{shown(name, 60)} is none of {', '.join(known)}", param_hint="--pooling")
+    return tuple(dict.fromkeys(asked))
+
+
 def planning(command: Any) -> Any:
     """The options `export` and `plan` share."""
     options = [
         adapter,
+        pooling,
         click.option(
             "--format",
             "formats",
@@ -122,9 +141,15 @@ def planning(command: Any) -> Any:
             default="auto",
             show_default=True,
             type=click.Choice(["auto", "rtn", "gptq"]),
-            help="auto: gptq with --calibration or --task, else rtn.",
+            help="auto: gptq where there are calibration data, else rtn.",
         ),
-        click.option("--calibration", type=path, help="Text to calibrate on; verify compares on prompts from it, too."),
+        click.option(
+            "--calibration",
+            type=path,
+            metavar="FILE|none",
+            help="Text to calibrate on; verify compares on prompts from it, too. Default: the text that ships, for a language "
+            "model whose tokenizer knows it; none: no data.",
+        ),
         click.option("--task", type=path, help="Task file (prompt TAB answer | answer): used as --calibration is."),
         click.option("--calibration-tokens", type=click.IntRange(1, 1 << 24), hidden=True),
         click.option("--fisher-windows", type=click.IntRange(1, 1 << 16), hidden=True),
@@ -164,12 +189,12 @@ def _target_options() -> list[Any]:
     from ..targets.registry import TARGETS
 
     own = [target.option for target in TARGETS.values() if target.option is not None]
-    return [
-        click.option(o.flag, type=IntList(), help=o.help)
-        if o.kind == "numbers"
-        else click.option(o.flag, multiple=True, metavar="CONFIG", help=o.help)
-        for o in own
-    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "numbers": {"type": IntList()},
+        "names": {"multiple": True, "metavar": "CONFIG"},
+        "version": {"metavar": "VERSION"},
+    }
+    return [click.option(o.flag, help=o.help, **kinds[o.kind]) for o in own]
 
 
 def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
@@ -178,7 +203,7 @@ def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[s
 
     flags = {name: target.option.flag for name, target in TARGETS.items() if target.option is not None}
     given = {name: options[flag.removeprefix("--").replace("-", "_")] for name, flag in flags.items()}
-    return {name: values for name, values in given.items() if values}
+    return {name: (values,) if isinstance(values, str) else values for name, values in given.items() if values}
 
 
 def request(model: str, options: dict[str, Any], note: Callable[[str], None]) -> Request:
@@ -199,7 +224,10 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         raise UserError("--plan already says the bits; leave out --bits, --size, --latency and --override")
     if plan_file is not None and (options["widths"] is not None or group is not None):
         raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
-    if options["calibration"] is not None and options["task"] is not None:
+    text: Path | None = options["calibration"]
+    shipped = text is None and options["task"] is None
+    text = None if text is not None and str(text) == "none" else text
+    if text is not None and options["task"] is not None:
         raise UserError("--calibration and --task both give the prompts; choose one")
     if len(budgets) > 1:
         raise UserError(
@@ -212,6 +240,7 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
     return Request(
         model=model,
         adapter=options["adapter"],
+        pooling=options["pooling"],
         budget=BudgetOptions(
             bits=options["bits"],
             size=options["size"],
@@ -224,7 +253,8 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
             importance=options["importance"],
         ),
         calibration=CalibrationOptions(
-            text=options["calibration"],
+            text=text,
+            shipped=shipped,
             task=options["task"],
             quantizer=options["quantizer"],
             norms=options.get("norms", "tuned"),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..calibration.forward import CalibrationForward
@@ -69,7 +70,11 @@ def _lim(source: Source, prompts: Prompts) -> dict[Layer, float]:
         session.run(graph, {name: value.numpy() for name, value in inputs.items()}, {})
     if source.calls:
         return {layer: accumulator.value() for layer, accumulator in accumulators.items()}
-    if generation.task == "seq2seq":
+    if generation.task == "embed":
+        for text in prompts.tokens:
+            ids = np.array([text], np.int64)
+            session.run("encoder", {"input_ids": ids, "encoder_mask": np.ones_like(ids, bool)}, {})
+    elif generation.task == "seq2seq":
         read: Sequence[Prompt] = prompts.sounds or prompts.tokens
         for prompt in read:  # one at a time: there is no padding to take out
             list(generate(session, generation, prompt, min(_NEW_TOKENS, generation.max_new_tokens)))

@@ -8,6 +8,12 @@ from typing import Any
 from ..errors import UserError
 from ..system.reading import shown
 
+OURS = "edgewright"
+"""The object of config.json that holds keys of this product."""
+
+LONG_FACTORS = "long_factors"
+"""Key of `OURS`: longrope takes its long factors, for every position."""
+
 # No real model is near it; a hostile config must not lead to huge shapes or endless loops.
 _MOST = 1 << 24
 
@@ -136,7 +142,7 @@ class StackKeys:
     """The keys that most stacks of layers have, under Llama's names.
 
     positions, head_dim, kv_heads, eps: defaults; where they are None, heads of hidden / heads dimensions, and as many key heads
-    as heads.
+    as heads. intermediate: the key of the feed-forward's width.
     """
 
     def __init__(
@@ -146,10 +152,11 @@ class StackKeys:
         head_dim: int | None = None,
         kv_heads: int | None = None,
         eps: float = 1e-6,
+        intermediate: str = "intermediate_size",
     ) -> None:
         self.vocab = section.integer("vocab_size")
         self.hidden = section.integer("hidden_size")
-        self.intermediate = section.integer("intermediate_size")
+        self.intermediate = section.integer(intermediate)
         self.layers = section.integer("num_hidden_layers", most=1024)
         self.heads = section.integer("num_attention_heads", most=4096)
         self.kv_heads = section.kv_heads(self.heads, kv_heads)

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..errors import UserError
 from ..system.reading import one_line
-from .config import ConfigReader
+from .config import OURS, ConfigReader
 from .layers.linear import Linear
 from .layers.mlp import GatedMLP
 
-CONFIG, KEY = "edgewright", "eugen"
+CONFIG, KEY = OURS, "eugen"
 ORDERS = 3  # the paper: more than three orders are not needed
 BLOCK = 16  # m is a multiple of it, so that the output matrix can be quantized
 SMALLEST, LARGEST = 16, 1 << 16

@@ -10,6 +10,8 @@ import torch
 from ..errors import UserError
 from ..system.reading import nearest, shown
 from . import eugen
+from .config import LONG_FACTORS, OURS
+from .embedding import EmbeddingModel, described, embedding_model
 from .language_model import LanguageModel
 
 ARCHITECTURES = {
@@ -21,6 +23,7 @@ ARCHITECTURES = {
     "qwen3": "families.qwen3",
     "gemma": "families.gemma3",
     "gemma2": "families.gemma3",
+    "gemma3n_text": "families.gemma3n",
     "gemma4_text": "families.gemma4",
     "phi3": "families.phi3",
     "smollm3": "families.smollm3",
@@ -37,6 +40,13 @@ ARCHITECTURES = {
     "qwen3_next": "families.qwen3_5",
     "olmo_hybrid": "families.olmo_hybrid",
     "falcon_h1": "families.falcon_h1",
+    "mamba2": "families.mamba2",
+    "bamba": "families.bamba",
+    "granitemoehybrid": "families.granite4",
+    "nemotron_h": "families.nemotron_h",
+    "recurrent_gemma": "families.recurrent_gemma",
+    "zamba2": "families.zamba2",
+    "rwkv7": "families.rwkv7",
     "lfm2": "families.lfm2",
     "hgrn2": "families.hgrn2",
     "gemma3_text": "families.gemma3",
@@ -58,11 +68,16 @@ ARCHITECTURES = {
     "modernbert": "families.modernbert",
     "modernbert-decoder": "families.modernbert_decoder",
     "arc_encoder": "families.arc_encoder",
+    "bert": "families.bert",
+    "roberta": "families.bert",
+    "xlm-roberta": "families.bert",
+    "distilbert": "families.distilbert",
     "module": "user_module.module",
 }
 
 
-def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
+def architecture_of(config: dict[str, Any]) -> type[LanguageModel]:
+    """The family's `Model`. Raises UserError for a model_type that is not known."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -74,11 +89,17 @@ def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
 
 def build(config: dict[str, Any]) -> LanguageModel:
     """The family's `Model` of `config`, in eval mode, its parameters on the meta device. Raises UserError for a bad config."""
-    architecture = _architecture(config)
     with torch.device("meta"):
-        model = architecture(config)
+        model = _made(config)
         eugen.place(model, config)
         return model.eval()
+
+
+def _made(config: dict[str, Any]) -> LanguageModel:
+    """The family's model, or where config.json describes an embedding, the one that makes it."""
+    architecture = architecture_of(config)
+    model = architecture(config)
+    return embedding_model(config, model) if described(config) and not isinstance(model, EmbeddingModel) else model
 
 
 def stored_name(model: LanguageModel, name: str) -> str:
@@ -90,8 +111,18 @@ def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """`config` with at most `layers` layers in each stack. Raises UserError for a bad config, or if layers is below 1."""
     if layers < 1:
         raise UserError(f"--num-layers {layers} is too few; give 1 or more")
-    architecture = _architecture(config)
     build(config)  # reports a bad config by its key
-    short = architecture.shorten(config, layers)
+    short = architecture_of(config).shorten(config, layers)
     with torch.device("meta"):
-        return eugen.kept_by(architecture(short), short)
+        return eugen.kept_by(_made(short), short)
+
+
+def lengthened(config: dict[str, Any], context: int) -> dict[str, Any]:
+    """`config` for contexts of so many tokens: of longrope the long factors, where the short ones end before. Else as it is.
+
+    The factors are chosen once, for every position: keys in a cache cannot be turned anew when a text has grown long. Raises
+    UserError for a bad config.
+    """
+    ends = build(config).max_context
+    longer = config | {OURS: dict(config.get(OURS) or {}) | {LONG_FACTORS: True}}
+    return longer if ends < context and ends < build(longer).max_context else config

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .config import ConfigReader
+from .config import LONG_FACTORS, OURS, ConfigReader
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "factors")
 _ALIASES = {"su": "longrope", "mrope": "default"}  # without images the axes of mrope are one
@@ -33,9 +33,10 @@ class Rope:
         original: positions of the training; for yarn, longrope and llama3.
         low, high: of llama3 the factors of low and high frequencies; of yarn the slow and fast beta.
         truncate: yarn's range is cut to whole dimensions.
-        factors: one for each frequency; longrope's are for texts of at most `original` tokens.
+        factors: one for each frequency; longrope's are for texts of at most `original` tokens, or of more where `long`.
         attention: what a rotated query and a rotated key are each multiplied by.
         share: of proportional, the share of a head that rotates.
+        long: longrope's factors are those for long texts.
     """
 
     theta: float = 10000.0
@@ -48,10 +49,11 @@ class Rope:
     factors: tuple[float, ...] = ()
     attention: float = 1.0
     share: float = 1.0
+    long: bool = False
 
     def within(self, positions: int) -> int:
         """How many of so many positions these frequencies are right for."""
-        return min(positions, self.original) if self.kind == "longrope" else positions
+        return min(positions, self.original) if self.kind == "longrope" and not self.long else positions
 
     def frequencies(self, dims: int) -> torch.Tensor:
         """Inverse frequencies float32 [dims / 2] of `dims` rotated dimensions, on the CPU also under `torch.device("meta")`."""
@@ -220,8 +222,9 @@ def _scaled(block: ConfigReader, section: ConfigReader, rope: Rope, positions: i
         )
     if attention is None:
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
-    _factors(block, "long_factor")
-    return replace(rope, original=original, factors=_factors(block, "short_factor"), attention=attention)
+    short, beyond = (_factors(block, name) for name in ("short_factor", "long_factor"))
+    long = OURS in section.values and section.section(OURS).boolean(LONG_FACTORS, False)
+    return replace(rope, original=original, factors=beyond if long else short, attention=attention, long=long)
 
 
 def _mscale(block: ConfigReader, factor: float) -> float:

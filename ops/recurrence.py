@@ -1,10 +1,10 @@
 """The recurrences of linear-attention and state-space layers.
 
-Causal convolution, gated delta rule (arXiv 2412.06464), gated linear attention (HGRN-2, arXiv 2404.07904; Mamba-2,
-arXiv 2405.21060) and selective scan (Mamba, arXiv 2312.00752). Each takes the state before the tokens and returns the state
-after them. One token is the decode step: the plain recurrence. More tokens are a chunk of prefill, in matrix form. A reference
-takes up to `CHUNK` tokens and has no loop over them, so a dynamic length stays dynamic. In eager mode the ops take any length,
-chunk by chunk.
+Causal convolution, gated delta rule (arXiv 2412.06464), generalized delta rule (RWKV-7, arXiv 2503.14456), gated linear attention
+(HGRN-2, arXiv 2404.07904; Mamba-2, arXiv 2405.21060), selective scan (Mamba, arXiv 2312.00752) and diagonal scan (RG-LRU, arXiv
+2402.19427). Each takes the state before the tokens and returns the state after them. One token is the decode step: the plain
+recurrence. More tokens are a chunk of prefill, in matrix form. A reference takes up to `CHUNK` tokens and has no loop over them,
+so a dynamic length stays dynamic. In eager mode the ops take any length, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -137,6 +137,57 @@ def _inverse_of_unit_lower(lower: Tensor, length: Any) -> Tensor:
     return inverse
 
 
+# ---- generalized delta rule -----------------------------------------------------------------------------------------
+
+
+def _generalized_by_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    heads, length, width = v.shape[2], min(CHUNK, v.shape[1]), k.shape[3]
+    pairs = width * length * length  # between tokens, for each decay
+    row = 4 * heads * (4 * pairs + 6 * length * length + 8 * length * width + 2 * width * v.shape[3])
+    return _in_chunks(generalized_delta_rule, (q, k, v, g, a, b), state, row)
+
+
+@define(fake=lambda q, k, v, g, a, b, state: (_like(v), _like(state)), eager=_generalized_by_chunks)
+def generalized_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`S = diag(exp(g)) S + b (S' a)' + k v'; out = S' q` a token (RWKV-7, arXiv 2503.14456). float32.
+
+    q, k, g (log decay, at most 0), a, b: [B, T, H, Dk]; v: [B, T, H, Dv]; state: [B, H, Dk, Dv]. With a = -k and b = rate k it is
+    the delta rule under a decay for each key dimension. Returns [B, T, H, Dv] and the state after the tokens.
+    """
+    queries, keys, values, fade, reads, writes = (x.transpose(1, 2) for x in (q, k, v, g, a, b))  # [B, H, T, D]
+    if _is_step(v):
+        read = torch.matmul(reads, state)
+        new = state * torch.exp(fade).transpose(2, 3) + writes.transpose(2, 3) * read + keys.transpose(2, 3) * values
+        return torch.matmul(queries, new).transpose(1, 2), new
+    length = v.shape[1]
+    at = torch.arange(length, device=v.device)
+    past = (at.unsqueeze(1) > at.unsqueeze(0)).to(v.dtype)  # [i, l]: l < i
+    column = fade.transpose(2, 3).unsqueeze(-1)  # [B, H, Dk, T, 1]
+    # What a token reads is the state before it: from behind token j to before token i, pair by pair as in linear attention.
+    between = torch.exp(torch.matmul(past, column * past)) * past  # [B, H, Dk, T, T]
+    since_start = torch.exp(torch.matmul(past, fade))  # [B, H, T, Dk], to before token i
+    to_end = torch.exp(torch.matmul(past.transpose(0, 1), fade))  # from behind token j
+    faded = queries * torch.exp(fade)
+
+    def pairs(x: Tensor, y: Tensor) -> Tensor:
+        return (x.transpose(2, 3).unsqueeze(-1) * y.transpose(2, 3).unsqueeze(3) * between).sum(2)  # [B, H, T, T]
+
+    # (I - A) read = a times the state before the chunk + what earlier keys wrote; A_ij: how much token i reads of read j.
+    inverse = _inverse_of_unit_lower(-pairs(reads, writes), length)
+    read = torch.matmul(inverse, torch.matmul(reads * since_start, state) + torch.matmul(pairs(reads, keys), values))
+    out = torch.matmul(faded * since_start, state)
+    out = out + torch.matmul(pairs(faded, writes), read) + torch.matmul(pairs(faded, keys), values)
+    out = out + (queries * writes).sum(-1, keepdim=True) * read + (queries * keys).sum(-1, keepdim=True) * values
+    total = torch.exp(fade.sum(2, keepdim=True)).transpose(2, 3)
+    carried = torch.matmul((writes * to_end).transpose(2, 3), read)
+    new = state * total + carried + torch.matmul((keys * to_end).transpose(2, 3), values)
+    return out.transpose(1, 2), new
+
+
 # ---- gated linear attention -----------------------------------------------------------------------------------------
 
 
@@ -191,21 +242,47 @@ def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state
 
     x, dt: [B, T, C]; a: [C, N], negative; b, c: [B, T, N]; state: [B, C, N]. Returns [B, T, C] and the state after.
     """
-    length = x.shape[1]
     decay = torch.exp(dt.unsqueeze(-1) * a)  # [B, T, C, N]
     value = (dt * x).unsqueeze(-1) * b.unsqueeze(2)
     if _is_step(x):
         new = state * decay.squeeze(1) + value.squeeze(1)
         return (new * c).sum(-1).unsqueeze(1), new
+    states = _states_of(decay, value, state)
+    return (states * c.unsqueeze(2)).sum(-1), states.narrow(1, x.shape[1] - 1, 1).squeeze(1)
+
+
+def _states_of(decay: Tensor, value: Tensor, state: Tensor) -> Tensor:
+    """`h = decay h + value` after each token, [B, T, …] as both, from the state [B, …] before them."""
+    length = value.shape[1]
     # The state before the tokens is the first element; each level reaches twice as far back.
     value = torch.cat((state.unsqueeze(1), value), 1)
     decay = torch.cat((torch.zeros_like(state).unsqueeze(1), decay), 1)
     for reach in _levels(length + 1, CHUNK + 1):
-        zeros = torch.zeros_like(value.narrow(1, 0, 1)).expand(-1, reach, -1, -1)
+        zeros = torch.zeros_like(value.narrow(1, 0, 1)).expand(-1, reach, *[-1] * (value.dim() - 2))
         value = value + decay * torch.cat((zeros, value), 1).narrow(1, 0, length + 1)
         decay = decay * torch.cat((zeros, decay), 1).narrow(1, 0, length + 1)
-    states = value.narrow(1, 1, length)
-    return (states * c.unsqueeze(2)).sum(-1), states.narrow(1, length - 1, 1).squeeze(1)
+    return value.narrow(1, 1, length)
+
+
+# ---- diagonal scan --------------------------------------------------------------------------------------------------
+
+
+def _diagonal_by_chunks(decay: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    row = 4 * 7 * (1 + min(CHUNK, value.shape[1])) * value.shape[2]
+    return _in_chunks(diagonal_scan, (decay, value), state, row)
+
+
+@define(fake=lambda decay, value, state: (_like(value), _like(state)), eager=_diagonal_by_chunks)
+def diagonal_scan(decay: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`h = decay h + value` a token, each channel by itself (RG-LRU, arXiv 2402.19427). float32.
+
+    decay (0 to 1), value: [B, T, C]; state: [B, C]. Returns h [B, T, C] and the state after the tokens.
+    """
+    if _is_step(value):
+        new = state.unsqueeze(1) * decay + value
+        return new, new.squeeze(1)
+    states = _states_of(decay, value, state)
+    return states, states.narrow(1, value.shape[1] - 1, 1).squeeze(1)
 
 
 # ---- eager mode -----------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from ..calibration.memory_estimate import gptq_bytes, tokens_within
 from ..calibration.samples import Sample, digest, digest_calls, read_samples
 from ..calibration.source import Source
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..quant.plan import UNQUANTIZED, BitPlan, Quantizer
 from ..system.memory import require_available
 from .original import Original
-from .request import Request
+from .request import Progress, Request
+from .shipped_text import TEXT
 
 
 def quantizer_of(request: Request) -> Quantizer:
@@ -31,8 +33,7 @@ def calibration_samples(request: Request, original: Original, generation: Genera
     measured = request.budget.plan is None and request.budget.importance in ("auto", "fisher", "kl")
     if data.file is None or generation.task == "module" or (data.quantizer == "rtn" and not measured):
         return []
-    decoder = next(g for g in model.graphs() if g.name == "decoder")
-    longest = min(decoder.bounds["sequence"][1], generation.max_context)
+    longest = min(most_tokens(model), generation.max_context)
     samples = read_samples(data.file, original.checkpoint, generation, longest, data.tokens)
     widest = max(s.size for s in samples)
     if request.memory_limit is not None:
@@ -45,6 +46,28 @@ def calibration_samples(request: Request, original: Original, generation: Genera
         "give --memory-limit, which calibrates on fewer, or --quantizer rtn",
     )
     return samples
+
+
+def most_tokens(model: LanguageModel) -> int:
+    """Tokens that the model takes in one call."""
+    name, length = ("encoder", "source") if model.task == "embed" else ("decoder", "sequence")
+    return next(g for g in model.graphs() if g.name == name).bounds[length][1]
+
+
+def data_within_memory(
+    request: Request, original: Original, generation: Generation, progress: Progress
+) -> tuple[Request, list[Sample]]:
+    """`calibration_samples`, and the request: without the text that ships where memory is too short for that.
+
+    Raises UserError as `calibration_samples` does where the user gave the data, or a plan that was made on them.
+    """
+    try:
+        return request, calibration_samples(request, original, generation)
+    except UserError as error:
+        if request.calibration.text != TEXT or request.budget.plan is not None:
+            raise
+        progress(f"no calibration: {error}")
+        return replace(request, calibration=replace(request.calibration, text=None, shipped=False)), []
 
 
 def with_calibration(plan: BitPlan, source: Source) -> BitPlan:

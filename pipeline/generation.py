@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..bundle import MOST_IDS, PREFILL_CHUNK, ContextSpec, Generation
+from ..bundle import MOST_IDS, PREFILL_CHUNK, ContextSpec, EmbeddingSpec, Generation
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
+from ..models.embedding import EmbeddingModel
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
 from ..runtimes.speech_rules import prefix
@@ -73,6 +74,22 @@ def generation_of(
         context=_context(model, context) if model.task == "memory" else None,
         speech=speech,
         sampling=sampling_of(checkpoint.generation, note),
+        embedding=_embedding(model) if isinstance(model, EmbeddingModel) else None,
+    )
+
+
+def _embedding(model: EmbeddingModel) -> EmbeddingSpec:
+    spec = model.embedding
+    return EmbeddingSpec.model_validate(
+        {
+            "size": model.size,
+            "pooling": spec.pooling,
+            "normalised": spec.normalised,
+            "similarity": spec.similarity,
+            "prompts": dict(spec.prompts),
+            "default_prompt": spec.default_prompt,
+            "lower_case": spec.lower_case,
+        }
     )
 
 

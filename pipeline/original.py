@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from ..models.language_model import LanguageModel
-from ..models.registry import build, shorten
+from ..models.registry import build, lengthened, shorten
 from ..quant.plan import Unit
 from ..quant.units import quantizable_units
 from ..system.reading import one_line
@@ -34,7 +34,7 @@ def open_original(request: Request, checkpoint: Checkpoint, progress: Progress) 
     """
     for note in checkpoint.notes:
         progress(note)
-    config = checkpoint.config
+    config = _of_context(checkpoint.config, request, progress)
     if request.num_layers is not None:
         config = shorten(config, request.num_layers)
     model: LanguageModel = build(config)
@@ -47,6 +47,19 @@ def open_original(request: Request, checkpoint: Checkpoint, progress: Progress) 
         raise UserError(f"{request.model}: no weight can be quantized; the model's layers are narrower than 16")
     planned = {w.name for u in units for w in u.weights}
     return Original(checkpoint, config, model, units, [n for n in _stored(model) if n not in planned])
+
+
+def _of_context(config: dict[str, Any], request: Request, progress: Progress) -> dict[str, Any]:
+    """The config for the context that is asked for; says so where RoPE changes with it."""
+    if request.max_context is None:
+        return config
+    longer = lengthened(config, request.max_context)
+    if longer is not config:
+        progress(
+            f"longrope: a context of {request.max_context} tokens is more than the {build(config).max_context} of the "
+            "training, so the factors for long texts are used, for short ones too"
+        )
+    return longer
 
 
 def _stored(model: LanguageModel) -> list[str]:

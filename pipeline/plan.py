@@ -14,12 +14,13 @@ from ..models.opening import open_model
 from ..quant.plan import BitPlan, Unit
 from ..targets.storage import signed_scales
 from .allocate import Allocation, allocate_bits
-from .calibration_data import calibration_samples, with_calibration
+from .calibration_data import data_within_memory, with_calibration
 from .generation import generation_of
 from .original import open_original
 from .planned import Planned
 from .prompts import example_calls, read_prompts, sound_calls, with_own_task
 from .request import Progress, Request
+from .shipped_text import with_shipped_text
 
 
 def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Checkpoint | None = None) -> Planned:
@@ -28,15 +29,16 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     checkpoint: the request's model, where it is open already. Raises UserError for anything wrong with the checkpoint, the
     budget or the options.
     """
-    checkpoint = checkpoint or open_model(request.model, request.adapter)
-    prompted = with_own_task(request, checkpoint, progress)  # a task of the checkpoint's own gives prompts alone
+    checkpoint = checkpoint or open_model(request.model, request.adapter, request.pooling)
     original = open_original(request, checkpoint, progress)
     generation = generation_of(original.model, checkpoint, original.config, request.max_context, progress)
     _report_context(original.model, generation, progress)
 
+    request = with_shipped_text(request, checkpoint, generation, progress)
+    prompted = with_own_task(request, checkpoint, progress)  # a task of the checkpoint's own gives prompts alone
     prompts = read_prompts(prompted, checkpoint, generation)
     calls = example_calls(original.model, generation, prompts.tokens)
-    samples = calibration_samples(request, original, generation)
+    request, samples = data_within_memory(request, original, generation, progress)
     source = Source(checkpoint, original.config, generation, samples, calls, request.calibration.part_tokens)
 
     allocation: Allocation | None = None

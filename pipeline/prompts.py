@@ -11,7 +11,15 @@ import torch
 
 from ..bundle import ContextSpec, Generation, SoundSpec, require_tokens
 from ..calibration.batches import padded
-from ..calibration.prompts import Prompts, random_contexts, random_prompts, read_task, text_windows
+from ..calibration.prompts import (
+    Prompts,
+    paragraphs,
+    random_contexts,
+    random_prompts,
+    read_task,
+    text_ids,
+    text_windows,
+)
 from ..calibration.samples import Call
 from ..calibration.sounds import SOUNDS, made_up_sounds, sounds_of
 from ..checkpoints.checkpoint import Checkpoint
@@ -20,6 +28,7 @@ from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from .request import Progress, Request
+from .shipped_text import TEXT
 
 TASK = "task.tsv"
 
@@ -33,7 +42,8 @@ _SHORT_PROMPT = 8  # tokens of a random prompt that comes with a context
 def with_own_task(request: Request, checkpoint: Checkpoint, progress: Progress) -> Request:
     """`request` with the task file that a checkpoint's directory may hold: its prompts are better than random ids."""
     own = Path(request.model).expanduser() / TASK  # a factory's name is no such path
-    if request.calibration.file or checkpoint.tokenizer is None or not own.is_file():
+    data = request.calibration
+    if data.task or data.text not in (None, TEXT) or checkpoint.tokenizer is None or not own.is_file():
         return request
     progress(f"prompts from the checkpoint's own {TASK}")
     return replace(request, calibration=replace(request.calibration, task=own))
@@ -69,6 +79,8 @@ def _sounds(request: Request, sound: SoundSpec) -> Prompts:
 
 def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Prompts:
     data = request.calibration
+    if generation.task == "embed":
+        return Prompts(_texts(request, tokenizer, generation))
     if data.task is not None:
         task = read_task(data.task, data.prompts, generation.task == "memory")
         contexts = [tokenizer.encode(c, special=False) for c in task.contexts]
@@ -79,6 +91,16 @@ def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Pro
     if generation.context is None:
         return Prompts(windows)
     return Prompts([w[: max(1, len(w) // 4)] for w in windows], windows)
+
+
+def _texts(request: Request, tokenizer: Tokenizer, generation: Generation) -> list[list[int]]:
+    """Whole texts for a model of embeddings: paragraphs, or of a task file what is asked."""
+    data = request.calibration
+    if data.task is not None:
+        task = read_task(data.task, data.prompts)
+        return text_ids(task.prompts, tokenizer, generation, query=True, whose=f"{request.model}: a prompt")
+    assert data.text is not None
+    return paragraphs(data.text, tokenizer, generation, data.prompts)
 
 
 def _random(generation: Generation, count: int) -> Prompts:
@@ -100,7 +122,7 @@ def _random_contexts(context: ContextSpec, count: int) -> list[list[int]]:
 
 def _check(model: str, prompts: Prompts, generation: Generation) -> None:
     for prompt in prompts.tokens:
-        if len(prompt) >= generation.max_context:
+        if len(prompt) >= generation.max_context and generation.task != "embed":
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit --max-context {generation.max_context}")
         require_tokens(prompt, generation.vocab, f"{model}: a prompt")
     if generation.context is not None:

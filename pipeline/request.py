@@ -45,6 +45,7 @@ class BudgetOptions:
 class CalibrationOptions:
     """The calibration data, a text or a task file, and what is done with them.
 
+    shipped: without either, whether the text that ships with the product is used where the model's tokenizer knows it.
     quantizer: auto is gptq where there are data, else rtn. norms: whether they are tuned to GPTQ's codes. tokens: of the data, at
     most. part_tokens: that go through the model together. fisher_windows: samples that Fisher's backward pass reads at most.
     prompts: how many LIM and every later `verify` use.
@@ -52,6 +53,7 @@ class CalibrationOptions:
 
     text: Path | None = None
     task: Path | None = None
+    shipped: bool = True
     quantizer: Literal["auto", "rtn", "gptq"] = "auto"
     norms: Literal["tuned", "kept"] = "tuned"
     tokens: int = MOST_TOKENS
@@ -101,12 +103,13 @@ class Request:
     """What a user asks of `export` or `plan`.
 
     model: a directory, a .gguf file, a hub id, or "package.module:factory". adapter: the folder of a LoRA adapter, which is merged
-    into its weights. num_layers: layers of each stack to keep, for a
-    rehearsal. max_context: tokens that a prompt and its answer may take. memory_limit: bytes of anonymous memory.
+    into its weights. pooling: of a model of embeddings, in place of what its files say. num_layers: layers of each stack to
+    keep, for a rehearsal. max_context: tokens that a prompt and its answer may take. memory_limit: bytes of anonymous memory.
     """
 
     model: str
     adapter: str | None = None
+    pooling: tuple[str, ...] = ()
     budget: BudgetOptions = field(default_factory=BudgetOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     targets: TargetOptions = field(default_factory=TargetOptions)

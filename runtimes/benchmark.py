@@ -26,6 +26,7 @@ from .example_inputs import Call, read_examples
 from .generate import Stream, read_context
 from .registry import open_session
 from .session import PlacedSession
+from .text_embedding import embed_tokens
 
 _OP_STEPS = 16
 _TOP_OPS = 12
@@ -128,8 +129,8 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
     pp: an encoder-decoder reads so many source tokens and makes its first decoder step; a decoder-only model reads a
     prompt; a decoder-decoder reads a context and then a question of 8 tokens. tg: the depth is the source length of an
     encoder-decoder, else the tokens already in the cache. A model that reads sound has a row for a window in place of pp, whose
-    rate is seconds of sound a second. A module has one row, its calls a second. Where something runs in
-    place of the target's device the result is {"not_measured": why}.
+    rate is seconds of sound a second. A model of embeddings has pp rows alone, a module has one row, its calls a second. Where
+    something runs in place of the target's device the result is {"not_measured": why}.
     """
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
@@ -139,6 +140,8 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
         session = open_session(bundle, format, threads)
         return session, time.perf_counter() - start
 
+    if spec.task == "embed":
+        lengths = Lengths(lengths.prompts, 0, lengths.depths, lengths.repeats)
     timed = spec.task in ("seq2seq", "causal")
     session, first_load = load()
     if session.stand_in:
@@ -184,7 +187,9 @@ def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: 
     rates = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        if spec.task == "memory":
+        if spec.task == "embed":
+            embed_tokens(session, spec, [_tokens(spec, count)])
+        elif spec.task == "memory":
             Stream(
                 session, spec, [_tokens(spec, _QUESTION)], 1, read_context(session, spec, _tokens(spec, count))
             ).prefill()

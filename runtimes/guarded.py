@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..bundle import GraphSpec
 from ..errors import UserError, VerificationFailure
 from ..system.reading import one_line
+from ..system.refusals import in_words, is_environment
 from ..system.stages import Stage
 from .session import Array, PlacedSession, Placement, StateBuffers
 
@@ -68,5 +69,7 @@ class Guarded:
                 raise ValueError(f"{one_line(port.name, 60)} comes as {value.dtype} {list(shape)}")
 
     def _fault(self, graph: str, error: Exception) -> Exception:
+        if isinstance(error, OSError) and is_environment(error):
+            return UserError(f"{self._where}: {graph} cannot run here ({one_line(in_words(error), 160)}); mend that")
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
         return self._failure(f"{self._where}: {graph} does not run ({kind}{one_line(error, 160)})")

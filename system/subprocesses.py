@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import UserError, VerificationFailure
 from .memory import anonymous_of
 from .reading import one_line
+from .refusals import in_words, is_environment
 from .stages import SIZE, read_stage, report_to
 
 _STAGE = "stage"
@@ -44,6 +45,12 @@ _LOOK = 0.05
 _LAST_WORDS = 1 << 16
 """Bytes of a child's standard error that are looked at, from its end; and of one line of its standard output."""
 
+_REFUSED = 74
+"""Exit status of a child that could not write its result: EX_IOERR of sysexits.h."""
+
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
+"""Signals that no runtime ends itself with: the system sends the first where memory runs out."""
+
 _MOST_WRITTEN = 1 << 30
 """Bytes of a file that a child with limits may write."""
 
@@ -51,12 +58,13 @@ _MOST_WRITTEN = 1 << 30
 class ChildFailed(Exception):
     """The child ended without a result. The text says how, and the last line it wrote to standard error.
 
-    stage: what it was doing (`system.stages`), "" where it did not say.
+    stage: what it was doing (`system.stages`), "" where it did not say, and where it was ended from outside. killed: by its limits
+    or from outside, and did not fail by itself.
     """
 
-    def __init__(self, text: str, stage: str = "") -> None:
+    def __init__(self, text: str, stage: str = "", killed: bool = False) -> None:
         super().__init__(text)
-        self.stage = stage
+        self.stage, self.killed = stage, killed
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,12 @@ def run_child(
                     guard.stop()
         where = "" if limits is None else read_stage(stage)[0]
         if guard is not None and guard.reason is not None:
-            raise ChildFailed(guard.reason, where)
+            raise ChildFailed(guard.reason, where, killed=True)
+        if -process.returncode in _FROM_OUTSIDE:
+            how = f"was ended from outside with {_how(process.returncode)}; is there memory enough?"
+            raise ChildFailed(how, killed=True)
+        if process.returncode == _REFUSED:
+            raise UserError(_last_line(errors))
         if process.returncode or not result_file.is_file():
             raise ChildFailed(f"ended with {_how(process.returncode)} ({_last_line(errors)})", where)
         result: dict[str, Any] = json.loads(result_file.read_text())
@@ -135,7 +148,19 @@ def serve(work: Callable[[dict[str, Any], Progress], Mapping[str, Any]]) -> None
         result = {"error": str(error)}
     except VerificationFailure as error:
         result = {"failure": str(error)}
-    Path(result_path).write_text(json.dumps(result))
+    except OSError as error:
+        if not is_environment(error):
+            raise
+        result = {"error": _refused(error)}
+    try:
+        Path(result_path).write_text(json.dumps(result))
+    except OSError as error:
+        print(_refused(error), file=sys.stderr, flush=True)
+        os._exit(_REFUSED)
+
+
+def _refused(error: OSError) -> str:
+    return f"{one_line(in_words(error))}; mend that and run the command again"
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def test_it_imports_itself(installed: Path) -> None:
     assert done.stdout.strip() == str(installed / "edgewright" / "__init__.py"), done.stderr
     assert not (installed / "edgewright" / "tests").exists()
     assert (installed / "edgewright" / "py.typed").is_file()
+    for name in ("default.txt", "held_out.txt", "TEXTS.md"):
+        assert (installed / "edgewright" / "calibration" / name).is_file()
 
 
 def test_it_helps(installed: Path) -> None:

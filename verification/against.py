@@ -7,7 +7,7 @@ transformers is installed and knows the model, both read the same files here, in
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError, VerificationFailure
@@ -20,17 +20,26 @@ from .report import TOLERANCE, Independent
 _QUANTIZED = {"quantization_config", "quantization", "compression_config"}
 """Keys of config.json that say so."""
 
+THEIRS = "transformers: "
+"""How the child's stages begin in which transformers is at work."""
+
 _PROCESS = 4 << 30
 _SECONDS, _SECONDS_PER_WEIGHT = 120.0, 2e-6
 """What loading and what comparing may take; a hostile config must not keep a library busy for ever."""
 
 
 def compare_reading(
-    model: str, adapter: str | None, weights: int, against: Against, progress: Callable[[str], None]
+    model: str,
+    adapter: str | None,
+    weights: int,
+    against: Against,
+    progress: Callable[[str], None],
+    pooling: Sequence[str] = (),
 ) -> Independent | None:
     """Compare how a model of so many weights is read with transformers, as `--against` says. A line tells why it was not done.
 
-    Raises VerificationFailure if they differ, UserError if "transformers" was asked for and cannot be had.
+    pooling: as of `models.opening.open_model`. Raises VerificationFailure if they differ or the comparison fails by a fault of
+    ours, UserError if "transformers" was asked for and cannot be had.
     """
     if against == "none":
         return None
@@ -38,12 +47,16 @@ def compare_reading(
     if reason is None:
         try:
             limits = Limits(12 * weights + _PROCESS, _SECONDS + _SECONDS_PER_WEIGHT * weights)
-            job = {"model": model}
+            job = {"model": model, "pooling": list(pooling)}
             values = run_child("edgewright.verification.transformers_model", job, progress, limits)
+            if "fault" in values:
+                raise _fault(values["fault"])
             reason = values.get("reason")
             if reason is None:
                 return _judged(Independent(**values))
-        except (ChildFailed, UserError) as error:
+        except ChildFailed as error:
+            if not error.killed and not error.stage.startswith(THEIRS):
+                raise _fault(one_line(error, 200)) from None
             reason = one_line(error, 200)
     if against == "transformers":
         raise UserError(f"--against transformers: {reason}; leave the option out to go on without")
@@ -51,7 +64,20 @@ def compare_reading(
     return None
 
 
+def _fault(what: str) -> VerificationFailure:
+    return VerificationFailure(
+        f"the comparison with transformers failed on this side, not on theirs: {what}; that is a fault of this program, "
+        "please report it; --against none leaves this check out"
+    )
+
+
 def _judged(found: Independent) -> Independent:
+    if found.differs is not None and found.cosine is not None:
+        raise VerificationFailure(
+            f"the checkpoint is read in another way than by {found.version}: vectors differ by up to "
+            f"{found.max_relative_error:.2g} of the largest number (allowed: {TOLERANCE:g}), least cosine {found.cosine:.4f}; the "
+            f"first output that differs is that of {found.differs}; --against none leaves this check out"
+        )
     if found.differs is not None:
         raise VerificationFailure(
             f"the checkpoint is read in another way than by transformers {found.version}: logits differ by up to "

@@ -64,7 +64,8 @@ def verify_here(
             )
         targets.append(target)
 
-    scored = quality.dequantized_text is not None
+    count, positions = data.pieces
+    scored = count > 0
     return Report(
         targets=targets,
         quantization=quality.quantization(probe),
@@ -74,8 +75,8 @@ def verify_here(
         original_text=quality.original_text,
         dequantized_text=quality.dequantized_text,
         text_against=None if not scored else "dequantized" if before is None else "original",
-        text_windows=len(data.passages) if scored else 0,
-        text_positions=sum(len(p.scored) for p in data.passages) if scored else 0,
+        text_windows=count,
+        text_positions=positions,
         notes=notes,
     )
 

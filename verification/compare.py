@@ -1,4 +1,4 @@
-"""One session compared with another, on prompts or on example inputs."""
+"""One session compared with another, on prompts, on texts or on example inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ..runtimes.example_inputs import Call, read_examples
 from ..runtimes.generate import Stream, generate_batch, read_context
 from ..runtimes.logits import divergence, log_softmax, same_top1
 from ..runtimes.session import Array, Session
+from ..runtimes.text_embedding import embed_tokens
 from .report import TOLERANCE, Agreement
+from .similarity import similarity_of
 
 NEW_TOKENS = 16
 _SOUNDS = 2  # in a batch: an encoder's scores of a window of 1500 positions take 9 MB a head
@@ -24,7 +26,7 @@ LONG_PROMPT = 700  # tokens: longer than two prefill chunks and than Gemma 3's w
 
 
 class Probe(Protocol):
-    """What sessions are compared on: prompts through the generate loop, or a module's example inputs."""
+    """What sessions are compared on: prompts through the generate loop, texts that become vectors, or a module's example inputs."""
 
     @property
     def what(self) -> str: ...
@@ -45,6 +47,8 @@ def probe_of(bundle: Bundle) -> Probe:
         return Examples(read_examples(bundle), {g.name: [p.name for p in g.outputs] for g in m.graphs})
     if m.generation.speech is not None:
         return Prompts(m.generation, [inputs for _, inputs in read_examples(bundle)], [])
+    if m.generation.task == "embed":
+        return Texts(m.generation, m.prompts)
     return Prompts(m.generation, [list(p) for p in m.prompts], [list(c) for c in m.contexts])
 
 
@@ -169,6 +173,35 @@ def _teacher_forced(
     fed = np.concatenate([start, forced], 1)
     logits = stream.feed(fed, every=True)[:, start.shape[1] - 1 :]
     return [logits[row, : len(sequence) + 1] for row, sequence in enumerate(tokens)]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts as token ids, of which an "embed" model makes vectors. They are read in padded batches, so padding is checked too."""
+
+    spec: Generation
+    texts: Sequence[Sequence[int]]
+
+    @property
+    def what(self) -> str:
+        return f"{len(self.texts)} texts"
+
+    def first(self, count: int | None) -> Texts:
+        return Texts(self.spec, self.texts[:count])
+
+    def compare(self, reference: Session, candidates: Sequence[Session]) -> list[Agreement]:
+        """The vectors of all texts."""
+        expected = embed_tokens(reference, self.spec, self.texts)
+        return [self._agreement(expected, embed_tokens(candidate, self.spec, self.texts)) for candidate in candidates]
+
+    def _agreement(self, expected: Array, actual: Array) -> Agreement:
+        similarity = similarity_of(expected, actual)
+        errors = np.full(len(expected), sys.float_info.max)
+        if np.isfinite(actual).all():
+            errors = np.abs(expected - actual).max(-1) / np.maximum(np.abs(expected).max(-1), 1e-30)
+        close = int((errors <= TOLERANCE).sum())
+        worst = min(float(errors.max(initial=0.0)), sys.float_info.max)
+        return Agreement(worst, 0.0, 1.0, len(self.texts), close, 0, None, similarity)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import numpy as np
 
 from ..audio.files import read_sound
 from ..bundle import CHECKPOINT, Bundle, Generation
-from ..calibration.prompts import Passage, Task
+from ..calibration.prompts import Passage, Task, text_ids
 from ..calibration.sounds import sound_file
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.prompt import read_prompt
+from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..runtimes.generate import Stream, generate_batch, read_context
 from ..runtimes.logits import divergence, log_softmax, same_top1
@@ -21,6 +22,7 @@ from ..runtimes.session import Array, Session
 from ..runtimes.transcribe import require_speech, transcribe
 from .compare import require_finite_reference
 from .report import TextScore
+from .similarity import recall
 from .words import word_errors
 
 _TASK_BATCH = 16  # the rows that a TensorRT engine takes
@@ -28,11 +30,16 @@ _ROWS = 16  # positions whose distributions are held in float64 at once: Gemma's
 
 
 def task_accuracy(session: Session, bundle: Bundle, task: Task) -> float:
-    """The share of prompts whose greedy text is an accepted answer. Raises UserError if the bundle has no tokenizer."""
+    """The share of prompts whose greedy text is an accepted answer; of a model of embeddings, whose most similar answer is one.
+
+    Raises UserError if the bundle has no tokenizer.
+    """
     tokenizer = open_checkpoint(str(bundle.path / CHECKPOINT)).tokenizer
     if tokenizer is None:
         raise UserError("--task needs a tokenizer, and the bundle has none")
     spec = bundle.manifest.generation
+    if spec.task == "embed":
+        return _retrieval(session, spec, tokenizer, task)
     order = sorted(range(len(task.prompts)), key=lambda i: len(task.prompts[i]))  # little padding
     right = 0
     for start in range(0, len(order), _TASK_BATCH):
@@ -42,6 +49,15 @@ def task_accuracy(session: Session, bundle: Bundle, task: Task) -> float:
         for row, tokens in zip(rows, generate_batch(session, spec, ids, spec.max_new_tokens, contexts), strict=True):
             right += tokenizer.decode(tokens).strip() in task.answers[row]
     return right / len(order)
+
+
+def _retrieval(session: Session, spec: Generation, tokenizer: Tokenizer, task: Task) -> float:
+    """Recall at 1 of the prompts, among all answers of the task."""
+    answers = list(dict.fromkeys(answer for accepted in task.answers for answer in accepted))
+    place = {answer: i for i, answer in enumerate(answers)}
+    asked = text_ids(task.prompts, tokenizer, spec, query=True, whose="--task: a prompt")
+    searched = text_ids(answers, tokenizer, spec, query=False, whose="--task: an answer")
+    return recall(session, spec, asked, searched, [{place[a] for a in accepted} for accepted in task.answers])
 
 
 def word_error_rate(session: Session, bundle: Bundle, task: Task, file: Path) -> float:

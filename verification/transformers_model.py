@@ -1,12 +1,8 @@
-"""The child of `against`: transformers' model of a checkpoint beside ours, on the same tokens, layer by layer.
-
-transformers gets no code of the checkpoint, no pickle and no network.
-"""
+"""The child of `against`: transformers' model of a checkpoint beside ours, on the same tokens, layer by layer."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,16 +12,28 @@ from torch import nn
 
 from ..audio.features import encoder_inputs, sample_sound
 from ..bundle import SoundSpec
-from ..errors import UserError
+from ..errors import UserError, VerificationFailure
+from ..models.embedding import EmbeddingModel
 from ..models.language_model import LanguageModel
 from ..models.loading import load_original
 from ..models.opening import open_model
 from ..models.registry import build
 from ..runtimes.session import sized
-from ..system.reading import one_line, shown
+from ..system.reading import one_line
 from ..system.stages import Stage
 from ..system.subprocesses import Progress, serve
 from .report import TOLERANCE
+from .transformers_reading import (
+    Unknown,
+    difference,
+    first_difference,
+    load_theirs,
+    random_tokens,
+    stack_of,
+    their_work,
+    watched,
+)
+from .transformers_vectors import compare_vectors
 
 _PROMPT, _BATCH, _NEW = 20, 2, 8
 _SOUND_SECONDS = 2.0
@@ -33,34 +41,33 @@ _CLASSES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"
 _SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
 
 
-class _Unknown(Exception):
-    """transformers cannot say what this model computes. The text says why."""
-
-
-def compare(model: str, progress: Progress) -> dict[str, Any]:
+def compare(model: str, progress: Progress, pooling: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of an `Independent`, or the `reason` why there is nothing to compare with."""
-    checkpoint = open_model(model)
+    checkpoint = open_model(model, pooling=pooling)
     ours = build(checkpoint.config)
+    if isinstance(ours, EmbeddingModel):
+        return compare_vectors(model, ours, checkpoint, progress, pooling)
     try:
-        with Stage("loading transformers' model"):
+        with their_work("load the checkpoint"):
             theirs, version = _theirs(model, ours)
-    except _Unknown as unknown:
+        progress(f"comparing the checkpoint's reading with transformers {version}")
+        kind = Spoken if ours.sound_layout() is not None else _Seq2seq if ours.task == "seq2seq" else _Causal
+        run = kind(ours, theirs)
+        ids = random_tokens(_vocab(ours), checkpoint.config, _BATCH, _PROMPT)
+        with their_work("compute the model"), torch.no_grad():
+            for _ in range(_NEW):
+                ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
+            want, theirs_layers = watched(run.their_layers(), lambda: run.theirs(ids))
+    except Unknown as unknown:
         return {"reason": str(unknown)}
-    progress(f"comparing the checkpoint's reading with transformers {version}")
     load_original(ours, checkpoint)
-    kind = Spoken if ours.sound_layout() is not None else _Seq2seq if ours.task == "seq2seq" else _Causal
-    run = kind(ours, theirs)
-    with Stage("comparing with transformers"), torch.no_grad():
-        ids = _tokens(_vocab(ours), checkpoint.config)
-        for _ in range(_NEW):
-            ids = torch.cat((ids, run.theirs(ids)[:, -1:].argmax(-1)), 1)
-        want, theirs_layers = _watched(run.their_layers(), lambda: run.theirs(ids))
-        got, our_layers = _watched(run.our_layers(), lambda: run.ours(ids))
+    with Stage("computing the checkpoint's model"), torch.no_grad():
+        got, our_layers = watched(run.our_layers(), lambda: run.ours(ids))
     if not bool(torch.isfinite(want).all()):
         return {"reason": "the logits of its model are not finite"}
-    off = _difference(got, want)
+    off = difference(got, want)
     top1 = float((got.argmax(-1) == want.argmax(-1)).float().mean())
-    differs = None if off <= TOLERANCE else _first_difference(our_layers, theirs_layers)
+    differs = None if off <= TOLERANCE else first_difference(our_layers, theirs_layers)
     return {
         "version": version,
         "max_relative_error": off,
@@ -71,56 +78,16 @@ def compare(model: str, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _theirs(folder: str, ours: LanguageModel) -> tuple[nn.Module, str]:
-    """transformers' model in float32, and its version. Raises _Unknown."""
+def _theirs(model: str, ours: LanguageModel) -> tuple[nn.Module, str]:
     if ours.task not in _CLASSES:
-        raise _Unknown(f"it has no model of the task {ours.task!r}")
-    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
-    import transformers
-
-    quiet: Any = transformers.logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        names = [n for n in (config.architectures or []) if isinstance(n, str) and n.endswith(_SUFFIXES)]
-        chosen = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-        default = _CLASSES[ours.task] if ours.sound_layout() is None else "AutoModelForSpeechSeq2Seq"
-        chosen = chosen or getattr(transformers, default)
-        options = {"trust_remote_code": False} if chosen.__name__.startswith("Auto") else {}
-        theirs, info = chosen.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # whatever it stumbles on in a stranger's files, it cannot be compared with
-        raise _Unknown(
-            f"it cannot load the checkpoint ({one_line(type(error).__name__)}: {one_line(error, 160)})"
-        ) from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise _Unknown(f"it does not find {len(missing)} weights ({shown(missing[0], 80)} and the like) in the files")
-    return theirs.eval(), str(transformers.__version__)
+        raise Unknown(f"it has no model of the task {ours.task!r}")
+    auto = _CLASSES[ours.task] if ours.sound_layout() is None else "AutoModelForSpeechSeq2Seq"
+    return load_theirs(model, auto, _SUFFIXES)
 
 
 def _vocab(model: LanguageModel) -> int:
     (vocab,) = {p.shape[-1] for g in model.graphs() for p in g.outputs if p.name == "logits"}
     return int(vocab)
-
-
-def _tokens(vocab: int, config: Mapping[str, Any]) -> torch.Tensor:
-    """Random token ids [B, S], none of those that stand for something else than text."""
-    special = {
-        value for key, value in config.items() if key.endswith(("token_id", "token_index")) and type(value) is int
-    }
-    allowed = torch.tensor([i for i in range(min(vocab, 1 << 16)) if i not in special] or [0])
-    generator = torch.Generator().manual_seed(0)
-    return allowed[torch.randint(0, len(allowed), (_BATCH, _PROMPT), generator=generator)]
 
 
 class _Causal:
@@ -146,7 +113,7 @@ class _Causal:
         return {name: list(layers) for name, layers in self._ours.stacks().items()}
 
     def their_layers(self) -> dict[str, Sequence[nn.Module]]:
-        return {name: _stack(self._theirs, len(layers), name) for name, layers in self._ours.stacks().items()}
+        return {name: stack_of(self._theirs, len(layers), name) for name, layers in self._ours.stacks().items()}
 
 
 class _Seq2seq(_Causal):
@@ -226,60 +193,16 @@ class Spoken(_Seq2seq):
         return [self._inputs[p.name] for p in self._graphs["encoder"].inputs], mask
 
 
-def _stack(model: nn.Module, count: int, name: str) -> list[nn.Module]:
-    """The layers of transformers' stack of so many layers; [] if none is found."""
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    named = [m for path, m in lists if name in path.split(".")] or [m for _, m in lists]
-    return list(named[0]) if named else []
-
-
-def _watched(stacks: Mapping[str, Sequence[nn.Module]], run: Any) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-    """What `run` returns, and of each stack the input of its first layer and the outputs of all."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in stacks}
-    hooks = []
-    for name, layers in stacks.items():
-
-        def keep(_: nn.Module, __: Any, out: Any, seen: list[torch.Tensor] = seen[name]) -> None:
-            seen.append(out if isinstance(out, torch.Tensor) else out[0])
-
-        def first(_: nn.Module, args: Any, kwargs: Any, seen: list[torch.Tensor] = seen[name]) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
-
-        if layers:
-            hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
-            hooks += [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        return run(), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference relative to the largest value of `want`; infinite for other shapes or what is not finite."""
-    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-
-
-def _first_difference(ours: Mapping[str, Sequence[torch.Tensor]], theirs: Mapping[str, Sequence[torch.Tensor]]) -> str:
-    """The first part whose output differs, in words."""
-    for name in sorted(ours, key=lambda n: n != "encoder"):
-        pairs = list(zip(ours[name], theirs.get(name, []), strict=False))
-        for i, (whole, want) in enumerate(pairs):
-            got = whole[:, : want.shape[1]]  # of a sound there may be masked positions behind
-            if _difference(got, want) > TOLERANCE:
-                return f"the {name}'s embedding" if i == 0 else f"layer {i - 1} of the {name}"
-        if not pairs:
-            return f"the {name}, whose layers transformers does not show"
-    return "what stands behind the last layer (norm or head)"
-
-
 def _job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """`compare`, or the `fault` of ours that ended it."""
     try:
-        return compare(job["model"], progress)
-    except MemoryError:
-        raise UserError("two models in float32 took more memory than there is") from None
+        return compare(job["model"], progress, job.get("pooling", ()))
+    except (UserError, VerificationFailure):
+        raise
+    except Exception as error:  # told apart from what transformers cannot do
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return {"reason": "two models in float32 took more memory than there is"}
+        return {"fault": f"{type(error).__name__}: {one_line(error, 160)}"}
 
 
 if __name__ == "__main__":

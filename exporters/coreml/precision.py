@@ -16,7 +16,13 @@ from torch import fx
 from ...ops import DECOMPOSITIONS
 
 EW, ATEN = torch.ops.edgewright, torch.ops.aten
-WIDE_OPS = tuple(op.default for op in (EW.gated_delta_rule, EW.linear_attention, EW.selective_scan))
+WIDE_OPS = tuple(
+    op.default
+    for op in (
+        *(EW.gated_delta_rule, EW.generalized_delta_rule, EW.linear_attention),
+        *(EW.selective_scan, EW.diagonal_scan),
+    )
+)
 _POINTWISE = (
     *("add", "sub", "rsub", "mul", "div", "neg", "abs", "pow", "square", "reciprocal", "sqrt", "rsqrt", "exp", "log"),
     *(

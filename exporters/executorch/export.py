@@ -21,6 +21,7 @@ from ...errors import UserError
 from ...graph import Graph, Port, State
 from ...system.quiet import quiet_torchao
 from ...system.reading import one_line, read_json_object
+from ...targets.executorch.libraries import FACT, libraries
 from ...targets.executorch.names import EXACT, POSITIONS, STEP
 from ..artefact import Artefact, Options, Progress
 
@@ -32,6 +33,8 @@ NAMES = "weights.json"
 CHUNK, SHORT = 128, 16
 """The most tokens of one call of the decoder; memory is planned for them, and a session feeds more in pieces. Recurrences with a
 decay for each key dimension take the shorter chunk: their work grows with the square of it."""
+TOKEN_BY_TOKEN = ("selective_scan", "diagonal_scan", "generalized_delta_rule")
+"""Recurrences whose tokens follow each other one by one, as many as the program says."""
 
 _NO_VARIANT = re.compile(r"Missing out variants: \{'([\w:.]+)'")
 
@@ -61,7 +64,22 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     names = _names(graphs, written)
     (directory / NAMES).write_text(json.dumps(names, indent=1, sort_keys=True) + "\n")
     facts: dict[str, object] = {"weights read back bit for bit (measured)": len(names)}
-    return Artefact((PROGRAM, NAMES), ops(written), facts)
+    return Artefact((PROGRAM, NAMES), ops(written), facts | _libraries(written))
+
+
+def read_facts(directory: Path) -> dict[str, object]:
+    """The fact that `model.pte` bears itself: which of ExecuTorch's libraries it needs. Raises UserError for a damaged program."""
+    from ...targets.executorch.program import ProgramFile
+
+    return _libraries(ProgramFile(directory / PROGRAM))
+
+
+def _libraries(written: ProgramFile) -> dict[str, object]:
+    from ...targets.executorch.program import DELEGATE, KERNELS
+
+    units = written.placement().values()
+    kernels = {op.removesuffix(POSITIONS) for unit in units for op in unit[KERNELS]}
+    return {FACT: libraries(kernels, [DELEGATE] if any(unit[DELEGATE] for unit in units) else [])}
 
 
 def _require_kernels(written: ProgramFile) -> None:
@@ -217,13 +235,14 @@ def _is_carried(state: State) -> bool:
 def methods(graph: Graph, max_positions: int) -> dict[str, torch.export.ExportedProgram]:
     """Name -> program of a graph's methods: one, and for a graph with recurrent states a second one for a single token.
 
-    The first takes any number of tokens up to a limit. Where it has a selective scan, it takes exactly `SHORT`.
+    The first takes any number of tokens up to a limit. Where it has a recurrence that goes token by token, it takes exactly
+    `SHORT`.
     """
     if not any(s.kind == "recurrent" for s in graph.states):
         return {graph.name: method(graph, max_positions)}
     targets = {n.target for n in graph.export().graph.nodes}
     step = {graph.name + STEP: method(graph, max_positions, exactly=1)}
-    if torch.ops.edgewright.selective_scan.default in targets:
+    if not targets.isdisjoint(getattr(torch.ops.edgewright, name).default for name in TOKEN_BY_TOKEN):
         exactly = min(SHORT, max_positions, graph.bounds["sequence"][1])
         return {graph.name + EXACT: method(graph, max_positions, exactly=exactly)} | step
     most = SHORT if torch.ops.edgewright.linear_attention.default in targets else CHUNK

@@ -225,3 +225,37 @@ def selective_scan(
         out, state = selective_scan_step(x_t, dt_t, a, b_t, c_t, state)
         outs.append(out)
     return torch.cat(outs, 1), state
+
+
+# ---- diagonal scan --------------------------------------------------------------------------------------------------
+
+
+def diagonal_scan(decay: torch.Tensor, value: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A constant number of tokens, one after the other."""
+    h, outs = state.unsqueeze(1), []
+    for at in range(value.shape[1]):
+        h = h * decay.narrow(1, at, 1) + value.narrow(1, at, 1)
+        outs.append(h)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1), h.squeeze(1)
+
+
+# ---- generalized delta rule -----------------------------------------------------------------------------------------
+
+
+def generalized_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A constant number of tokens, one after the other: the form without a loop has a matrix for each key dimension."""
+    heads, s, outs = v.shape[2], state.squeeze(0), []
+    for at in range(v.shape[1]):
+        q_t, k_t, v_t, g_t, a_t, b_t = (x.narrow(1, at, 1).view(heads, 1, -1) for x in (q, k, v, g, a, b))
+        written = b_t.permute(0, 2, 1) * torch.bmm(a_t, s)
+        s = s * torch.exp(g_t.permute(0, 2, 1)) + written + k_t.permute(0, 2, 1) * v_t
+        outs.append(torch.bmm(q_t, s).permute(1, 0, 2).unsqueeze(0))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1), s.unsqueeze(0)

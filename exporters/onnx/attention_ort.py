@@ -166,7 +166,7 @@ def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
     q_in, k_in, v, mask = node.inputs[:4]
     assert v is not None
     assert mask is not None
-    if dims(q_in)[1] % HEAD:
+    if dims(q_in)[1] % HEAD or not low.has("GroupQueryAttention", "causal"):
         keys, values = (low.one(node, "Transpose", [x], perm=[0, 2, 1, 3]) for x in (k_in, v))
         return low.replace(node, [attend(low, node, q_in, dims(k_in)[0], [Part(keys, values, mask)])])
     q, k, tables = _rotary_inside(low, q_in, k_in, _counts_from_zero)

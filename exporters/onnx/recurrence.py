@@ -95,3 +95,61 @@ def lower_selective_scan(low: Lowering, node: ir.Node) -> None:
         scan_output_axes=[1],
     )
     low.replace(node, [out, new])
+
+
+def lower_diagonal_scan(low: Lowering, node: ir.Node) -> None:
+    """A Scan over the tokens."""
+    decay, value, state = node.inputs[:3]
+    before, rate, added = (ir.val(f"scan.{n}", ir.DataType.FLOAT) for n in ("h", "decay", "value"))
+    product = ir.node("Mul", [before, rate])
+    after = ir.node("Add", [product.outputs[0], added])
+    read = ir.node("Identity", [after.outputs[0]])
+    body = [product, after, read]
+    for i, made in enumerate(n.outputs[0] for n in body):
+        made.name, made.type = f"scan.{i}", ir.TensorType(ir.DataType.FLOAT)
+    outputs = [after.outputs[0], read.outputs[0]]
+    loop = ir.Graph([before, rate, added], outputs, nodes=body, name="diagonal_scan")
+    new, out = low.emit(
+        node,
+        "Scan",
+        [state, decay, value],
+        outputs=2,
+        body=ir.AttrGraph("body", loop),
+        num_scan_inputs=2,
+        scan_input_axes=[1] * 2,
+        scan_output_axes=[1],
+    )
+    low.replace(node, [out, new])
+
+
+def lower_generalized_delta_rule(low: Lowering, node: ir.Node) -> None:
+    """A Scan over the tokens: no kernel has a decay for each key dimension beside a delta rule."""
+    *tokens, state = node.inputs[:7]
+    row, column = low.ints(2), low.ints(3)
+    before, q, k, v, g, a, b = (ir.val(f"scan.{n}", ir.DataType.FLOAT) for n in ("s", "q", "k", "v", "g", "a", "b"))
+    body: list[ir.Node] = []
+
+    def one(op: str, *inputs: ir.Value) -> ir.Value:
+        body.append(ir.node(op, [*inputs]))
+        return body[-1].outputs[0]
+
+    faded = one("Mul", before, one("Exp", one("Unsqueeze", g, column)))  # [B, H, Dk, Dv]
+    read = one("MatMul", one("Unsqueeze", a, row), before)  # [B, H, 1, Dv]
+    written = one("Mul", one("Unsqueeze", b, column), read)
+    added = one("Mul", one("Unsqueeze", k, column), one("Unsqueeze", v, row))
+    after = one("Add", one("Add", faded, written), added)
+    out_t = one("Squeeze", one("MatMul", one("Unsqueeze", q, row), after), row)  # [B, H, Dv]
+    for i, value in enumerate(n.outputs[0] for n in body):
+        value.name, value.type = f"scan.{i}", ir.TensorType(ir.DataType.FLOAT)
+    loop = ir.Graph([before, q, k, v, g, a, b], [after, out_t], nodes=body, name="generalized_delta_rule")
+    new, out = low.emit(
+        node,
+        "Scan",
+        [state, *tokens],
+        outputs=2,
+        body=ir.AttrGraph("body", loop),
+        num_scan_inputs=6,
+        scan_input_axes=[1] * 6,
+        scan_output_axes=[1],
+    )
+    low.replace(node, [out, new])

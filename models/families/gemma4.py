@@ -1,7 +1,7 @@
 """Gemma 4, text (dense: E2B, E4B and their kin): Gemma 3 with three changes.
 
-A table beside the embedding gives each token a row for each layer (per-layer inputs). The upper layers compute no keys and values:
-they read those of the last layer of their kind that does. Full layers have wider heads, of which RoPE turns a quarter.
+Layers have inputs of their own, and the upper ones read the keys and values of others (`gemma_per_layer`). Full layers have wider
+heads, of which RoPE turns a quarter.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoints.names import Names
-from ...graph import State
-from ..causal import CausalModel, CausalStep, DecoderParts, kv_states
-from ..config import ConfigReader, StackKeys
-from ..kv_cache import Cache, cached_attention, shared_attention
+from ..config import ConfigReader
+from ..kv_cache import Cache
 from ..language_model import shorten_stack
-from ..layers.activations import softcap
-from ..layers.block import Block
-from ..layers.linear import Embedding, Linear
+from ..layers.linear import Linear
 from ..layers.mlp import GatedMLP
-from ..layers.norm import RMSNorm
-from ..layers.ops import EW
-from ..rope import Rope, read_rope
-from .gemma import FULL, SLIDING, optional_number
+from ..rope import read_rope
+from .gemma import FULL, SLIDING
+from .gemma_per_layer import Attention, PerLayerDecoder, PerLayerKeys, PerLayerModel, with_inputs_of
 
 ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -32,32 +26,23 @@ ROPE = {
 }
 
 
-class Config(StackKeys):
-    """The keys of config.json. source: of each layer, the layer whose keys and values it reads: itself, or an earlier one."""
+class Config(PerLayerKeys):
+    """The keys of config.json."""
 
     def __init__(self, section: ConfigReader) -> None:
-        super().__init__(section, positions=131072, head_dim=256)
-        section.absent("enable_moe_block", "attention_bias")
+        super().__init__(section, layer_types(section), positions=131072)
+        section.absent("enable_moe_block")
         if section.values.get("use_bidirectional_attention") == "all":
             raise section.error("use_bidirectional_attention", "all", "null or 'vision'; an encoder is not supported")
-        self.act = section.text("hidden_activation", "gelu_pytorch_tanh")
-        self.final_softcap = optional_number(section, "final_logit_softcapping")
-        self.types = layer_types(section)
-        self.window = section.window(self.types)
-        self.alike = section.flag("attention_k_eq_v", False)  # values of full layers are their keys
+        self.alike = section.flag("attention_k_eq_v", False)
         full = _full_layers(section, self.types, self.alike)
         wide = full.head_dim(512)
         full_heads = full.divisor("num_key_value_heads", self.heads, self.kv_heads)
         self.dims, self.kv = {FULL: wide, SLIDING: self.head_dim}, {FULL: full_heads, SLIDING: self.kv_heads}
         named = ConfigReader({"rope_parameters": ROPE} | dict(section.values), section.where)
-        self.ropes: dict[str, Rope] = {kind: read_rope(named, 10_000.0, kind) for kind in (FULL, SLIDING)}
-        self.source = _sources(section, self.types)
+        self.ropes = {kind: read_rope(named, 10_000.0, kind) for kind in (FULL, SLIDING)}
         self.double = section.flag("use_double_wide_mlp", False)
-        self.extra = section.integer("hidden_size_per_layer_input", 256, least=0)
         self.extra_vocab = section.integer("vocab_size_per_layer_input", self.vocab) if self.extra else 0
-
-    def norm(self, size: int | None = None) -> RMSNorm:
-        return RMSNorm(size or self.hidden, self.eps, offset=0.0)
 
 
 def layer_types(section: ConfigReader) -> list[str]:
@@ -85,61 +70,6 @@ def _full_layers(section: ConfigReader, types: list[str], alike: bool) -> Config
     inner = dict(found[0])
     inner.setdefault("head_dim", section.values.get("head_dim", 256))
     return ConfigReader(inner, f"{section.where}per_layer_config.")
-
-
-def _sources(section: ConfigReader, types: list[str]) -> list[int]:
-    shared = section.integer("num_kv_shared_layers", 0, least=0, most=len(types) - 1)
-    first = len(types) - shared
-    last = {kind: i for i, kind in enumerate(types[:first])}
-    if missing := set(types) - set(last):
-        raise section.error(
-            "num_kv_shared_layers", shared, f"fewer: no layer before computes keys for a {missing.pop()}"
-        )
-    return [i if i < first else last[kind] for i, kind in enumerate(types)]
-
-
-class Attention(Block):
-    """Attention with norms on queries, keys and values; over its own cache, or over that of an earlier layer."""
-
-    fused = (("q_proj", "k_proj", "v_proj"),)
-    key_value = ("k_proj", "v_proj")
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        kind = config.types[layer]
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv[kind], config.dims[kind]
-        self.window = config.window if kind == SLIDING else 0
-        self.own = config.source[layer] == layer
-        self.alike = config.alike and kind == FULL
-        self.q_proj = Linear(config.hidden, self.heads * self.head_dim)
-        self.q_norm = config.norm(self.head_dim)
-        if self.own:
-            self.k_proj = Linear(config.hidden, self.kv_heads * self.head_dim)
-            self.k_norm = config.norm(self.head_dim)
-            if not self.alike:
-                self.v_proj = Linear(config.hidden, self.kv_heads * self.head_dim)
-            self.register_buffer("ones", torch.ones(self.head_dim, device="cpu"), persistent=False)
-        self.o_proj = Linear(self.heads * self.head_dim, config.hidden)
-        self.eps = config.eps
-        self.register_buffer("inv_freq", config.ropes[kind].frequencies(self.head_dim), persistent=False)
-
-    def forward(
-        self, x: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
-    ) -> tuple[torch.Tensor, Cache, Cache]:
-        """Of a layer without its own keys, the caches are those that an earlier layer has written in this call."""
-        lead = x.shape[:2]
-        positions = past_length + torch.arange(x.shape[1], device=x.device)
-        q = EW.rope(self.q_norm(self.q_proj(x).reshape(*lead, self.heads, self.head_dim)), positions, self.inv_freq)
-        if not self.own:
-            attended = shared_attention(q, k_cache, v_cache, positions, 1.0, self.window)
-            return self.o_proj(attended), k_cache, v_cache
-        keys = self.k_proj(x).reshape(*lead, self.kv_heads, self.head_dim)
-        values = keys if self.alike else self.v_proj(x).reshape(*lead, self.kv_heads, self.head_dim)
-        k = EW.rope(self.k_norm(keys), positions, self.inv_freq)
-        v = EW.rms_norm(values, self.ones, self.eps, 0.0)
-        attended, k_new, v_new = cached_attention(q, k, v, k_cache, v_cache, past_length, 1.0, 0.0, self.window)
-        return self.o_proj(attended), k_new, v_new
 
 
 class Layer(nn.Module):
@@ -176,82 +106,13 @@ class Layer(nn.Module):
         return h * self.layer_scalar.to(h.dtype), k, v
 
 
-class Decoder(nn.Module):
-    """Embedding, per-layer inputs, layers and last norm."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.hidden, self.extra = config.hidden, config.extra
-        self.embed_tokens = Embedding(config.vocab, config.hidden)
-        if config.extra:
-            width = config.layers * config.extra
-            self.embed_tokens_per_layer = Embedding(config.extra_vocab, width)
-            self.per_layer_model_projection = Linear(config.hidden, width)
-            self.per_layer_projection_norm = config.norm(config.extra)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = config.norm()
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.embed_tokens(input_ids) * self.hidden**0.5
-        return out
-
-    def inputs(self, input_ids: torch.Tensor, h: torch.Tensor) -> list[torch.Tensor | None]:
-        """Of each layer its input [B, S, extra]: from the token's row and from its embedding h [B, S, hidden]."""
-        count = len(self.layers)
-        if not self.extra:
-            return [None] * count
-        shape = (*input_ids.shape, count, self.extra)
-        rows = (self.embed_tokens_per_layer(input_ids) * self.extra**0.5).reshape(shape)
-        seen = (self.per_layer_model_projection(h) * self.hidden**-0.5).reshape(shape)
-        both = (self.per_layer_projection_norm(seen) + rows) * 0.5**0.5
-        return [both.narrow(2, i, 1).squeeze(2) for i in range(count)]
-
-
-class Step(CausalStep):
-    """Prefill and decode step; upper layers read the caches that lower ones have written."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__({"whole": model}, model.parts(), [len(states) for states in model.states()])
-        self.sources, self.model = tuple(model.config.source), (model.model,)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_length: torch.Tensor,
-        logit_positions: torch.Tensor,
-        states: list[Cache],
-    ) -> tuple[Cache, ...]:
-        h = self.parts.embed(input_ids)
-        inputs = self.model[0].inputs(input_ids, h)
-        caches: list[tuple[Cache, Cache]] = []
-        updated: list[Cache] = []
-        for i, layer in enumerate(self.parts.layers):
-            source = self.sources[i]
-            k, v = (states[len(updated)], states[len(updated) + 1]) if source == i else caches[source]
-            h, k, v = layer(h, past_length, inputs[i], k, v)
-            caches.append((k, v))
-            if source == i:
-                updated += [k, v]
-        return (self.parts.head(self.parts.norm(h.index_select(1, logit_positions))), *updated)
-
-
-class Model(CausalModel):
+class Model(PerLayerModel):
     """A Gemma 4 text checkpoint's modules."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config)
-        self.config = Config(self.section)
-        self.vocab, self.max_context = self.config.vocab, self.config.max_positions
-        self.model = Decoder(self.config)
-        self.lm_head = Linear(self.config.hidden, self.vocab)
-        self.tied = self.tied_head(default=True)
-
-    @property
-    def names(self) -> Names:
-        """Files may hold keys and values of layers that read those of others."""
-        shared = [i for i, source in enumerate(self.config.source) if source != i]
-        unread = ("k_proj.*", "v_proj.*", "k_norm.*", "v_norm.*")
-        return Names(ignored=[f"*.layers.{i}.self_attn.{name}" for i in shared for name in unread])
+        section = ConfigReader(config, "")
+        own = Config(section)
+        super().__init__(section, own, PerLayerDecoder(own, (Layer(own, i) for i in range(own.layers))))
 
     @classmethod
     def shorten(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -260,17 +121,5 @@ class Model(CausalModel):
         layers = next(i for i in range(min(layers, len(types)), len(types) + 1) if types[i - 1] == FULL)
         short = shorten_stack(config | {"layer_types": types}, layers)
         computing = len(types) - (config.get("num_kv_shared_layers") or 0)
-        return short | {"num_kv_shared_layers": max(0, layers - computing)}
-
-    def step(self) -> CausalStep:
-        return Step(self)
-
-    def head(self, h: torch.Tensor) -> torch.Tensor:
-        return softcap(self.lm_head(h), self.config.final_softcap)
-
-    def parts(self) -> DecoderParts:
-        return DecoderParts(self.model.embed, self.model.layers, self.model.norm, self.head)
-
-    def states(self) -> list[list[State]]:
-        c = self.config
-        return [kv_states(i, c.kv[kind], c.dims[kind]) if c.source[i] == i else [] for i, kind in enumerate(c.types)]
+        short |= {"num_kv_shared_layers": max(0, layers - computing)}
+        return with_inputs_of(short, Config(ConfigReader(config, "")))

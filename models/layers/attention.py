@@ -161,6 +161,18 @@ class CachedAttention(SelfAttention):
         return self.o_proj(unpadded(attended, s)), k_out, v_out
 
 
+class WindowAttention(SelfAttention):
+    """Causal self-attention within `spec.window`, which keeps the window's keys and values alone (`window_attention`)."""
+
+    def forward(
+        self, x: torch.Tensor, past_length: torch.Tensor, k_past: torch.Tensor, v_past: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        positions = past_length + torch.arange(x.shape[1], device=x.device)
+        q, k, v = self.project(x, positions)
+        attended, k_last, v_last = window_attention(q, k, v, k_past, v_past, past_length, self.spec.rotated_scale)
+        return self.o_proj(attended), k_last, v_last
+
+
 class GatedCachedAttention(SelfAttention):
     """`CachedAttention` whose output is gated by a sigmoid. For each head `q_proj` computes the query, then the gate."""
 

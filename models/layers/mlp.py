@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .activations import activation
@@ -38,3 +40,18 @@ class FeedForward(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down_proj(self.act(self.up_proj(x)))
         return out
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A feed-forward. gated: `GatedMLP`, else `FeedForward`; bias: of all its linears."""
+
+    hidden: int
+    intermediate: int
+    act: str
+    gated: bool = True
+    bias: bool = False
+
+    def made(self) -> GatedMLP | FeedForward:
+        kind = GatedMLP if self.gated else FeedForward
+        return kind(self.hidden, self.intermediate, self.act, self.bias)

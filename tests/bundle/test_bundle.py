@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.hub_cache import REVISION, in_the_hubs_cache
 
 from edgewright.bundle import Bundle, Generation, GraphSpec, Manifest, TargetEntry, hash_files, write_manifest
 from edgewright.errors import UserError, VerificationFailure
-from edgewright.system import hashes
+from edgewright.system import hashes, reading
 from edgewright.system.hashes import of_file
 
 FILES = ("checkpoint/config.json", "checkpoint/model.safetensors", "onnx/decoder.onnx", "onnx/weights.bin")
@@ -330,3 +333,65 @@ def test_the_first_of_many_faults_is_named_whatever_thread_finds_it(root: Path) 
         "the file is not what was exported (its SHA-256 differs)",
     )
     assert hashes.first_fault(root, {}) is None
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_bundle(root: Path, tmp_path: Path) -> None:
+    snapshot = in_the_hubs_cache(root, tmp_path / "cache")
+    bundle = Bundle.open(snapshot)
+    bundle.check_files()
+    bundle.check_target("onnx")
+    weights = snapshot / "onnx" / "weights.bin"
+    weights.resolve().write_text("changed")
+    assert failure(snapshot) == "onnx/weights.bin: the file is not what was exported (its SHA-256 differs)"
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../secret", "../../../blobs/secret", "../../../blobs/deep/" + "0" * 64, "/etc/passwd"]
+)
+def test_no_other_link_of_a_snapshot_is_followed(root: Path, tmp_path: Path, target: str) -> None:
+    snapshot = in_the_hubs_cache(root, tmp_path / "cache")
+    weights = snapshot / "onnx" / "weights.bin"
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.symlink_to(target)
+    if not target.startswith("/"):
+        (weights.parent / target).parent.mkdir(exist_ok=True)
+        (weights.parent / target).write_bytes(content)
+    assert failure(snapshot) == "onnx/weights.bin: a link leads out of the bundle"
+    with pytest.raises(UserError, match="a link leads out of the bundle"):
+        Bundle.open(snapshot).require_plain("onnx")
+
+
+def test_a_blob_that_is_a_link_is_not_followed(root: Path, tmp_path: Path) -> None:
+    snapshot = in_the_hubs_cache(root, tmp_path / "cache")
+    blob = (snapshot / "onnx" / "weights.bin").resolve()
+    blob.rename(tmp_path / "elsewhere")
+    blob.symlink_to(tmp_path / "elsewhere")
+    assert failure(snapshot) == "onnx/weights.bin: a link leads out of the bundle"
+    blob.unlink()
+    (tmp_path / "elsewhere").rename(blob)
+    Bundle.open(snapshot).check_files()
+    blobs = blob.parent
+    blobs.rename(tmp_path / "blobs")
+    blobs.symlink_to(tmp_path / "blobs")
+    assert "a link leads out of the bundle" in failure(snapshot)
+
+
+def test_what_lies_like_a_snapshot_but_is_none_of_the_hubs(root: Path, tmp_path: Path) -> None:
+    snapshot = in_the_hubs_cache(root, tmp_path / "cache")
+    snapshot.parents[1].rename(tmp_path / "cache" / "bundle")
+    moved = tmp_path / "cache" / "bundle" / "snapshots" / REVISION
+    assert "a link leads out of the bundle" in failure(moved)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_a_file_that_the_system_does_not_let_read_is_trouble_and_no_failure(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    bundle = Bundle.open(root)
+    monkeypatch.setattr(reading.os, "open", refuse)
+    with pytest.raises(UserError, match=re.escape(f"cannot be read ({os.strerror(number)}); mend that")):
+        bundle.check_files()

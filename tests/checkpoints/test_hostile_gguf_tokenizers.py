@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from helpers.vocabularies import byte_fallback
 
-from edgewright.checkpoints import gguf_tokenizer
-from edgewright.checkpoints.gguf_tokenizer import merges_from_scores
 from edgewright.checkpoints.tokenizer import Tokenizer
+from edgewright.checkpoints.tokenizer_checks import Unfit
+from edgewright.checkpoints.vocabularies import merges as merges_module
+from edgewright.checkpoints.vocabularies.merges import merges_from_scores
 from edgewright.errors import UserError
 
 
@@ -60,9 +61,9 @@ def test_merges_of_long_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     pieces = ["a" * n for n in range(1, 65)]
     merges = merges_from_scores(pieces, [0.0] * 64, [1] * 64)
     assert len(merges) == 63 * 64 // 2
-    monkeypatch.setattr(gguf_tokenizer, "MOST_MERGES", 1000)
-    with pytest.raises(UserError, match="more than 1000 merges"):
+    monkeypatch.setattr(merges_module, "MOST_MERGES", 1000)
+    with pytest.raises(Unfit, match="more than 1000 merges"):
         merges_from_scores(pieces, [0.0] * 64, [1] * 64)
-    monkeypatch.setattr(gguf_tokenizer, "_MOST_CUTS", 64 * 64)
-    with pytest.raises(UserError, match="the tokens are too long, 64 characters"):
+    monkeypatch.setattr(merges_module, "_MOST_CUTS", 64 * 64)
+    with pytest.raises(Unfit, match="the tokens are too long, 64 characters"):
         merges_from_scores(pieces, [0.0] * 64, [1] * 64)

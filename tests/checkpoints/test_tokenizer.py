@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 from helpers.vocabularies import byte_fallback, letters
 
-from edgewright.checkpoints.gguf_tokenizer import merges_from_scores
 from edgewright.checkpoints.tokenizer import Tokenizer
+from edgewright.checkpoints.vocabularies.merges import merges_from_scores
 from edgewright.errors import UserError
 
 SAMPLES = [

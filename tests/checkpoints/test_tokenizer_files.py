@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.vocabularies import TEXTS, TRAINING
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
@@ -16,39 +17,9 @@ from transformers import AutoTokenizer
 from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.errors import UserError
 
-TRAINING = [
-    "the quick brown fox jumps",
-    "hello world, how are you today?",
-    "café naïve 你好世界 🙂👍🏽",
-    "user assistant",
-] * 3
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
-TEXTS = [
-    *(
-        "hello world",
-        " hello",
-        "  two spaces",
-        "a\nb\n\n",
-        "café 🎉👍🏽",
-        "你好 世界",
-        "<s>hi</s>",
-        "tab\tx",
-        "Hello , world !",
-    ),
-    *(
-        "don't",
-        "\u200bzero",
-        "１２３",
-        "\n",
-        " ",
-        "émigré e\u0301",
-        "<|im_start|>user",
-        "\U0001f468\u200d\U0001f469",
-        "<fim> x",
-    ),
-]
 
 
 def byte_level(special: list[str] = SPECIAL) -> Library:

@@ -49,7 +49,8 @@ LACKING: dict[str, tuple[Callable[[], set[str]], set[str]]] = {
     "tensorrt and qnn": (
         standard_rows,
         {
-            *("causal_conv", "gated_delta_rule", "linear_attention", "selective_scan", "quantize_kv", "append_kv"),
+            *("causal_conv", "gated_delta_rule", "generalized_delta_rule", "linear_attention", "selective_scan"),
+            *("diagonal_scan", "quantize_kv", "append_kv"),
             *("quantized_attention", "quantized_causal_attention", "quantized_merged_attention"),
             "quantized_biased_attention",
         },
@@ -58,7 +59,8 @@ LACKING: dict[str, tuple[Callable[[], set[str]], set[str]]] = {
     "coreml": (
         coreml_rows,
         {
-            *("gated_delta_rule", "linear_attention", "selective_scan", "quantize_kv", "append_kv"),
+            *("gated_delta_rule", "generalized_delta_rule", "linear_attention", "selective_scan", "diagonal_scan"),
+            *("quantize_kv", "append_kv"),
             *("quantized_attention", "quantized_causal_attention", "quantized_merged_attention"),
             "quantized_biased_attention",
         },

@@ -11,13 +11,17 @@ from edgewright.targets.registry import TARGETS
 from edgewright.verification.report import Report
 from helpers import tiny
 from helpers.requests import asking
-from helpers.tiny_families import FAMILIES
+from helpers.saved import saved
+from helpers.tiny_families import EMBEDDERS, FAMILIES
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "families.md"
 FORMATS = tuple(name for name, target in TARGETS.items() if not target.graphs and has_runtime(name))
 """The columns of the table: the targets that take every graph and run here."""
 CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
+CONFIGS |= {f"{name} embedding": config for name, config in EMBEDDERS.items()}
 MODULE = "helpers.user_modules:unet"
+SAVED = ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "zamba2", "recurrent_gemma")
+"""Families whose tiny model transformers writes, under the names of its files."""
 NAMES = {
     "t5gemma": "T5Gemma",
     "t5gemma2": "T5Gemma 2",
@@ -25,6 +29,8 @@ NAMES = {
     "t5": "T5",
     "bart": "BART",
     "m2m_100": "M2M100",
+    "mt5": "mT5",
+    "mbart": "mBART",
     "whisper": "Whisper",
     "moonshine": "Moonshine",
     "dolphin": "Dolphin",
@@ -35,6 +41,13 @@ NAMES = {
     "olmo_hybrid": "Olmo Hybrid (Gated DeltaNet)",
     "hgrn2": "HGRN-2",
     "falcon_h1": "Falcon-H1 (Mamba-2)",
+    "mamba2": "Mamba-2",
+    "bamba": "Bamba (Mamba-2)",
+    "granitemoehybrid": "Granite 4, dense and H (Mamba-2)",
+    "nemotron_h": "Nemotron-H (Mamba-2)",
+    "zamba2": "Zamba 2 (Mamba-2)",
+    "recurrent_gemma": "RecurrentGemma (RG-LRU)",
+    "rwkv7": "RWKV-7",
     "lfm2": "LFM2 (short convolution)",
     "modernbert": "Ettin encoder (ModernBERT)",
     "modernbert-decoder": "Ettin decoder (ModernBERT)",
@@ -59,14 +72,24 @@ NAMES = {
     "stablelm": "StableLM 2",
     "gpt2": "GPT-2",
     "gpt_neox": "GPT-NeoX, Pythia",
+    "bert": "BERT, MiniLM",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-R",
+    "distilbert": "DistilBERT",
+    "modernbert embedding": "ModernBERT, embeddings",
+    "gemma3_text embedding": "EmbeddingGemma",
+    "qwen3 embedding": "Qwen3-Embedding",
     "module": "your own module (a U-Net with attention)",
 }
-"""model_type -> common name, in the order of the table."""
+"""model_type -> common name, in the order of the table; " embedding" is behind one that also does something else."""
+NOT_IN_TABLE = {"gemma3n_text", "umt5", "marian", "pegasus"}
+"""Families that were not run through every target."""
 
 
 def verified(family: str, form: str, folder: Path) -> Report:
     """The report of `export` of a family's tiny model at mixed bits to one target: exported, reloaded and compared."""
-    model = MODULE if family == "module" else str(tiny.write(folder / "model", CONFIGS[family]))
+    write = saved if family in SAVED else tiny.write
+    model = MODULE if family == "module" else str(write(folder / "model", CONFIGS[family]))
     context = None if family == "module" else 48
     result = compiler.export(asking(model, (form,), bits=6.0, max_context=context, prompts=4), folder / "bundle")
     widths = {entry.bits for entry in result.planned.plan.entries.values()}
@@ -87,11 +110,14 @@ def documented() -> dict[tuple[str, str], str]:
     return cells
 
 
+def row(family: str, cells: dict[tuple[str, str], str]) -> str:
+    return f"| {' | '.join([NAMES[family], *(cells[family, form] for form in FORMATS)])} |"
+
+
 def table(cells: dict[tuple[str, str], str]) -> str:
     head = ["family", *FORMATS]
-    lines = [head, ["---"] * len(head)]
-    lines += [[name, *(cells[family, form] for form in FORMATS)] for family, name in NAMES.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head))]
+    return "\n".join([*lines, *(row(family, cells) for family in NAMES)])
 
 
 def cell(report: Report) -> str:

@@ -109,6 +109,9 @@ FAMILIES["t5"] = {
     "tie_word_embeddings": True,
     "vocab_size": 80,
 }
+_SMALL_T5 = {"num_layers": 1, "num_decoder_layers": 1}  # the kin of T5 and BART differ from them in keys, not in depth
+FAMILIES["mt5"] = FAMILIES["t5"] | _SMALL_T5 | {"model_type": "mt5", "tie_word_embeddings": False}
+FAMILIES["umt5"] = FAMILIES["mt5"] | {"model_type": "umt5", "feed_forward_proj": "relu", "num_layers": 2}
 _BART: dict[str, Any] = {
     "activation_function": "gelu",
     "d_model": 64,
@@ -128,6 +131,12 @@ _BART: dict[str, Any] = {
 }
 FAMILIES["bart"] = _BART | {"model_type": "bart", "forced_bos_token_id": 2}
 FAMILIES["m2m_100"] = _BART | {"model_type": "m2m_100", "activation_function": "relu"}
+_SMALL = {"encoder_layers": 1, "decoder_layers": 1}
+FAMILIES["mbart"] = _BART | _SMALL | {"model_type": "mbart", "scale_embedding": False}
+FAMILIES["marian"] = (
+    _BART | _SMALL | {"model_type": "marian", "activation_function": "swish", "share_encoder_decoder_embeddings": False}
+)
+FAMILIES["pegasus"] = _BART | _SMALL | {"model_type": "pegasus", "activation_function": "relu"}
 
 FAMILIES["whisper"] = {
     "model_type": "whisper",
@@ -309,6 +318,113 @@ FAMILIES["falcon_h1"] = {
     "tie_word_embeddings": False,
     "vocab_size": 80,
 }
+_MAMBA: dict[str, Any] = {
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+}
+FAMILIES["mamba2"] = _MAMBA | {
+    "model_type": "mamba2",
+    "expand": 2,
+    "head_dim": 32,
+    "n_groups": 2,
+    "num_heads": 4,
+    "state_size": 24,
+    "tie_word_embeddings": True,
+}
+_ATTENDING: dict[str, Any] = {
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_MIXER: dict[str, Any] = {
+    "mamba_d_head": 32,
+    "mamba_d_state": 24,
+    "mamba_expand": 2,
+    "mamba_n_groups": 2,
+    "mamba_n_heads": 4,
+}
+FAMILIES["bamba"] = _MAMBA | _ATTENDING | _MIXER | {"model_type": "bamba", "attn_layer_indices": [1]}
+FAMILIES["granitemoehybrid"] = (
+    _MAMBA
+    | _ATTENDING
+    | _MIXER
+    | {
+        "model_type": "granitemoehybrid",
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "logits_scaling": 2.0,
+        "num_local_experts": 0,
+        "position_embedding_type": "nope",
+        "residual_multiplier": 0.5,
+        "shared_intermediate_size": 96,
+        "tie_word_embeddings": True,
+    }
+)
+FAMILIES["nemotron_h"] = (
+    _MAMBA
+    | _ATTENDING
+    | {
+        "model_type": "nemotron_h",
+        "head_dim": 16,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"],
+        "mamba_head_dim": 32,
+        "mamba_num_heads": 4,
+        "n_groups": 2,
+        "num_hidden_layers": 4,
+        "ssm_state_size": 24,
+    }
+)
+FAMILIES["zamba2"] = (
+    _MAMBA
+    | _ATTENDING
+    | {
+        "model_type": "zamba2",
+        "adapter_rank": 32,
+        "hidden_act": "gelu",
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 24,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 4,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 4,
+        "num_mem_blocks": 2,
+        "use_mem_rope": True,
+        "use_shared_attention_adapter": True,
+    }
+)
+FAMILIES["recurrent_gemma"] = (
+    _MAMBA
+    | _ATTENDING
+    | {
+        "model_type": "recurrent_gemma",
+        "attention_window_size": 6,
+        "block_types": ["recurrent", "attention"],
+        "intermediate_size": 192,
+        "logits_soft_cap": 30.0,
+        "lru_width": 96,
+    }
+)
+FAMILIES["rwkv7"] = _MAMBA | {
+    "model_type": "rwkv7",
+    "a_low_rank_dim": 32,
+    "decay_low_rank_dim": 32,
+    "gate_low_rank_dim": 32,
+    "head_dim": 16,
+    "hidden_act": "sqrelu",
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "norm_bias": True,
+    "norm_eps": 1e-05,
+    "norm_first": True,
+    "tie_word_embeddings": False,
+    "v_low_rank_dim": 32,
+}
 FAMILIES["lfm2"] = {
     "model_type": "lfm2",
     "block_auto_adjust_ff_dim": True,
@@ -379,6 +495,20 @@ FAMILIES["ministral3"] = _PLAIN | {
 FAMILIES["qwen3"] = _PLAIN | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
 FAMILIES["gemma"] = _PLAIN | {"model_type": "gemma", "head_dim": 32}
 FAMILIES["gemma2"] = _PLAIN | _KINDS | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 24}
+FAMILIES["gemma3n_text"] = _PLAIN | {
+    "model_type": "gemma3n_text",
+    "activation_sparsity_pattern": [0.9, 0.0, 0.0],
+    "altup_num_inputs": 3,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "intermediate_size": [96, 64, 64],
+    "laurel_rank": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_hidden_layers": 3,
+    "num_kv_shared_layers": 1,
+    "sliding_window": 6,
+    "vocab_size_per_layer_input": 80,
+}
 FAMILIES["gemma4_text"] = _PLAIN | {
     "model_type": "gemma4_text",
     "final_logit_softcapping": 30.0,
@@ -432,3 +562,61 @@ FAMILIES["gpt2"] = {
     "vocab_size": 80,
 }
 FAMILIES["gpt_neox"] = _PLAIN | {"model_type": "gpt_neox", "rotary_pct": 0.5}
+
+
+# ---- encoders for search
+
+_BERT: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+    "vocab_size": 80,
+}
+
+
+def _embedding(*pooling: str, **more: Any) -> dict[str, Any]:
+    """The description of an embedding in config.json."""
+    return {"edgewright": {"embedding": {"pooling": list(pooling)} | more}}
+
+
+_UNIT = [{"kind": "normalize"}]
+_LINEARS = [
+    {"kind": "dense", "in": 64, "out": 96, "bias": False, "act": "identity"},
+    {"kind": "dense", "in": 96, "out": 32, "bias": True, "act": "tanh"},
+    *_UNIT,
+]
+FAMILIES["bert"] = _BERT | {"model_type": "bert"} | _embedding("mean", behind=_UNIT)
+FAMILIES["roberta"] = (
+    _BERT
+    | {"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}
+    | _embedding("max", "mean_sqrt_len")
+)
+FAMILIES["xlm-roberta"] = (
+    FAMILIES["roberta"] | {"model_type": "xlm-roberta"} | _embedding("weighted_mean", behind=_LINEARS)
+)
+FAMILIES["distilbert"] = {
+    "model_type": "distilbert",
+    "activation": "gelu",
+    "dim": 64,
+    "hidden_dim": 96,
+    "max_position_embeddings": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+} | _embedding("cls", behind=_LINEARS)
+EMBEDDERS: dict[str, dict[str, Any]] = {
+    "modernbert": FAMILIES["modernbert"] | _embedding("cls", behind=_UNIT),
+    "gemma3_text": _PLAIN
+    | _KINDS
+    | {"model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True}
+    | _embedding("mean", behind=_LINEARS),
+    "qwen3": FAMILIES["qwen3"] | _embedding("last", behind=_UNIT),
+}
+"""Families that also do something else, as models of embeddings: EmbeddingGemma is a Gemma 3."""

@@ -9,6 +9,37 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
+TRAINING = [
+    "the quick brown fox jumps",
+    "hello world, how are you today?",
+    "café naïve 你好世界 🙂👍🏽",
+    "user assistant",
+] * 3
+TEXTS = [
+    *(
+        "hello world",
+        " hello",
+        "  two spaces",
+        "a\nb\n\n",
+        "café 🎉👍🏽",
+        "你好 世界",
+        "<s>hi</s>",
+        "tab\tx",
+        "Hello , world !",
+    ),
+    *(
+        "don't",
+        "\u200bzero",
+        "１２３",
+        "\n",
+        " ",
+        "émigré e\u0301",
+        "<|im_start|>user",
+        "\U0001f468\u200d\U0001f469",
+        "<fim> x",
+    ),
+]
+
 
 def letters(directory: Path, template: list[str] | None = None, **settings: object) -> Path:
     """A word-level tokenizer like that of the T5Gemma example: letters, with `template` as its post-processor."""

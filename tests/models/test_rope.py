@@ -111,6 +111,19 @@ def test_a_context_ends_where_the_short_factors_do() -> None:
     assert read(rope_parameters=BLOCKS["yarn"]).within(4096) == 4096
 
 
+def test_long_factors_are_those_of_transformers_for_long_texts() -> None:
+    block = BLOCKS["longrope"] | {"rope_theta": 10000.0}
+    config = hf.LlamaConfig(**SIZES, rope_parameters=dict(block))
+    want, attention = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=513)
+    rope = read(rope_parameters=block, edgewright={"long_factors": True})
+    assert torch.equal(rope.frequencies(32), want)
+    assert not torch.equal(want, read(rope_parameters=block).frequencies(32))
+    assert rope.attention == pytest.approx(attention, rel=1e-12)
+    assert rope.within(4096) == 4096
+    with pytest.raises(UserError, match=r"edgewright\.long_factors is 'yes', expected true or false"):
+        read(rope_parameters=block, edgewright={"long_factors": "yes"})
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -27,6 +27,17 @@ def delta_rule(q, k, v, g, beta, state, scale):
     return out, state
 
 
+def generalized(q, k, v, g, a, b, state):
+    """One token and one head at a time (arXiv 2503.14456)."""
+    out, state = np.zeros(v.shape), state.copy()
+    for row, h in np.ndindex(B, H):
+        for t in range(v.shape[1]):
+            at = row, t, h
+            s = np.diag(np.exp(g[at])) @ state[row, h] + np.outer(b[at], a[at] @ state[row, h]) + np.outer(k[at], v[at])
+            out[at], state[row, h] = q[at] @ s, s
+    return out, state
+
+
 def linear(q, k, v, g, state, scale):
     out, state = np.zeros(v.shape), state.copy()
     for b, h in np.ndindex(B, H):
@@ -42,6 +53,14 @@ def scan(x, dt, a, b, c, state):
     for row, t in np.ndindex(B, x.shape[1]):
         state[row] = np.exp(dt[row, t][:, None] * a) * state[row] + np.outer(dt[row, t] * x[row, t], b[row, t])
         out[row, t] = state[row] @ c[row, t]
+    return out, state
+
+
+def diagonal(decay, value, state):
+    out, state = np.zeros(value.shape), state.copy()
+    for row, t in np.ndindex(B, value.shape[1]):
+        state[row] = decay[row, t] * state[row] + value[row, t]
+        out[row, t] = state[row]
     return out, state
 
 
@@ -68,6 +87,10 @@ def case(name: str, length: int, seed: int, decay: float = 1.0):
     if name == "gated_delta_rule":
         beta = 2 / (1 + np.exp(-normal(B, length, H)))  # up to 2: negative eigenvalues
         return EW.gated_delta_rule, delta_rule, [*qk, v, fade[..., 0], beta, state, 0.3], range(5), 5
+    if name == "generalized_delta_rule":
+        key, rate = unit(B, length, H, DK), 1 / (1 + np.exp(-normal(B, length, H, DK)))
+        args = [normal(B, length, H, DK), normal(B, length, H, DK), v, fade, -key, rate * key, state]
+        return EW.generalized_delta_rule, generalized, args, range(6), 6
     if name == "linear_attention":
         return EW.linear_attention, linear, [*qk, v, fade[..., :1], state, 0.3], range(4), 4
     if name == "linear_attention_per_key":
@@ -76,11 +99,17 @@ def case(name: str, length: int, seed: int, decay: float = 1.0):
         dt, a = decay * np.abs(normal(B, length, C)), -np.abs(normal(C, N))
         args = [normal(B, length, C), dt, a, normal(B, length, N), normal(B, length, N), normal(B, C, N)]
         return EW.selective_scan, scan, args, (0, 1, 3, 4), 5
+    if name == "diagonal_scan":
+        args = [np.exp(-decay * np.abs(normal(B, length, C))), normal(B, length, C), normal(B, C)]
+        return EW.diagonal_scan, diagonal, args, (0, 1), 2
     args = [normal(B, length, C), normal(C, K), normal(C), normal(B, C, K - 1)]
     return EW.causal_conv, conv, args, (0,), 3
 
 
-NAMES = ("gated_delta_rule", "linear_attention", "linear_attention_per_key", "selective_scan", "causal_conv")
+NAMES = (
+    *("gated_delta_rule", "generalized_delta_rule", "linear_attention", "linear_attention_per_key"),
+    *("selective_scan", "diagonal_scan", "causal_conv"),
+)
 
 
 def tensors(args):

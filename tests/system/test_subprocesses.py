@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -58,11 +59,31 @@ def test_work_that_ends_gives_its_result(child: str) -> None:
     assert lines == ["half"]
 
 
-@pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (6, "SIGABRT"), (9, "SIGKILL")])
+@pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (6, "SIGABRT"), (4, "SIGILL")])
 def test_a_crash_names_the_signal_and_the_stage(child: str, number: int, name: str) -> None:
     error = failed(child, f"os.kill(os.getpid(), {number})")
     assert str(error).startswith(f"ended with signal {number}, {name}")
     assert error.stage == "onnx: running decoder"
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_child_that_was_ended_from_outside_says_nothing_of_its_work(child: str, name: str) -> None:
+    error = failed(child, f"os.kill(os.getpid(), signal.{name})")
+    assert str(error).startswith(f"was ended from outside with signal {int(signal.Signals[name])}, {name}")
+    assert error.stage == ""
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EROFS", "EMFILE"])
+def test_what_the_system_refuses_a_child_is_trouble_and_no_failure(child: str, number: str) -> None:
+    code = f"raise OSError(errno.{number}, 'refused', 'some.file')"
+    with pytest.raises(UserError, match=r"^some\.file: refused; mend that"):
+        run_child(child, {"code": "import errno; " + code}, limits=ROOMY)
+
+
+def test_a_result_that_a_child_cannot_write_is_trouble(child: str) -> None:
+    code = "from pathlib import Path; Path(sys.argv[2]).symlink_to('/dev/full')"
+    with pytest.raises(UserError, match="No space left on device; mend that"):
+        run_child(child, {"code": code}, limits=ROOMY)
 
 
 def test_the_stage_around_counts_again_when_the_inner_one_is_over(child: str) -> None:

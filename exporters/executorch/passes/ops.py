@@ -38,6 +38,8 @@ REWRITES: dict[Any, Callable[[Rewriting, fx.Node], None]] = {
     EW.gated_delta_rule.default: recurrence.gated_delta_rule,
     EW.linear_attention.default: recurrence.linear_attention,
     EW.selective_scan.default: recurrence.selective_scan,
+    EW.diagonal_scan.default: recurrence.diagonal_scan,
+    EW.generalized_delta_rule.default: recurrence.generalized_delta_rule,
     ATEN.erf.default: forms.exact_gelu,
     ATEN.matmul.default: forms.linear,
     ATEN.zeros_like.default: forms.filled,

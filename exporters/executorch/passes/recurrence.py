@@ -54,6 +54,14 @@ def selective_scan(rewriting: Rewriting, node: fx.Node) -> None:
     node.target = recurrence.selective_scan_step if step else recurrence.selective_scan
 
 
+def diagonal_scan(rewriting: Rewriting, node: fx.Node) -> None:
+    node.target = recurrence.diagonal_scan
+
+
+def generalized_delta_rule(rewriting: Rewriting, node: fx.Node) -> None:
+    node.target = recurrence.generalized_delta_rule
+
+
 def _decay_masks(rewriting: Rewriting) -> tuple[fx.Node, fx.Node, fx.Node]:
     """The nodes of `recurrence.Masks`."""
     until = _mask(rewriting, ("until",), recurrence.until_mask)
