@@ -75,7 +75,7 @@ def transcribe(
         language = options.language
     asked = spec.model_copy(update={"forced": prefix(speech, language, options.task, timed)})
     rule = rule_of(asked, speech, timed)
-    at = 0
+    at, end = 0, len(samples) / sound.rate
     while at < len(samples):
         window = samples[at : at + sound.window]
         if not timed and at + len(window) < len(samples):
@@ -88,7 +88,8 @@ def transcribe(
         else:
             segments, read = [Segment(0.0, len(window) / sound.rate, tuple(said))], len(window)
         for segment in segments:
-            yield Segment(start + segment.start, start + segment.end, segment.tokens)
+            # a model may hear an end in the silence that fills its window
+            yield Segment(min(start + segment.start, end), min(start + segment.end, end), segment.tokens)
         at += read
 
 
