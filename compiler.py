@@ -24,7 +24,7 @@ from .pipeline.write_bundle import Cost, lower_targets, write_bundle
 from .quant.plan import BitPlan
 from .system.reading import one_line
 from .system.resumable import ResumableExport
-from .targets.registry import require, require_kv_cache
+from .targets.registry import require, require_choices, require_kv_cache
 from .verification.report import Independent, Report
 
 __all__ = ["Cost", "Exported", "Planned", "Request", "export", "plan"]
@@ -57,7 +57,8 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
     for name in request.formats:
         require(name)  # a missing library is refused before any work
     require_kv_cache(request.formats, request.targets.kv_cache)
-    checkpoint = open_model(request.model, request.adapter)
+    require_choices(request.targets.own)
+    checkpoint = open_model(request.model, request.adapter, request.pooling)
     independent = compare_reading(request, checkpoint, progress)
     with resumable(request, output, checkpoint, progress) as run:
         planned = _plan(request, checkpoint, run.folder, progress)

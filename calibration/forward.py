@@ -18,6 +18,7 @@ from torch import nn
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Linear
 from ..runtimes.eager import EagerSession
+from ..runtimes.encoder_inputs import encoder_batch
 from ..runtimes.session import Array, StateBuffers
 from ..system.memory import freed_at_once
 from ..system.round_robin import RoundRobin
@@ -122,6 +123,8 @@ class CalibrationForward:
     def logits(self, most: int) -> tuple[Array, Array]:
         """Float32 logits [B, P, V] at P evenly spread positions, and where they follow a sample's tokens, bool [B, P].
 
+        Of an "embed" model the vectors of the samples, [B, 1, D], and all true.
+
         B * P is about `most`. Padding and the rows of a memory are no sample's tokens.
         """
         return self._run(most)
@@ -183,7 +186,8 @@ class CalibrationForward:
             if len(self._parts) > 1:
                 torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
             try:
-                return self._seq2seq(part, most) if self._generation.task == "seq2seq" else self._causal(part, most)
+                run = {"seq2seq": self._seq2seq, "embed": self._embed}.get(self._generation.task, self._causal)
+                return run(part, most)
             except _HeadReached:
                 return _NOTHING
 
@@ -218,12 +222,19 @@ class CalibrationForward:
         part.real = real
         return self._decode(ids, self._new_state(*ids.shape), most, extra, counted)
 
+    def _embed(self, part: _Part, most: int | None) -> tuple[Array, Array]:
+        ids, part.real = self._padded(part, lambda s: s.tokens, None)
+        inputs = {"input_ids": ids.numpy(), "encoder_mask": part.real.numpy()}
+        vectors = self._session.run("encoder", inputs, {})["sentence_embedding"]
+        return vectors[:, None], np.ones((len(vectors), 1), bool)
+
     def _seq2seq(self, part: _Part, most: int | None) -> tuple[Array, Array]:
-        ids, part.real = self._padded(part, lambda s: s.tokens, most)
-        encoder = part.real.numpy()
+        read = [self._samples[i] for i in part.places]
+        inputs, encoder = encoder_batch(self._generation, [s.tokens if s.sound is None else s.sound for s in read])
+        part.real = torch.from_numpy(encoder)
         decoded, real = self._padded(part, lambda s: s.decoded, most)
         state = self._new_state(*decoded.shape)
-        encoded = self._session.run("encoder", {"input_ids": ids.numpy(), "encoder_mask": encoder}, state)
+        encoded = self._session.run("encoder", inputs, state)
         self._session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
         part.real = real
         return self._decode(decoded, state, most, {"encoder_mask": encoder}, real)
@@ -276,4 +287,6 @@ class CalibrationForward:
 
 
 def _real_rows(x: torch.Tensor, part: _Part) -> torch.Tensor:
-    return x[part.real] if x.shape[:-1] == part.real.shape else x.reshape(-1, x.shape[-1])
+    """Of [B, S, …, K] those at real positions, which may have several rows each; all of what is no such sequence."""
+    of_positions = x.ndim > part.real.ndim and x.shape[: part.real.ndim] == part.real.shape
+    return (x[part.real] if of_positions else x).reshape(-1, x.shape[-1])

@@ -7,13 +7,15 @@ begins with that context and a tab.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..bundle import Generation, require_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
+from ..runtimes.session import Array
 from ..system.reading import MEBIBYTE, read_text
 
 _LIMIT = 256 * MEBIBYTE
@@ -24,10 +26,11 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as token ids, with a context for each where the model reads one."""
+    """Prompts as token ids, with a context for each where the model reads one; or sounds, of a model that reads those."""
 
     tokens: Sequence[Sequence[int]] = ()
     contexts: Sequence[Sequence[int]] = ()
+    sounds: Sequence[Mapping[str, Array]] = ()
 
 
 NO_PROMPTS = Prompts()
@@ -80,6 +83,34 @@ def text_windows(path: Path, tokenizer: Tokenizer, length: int, count: int) -> l
     return windows
 
 
+def paragraphs(path: Path, tokenizer: Tokenizer, generation: Generation, count: int) -> list[list[int]]:
+    """Up to `count` paragraphs of a text file, of a file of one paragraph its lines, each as an "embed" model reads what is
+    searched. Raises UserError for a file without text, or a tokenizer that is not the model's."""
+    text = read_text(path, _LIMIT)
+    parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    parts = [part for part in parts if part] if len(parts) > 1 else text.splitlines()
+    texts = [part for part in dict.fromkeys(parts) if part.strip()][:count]
+    if not texts:
+        raise UserError(f"{path}: no text in it; paragraphs are wanted, an empty line between them")
+    return text_ids(texts, tokenizer, generation, query=False, whose=str(path))
+
+
+def text_ids(
+    texts: Sequence[str], tokenizer: Tokenizer, generation: Generation, query: bool, whose: str
+) -> list[list[int]]:
+    """Texts as an "embed" model reads what is asked (query) or what is searched: with the prompt for it, cut to what it takes.
+
+    whose: what an error names. Raises UserError for tokens that the model does not have.
+    """
+    spec = generation.embedding
+    assert spec is not None
+    prompt = spec.role(query)
+    encoded = [tokenizer.encode_within(spec.prepared(text, prompt), generation.max_context)[0] for text in texts]
+    for ids in encoded:
+        require_tokens(ids, generation.vocab, whose)
+    return encoded
+
+
 def _pieces(path: Path, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
     """Up to `count` consecutive pieces of `length` tokens, the last one maybe shorter, no special tokens among them."""
     text = read_text(path, _LIMIT)
@@ -109,7 +140,7 @@ def text_passages(path: Path, tokenizer: Tokenizer, generation: Generation, coun
     most, and is scored on the rest. Raises UserError for too little text or a tokenizer that is not the model's.
     """
     if generation.task == "seq2seq":
-        before, after = special_tokens(tokenizer)
+        before, after = tokenizer.special_tokens()
         half = min(WINDOW // 2, generation.max_context - len(before) - len(after))
         sizes = (half, min(WINDOW // 2, generation.max_context))
     elif generation.context is not None:
@@ -140,15 +171,6 @@ def _checked(path: Path, generation: Generation, passages: list[Passage]) -> lis
     for passage in passages:
         require_tokens((*passage.scored, *passage.prompt, *passage.context), vocab, str(path))
     return passages
-
-
-def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a prompt, each maybe none (Gemma: bos before; T5Gemma: eos after)."""
-    plain, special = tokenizer.encode("a", special=False), tokenizer.encode("a")
-    for at in range(len(special) - len(plain) + 1):
-        if plain and special[at : at + len(plain)] == plain:
-            return special[:at], special[at + len(plain) :]
-    return [], []
 
 
 def random_prompts(vocab: int, count: int, seed: int = 0) -> list[list[int]]:

@@ -58,5 +58,5 @@ class Source:
 
     @property
     def has_logits(self) -> bool:
-        """Whether there are samples, and logits that the model predicts their tokens by."""
+        """Whether there are samples, and logits that the model predicts their tokens by, or vectors that it makes of them."""
         return bool(self.samples) and self.generation.task != "module"

@@ -17,6 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FILES = (
     *("*.safetensors", INDEX, "config.json", "generation_config.json", mistral_layout.PARAMS, ADAPTER_CONFIG),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    *("modules.json", "sentence_*config.json", "config_sentence_transformers.json", "*/config.json"),
     *("tokenizer*.json", "chat_template*", "*.model", "tokenizer.model.v[0-9]", "tekken.json", "*.tiktoken"),
     *("vocab.json", "vocab.txt", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "additional_chat_templates/*.jinja"),

@@ -17,6 +17,7 @@ from .mlx_layout import without_mlx_layout
 from .prequantized.block import Block
 from .prequantized.opening import dequantized
 from .safetensors_reader import INDEX, SafetensorsStore
+from .sentence_transformers import read_sentence_transformer
 from .tokenizer import Tokenizer
 from .vocabularies.finding import has_vocabulary
 
@@ -60,6 +61,14 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
 
 
 def _open_directory(source: str, directory: Path, tell_adapter: bool) -> Checkpoint:
+    described = read_sentence_transformer(directory)
+    if described is None:
+        return _open_model(source, directory, tell_adapter)
+    return described.joined(_open_model(source, described.transformer, tell_adapter))
+
+
+def _open_model(source: str, directory: Path, tell_adapter: bool) -> Checkpoint:
+    """A folder as one model, whatever lies beside it."""
     if not any(directory.glob("*.safetensors")) and not (directory / INDEX).exists():
         from .gguf_parts import gguf_in
 

@@ -95,6 +95,24 @@ class Tokenizer:
         """
         return encode(self._backend, self._limits, text, special)
 
+    def special_tokens(self) -> tuple[list[int], list[int]]:
+        """The ids that it puts before and after a text, each maybe none (Gemma: bos before; T5Gemma: eos after)."""
+        plain, special = self.encode("a", special=False), self.encode("a")
+        for at in range(len(special) - len(plain) + 1):
+            if plain and special[at : at + len(plain)] == plain:
+                return special[:at], special[at + len(plain) :]
+        return [], []
+
+    def encode_within(self, text: str, most: int) -> tuple[list[int], int]:
+        """`encode` cut to `most` ids, the special tokens at both ends kept, and how many were cut off."""
+        ids = self.encode(text)
+        if len(ids) <= most:
+            return ids, 0
+        before, after = self.special_tokens()
+        room = max(0, most - len(before) - len(after))
+        inner = ids[len(before) : len(ids) - len(after)]
+        return [*before, *inner[:room], *after][:most], len(inner) - room
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens. Ids beyond the vocabulary are skipped. Raises UserError if the library fails."""
         with library_errors("tokens"):

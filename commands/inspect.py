@@ -48,6 +48,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "targets": {
             t.format: {
                 "stored_bytes": t.stored_bytes,
+                "facts": t.facts,
                 "file_bytes": sum((bundle.path / f).stat().st_size for f in t.files if (bundle.path / f).exists()),
             }
             for t in m.targets

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from ..bundle import Pooling
 from ..errors import UserError
 from ..system.reading import shown
 
@@ -81,6 +82,13 @@ against = click.option(
     type=click.Choice(["auto", "transformers", "none"]),
     help="Compare how MODEL is read with transformers. auto: where it is installed and knows the model.",
 )
+pooling = click.option(
+    "--pooling",
+    default="",
+    metavar="NAME[,NAME]",
+    callback=lambda _, __, value: _poolings(value),
+    help="Of an encoder of texts, in place of what its files say: cls, max, mean, mean_sqrt_len, weighted_mean, last.",
+)
 threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
 check = click.option(
     "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
@@ -88,10 +96,21 @@ check = click.option(
 path = click.Path(path_type=Path)
 
 
+def _poolings(text: str) -> tuple[str, ...]:
+    """The poolings of a comma-separated list. Raises click's error for another."""
+    known = get_args(Pooling)
+    asked = [part.strip() for part in text.split(",")] if text else []
+    for name in asked:
+        if name not in known:
+            raise click.BadParameter(f"{shown(name, 60)} is none of {', '.join(known)}", param_hint="--pooling")
+    return tuple(dict.fromkeys(asked))
+
+
 def planning(command: Any) -> Any:
     """The options `export` and `plan` share."""
     options = [
         adapter,
+        pooling,
         click.option(
             "--format",
             "formats",
@@ -170,12 +189,12 @@ def _target_options() -> list[Any]:
     from ..targets.registry import TARGETS
 
     own = [target.option for target in TARGETS.values() if target.option is not None]
-    return [
-        click.option(o.flag, type=IntList(), help=o.help)
-        if o.kind == "numbers"
-        else click.option(o.flag, multiple=True, metavar="CONFIG", help=o.help)
-        for o in own
-    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "numbers": {"type": IntList()},
+        "names": {"multiple": True, "metavar": "CONFIG"},
+        "version": {"metavar": "VERSION"},
+    }
+    return [click.option(o.flag, help=o.help, **kinds[o.kind]) for o in own]
 
 
 def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
@@ -184,7 +203,7 @@ def _own_choices(options: dict[str, Any]) -> dict[str, tuple[int, ...] | tuple[s
 
     flags = {name: target.option.flag for name, target in TARGETS.items() if target.option is not None}
     given = {name: options[flag.removeprefix("--").replace("-", "_")] for name, flag in flags.items()}
-    return {name: values for name, values in given.items() if values}
+    return {name: (values,) if isinstance(values, str) else values for name, values in given.items() if values}
 
 
 def request(model: str, options: dict[str, Any], note: Callable[[str], None]) -> Request:
@@ -221,6 +240,7 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
     return Request(
         model=model,
         adapter=options["adapter"],
+        pooling=options["pooling"],
         budget=BudgetOptions(
             bits=options["bits"],
             size=options["size"],

@@ -1,7 +1,8 @@
 """From a target's name to its exporter: `exporters/<name>/export.py`, or the file `exporters/<name>.py`.
 
 It has `export(graphs, directory, options, progress) -> Artefact`, which stores the codes and scales that the graphs' quantized
-modules carry and never quantizes, and `read_weights(directory)`, which reads them back from the files.
+modules carry and never quantizes, and `read_weights(directory)`, which reads them back from the files. Some have
+`read_facts(directory)`: those of an artefact's facts that its files bear themselves.
 """
 
 from __future__ import annotations
@@ -35,3 +36,12 @@ def exporter(name: str) -> Exporter:
     if hasattr(module, "__path__"):
         module = importlib.import_module(".export", module.__name__)
     return cast(Exporter, module)
+
+
+def read_facts(name: str, directory: Path) -> dict[str, object]:
+    """The facts of a target's artefact that its files bear themselves; none for a target whose exporter reads none back.
+
+    Raises UserError for files that cannot be read.
+    """
+    reader = getattr(exporter(name), "read_facts", None)
+    return {} if reader is None else cast(dict[str, object], reader(directory))

@@ -25,8 +25,8 @@ from ..models.loading import load_original
 from ..models.registry import stored_name
 from ..quant.hessian import Factor
 from ..quant.plan import Choice
-from ..runtimes.logits import torch_log_softmax
 from .candidates import Candidates, Losses, fill_unreached, unit_losses
+from .divergence import Measure, measure_of
 from .fisher_losses import Curvature, Gradients, WeightLosses
 
 POSITIONS = 256
@@ -80,20 +80,21 @@ def fisher(source: Source, windows: int = WINDOWS, progress: Progress = lambda _
         if i % 8 == 0:
             progress(f"fisher: window {i + 1} of {len(chosen)}")
         session = GradientSession(model.graphs())
-        tokens += _differentiate(CalibrationForward(model, source.over([sample]), session=session), generator)
+        forward = CalibrationForward(model, source.over([sample]), session=session)
+        tokens += _differentiate(forward, measure_of(source.generation.task), generator)
         gradients.finish_window()
     return Fisher(gradients.curvatures(tokens), tokens, chosen)
 
 
-def _differentiate(forward: CalibrationForward, generator: torch.Generator) -> int:
-    """The gradient of one window's log-likelihood of drawn tokens, to the recorder; the number of those tokens."""
+def _differentiate(forward: CalibrationForward, measure: Measure, generator: torch.Generator) -> int:
+    """The gradient of one window's log-likelihood of drawn tokens, to the recorder; the number of those tokens.
+
+    Of a model of embeddings one vector is drawn."""
     every, real = forward.logits(POSITIONS)
     logits = torch.as_tensor(every)[torch.as_tensor(real)]
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the model's logits are not finite on the calibration data; use --importance zd")
-    likelihood = torch_log_softmax(logits)
-    drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
-    likelihood.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
+    measure.drawn(measure.predictions(logits), generator).backward()  # type: ignore[no-untyped-call]
     return len(logits)
 
 

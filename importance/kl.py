@@ -1,4 +1,4 @@
-"""How far a model's predictions move when weights are rounded: the divergence of its logits.
+"""How far a model's predictions move when weights are rounded: the divergence of its logits, or of the vectors of texts.
 
 Weights are read when their module runs, so this works for models larger than memory. In memory are the logits of a bounded
 number of positions.
@@ -21,13 +21,15 @@ from ..calibration.samples import Sample
 from ..calibration.source import Source
 from ..calibration.streamed_weights import WeightTransform
 from ..errors import UserError
+from ..models.embedding import poolings
 from ..models.layers.linear import Embedding
 from ..models.opening import open_model
 from ..quant.plan import UNQUANTIZED, BitPlan
 from ..quant.rtn import effective_group, quantize_rtn
-from ..runtimes.logits import same_top1, torch_divergence, torch_log_softmax
+from ..runtimes.logits import same_top1
 from ..runtimes.session import Array
 from ..system.workers import ONE, Workers
+from .divergence import measure_of
 
 POSITIONS = 1024
 """The most positions compared, unless the vocabulary asks for fewer."""
@@ -40,7 +42,7 @@ Width = tuple[int, int, bool]
 
 
 def measured_kl(source: Source, plans: Sequence[BitPlan | WeightTransform]) -> list[float]:
-    """Mean Kullback-Leibler divergence, nats a token, of the original model from itself under each plan.
+    """Mean divergence (`divergence.Measure`: nats a token, or 1 - cosine a text) of the original model from itself under each plan.
 
     Of a plan every weight is rounded to nearest. A transform may be given in its place, such as one that returns the values of
     finished codes. Raises UserError for a model without logits.
@@ -51,20 +53,24 @@ def measured_kl(source: Source, plans: Sequence[BitPlan | WeightTransform]) -> l
     for plan in plans:
         if isinstance(plan, BitPlan):
             plan = rounding({n: (e.bits, e.group_size, e.signed) for n, e in plan.entries.items()}, used)
-        divergences.append(_divergence(reference, _logits(source, plan)))
+        divergences.append(_divergence(source.generation.task, reference, _logits(source, plan)))
     return divergences
 
 
 def agreement_under(source: Source, transform: WeightTransform) -> tuple[float, float, int]:
-    """(mean divergence in nats a token, share of positions with the same best token, how many positions) under other weights.
+    """(mean divergence, share of positions with the same best token, how many positions) under other weights.
 
-    Raises UserError for a model without logits.
+    Of a model of embeddings: 1 - cosine a text, the least cosine, how many texts. Raises UserError for a model without logits.
     """
     reference, made = _logits(source, None), _logits(source, transform)
     logits, real = reference
     ours, theirs = logits[real], made[0][real]
+    divergence = _divergence(source.generation.task, reference, made)
+    if source.generation.task == "embed":
+        cosines = torch.cosine_similarity(torch.as_tensor(ours), torch.as_tensor(theirs))
+        return divergence, float(cosines.min()), len(ours)
     same = sum(same_top1(ours[i : i + _ROWS], theirs[i : i + _ROWS]) for i in range(0, len(ours), _ROWS))
-    return _divergence(reference, made), same / max(1, len(ours)), len(ours)
+    return divergence, same / max(1, len(ours)), len(ours)
 
 
 def kl_of_each(
@@ -106,12 +112,13 @@ class _WorkerSource:
     part_tokens: int
 
     def open(self) -> Source:
-        checkpoint = open_model(self.checkpoint, self.adapter)
+        checkpoint = open_model(self.checkpoint, self.adapter, poolings(self.config))
         return Source(checkpoint, self.config, self.generation, self.samples, (), self.part_tokens)
 
 
 def _kl_of_part(data: _WorkerSource, reference: tuple[Array, Array], part: Mapping[str, Width]) -> float:
-    return _divergence(reference, _single(data, rounding(part, ids_of(data.generation, data.samples))))
+    rounded = rounding(part, ids_of(data.generation, data.samples))
+    return _divergence(data.generation.task, reference, _single(data, rounded))
 
 
 def _single(data: _WorkerSource, transform: WeightTransform | None) -> tuple[Array, Array]:
@@ -161,13 +168,14 @@ def _logits(source: Source, transform: WeightTransform | None) -> tuple[Array, A
     return CalibrationForward(source.build(), source, transform=transform).logits(most)
 
 
-def _divergence(reference: tuple[Array, Array], made: tuple[Array, Array]) -> float:
+def _divergence(task: str, reference: tuple[Array, Array], made: tuple[Array, Array]) -> float:
+    measure = measure_of(task)
     logits, real = reference
     ours, theirs = logits[real], made[0][real]
     total = 0.0
     for start in range(0, len(ours), _ROWS):
         p, q = (
-            torch_log_softmax(torch.from_numpy(np.array(x[start : start + _ROWS])).double()) for x in (ours, theirs)
+            measure.predictions(torch.from_numpy(np.array(x[start : start + _ROWS])).double()) for x in (ours, theirs)
         )
-        total += float(torch_divergence(p, q))
+        total += float(measure.divergence(p, q))
     return max(0.0, total / max(1, len(ours)))

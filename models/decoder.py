@@ -14,12 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..graph import State
+from ..errors import UserError
+from ..graph import Graph, State
 from .causal import CausalModel, DecoderParts, kv_states
 from .config import ConfigReader, StackKeys
 from .kv_cache import Cache
+from .language_model import TextEncoder, TextStack
 from .layers.activations import softcap
-from .layers.attention import AttentionSpec, CachedAttention
+from .layers.attention import AttentionSpec, BidirectionalAttention, CachedAttention, SelfAttention
 from .layers.linear import Embedding, Linear
 from .layers.mlp import FeedForward, GatedMLP
 from .layers.norm import LayerNorm, NormSpec, RMSNorm
@@ -44,6 +46,7 @@ class DecoderSpec:
         table: rows of learned positions that are added to the embeddings; 0 for none.
         head_bias: the head has a bias.
         tied: the head is the embedding's table.
+        bidirectional: tokens see those behind them, too. Such a model generates nothing; a window is of either side.
     """
 
     vocab: int
@@ -63,43 +66,71 @@ class DecoderSpec:
     table: int = 0
     head_bias: bool = False
     tied: bool = False
+    bidirectional: bool = False
 
 
-class DecoderLayer(nn.Module):
-    """Causal attention and feed-forward, with norms where `DecoderSpec.placement` says."""
+class Blocks(nn.Module):
+    """Attention and feed-forward of a layer, with norms where `DecoderSpec.placement` says; heirs run the attention."""
 
     input_layernorm: RMSNorm | LayerNorm
     post_attention_layernorm: RMSNorm | LayerNorm
     pre_feedforward_layernorm: RMSNorm | LayerNorm
     post_feedforward_layernorm: RMSNorm | LayerNorm
 
-    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+    def __init__(self, spec: DecoderSpec, attention: SelfAttention) -> None:
         super().__init__()
         self.placement, self.residual_scale = spec.placement, spec.residual_scale
-        self.self_attn = CachedAttention(spec.attention[layer])
+        self.self_attn = attention
         mlp = GatedMLP if spec.gated else FeedForward
         self.mlp = mlp(spec.hidden, spec.intermediate, spec.act, spec.mlp_bias)
         for name in _NORMS[spec.placement]:
             self.add_module(name, spec.norm.of(spec.hidden))
 
-    def forward(
-        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
-    ) -> tuple[torch.Tensor, Cache, Cache]:
-        before = self.placement != "post"
-        x = self.input_layernorm(h) if before else h
-        attended, k, v = self.self_attn(x, past_length, k_cache, v_cache)
+    def attention_input(self, h: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of h [B, S, hidden]."""
+        return h if self.placement == "post" else self.input_layernorm(h)
+
+    def behind(self, h: torch.Tensor, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output; attended: what the attention made of its input x."""
         if self.placement in ("parallel", "shared"):
             y = self.post_attention_layernorm(h) if self.placement == "parallel" else x
-            return h + attended + self.mlp(y), k, v
+            out: torch.Tensor = h + attended + self.mlp(y)
+            return out
         if self.placement == "pre":
             h = self._add(h, attended)
-            return self._add(h, self.mlp(self.post_attention_layernorm(h))), k, v
+            return self._add(h, self.mlp(self.post_attention_layernorm(h)))
         h = self._add(h, self.post_attention_layernorm(attended))
-        x = self.pre_feedforward_layernorm(h) if before else h
-        return self._add(h, self.post_feedforward_layernorm(self.mlp(x))), k, v
+        y = h if self.placement == "post" else self.pre_feedforward_layernorm(h)
+        return self._add(h, self.post_feedforward_layernorm(self.mlp(y)))
 
     def _add(self, h: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return h + (new if self.residual_scale == 1.0 else new * self.residual_scale)
+
+
+class DecoderLayer(Blocks):
+    """A layer whose attention is causal and appends to its KV cache."""
+
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__(spec, CachedAttention(spec.attention[layer]))
+
+    def forward(
+        self, h: torch.Tensor, past_length: torch.Tensor, k_cache: Cache, v_cache: Cache
+    ) -> tuple[torch.Tensor, Cache, Cache]:
+        x = self.attention_input(h)
+        attended, k, v = self.self_attn(x, past_length, k_cache, v_cache)
+        return self.behind(h, x, attended), k, v
+
+
+class EncodingLayer(Blocks):
+    """The same layer without a cache: it reads a whole text, and the mask says which token sees which."""
+
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__(spec, BidirectionalAttention(spec.attention[layer]))
+
+    def forward(self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """positions: int64 [S]; mask: bool [B, 1, S, S]."""
+        x = self.attention_input(h)
+        return self.behind(h, x, self.self_attn(x, positions, mask))
 
 
 _NORMS: dict[Placement, tuple[str, ...]] = {
@@ -127,24 +158,62 @@ class PositionTable(nn.Module):
         return nn.functional.embedding(positions, self.weight).to(torch.float32)
 
 
-class DecoderStack(nn.Module):
-    """Embedding, layers and last norm."""
+class DecoderEmbedding(nn.Module):
+    """The embedding of a stack; heirs have the layers and the last norm."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.scale = spec.embedding_scale
         self.embed_tokens = Embedding(spec.vocab, spec.hidden)
         self.embed_positions = PositionTable(spec.table, spec.hidden) if spec.table else None
-        self.layers = nn.ModuleList(DecoderLayer(spec, i) for i in range(len(spec.attention)))
-        self.norm = spec.norm.of(spec.hidden)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, hidden] of input_ids [B, S]."""
         h: torch.Tensor = self.embed_tokens(input_ids)
         return h if self.scale == 1.0 else h * self.scale
 
+
+class DecoderStack(DecoderEmbedding):
+    """Embedding, layers and last norm."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__(spec)
+        self.layers = nn.ModuleList(DecoderLayer(spec, i) for i in range(len(spec.attention)))
+        self.norm = spec.norm.of(spec.hidden)
+
     def parts(self, head: Any) -> DecoderParts:
         return DecoderParts(self.embed, self.layers, self.norm, head, self.embed_positions)
+
+
+class EncodingStack(DecoderEmbedding, TextStack):
+    """The same layers as an encoder of texts, causal unless the spec says bidirectional."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__(spec)
+        self.layers = nn.ModuleList(EncodingLayer(spec, i) for i in range(len(spec.attention)))
+        self.norm = spec.norm.of(spec.hidden)
+        self.windows = tuple(a.window for a in spec.attention)
+        self.bidirectional = spec.bidirectional
+
+    def hidden_states(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> torch.Tensor:
+        h = self.embed(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if self.embed_positions is not None:
+            h = h + self.embed_positions(positions)
+        masks = {window: self._mask(positions, encoder_mask, window) for window in sorted(set(self.windows))}
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            h = layer(h, positions, masks[window])
+        out: torch.Tensor = self.norm(h)
+        return out
+
+    def _mask(self, positions: torch.Tensor, encoder_mask: torch.Tensor, window: int) -> torch.Tensor:
+        """bool [B, 1, S, S]: the last `window` tokens up to the own, all where it is 0; bidirectional: as many ahead."""
+        back = positions.unsqueeze(1) - positions.unsqueeze(0)
+        distance = back.abs() if self.bidirectional else back
+        seen = distance >= 0
+        if window:
+            seen = torch.logical_and(seen, distance < window)
+        return torch.logical_and(encoder_mask.unsqueeze(1).unsqueeze(1), seen.unsqueeze(0).unsqueeze(0))
 
 
 class DescribedDecoder(CausalModel):
@@ -176,6 +245,16 @@ class DescribedDecoder(CausalModel):
 
     def states(self) -> list[list[State]]:
         return [kv_states(i, a.kv_heads, a.head_dim) for i, a in enumerate(self.spec.attention)]
+
+    def text_encoder(self) -> TextEncoder:
+        return TextEncoder(EncodingStack(self.spec), self.spec.hidden, self.spec.vocab, self.max_context, self.names)
+
+    def graphs(self) -> list[Graph]:
+        if self.spec.bidirectional:
+            raise UserError(
+                "config.json: use_bidirectional_attention is set: an encoder of texts, which generates nothing"
+            )
+        return super().graphs()
 
 
 def attentions(

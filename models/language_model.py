@@ -16,8 +16,9 @@ from ..graph import Graph
 from .config import ConfigReader
 from .layers.block import Block
 
-Task = Literal["seq2seq", "causal", "memory", "module"]
-"""The generate loop of a model: encoder-decoder, decoder alone, decoder that reads a memory, none."""
+Task = Literal["seq2seq", "causal", "memory", "embed", "module"]
+"""What is done with a model: the generate loop of an encoder-decoder, of a decoder alone, of a decoder that reads a memory; one
+vector of a text; nothing but running its graphs."""
 
 Example = tuple[str, dict[str, torch.Tensor]]
 """A graph's name and its inputs by name."""
@@ -39,6 +40,53 @@ class ContextLayout:
     tokens: tuple[int, ...]
     prefix: tuple[int, ...]
     splice: Literal["released", "exact"]
+
+
+class TextStack(nn.Module, ABC):
+    """What makes hidden states of a text. layers: in order."""
+
+    layers: nn.ModuleList
+
+    @abstractmethod
+    def hidden_states(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> torch.Tensor:
+        """[B, T, hidden] of input_ids int64 [B, T] and encoder_mask bool [B, T], true at real tokens, which come first."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A stack, which the model holds as `model`, with its sizes. names: as `LanguageModel.names`."""
+
+    stack: TextStack
+    hidden: int
+    vocab: int
+    positions: int
+    names: Names
+
+
+@dataclass(frozen=True)
+class SoundLayout:
+    """What the encoder of a speech model reads of a sound.
+
+    Attributes:
+        kind: "log-mel": a spectrogram of a whole window, which a shorter sound is padded to; "samples": as many rows of samples as
+            the sound has.
+        rate: samples a second.
+        window: the most samples of one call.
+        positions: of the encoder's output, of a whole window.
+        mels, fft, hop: bands, samples of a frame, and samples from frame to frame of the spectrogram; 0 for samples.
+        row: samples of a row; 0 for a spectrogram.
+        tail: samples that the first position reads beyond its row; 0 for a spectrogram.
+    """
+
+    kind: Literal["log-mel", "samples"]
+    rate: int
+    window: int
+    positions: int
+    mels: int = 0
+    fft: int = 0
+    hop: int = 0
+    row: int = 0
+    tail: int = 0
 
 
 class LanguageModel(nn.Module, ABC):
@@ -75,6 +123,15 @@ class LanguageModel(nn.Module, ABC):
     def graphs(self) -> list[Graph]:
         """The graphs to lower, in the order in which they run."""
 
+    @classmethod
+    def own_pooling(cls, config: dict[str, Any]) -> str | None:
+        """The pooling of a checkpoint that is an encoder of texts by its config.json alone; None if it is none."""
+        return None
+
+    def text_encoder(self) -> TextEncoder | None:
+        """A new stack that makes hidden states of a text, on the parameters that this model has; None if there is none."""
+        return None
+
     def matched(self, config: dict[str, Any], has: Callable[[str], bool]) -> dict[str, Any]:
         """`config` as the checkpoint's tensors show it, where they decide what it leaves open. has: whether a file has the tensor
         that the model calls so."""
@@ -87,6 +144,10 @@ class LanguageModel(nn.Module, ABC):
 
     def context_spec(self) -> ContextLayout | None:
         """How the model reads a context; None unless its task is "memory"."""
+        return None
+
+    def sound_layout(self) -> SoundLayout | None:
+        """What the encoder reads of a sound; None for a model of text."""
         return None
 
     def examples(self) -> list[Example]:

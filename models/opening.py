@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,42 @@ from ..checkpoints.named_store import NamedStore
 from ..checkpoints.opening import open_checkpoint
 from ..errors import UserError
 from ..system.reading import one_line, shown
+from .embedding import described, pooled_by, poolings
 from .language_model import LanguageModel
-from .registry import build
+from .registry import architecture_of, build
 from .user_module.checkpoint import open_module
 from .user_module.module import is_factory
 from .wrappers import text_model
 
 _ROWS = 4096
 
-_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel", "ForReward")
+_HEADS = (
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForAudioClassification"),
+    *("RewardModel", "ForReward"),
+)
 
 
-def open_model(model: str, adapter: str | None = None) -> Checkpoint:
+def open_model(model: str, adapter: str | None = None, pooling: Sequence[str] = ()) -> Checkpoint:
     """A directory, a .gguf file, a hub id, or `package.module:factory`, whose code the user asks to run by giving its name.
 
-    adapter: the folder of a LoRA adapter, which is merged. The checkpoint's tensors have the model's names, its config is the
-    text model's. Raises UserError for what cannot be opened or is no model that generates text.
+    adapter: the folder of a LoRA adapter, which is merged. pooling: of an embedding, in place of what the checkpoint says; given, a
+    decoder or a masked language model is taken as the encoder of texts that it also is. The checkpoint's tensors have the model's
+    names, its config is the text model's. Raises UserError for what cannot be opened, and for a head that scores texts.
     """
     if is_factory(model) and not Path(model).exists():
         if adapter is not None:
             raise UserError(
                 f"--adapter goes with a checkpoint, and {one_line(model, 80)} is a module of your own; merge it there"
             )
+        if pooling:
+            raise UserError(
+                f"--pooling is of text encoders, and {one_line(model, 80)} is a module of your own; leave it out"
+            )
         return open_module(model)
     checkpoint = open_checkpoint(model, adapter)
     config, notes = text_model(checkpoint.config)
     _refuse_other_heads(config)
+    config = _with_pooling(config, pooling, notes)
     built = build(config)
     named, left_out = _named(checkpoint, built)
     matched = built.matched(config, named.has)
@@ -52,13 +63,29 @@ def open_model(model: str, adapter: str | None = None) -> Checkpoint:
     return named.changed(config=config, notes=(*checkpoint.notes, *notes))
 
 
+def _with_pooling(config: dict[str, Any], pooling: Sequence[str], notes: list[str]) -> dict[str, Any]:
+    """`config` with the description of an embedding, where the model is an encoder of texts or the user asks for one."""
+    if pooling:
+        if described(config) and poolings(config) != tuple(pooling):
+            notes.append(f"--pooling {','.join(pooling)} takes the place of {', '.join(poolings(config))}")
+        return pooled_by(config, pooling)
+    own = architecture_of(config).own_pooling(config)
+    if own is None or described(config):
+        return config
+    notes.append(
+        f"no modules.json: a text's vector is the {own} of its tokens, not normalised; --pooling chooses another"
+    )
+    return pooled_by(config, (own,))
+
+
 def _refuse_other_heads(config: dict[str, Any]) -> None:
     architectures = config.get("architectures")
     for name in architectures if isinstance(architectures, list) else []:
         if isinstance(name, str) and name.endswith(_HEADS):
             raise UserError(
                 f"config.json: architectures has {shown(name, 60)}, a model with a head that scores texts; "
-                "it has no trained head for tokens, so it cannot generate; give a language model"
+                "it has no trained head for tokens, so it cannot generate, and its vectors are not for search; give a language "
+                "model or an embedding model"
             )
 
 
@@ -86,7 +113,9 @@ def _is_zero_bias(store: NamedStore, name: str) -> bool:
 def _untied(checkpoint: Checkpoint, config: dict[str, Any], model: LanguageModel, notes: list[str]) -> dict[str, Any]:
     """A head that the config ties to the table and the file holds with other values is read as transformers reads it."""
     for alias, stored in model.tied.items():
-        both = alias.endswith("lm_head.weight") and checkpoint.has(alias) and checkpoint.has(stored)
+        both = (
+            alias.endswith(("lm_head.weight", "proj_out.weight")) and checkpoint.has(alias) and checkpoint.has(stored)
+        )
         if both and not _equal(checkpoint, alias, stored):
             notes.append(f"config.json ties {alias} to {stored}, but the file has another {alias}, which is used")
             return config | {"tie_word_embeddings": False}

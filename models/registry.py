@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..system.reading import nearest, shown
 from . import eugen
 from .config import LONG_FACTORS, OURS
+from .embedding import EmbeddingModel, described, embedding_model
 from .language_model import LanguageModel
 
 ARCHITECTURES = {
@@ -62,14 +63,21 @@ ARCHITECTURES = {
     "marian": "families.bart",
     "m2m_100": "families.bart",
     "pegasus": "families.bart",
+    "whisper": "families.whisper",
+    "moonshine": "families.moonshine",
     "modernbert": "families.modernbert",
     "modernbert-decoder": "families.modernbert_decoder",
     "arc_encoder": "families.arc_encoder",
+    "bert": "families.bert",
+    "roberta": "families.bert",
+    "xlm-roberta": "families.bert",
+    "distilbert": "families.distilbert",
     "module": "user_module.module",
 }
 
 
-def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
+def architecture_of(config: dict[str, Any]) -> type[LanguageModel]:
+    """The family's `Model`. Raises UserError for a model_type that is not known."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -81,11 +89,17 @@ def _architecture(config: dict[str, Any]) -> type[LanguageModel]:
 
 def build(config: dict[str, Any]) -> LanguageModel:
     """The family's `Model` of `config`, in eval mode, its parameters on the meta device. Raises UserError for a bad config."""
-    architecture = _architecture(config)
     with torch.device("meta"):
-        model = architecture(config)
+        model = _made(config)
         eugen.place(model, config)
         return model.eval()
+
+
+def _made(config: dict[str, Any]) -> LanguageModel:
+    """The family's model, or where config.json describes an embedding, the one that makes it."""
+    architecture = architecture_of(config)
+    model = architecture(config)
+    return embedding_model(config, model) if described(config) and not isinstance(model, EmbeddingModel) else model
 
 
 def stored_name(model: LanguageModel, name: str) -> str:
@@ -97,11 +111,10 @@ def shorten(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """`config` with at most `layers` layers in each stack. Raises UserError for a bad config, or if layers is below 1."""
     if layers < 1:
         raise UserError(f"--num-layers {layers} is too few; give 1 or more")
-    architecture = _architecture(config)
     build(config)  # reports a bad config by its key
-    short = architecture.shorten(config, layers)
+    short = architecture_of(config).shorten(config, layers)
     with torch.device("meta"):
-        return eugen.kept_by(architecture(short), short)
+        return eugen.kept_by(_made(short), short)
 
 
 def lengthened(config: dict[str, Any], context: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ WRAPPERS = {
 _TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """`model_type` of a section -> the family that computes it."""
 
-_INHERITED = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
+_INHERITED = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id", "edgewright")
 
 
 def text_model(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..calibration.samples import evenly
 from ..calibration.source import Source
+from ..importance.divergence import measure_of
 from ..importance.kl import measured_kl
 from ..quant.plan import BitPlan
 from .request import Progress
@@ -16,7 +17,7 @@ COMPARED = 8
 
 @dataclass(frozen=True)
 class Baseline:
-    """The uniform plan at the same budget: its average bits, and the mean KL (nats, measured) of the plan and of it."""
+    """The uniform plan at the same budget: its average bits, and the mean divergence (measured) of the plan and of it."""
 
     bits: float
     planned: float
@@ -44,7 +45,11 @@ def compare_with_uniform(plan: BitPlan, even: BitPlan | None, source: Source, pr
         return None
     ours, theirs = measured_kl(source.over(evenly(source.samples, COMPARED)), [plan, even])
     taken = "; uniform is taken" if theirs < ours else ""
-    progress(f"mean KL on {COMPARED} samples, rounded to nearest: {ours:.4f} planned, {theirs:.4f} uniform{taken}")
+    measure = measure_of(source.generation.task)
+    progress(
+        f"mean {measure.name} ({measure.unit}) on {COMPARED} samples, rounded to nearest: {ours:.4g} planned, "
+        f"{theirs:.4g} uniform{taken}"
+    )
     return Baseline(even.average_bits, ours, theirs)
 
 

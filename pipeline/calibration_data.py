@@ -9,6 +9,7 @@ from ..calibration.memory_estimate import gptq_bytes, tokens_within
 from ..calibration.samples import Sample, digest, digest_calls, read_samples
 from ..calibration.source import Source
 from ..errors import UserError
+from ..models.language_model import LanguageModel
 from ..quant.plan import UNQUANTIZED, BitPlan, Quantizer
 from ..system.memory import require_available
 from .original import Original
@@ -32,8 +33,7 @@ def calibration_samples(request: Request, original: Original, generation: Genera
     measured = request.budget.plan is None and request.budget.importance in ("auto", "fisher", "kl")
     if data.file is None or generation.task == "module" or (data.quantizer == "rtn" and not measured):
         return []
-    decoder = next(g for g in model.graphs() if g.name == "decoder")
-    longest = min(decoder.bounds["sequence"][1], generation.max_context)
+    longest = min(most_tokens(model), generation.max_context)
     samples = read_samples(data.file, original.checkpoint, generation, longest, data.tokens)
     widest = max(s.size for s in samples)
     if request.memory_limit is not None:
@@ -46,6 +46,12 @@ def calibration_samples(request: Request, original: Original, generation: Genera
         "give --memory-limit, which calibrates on fewer, or --quantizer rtn",
     )
     return samples
+
+
+def most_tokens(model: LanguageModel) -> int:
+    """Tokens that the model takes in one call."""
+    name, length = ("encoder", "source") if model.task == "embed" else ("decoder", "sequence")
+    return next(g for g in model.graphs() if g.name == name).bounds[length][1]
 
 
 def data_within_memory(

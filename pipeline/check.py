@@ -60,7 +60,7 @@ def compare_reading(request: Request, checkpoint: Checkpoint, progress: Progress
         raise UserError("--against compares whole models; leave it or --num-layers out")
     weights = sum(math.prod(checkpoint.info(name).shape) for name in checkpoint.names())
     with limited(request.memory_limit):
-        found = against.compare_reading(request.model, request.adapter, weights, asked, progress)
+        found = against.compare_reading(request.model, request.adapter, weights, asked, progress, request.pooling)
     if found is not None:
         progress(found.text)
     return found

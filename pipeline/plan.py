@@ -18,7 +18,7 @@ from .calibration_data import data_within_memory, with_calibration
 from .generation import generation_of
 from .original import open_original
 from .planned import Planned
-from .prompts import example_calls, read_prompts, with_own_task
+from .prompts import example_calls, read_prompts, sound_calls, with_own_task
 from .request import Progress, Request
 from .shipped_text import with_shipped_text
 
@@ -29,7 +29,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
     checkpoint: the request's model, where it is open already. Raises UserError for anything wrong with the checkpoint, the
     budget or the options.
     """
-    checkpoint = checkpoint or open_model(request.model, request.adapter)
+    checkpoint = checkpoint or open_model(request.model, request.adapter, request.pooling)
     original = open_original(request, checkpoint, progress)
     generation = generation_of(original.model, checkpoint, original.config, request.max_context, progress)
     _report_context(original.model, generation, progress)
@@ -55,6 +55,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
         other=original.other,
         prompts=[list(p) for p in prompts.tokens],
         contexts=[list(c) for c in prompts.contexts],
+        examples=calls or sound_calls(prompts),
         formats=request.formats,
         plan=with_calibration(bits, source),
         allocation=allocation,

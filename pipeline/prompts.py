@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..bundle import ContextSpec, Generation, require_tokens
+import torch
+
+from ..bundle import ContextSpec, Generation, SoundSpec, require_tokens
 from ..calibration.batches import padded
-from ..calibration.prompts import Prompts, random_contexts, random_prompts, read_task, text_windows
+from ..calibration.prompts import (
+    Prompts,
+    paragraphs,
+    random_contexts,
+    random_prompts,
+    read_task,
+    text_ids,
+    text_windows,
+)
 from ..calibration.samples import Call
+from ..calibration.sounds import SOUNDS, made_up_sounds, sounds_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
@@ -42,6 +54,8 @@ def read_prompts(request: Request, checkpoint: Checkpoint, generation: Generatio
 
     Raises UserError for a file that cannot be read, a model without a tokenizer, or tokens that the model does not have.
     """
+    if generation.speech is not None:
+        return _sounds(request, generation.speech.sound)
     if request.calibration.file is None:
         return _random(generation, request.calibration.prompts)
     if checkpoint.tokenizer is None:
@@ -51,8 +65,22 @@ def read_prompts(request: Request, checkpoint: Checkpoint, generation: Generatio
     return prompts
 
 
+def _sounds(request: Request, sound: SoundSpec) -> Prompts:
+    """The first sounds of a task, or made-up ones."""
+    data = request.calibration
+    count = max(1, min(data.prompts, SOUNDS))
+    if data.task is None:
+        return Prompts(sounds=made_up_sounds(sound, count))
+    found = [read for read, _ in itertools.islice(sounds_of(data.task, read_task(data.task), sound), count)]
+    if not found:
+        raise UserError(f"{data.task}: no sound is as short as the {sound.seconds:.3g} s that the model reads at once")
+    return Prompts(sounds=found)
+
+
 def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Prompts:
     data = request.calibration
+    if generation.task == "embed":
+        return Prompts(_texts(request, tokenizer, generation))
     if data.task is not None:
         task = read_task(data.task, data.prompts, generation.task == "memory")
         contexts = [tokenizer.encode(c, special=False) for c in task.contexts]
@@ -63,6 +91,16 @@ def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Pro
     if generation.context is None:
         return Prompts(windows)
     return Prompts([w[: max(1, len(w) // 4)] for w in windows], windows)
+
+
+def _texts(request: Request, tokenizer: Tokenizer, generation: Generation) -> list[list[int]]:
+    """Whole texts for a model of embeddings: paragraphs, or of a task file what is asked."""
+    data = request.calibration
+    if data.task is not None:
+        task = read_task(data.task, data.prompts)
+        return text_ids(task.prompts, tokenizer, generation, query=True, whose=f"{request.model}: a prompt")
+    assert data.text is not None
+    return paragraphs(data.text, tokenizer, generation, data.prompts)
 
 
 def _random(generation: Generation, count: int) -> Prompts:
@@ -84,7 +122,7 @@ def _random_contexts(context: ContextSpec, count: int) -> list[list[int]]:
 
 def _check(model: str, prompts: Prompts, generation: Generation) -> None:
     for prompt in prompts.tokens:
-        if len(prompt) >= generation.max_context:
+        if len(prompt) >= generation.max_context and generation.task != "embed":
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit --max-context {generation.max_context}")
         require_tokens(prompt, generation.vocab, f"{model}: a prompt")
     if generation.context is not None:
@@ -103,3 +141,8 @@ def example_calls(model: LanguageModel, generation: Generation, prompts: Sequenc
         ids, mask = padded(prompts[start : start + _EXAMPLE_ROWS], generation.pad_id)
         calls.append(("encoder", {"input_ids": ids, "encoder_mask": mask}))
     return calls
+
+
+def sound_calls(prompts: Prompts) -> list[Call]:
+    """The sounds as calls of the encoder, which a bundle keeps as its examples."""
+    return [("encoder", {name: torch.from_numpy(value) for name, value in s.items()}) for s in prompts.sounds]

@@ -103,12 +103,13 @@ class Request:
     """What a user asks of `export` or `plan`.
 
     model: a directory, a .gguf file, a hub id, or "package.module:factory". adapter: the folder of a LoRA adapter, which is merged
-    into its weights. num_layers: layers of each stack to keep, for a
-    rehearsal. max_context: tokens that a prompt and its answer may take. memory_limit: bytes of anonymous memory.
+    into its weights. pooling: of a model of embeddings, in place of what its files say. num_layers: layers of each stack to
+    keep, for a rehearsal. max_context: tokens that a prompt and its answer may take. memory_limit: bytes of anonymous memory.
     """
 
     model: str
     adapter: str | None = None
+    pooling: tuple[str, ...] = ()
     budget: BudgetOptions = field(default_factory=BudgetOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     targets: TargetOptions = field(default_factory=TargetOptions)

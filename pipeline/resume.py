@@ -91,6 +91,7 @@ def _job(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
     asked = {
         "model": request.model,
         "adapter": request.adapter,
+        "pooling": request.pooling,
         "budget": budget,
         "calibration": calibration,
         "targets": vars(request.targets),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bundle import Generation
-from ..calibration.prompts import text_windows
+from ..calibration.prompts import paragraphs, text_windows
 from ..calibration.samples import Sample
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
@@ -24,6 +24,7 @@ _FEWEST_KNOWN = 0.8
 
 _LARGEST = 1 << 20
 _WINDOWS, _WINDOW = 4, 256
+_TEXTS = 16
 
 
 def with_shipped_text(request: Request, checkpoint: Checkpoint, generation: Generation, progress: Progress) -> Request:
@@ -76,6 +77,9 @@ def held_out_samples(checkpoint: Checkpoint, generation: Generation, longest: in
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or generation.task == "module" or unfamiliar(checkpoint, generation) is not None:
         return []
+    if generation.task == "embed":
+        texts = paragraphs(HELD_OUT, tokenizer, generation, _TEXTS)
+        return [Sample(tuple(ids)) for ids in texts if len(ids) <= longest]
     start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
     length = max(4, min(_WINDOW, longest, generation.max_context // 2))
     windows = text_windows(HELD_OUT, tokenizer, length, _WINDOWS)

@@ -21,10 +21,10 @@ from ..calibration.forward import CalibrationForward
 from ..calibration.samples import Sample, evenly
 from ..calibration.source import Source
 from ..checkpoints.checkpoint import Checkpoint
+from ..importance.divergence import measure_of
 from ..models.language_model import LanguageModel
 from ..models.registry import stored_name
 from ..runtimes.eager import EagerSession
-from ..runtimes.logits import torch_divergence, torch_log_softmax
 
 APART = 8
 """Of so many parts one is kept apart, to measure what was won."""
@@ -66,8 +66,8 @@ class TuningOptions:
 class Tuned:
     """What tuning gave. values: stored name -> the tuned vector in its file's dtype; none where nothing was won.
 
-    before, after: the divergence from the original on the parts kept apart, in nats a token; GPTQ has seen these too. tokens: of
-    the samples that the gains were tuned on.
+    before, after: the divergence from the original on the parts kept apart, in nats a token or 1 - cosine a text; GPTQ has
+    seen these too. tokens: of the samples that the gains were tuned on.
     """
 
     values: dict[str, torch.Tensor]
@@ -131,10 +131,11 @@ def tune_norms(
         progress(f"norms: {100 * step // steps}%")
     for norm in norms:
         norm.set(kept[norm.name])
+    unit = measure_of(source.generation.task).unit
     if best < before:
-        progress(f"norms: tuned, from {before:.4f} to {best:.4f} nats a token from the original on data apart")
+        progress(f"norms: tuned, from {before:.4g} to {best:.4g} {unit} from the original on data apart")
     else:
-        progress(f"norms: kept, as no tuning helped on data apart ({before:.4f} nats a token from the original)")
+        progress(f"norms: kept, as no tuning helped on data apart ({before:.4g} {unit} from the original)")
     return Tuned(kept if best < before else {}, before, best, tokens)
 
 
@@ -163,10 +164,11 @@ def _split(source: Source, options: TuningOptions) -> tuple[list[list[Sample]], 
 
 
 class _Divergence:
-    """The divergence of `model` from the original, in nats a token, at `most` positions of a part."""
+    """The divergence of `model` from the original, in nats a token or 1 - cosine a text, at `most` positions of a part."""
 
     def __init__(self, model: LanguageModel, source: Source, most: int) -> None:
         self._model, self._source, self._most = model, source, most
+        self._measure = measure_of(source.generation.task)
         self._learning, self._plain = GradientSession(model.graphs()), EagerSession(model.graphs())
 
     def mean(self, parts: Sequence[list[Sample]]) -> float:
@@ -186,18 +188,18 @@ class _Divergence:
         return len(wanted) > 0
 
     def _original(self, part: list[Sample]) -> torch.Tensor:
-        """Log-probabilities [P, V] of the original, whose weights are read when their module runs."""
+        """What the original says, [P, V], log-probabilities or vectors; its weights are read when their module runs."""
         original = self._source.build()
         forward = CalibrationForward(original, self._source.over(part), session=EagerSession(original.graphs()))
-        return self._log_probabilities(forward)
+        return self._predictions(forward)
 
     def _of(self, part: list[Sample], wanted: torch.Tensor, session: EagerSession) -> torch.Tensor:
         forward = CalibrationForward(self._model, self._source.over(part), session=session)
-        return torch_divergence(wanted, self._log_probabilities(forward)) / len(wanted)
+        return self._measure.divergence(wanted, self._predictions(forward)) / len(wanted)
 
-    def _log_probabilities(self, forward: CalibrationForward) -> torch.Tensor:
+    def _predictions(self, forward: CalibrationForward) -> torch.Tensor:
         logits, real = forward.logits(self._most)
-        return torch_log_softmax(torch.as_tensor(logits)[torch.as_tensor(real)])
+        return self._measure.predictions(torch.as_tensor(logits)[torch.as_tensor(real)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from ..system.memory_peak import PeakAnonymous
 from ..system.resumable import WORK, ResumableExport
 from ..system.version import __version__
 from ..targets.registry import TARGETS
+from .genai_config import GRAPH, write_genai_config
 from .lower import lower, lower_apart
 from .planned import Planned
 from .request import Progress, Request
@@ -62,13 +63,16 @@ def write_bundle(
     tokenizer = folder / CHECKPOINT / "tokenizer.json"
     if tokenizer.exists():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    graphs = tuple(GraphSpec.of(g) for g in stored_as(planned.model.graphs(), request.targets.kv_cache))
+    if (folder / "onnx" / GRAPH).exists():
+        write_genai_config(folder, graphs[0], planned.generation)
     progress("hashing")
     norms = run.finished("norms")
     manifest = Manifest(
         source=_source_name(request),
         source_fingerprint=planned.fingerprint,
         model_type=str(planned.config["model_type"]),
-        graphs=tuple(GraphSpec.of(g) for g in stored_as(planned.model.graphs(), request.targets.kv_cache)),
+        graphs=graphs,
         generation=planned.generation,
         average_bits=planned.plan.average_bits,
         weights=planned.weights,

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..importance.divergence import measure_of
 from ..pipeline.planned import Planned
 from ..quant.frontier import Frontier, Point
 from ..quant.plan import BitPlan, Entry, WeightSpec
@@ -77,11 +78,12 @@ def _loss_table(planned: Planned) -> list[Table | str]:
     if not losses:
         return []
     parts = list(dict.fromkeys(part for row in losses.values() for part in row if part))
-    rows = table("layer", "all", *(part.replace(".", "\n") for part in parts), title="predicted loss, nats a token")
+    unit = measure_of(planned.generation.task).unit
+    rows = table("layer", "all", *(part.replace(".", "\n") for part in parts), title=f"predicted loss, {unit}")
     for place, row in losses.items():
         rows.add_row(place, f"{sum(row.values()):.1e}", *(f"{row[p]:.1e}" if p in row else "" for p in parts))
     total = sum(sum(row.values()) for row in losses.values())
-    return [rows, f"predicted loss of the plan: {total:.4g} nats a token"]
+    return [rows, f"predicted loss of the plan: {total:.4g} {unit}"]
 
 
 def _totals(planned: Planned) -> list[Table | str]:
@@ -95,11 +97,11 @@ def _totals(planned: Planned) -> list[Table | str]:
     quantizers = Counter(e.quantizer for e in plan.entries.values() if e.bits < 16)
     if quantizers["gptq"]:
         line += "; " + ", ".join(f"{name}: {count} weights" for name, count in sorted(quantizers.items()))
-    measured = planned.baseline
+    measured, measure = planned.baseline, measure_of(planned.generation.task)
     if measured is not None:
         line += (
-            f"\nmean KL rounded to nearest, measured on calibration data: {measured.planned:.4f} nats as planned, "
-            f"{measured.uniform:.4f} uniform at {measured.bits:.4f} bits; the better one is taken"
+            f"\nmean {measure.name} rounded to nearest, measured on calibration data: {measured.planned:.4g} {measure.unit} as "
+            f"planned, {measured.uniform:.4g} uniform at {measured.bits:.4f} bits; the better one is taken"
         )
     rows = table("in", "true bytes", "bits a weight there", *joint)
     for target in planned.formats:
@@ -160,7 +162,7 @@ def frontier_text(frontier: Frontier) -> str:
 
 def _measure(frontier: Frontier) -> str:
     if frontier.measured:
-        return "predicted loss: nats a token, from calibration data"
+        return "predicted loss: nats a token (of a model of embeddings 1 - cosine a text), from calibration data"
     return "predicted loss: importance x weights x expected relative squared error, without data"
 
 

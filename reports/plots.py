@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..importance.divergence import measure_of
 from ..pipeline.planned import Planned
 from ..quant.frontier import Frontier
 from ..system.writing import write_file
@@ -40,7 +41,7 @@ def plot_plan(planned: Planned, path: Path) -> None:
         lowest[0].plot(at, values, "osD^"[number // 10 % 4], markersize=4, label=part or "whole")
     if losses:
         lowest[0].set_yscale("log")
-        lowest[0].set_ylabel("predicted loss, nats a token")
+        lowest[0].set_ylabel(f"predicted loss, {measure_of(planned.generation.task).unit}")
         lowest[0].legend(fontsize=6, ncols=4)
     (lowest or [below])[0].set_xticks(range(len(places)), places, rotation=90, fontsize=7)
     figure.suptitle(f"{planned.config['model_type']}: {planned.plan.average_bits:.3f} bits a weight, scales counted")

@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from ..compiler import Exported
-from ..verification.report import Agreement, Report, TargetReport
+from ..verification.report import Agreement, Report, TargetReport, TextScore
+from ..verification.similarity import Similarity
 from .plan import plan_json, plan_text
 from .tables import size, table, text
 
@@ -50,13 +51,19 @@ def export_json(exported: Exported) -> dict[str, Any]:
 
 
 def _agreement(a: Agreement) -> list[str]:
+    if a.similarity is not None:
+        s = a.similarity
+        found = f"cosine {s.cosine:.6f}, least {s.worst:.6f}"
+        return [f"{a.max_relative_error:.2e}", found, f"{s.nearest:.2%}", f"{a.prompts_identical}/{a.prompts}"]
     if a.rms is not None:
         return [f"{a.max_relative_error:.2e}", f"rms {a.rms:.2e}", "", f"{a.prompts_identical}/{a.prompts}"]
     return [f"{a.max_relative_error:.2e}", f"{a.mean_kl:.2e}", f"{a.top1:.2%}", f"{a.prompts_identical}/{a.prompts}"]
 
 
 def _lowering_table(report: Report) -> Table:
-    rows = table("comparison", "max rel. error", "mean KL", "top-1", "prompts identical", "result")
+    embeds = any(t.lowering.similarity is not None for t in report.targets)
+    heads = ("cosine", "same nearest", "texts identical") if embeds else ("mean KL", "top-1", "prompts identical")
+    rows = table("comparison", "max rel. error", *heads, "result")
     for t in report.targets:
         result = f"ok ({t.allowed})" if t.passed else f"FAILED ({t.allowed})"
         rows.add_row(f"{t.format}: lowering error ({t.activations} activations)", *_agreement(t.lowering), result)
@@ -109,6 +116,7 @@ def _fell_back(report: Report) -> list[str]:
 def verify_text(report: Report) -> str:
     parts: list[Table | str] = [_lowering_table(report), _target_table(report), *_fell_back(report)]
     parts += [_task_line(t, report) for t in report.targets if t.task_accuracy is not None]
+    parts += [_words_line(t, report) for t in report.targets if t.word_error_rate is not None]
     notes = [*report.notes, *([report.independent.text] if report.independent is not None else [])]
     return text(*parts, *_text_table(report), _placement_table(report), *notes)
 
@@ -129,23 +137,53 @@ def _placement_table(report: Report) -> Table:
 
 def _task_line(t: TargetReport, report: Report) -> str:
     assert t.task_accuracy is not None
-    line = f"{t.format}: task accuracy {t.task_accuracy:.1%} of {report.task_size} prompts"
+    what = "task accuracy" if t.lowering.similarity is None else "recall at 1"
+    line = f"{t.format}: {what} {t.task_accuracy:.1%} of {report.task_size} prompts"
     original = report.original_task_accuracy
     if original is None:
         return line
     return f"{line}; original {original:.1%}, difference {100 * (t.task_accuracy - original):+.1f} points"
 
 
+def _words_line(t: TargetReport, report: Report) -> str:
+    assert t.word_error_rate is not None
+    line = f"{t.format}: word error rate {t.word_error_rate:.1%} of {report.task_size} sounds"
+    original = report.original_word_error_rate
+    if original is None:
+        return line
+    return f"{line}; original {original:.1%}, difference {100 * (t.word_error_rate - original):+.1f} points"
+
+
 def _text_table(report: Report) -> list[Table | str]:
     """The perplexity of each, and how far its predictions are from those it is compared with."""
     if report.text_against is None:
         return []
+    if any(isinstance(t.text, Similarity) for t in report.targets):
+        return _similarity_table(report)
     windows = f"{report.text_windows} window{'s' if report.text_windows > 1 else ''}"
     what = f"text: {windows}, {report.text_positions:,} tokens scored; KL and top-1 against the {report.text_against} weights"
     rows = table("on the text", "perplexity", "mean KL (nats)", "top-1")
-    scores = [("original weights, float32", report.original_text), ("dequantized, float32", report.dequantized_text)]
+    scores: list[tuple[str, object]] = [("original weights, float32", report.original_text)]
+    scores.append(("dequantized, float32", report.dequantized_text))
     scores += [(f"{t.format}, as shipped", t.text) for t in report.targets]
     for name, score in scores:
-        if score is not None:
+        if isinstance(score, TextScore):
             rows.add_row(name, f"{score.perplexity:.4g}", f"{score.mean_kl:.2e}", f"{score.top1:.2%}")
+    return [what, rows]
+
+
+def _similarity_table(report: Report) -> list[Table | str]:
+    """Of a model of embeddings: how near the vectors of the text's paragraphs are to those that they are compared with."""
+    what = (
+        f"text: {report.text_windows} texts, {report.text_positions:,} tokens; vectors beside those of the "
+        f"{report.text_against} weights"
+    )
+    rows = table("on the text", "cosine", "least", "Spearman of pairs", "same nearest text")
+    scores = [
+        ("dequantized, float32", report.dequantized_text),
+        *((f"{t.format}, as shipped", t.text) for t in report.targets),
+    ]
+    for name, s in scores:
+        if isinstance(s, Similarity):
+            rows.add_row(name, f"{s.cosine:.6f}", f"{s.worst:.6f}", f"{s.spearman:.4f}", f"{s.nearest:.2%}")
     return [what, rows]

@@ -84,7 +84,7 @@ def rewrite_smooth(
     checkpoint = open_checkpoint(model_dir)
     kind = one_line(str(checkpoint.config.get("model_type")), 40)
     model: LanguageModel = build(checkpoint.config)
-    if model.task == "module":
+    if model.task in ("module", "embed"):
         raise UserError(f"{checkpoint.source}: a {kind} has no logits to compare by; --smooth is for language models")
     generation = generation_of(model, checkpoint, checkpoint.config)
     samples = _samples(calibration, model, checkpoint, generation)

@@ -33,6 +33,7 @@ class PrefixCache:
 
     def __init__(self, opened: OpenBundle, memory: Array | None = None) -> None:
         """memory: of a "memory" task, what a context gave."""
+        opened.require_generator()
         self._opened, self._memory = opened, memory
         self._spec = opened.bundle.manifest.generation
         states = [] if self._spec.task == "seq2seq" else opened.bundle.graph("decoder").updated_states

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..audio.files import Samples, checked, read_sound
 from ..bundle import CHECKPOINT, Bundle, ContextSpec, Generation, require_tokens
 from ..checkpoints.prompt import AS_IT_IS, ChatOptions, Prompt, read_prompt
 from ..checkpoints.tokenizer import Tokenizer
@@ -18,10 +20,21 @@ from .generate import generate, read_context
 from .registry import import_runtime, open_session
 from .sampling import Sampling
 from .session import Array, PlacedSession
+from .text_embedding import embed_tokens
+from .transcribe import PLAINLY, SpeechOptions, require_speech, transcribe
+
+
+@dataclass(frozen=True)
+class SpokenText:
+    """A piece of what was said. start, end: seconds. text: as the tokenizer gives it, mostly with a space before."""
+
+    start: float
+    end: float
+    text: str
 
 
 def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, check: bool = True) -> OpenBundle:
-    """Open the bundle at `path` to generate text with one of its targets.
+    """Open the bundle at `path` to generate text, or vectors of texts, with one of its targets.
 
     Args:
         path: the bundle's folder.
@@ -29,14 +42,16 @@ def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, c
         threads: CPU threads of the target's runtime; 0 is all cores.
         check: whether the files that will be read are hashed first.
 
-    Raises UserError if there is no bundle or no such target, or it holds a module, which generates nothing; VerificationFailure for
-    a file that is not what was exported.
+    Raises UserError if there is no bundle or no such target, or it holds a module, which reads no text; VerificationFailure for a
+    file that is not what was exported.
     """
     return OpenBundle(Bundle.open(path), format, threads, check)
 
 
 class OpenBundle:
-    """A bundle that generates text. Tokenizer and artefact are loaded at the first prompt and kept for the next ones.
+    """A bundle that generates text, or makes vectors of texts.
+
+    Tokenizer and artefact are loaded at the first prompt and kept for the next ones.
 
     Attributes:
         bundle: path and manifest.
@@ -112,6 +127,9 @@ class OpenBundle:
         Raises UserError for an empty or too long prompt, a bundle without a tokenizer, an artefact that does not load,
         or a context, memory or language that the model does not take.
         """
+        self.require_generator()
+        if self._spec.speech is not None:
+            raise UserError(f"{self.bundle.path}: this model reads sound, not text: give --audio FILE ('transcribe')")
         ids = self.read_prompt(prompt, ChatOptions(use=chat)).ids if isinstance(prompt, str) else list(prompt)
         if context is not None and memory is not None:
             raise UserError("a context and a memory of one were both passed; pass one of them")
@@ -124,6 +142,76 @@ class OpenBundle:
         chosen = self.default_sampling() if sampling is None else sampling
         tokens = generate(self.session, spec, ids, new_tokens, chosen, memory)
         return Answer(tokens, self.tokenizer.stream(), stops, len(ids))
+
+    def require_generator(self) -> None:
+        """Raise UserError for a bundle of a model of embeddings, which generates nothing."""
+        if self._spec.task == "embed":
+            raise UserError(
+                f"{self.bundle.path} holds a model of embeddings, which generates nothing; use 'run --embed' (`embed`)"
+            )
+
+    def embed(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, progress: Callable[[str], None] = lambda _: None
+    ) -> Array:
+        """The vectors float32 [n, D] of texts, for a bundle of a model of embeddings.
+
+        Args:
+            texts: any number, none of them empty. One that is longer than the model reads is cut.
+            prompt_name: of the prompts in `bundle.manifest.generation.embedding`, the one that is put before each text, such as
+                "query"; None is the model's default, mostly none.
+            progress: is told how many texts were cut.
+
+        Raises UserError for another kind of bundle, an empty text, a prompt that the model does not have, a bundle without a
+        tokenizer, or an artefact that does not load.
+        """
+        return self.embed_ids(self.encode_texts(texts, prompt_name, progress))
+
+    def embed_ids(self, texts: Sequence[Sequence[int]]) -> Array:
+        """The vectors of texts as `encode_texts` gives them."""
+        return embed_tokens(self.session, self._spec, texts)
+
+    def encode_texts(
+        self, texts: Sequence[str], prompt_name: str | None = None, progress: Callable[[str], None] = lambda _: None
+    ) -> list[list[int]]:
+        """Token ids of each text, as `embed` reads it. Raises UserError as `embed` does."""
+        spec = self._spec
+        if spec.embedding is None:
+            raise UserError(f"{self.bundle.path} holds a model that makes no embeddings; leave --embed out")
+        prompt, ids, cut = spec.embedding.prompt(prompt_name), [], 0
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise UserError(f"text {number} is empty; give some text")
+            tokens, lost = self.tokenizer.encode_within(spec.embedding.prepared(text, prompt), spec.max_context)
+            require_tokens(tokens, spec.vocab, f"{self.bundle.path}: text {number}")
+            ids.append(tokens)
+            cut += lost > 0
+        if cut:
+            progress(f"{cut} of {len(ids)} texts were cut to {spec.max_context} tokens")
+        return ids
+
+    def transcribe(
+        self,
+        sound: str | Path | Samples,
+        options: SpeechOptions = PLAINLY,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[SpokenText]:
+        """What is said in a sound, piece by piece as it is found: one for each window, with timestamps one for each segment.
+
+        Args:
+            sound: a file that libsndfile reads, or samples float [n] of one channel at the model's rate (mostly 16,000 a second).
+            options: language, task, timestamps.
+            max_new_tokens: of a window at most; None is the model's limit.
+            sampling: how a token is drawn; None: as the model's makers have it.
+
+        Raises UserError for a model of text, a sound that cannot be read, and a language or task that the model does not know.
+        """
+        rate = require_speech(self._spec).sound.rate
+        samples = read_sound(Path(sound), rate) if isinstance(sound, str | Path) else checked(sound, "the sound")
+        tokenizer, drawn = self.tokenizer, self.default_sampling() if sampling is None else sampling
+        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, drawn):
+            yield SpokenText(part.start, part.end, tokenizer.decode(part.tokens))
 
     def _speaking(self, language: str) -> Generation:
         """How the bundle generates where every answer begins with a language's token. Raises UserError if there is none."""

@@ -109,13 +109,26 @@ def read_stream(stream: BinaryIO, name: str, limit: int) -> str:
 
 def read_json_object(path: Path, limit: int = 16 * MEBIBYTE) -> dict[str, Any]:
     """The JSON object in `path`, at most `limit` bytes and `DEEPEST` levels. Raises UserError for anything else."""
-    text = read_text(path, limit)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{one_line(path)}: not valid JSON ({one_line(error, 80)}); download the file again") from None
+    value = _read_json(path, limit)
     if not isinstance(value, dict):
         raise UserError(f"{one_line(path)}: holds a JSON {type(value).__name__}, an object is needed")
+    return value
+
+
+def read_json_list(path: Path, limit: int = MEBIBYTE) -> list[Any]:
+    """The JSON list in `path`; as `read_json_object`."""
+    value = _read_json(path, limit)
+    if not isinstance(value, list):
+        raise UserError(f"{one_line(path)}: holds a JSON {type(value).__name__}, a list is needed")
+    return value
+
+
+def _read_json(path: Path, limit: int) -> object:
+    text = read_text(path, limit)
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{one_line(path)}: not valid JSON ({one_line(error, 80)}); download the file again") from None
     if nested_deeper(value, DEEPEST):
         raise UserError(f"{one_line(path)}: nested deeper than {DEEPEST} levels, as no such file is; download it again")
     return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..errors import UserError
 from ..system.reading import nearest
-from .target import Target
+from .target import Choices, Target
 
 NAMES = (
     "onnx",
@@ -49,6 +49,14 @@ def choose(formats: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
     chosen = [name for name in every if TARGETS[name].installed or name in named]
     left_out = [f"{name} is left out: {TARGETS[name].install}" for name in every if name not in chosen]
     return tuple(chosen + [name for name in named if name not in chosen]), left_out
+
+
+def require_choices(own: Mapping[str, Choices]) -> None:
+    """Raise UserError for what a target's own option asks and cannot be. own: target -> what is asked of it alone."""
+    for name, asked in own.items():
+        option = TARGETS[name].option
+        if option is not None and option.check is not None:
+            option.check(asked)
 
 
 def require_kv_cache(formats: tuple[str, ...], stored: str) -> None:

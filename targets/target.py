@@ -32,17 +32,23 @@ class WeightStorage:
     table_bytes: int = 0
 
 
+Choices = tuple[int, ...] | tuple[str, ...]
+"""What is asked of one target alone."""
+
+
 @dataclass(frozen=True)
 class TargetOption:
     """What the command line asks of one target alone.
 
-    flag: such as "--sm". kind: whole numbers separated by commas, or names (then the flag is repeatable).
+    flag: such as "--sm". kind: whole numbers separated by commas, names (then the flag is repeatable), or one version.
+    check: raises UserError for what can be refused before any work.
     """
 
     flag: str
-    kind: Literal["numbers", "names"]
-    default: tuple[int, ...] | tuple[str, ...]
+    kind: Literal["numbers", "names", "version"]
+    default: Choices
     help: str
+    check: Callable[[Choices], None] | None = None
 
 
 @dataclass(frozen=True)

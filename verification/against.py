@@ -7,7 +7,7 @@ transformers is installed and knows the model, both read the same files here, in
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError, VerificationFailure
@@ -29,12 +29,17 @@ _SECONDS, _SECONDS_PER_WEIGHT = 120.0, 2e-6
 
 
 def compare_reading(
-    model: str, adapter: str | None, weights: int, against: Against, progress: Callable[[str], None]
+    model: str,
+    adapter: str | None,
+    weights: int,
+    against: Against,
+    progress: Callable[[str], None],
+    pooling: Sequence[str] = (),
 ) -> Independent | None:
     """Compare how a model of so many weights is read with transformers, as `--against` says. A line tells why it was not done.
 
-    Raises VerificationFailure if they differ or the comparison fails by a fault of ours, UserError if "transformers" was asked for
-    and cannot be had.
+    pooling: as of `models.opening.open_model`. Raises VerificationFailure if they differ or the comparison fails by a fault of
+    ours, UserError if "transformers" was asked for and cannot be had.
     """
     if against == "none":
         return None
@@ -42,7 +47,7 @@ def compare_reading(
     if reason is None:
         try:
             limits = Limits(12 * weights + _PROCESS, _SECONDS + _SECONDS_PER_WEIGHT * weights)
-            job = {"model": model}
+            job = {"model": model, "pooling": list(pooling)}
             values = run_child("edgewright.verification.transformers_model", job, progress, limits)
             if "fault" in values:
                 raise _fault(values["fault"])
@@ -67,6 +72,12 @@ def _fault(what: str) -> VerificationFailure:
 
 
 def _judged(found: Independent) -> Independent:
+    if found.differs is not None and found.cosine is not None:
+        raise VerificationFailure(
+            f"the checkpoint is read in another way than by {found.version}: vectors differ by up to "
+            f"{found.max_relative_error:.2g} of the largest number (allowed: {TOLERANCE:g}), least cosine {found.cosine:.4f}; the "
+            f"first output that differs is that of {found.differs}; --against none leaves this check out"
+        )
     if found.differs is not None:
         raise VerificationFailure(
             f"the checkpoint is read in another way than by transformers {found.version}: logits differ by up to "

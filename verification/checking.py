@@ -56,21 +56,27 @@ def verify_here(
         if emulated_prompts is not None and data:
             notes.append(f"{entry.format}: task accuracy and text are not measured in an emulator")
         else:
-            accuracy = quality.task_accuracy(entry.format, session)
-            target = replace(target, task_accuracy=accuracy, text=quality.text_score(entry.format, session))
+            target = replace(
+                target,
+                task_accuracy=quality.task_accuracy(entry.format, session),
+                word_error_rate=quality.word_error_rate(entry.format, session),
+                text=quality.text_score(entry.format, session),
+            )
         targets.append(target)
 
-    scored = quality.dequantized_text is not None
+    count, positions = data.pieces
+    scored = count > 0
     return Report(
         targets=targets,
         quantization=quality.quantization(probe),
         original_task_accuracy=quality.original_accuracy(),
+        original_word_error_rate=quality.original_word_error_rate(),
         task_size=len(data.task.prompts) if data.task is not None else 0,
         original_text=quality.original_text,
         dequantized_text=quality.dequantized_text,
         text_against=None if not scored else "dequantized" if before is None else "original",
-        text_windows=len(data.passages) if scored else 0,
-        text_positions=sum(len(p.scored) for p in data.passages) if scored else 0,
+        text_windows=count,
+        text_positions=positions,
         notes=notes,
     )
 

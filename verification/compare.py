@@ -1,4 +1,4 @@
-"""One session compared with another, on prompts or on example inputs."""
+"""One session compared with another, on prompts, on texts or on example inputs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import numpy as np
 
 from ..bundle import Bundle, Generation
 from ..errors import UserError
+from ..runtimes.encoder_inputs import Prompt, token_prompt
 from ..runtimes.example_inputs import Call, read_examples
 from ..runtimes.generate import Stream, generate_batch, read_context
 from ..runtimes.logits import divergence, log_softmax, same_top1
 from ..runtimes.session import Array, Session
+from ..runtimes.text_embedding import embed_tokens
 from .report import TOLERANCE, Agreement
+from .similarity import similarity_of
 
 NEW_TOKENS = 16
+_SOUNDS = 2  # in a batch: an encoder's scores of a window of 1500 positions take 9 MB a head
 LONG_PROMPT = 700  # tokens: longer than two prefill chunks and than Gemma 3's window of 512
 
 
 class Probe(Protocol):
-    """What sessions are compared on: prompts through the generate loop, or a module's example inputs."""
+    """What sessions are compared on: prompts through the generate loop, texts that become vectors, or a module's example inputs."""
 
     @property
     def what(self) -> str: ...
@@ -41,11 +45,15 @@ def probe_of(bundle: Bundle) -> Probe:
     m = bundle.manifest
     if m.generation.task == "module":
         return Examples(read_examples(bundle), {g.name: [p.name for p in g.outputs] for g in m.graphs})
+    if m.generation.task == "embed":
+        return Texts(m.generation, m.prompts)
+    if m.generation.speech is not None:
+        return Prompts(m.generation, [inputs for _, inputs in read_examples(bundle)], [])
     return Prompts(m.generation, [list(p) for p in m.prompts], [list(c) for c in m.contexts])
 
 
 def compare(
-    reference: Session, candidates: Sequence[Session], spec: Generation, prompts: Sequence[Sequence[int]]
+    reference: Session, candidates: Sequence[Session], spec: Generation, prompts: Sequence[Prompt]
 ) -> list[Agreement]:
     """Each candidate against the reference on prompts without contexts; see `Prompts`."""
     return Prompts(spec, prompts, []).compare(reference, candidates)
@@ -53,15 +61,15 @@ def compare(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as token ids, and for a "memory" task their contexts."""
+    """Prompts as token ids or sounds, and for a "memory" task their contexts."""
 
     spec: Generation
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Prompt]
     contexts: Sequence[Sequence[int]]
 
     @property
     def what(self) -> str:
-        return f"{len(self.prompts)} prompts"
+        return f"{len(self.prompts)} {'prompts' if self.spec.speech is None else 'sounds'}"
 
     def first(self, count: int | None) -> Prompts:
         return Prompts(self.spec, self.prompts[:count], self.contexts[:count])
@@ -121,20 +129,22 @@ def require_finite_reference(logits: Array) -> None:
         raise UserError("the reference's logits are not finite; the checkpoint is broken or overflows float32")
 
 
-def _batches(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
+def _batches(prompts: Sequence[Prompt], spec: Generation) -> list[list[Prompt]]:
     """Encoder-decoder prompts in padded batches, so that padding is checked too; other prompts one by one."""
-    size = 16 if spec.task == "seq2seq" else 1
-    return [[list(p) for p in prompts[i : i + size]] for i in range(0, len(prompts), size)]
+    size = 1 if spec.task != "seq2seq" else 16 if spec.speech is None else _SOUNDS
+    return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
 
-def _long_prompt(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
+def _long_prompt(prompts: Sequence[Prompt], spec: Generation) -> list[list[Prompt]]:
     """For a decoder-only model one prompt longer than two prefill chunks and any common window, made of the others.
 
     An encoder-decoder has none: its encoder reads a prompt in one call.
     """
+    if spec.task != "causal":
+        return []
     length = min(LONG_PROMPT, spec.max_context - NEW_TOKENS - 1)
-    joined = [token for prompt in prompts for token in prompt]
-    if spec.task != "causal" or not joined or length <= max(len(p) for p in prompts):
+    joined = [token for prompt in prompts for token in token_prompt(prompt)]
+    if not joined or length <= max(len(p) for p in prompts):
         return []
     repeated = joined * (length // len(joined) + 1)
     return [[repeated[:length]]]
@@ -143,7 +153,7 @@ def _long_prompt(prompts: Sequence[Sequence[int]], spec: Generation) -> list[lis
 def _teacher_forced(
     session: Session,
     spec: Generation,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     tokens: Sequence[Sequence[int]],
     contexts: Sequence[Sequence[int]] = (),
 ) -> list[Array]:
@@ -163,6 +173,35 @@ def _teacher_forced(
     fed = np.concatenate([start, forced], 1)
     logits = stream.feed(fed, every=True)[:, start.shape[1] - 1 :]
     return [logits[row, : len(sequence) + 1] for row, sequence in enumerate(tokens)]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts as token ids, of which an "embed" model makes vectors. They are read in padded batches, so padding is checked too."""
+
+    spec: Generation
+    texts: Sequence[Sequence[int]]
+
+    @property
+    def what(self) -> str:
+        return f"{len(self.texts)} texts"
+
+    def first(self, count: int | None) -> Texts:
+        return Texts(self.spec, self.texts[:count])
+
+    def compare(self, reference: Session, candidates: Sequence[Session]) -> list[Agreement]:
+        """The vectors of all texts."""
+        expected = embed_tokens(reference, self.spec, self.texts)
+        return [self._agreement(expected, embed_tokens(candidate, self.spec, self.texts)) for candidate in candidates]
+
+    def _agreement(self, expected: Array, actual: Array) -> Agreement:
+        similarity = similarity_of(expected, actual)
+        errors = np.full(len(expected), sys.float_info.max)
+        if np.isfinite(actual).all():
+            errors = np.abs(expected - actual).max(-1) / np.maximum(np.abs(expected).max(-1), 1e-30)
+        close = int((errors <= TOLERANCE).sum())
+        worst = min(float(errors.max(initial=0.0)), sys.float_info.max)
+        return Agreement(worst, 0.0, 1.0, len(self.texts), close, 0, None, similarity)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import CHECKPOINT, Bundle, require_tokens
-from ..calibration.prompts import Passage, special_tokens
+from ..calibration.prompts import Passage
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..runtimes.answer import Answer, Stops
@@ -70,15 +70,16 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         opened = Bundle.open(Path(str(bundle)))
         self.spec = opened.manifest.generation
-        if self.spec.task == "module":
-            raise UserError(f"{bundle} holds a module, which has no tokens to be scored")
+        if self.spec.task in ("module", "embed"):
+            kind = "a module" if self.spec.task == "module" else "a model of embeddings"
+            raise UserError(f"{bundle} holds {kind}, which has no tokens to be scored")
         if not (opened.path / CHECKPOINT / "tokenizer.json").is_file():
             raise UserError(f"{bundle} has no tokenizer, so it cannot read a task; export from a checkpoint with one")
         opened.check_target(format or opened.manifest.targets[0].format)
         self.tokenizer = Tokenizer.from_dir(opened.path / CHECKPOINT)
         self.backend = "seq2seq" if self.spec.task == "seq2seq" else "causal"
         self._name = f"{opened.path.name}-{opened.manifest.source_fingerprint}"
-        self._before, self._after = special_tokens(self.tokenizer)
+        self._before, self._after = self.tokenizer.special_tokens()
         require_tokens([*self._before, *self._after, self.prefix_token_id], self.spec.vocab, str(bundle))
         if self.backend == "causal":
             self._after = []  # a prompt goes on, so it has no end token

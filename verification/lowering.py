@@ -14,7 +14,7 @@ import torch
 from ..bundle import Bundle, GraphSpec, TargetEntry
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError, VerificationFailure
-from ..exporters.registry import exporter
+from ..exporters.registry import exporter, read_facts
 from ..models.kv_cache import stored_as
 from ..models.loading import CODES, load_dequantized, quantized_parts
 from ..models.registry import build, stored_name
@@ -22,7 +22,7 @@ from ..ops.quantized import dequantize
 from ..runtimes.eager import EagerSession, Int8Session
 from ..runtimes.registry import has_runtime, open_exact, open_session
 from ..runtimes.session import Joined, PlacedSession, Session
-from ..system.reading import one_line
+from ..system.reading import one_line, shown
 from ..system.stages import Stage
 from ..targets.registry import TARGETS
 from .compare import Probe
@@ -117,15 +117,29 @@ def compare_artefact(
 def check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:
     """Compare every quantized weight in an artefact's files with the checkpoint's, to the bit; returns how many.
 
-    Raises VerificationFailure for one that differs or is missing, UserError for files that cannot be read.
+    What the manifest says of the files is compared with them, too. Raises VerificationFailure for what differs or is missing,
+    UserError for files that cannot be read.
     """
     try:
-        return _check_weights(bundle, format, quantized)
+        weights = _check_weights(bundle, format, quantized)
+        _check_facts(bundle, format)
+        return weights
     except (UserError, VerificationFailure):
         raise
     except Exception as error:  # the formats' readers raise types that share no base
         reason = one_line(error)[:200]
         raise UserError(f"{bundle.path}: the {format} artefact does not load ({reason}); export again") from error
+
+
+def _check_facts(bundle: Bundle, format: str) -> None:
+    """Raise VerificationFailure unless what the manifest says of an artefact's files is what they bear themselves."""
+    facts = bundle.target(format).facts
+    for name, found in read_facts(format, bundle.path / format).items():
+        said = facts.get(name, found)
+        if said != found:
+            raise VerificationFailure(
+                f"{format}: {name}: the manifest says {shown(said, 120)}, its files {shown(found, 120)}"
+            )
 
 
 def _check_weights(bundle: Bundle, format: str, quantized: Checkpoint) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import VerificationFailure
 from ..runtimes.session import Placement
+from .similarity import Similarity
 
 TOLERANCE = 1e-3
 """Largest error of any logit of an artefact with float32 activations, relative to the reference's largest logit."""
@@ -38,13 +39,21 @@ Twice the error of the reference with the same int8 activations is allowed too.
 """
 
 
+EMBEDDING_COSINE, WORST_COSINE = 0.999, 0.99
+"""Least mean and least single cosine of a text's vectors with reduced activations, to those of the reference.
+
+Twice as far from 1 as the reference with the same int8 activations is allowed too.
+"""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """One session compared with another: the logits where both are fed the same tokens, and the tokens that each generates.
 
     max_relative_error: of any logit, relative to the reference's largest. mean_kl: KL(reference || session), nats a position.
     top1: the share of positions with the same best token. rms: for a module, which has no tokens, the outputs' root mean square
-    error relative to the outputs; its prompts are then the examples, identical are those within TOLERANCE.
+    error relative to the outputs; its prompts are then the examples, identical are those within TOLERANCE. similarity: of a model
+    of embeddings; its prompts are texts, the error is of any number of a text's vector relative to its largest.
     """
 
     max_relative_error: float
@@ -54,6 +63,14 @@ class Agreement:
     prompts_identical: int
     positions: int
     rms: float | None = None
+    similarity: Similarity | None = None
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any] | None) -> Agreement | None:
+        """What `asdict` gave, or None."""
+        if values is None:
+            return None
+        return Agreement(**{**values, "similarity": _made(Similarity, values["similarity"])})
 
 
 def _agrees(agreement: Agreement) -> bool:
@@ -66,9 +83,10 @@ def _agrees(agreement: Agreement) -> bool:
 class Independent:
     """The original weights as read here, compared with transformers on the same tokens.
 
-    version: of transformers. max_relative_error: of any logit, relative to the largest. top1: share of positions with the same
-    best token. positions: compared. tokens: greedy tokens among them, the same from both. differs: the first part whose output
-    differs, None if the logits agree.
+    version: of transformers, or for a model of embeddings what was compared with. max_relative_error: of any logit, relative to
+    the largest. top1: share of positions with the same best token. positions: compared. tokens: greedy tokens among them, the
+    same from both. differs: the first part whose output differs, None if the logits agree. cosine: of a model of embeddings,
+    the least of a text's vectors; positions are then texts, and there are no tokens.
     """
 
     version: str
@@ -77,10 +95,16 @@ class Independent:
     positions: int
     tokens: int
     differs: str | None
+    cosine: float | None = None
 
     @property
     def text(self) -> str:
         """One line about it."""
+        if self.cosine is not None:
+            return (
+                f"read as {self.version} reads it: vectors of {self.positions} texts differ by at most "
+                f"{self.max_relative_error:.1e} of the largest number, least cosine {self.cosine:.6f}"
+            )
         return (
             f"read as transformers {self.version} reads it: logits differ by at most {self.max_relative_error:.1e} of the "
             f"largest over {self.positions} positions, {self.tokens} greedy tokens the same"
@@ -130,7 +154,8 @@ class TargetReport:
     arithmetic: Agreement | None = None
     on_device: bool = False
     task_accuracy: float | None = None
-    text: TextScore | None = None
+    word_error_rate: float | None = None
+    text: TextScore | Similarity | None = None
 
     @property
     def passed(self) -> bool:
@@ -143,6 +168,8 @@ class TargetReport:
             return same and self.lowering.max_relative_error <= TOLERANCE
         if self.lowering.rms is not None:
             return self.lowering.rms <= self._module_limit
+        if self.lowering.similarity is not None:
+            return self._similar(self.lowering.similarity)
         if self.arithmetic is None or _agrees(self.lowering):
             return _agrees(self.lowering)
         return self.lowering.top1 >= self._least_top1 and self.lowering.mean_kl <= 2 * self.arithmetic.mean_kl
@@ -151,9 +178,9 @@ class TargetReport:
     def from_json(values: Mapping[str, Any]) -> TargetReport:
         """The entry of a target in `Report.to_json`."""
         own = {f.name: values[f.name] for f in fields(TargetReport)}
-        own |= {key: _made(Agreement, values[key]) for key in ("lowering", "shipped", "arithmetic")}
+        own |= {key: Agreement.from_json(values[key]) for key in ("lowering", "shipped", "arithmetic")}
         return TargetReport(
-            **own | {"placement": _made(Placement, values["placement"]), "text": _made(TextScore, values["text"])}
+            **own | {"placement": _made(Placement, values["placement"]), "text": _score(values["text"])}
         )
 
     @property
@@ -169,8 +196,22 @@ class TargetReport:
         rounded = self.arithmetic.rms if self.arithmetic is not None else None
         return max(MODULE_ERROR, 2 * (rounded or 0.0))
 
+    @property
+    def _least_cosines(self) -> tuple[float, float]:
+        """The least mean and the least single cosine beside those of `arithmetic`."""
+        rounded = self.arithmetic.similarity if self.arithmetic is not None else None
+        if rounded is None:
+            return EMBEDDING_COSINE, WORST_COSINE
+        return min(EMBEDDING_COSINE, 2 * rounded.cosine - 1), min(WORST_COSINE, 2 * rounded.worst - 1)
+
+    def _similar(self, found: Similarity) -> bool:
+        mean, worst = self._least_cosines
+        return found.cosine >= mean and found.worst >= worst
+
     def _near(self, agreement: Agreement) -> bool:
         """Whether a run with reduced activations on the device agrees with the reference."""
+        if agreement.similarity is not None:
+            return self._similar(agreement.similarity)
         return _agrees(agreement) and (agreement.rms is None or agreement.rms <= self._module_limit)
 
     @property
@@ -178,12 +219,21 @@ class TargetReport:
         """What `passed` requires of the lowering, in words."""
         if self.activations == "float32" and self.arithmetic is None:
             return f"<= {TOLERANCE:g}"
+        if self.lowering.similarity is not None:
+            mean, worst = self._least_cosines
+            return f"cosine >= {mean:.4g}, of any text >= {worst:.4g}"
         if self.lowering.rms is not None:
             return f"rms <= {self._module_limit:.2g}"
         if self.arithmetic is None or _agrees(self.lowering):
             few = self.lowering.positions < 1 / (1 - AGREEMENT)
             return "top-1: one position at most" if few else f"top-1 >= {AGREEMENT:.0%}"
         return f"top-1 >= {self._least_top1:.2%}, KL <= {2 * self.arithmetic.mean_kl:.2g}: what int8 costs"
+
+
+def _score(values: Mapping[str, Any] | None) -> TextScore | Similarity | None:
+    if values is not None and "cosine" in values:
+        return Similarity(**values)
+    return _made(TextScore, values)
 
 
 def _made(kind: type[_T], values: Mapping[str, Any] | None) -> _T | None:
@@ -195,16 +245,17 @@ class Report:
     """The result of `verify`.
 
     quantization: the dequantized against the original weights. text_against: the weights whose distributions the text scores
-    are compared with. text_positions: scored tokens, in text_windows windows. notes: targets and measurements left out.
-    independent: the original's reading compared with transformers.
+    are compared with. text_positions: scored tokens, in text_windows windows (of embeddings: tokens, in so many texts). notes:
+    targets and measurements left out. independent: the original's reading compared with transformers.
     """
 
     targets: Sequence[TargetReport]
     quantization: Agreement | None = None
     original_task_accuracy: float | None = None
+    original_word_error_rate: float | None = None
     task_size: int = 0
     original_text: TextScore | None = None
-    dequantized_text: TextScore | None = None
+    dequantized_text: TextScore | Similarity | None = None
     text_against: Literal["original", "dequantized"] | None = None
     text_windows: int = 0
     text_positions: int = 0
@@ -226,9 +277,9 @@ class Report:
         """What `to_json` gave."""
         own = {f.name: values[f.name] for f in fields(Report)}
         own["targets"] = [TargetReport.from_json(target) for target in values["targets"]]
-        own["quantization"] = _made(Agreement, values["quantization"])
+        own["quantization"] = Agreement.from_json(values["quantization"])
         own["independent"] = _made(Independent, values["independent"])
-        own |= {key: _made(TextScore, values[key]) for key in ("original_text", "dequantized_text")}
+        own |= {key: _score(values[key]) for key in ("original_text", "dequantized_text")}
         return Report(**own)
 
 
@@ -251,9 +302,16 @@ def require(report: Report) -> None:
         if not target.passed:
             agreement = target.lowering
             if target.shipped.max_relative_error == sys.float_info.max:
-                raise VerificationFailure(f"{target.format}: as shipped its logits are not finite: it overflows")
+                what = "logits" if target.shipped.similarity is None else "vectors"
+                raise VerificationFailure(f"{target.format}: as shipped its {what} are not finite: it overflows")
             if target.on_device and not target._near(target.shipped):
                 agreement = target.shipped
+            if agreement.similarity is not None:
+                found = agreement.similarity
+                raise VerificationFailure(
+                    f"{target.format}: vectors differ from the reference's by up to {agreement.max_relative_error:.2g} of the "
+                    f"largest number, cosine {found.cosine:.5f}, of one text {found.worst:.5f} (allowed: {target.allowed})"
+                )
             if agreement.rms is not None:
                 raise VerificationFailure(
                     f"{target.format}: outputs differ from the reference by up to {agreement.max_relative_error:.2g} of the "

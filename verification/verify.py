@@ -44,9 +44,8 @@ def verify(
     job = {"path": str(bundle.path), "options": options.to_json(), "search": search}
     independent = None
     if options.model is not None:
-        independent = compare_reading(
-            options.model, options.adapter, bundle.manifest.weights, options.against, progress
-        )
+        weights, pooling = bundle.manifest.weights, bundle.manifest.generation.pooling
+        independent = compare_reading(options.model, options.adapter, weights, options.against, progress, pooling)
     try:
         report = Report.from_json(run_child("edgewright.verification.checking", job, progress, granted))
         return replace(report, independent=independent)

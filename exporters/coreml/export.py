@@ -30,6 +30,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
         from coremltools.converters.mil.backend.mil.load import load
         from coremltools.converters.mil.mil import Builder, Program
 
+        from .describe import describe
         from .translate import shaped, translate
         from .weights import WeightStore
 
@@ -52,6 +53,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
             convert_to="mlprogram",
             convert_from="milinternal",
         )
+        describe(spec, graphs)
         spec.description.metadata.userDefined[LABELS] = json.dumps(store.labels, sort_keys=True)
         ct.utils.save_spec(spec, str(directory / PACKAGE), weights_dir=str(weights))
     _fix_identifiers(directory / PACKAGE)

@@ -21,6 +21,7 @@ from ...errors import UserError
 from ...graph import Graph, Port, State
 from ...system.quiet import quiet_torchao
 from ...system.reading import one_line, read_json_object
+from ...targets.executorch.libraries import FACT, libraries
 from ...targets.executorch.names import EXACT, POSITIONS, STEP
 from ..artefact import Artefact, Options, Progress
 
@@ -63,7 +64,22 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     names = _names(graphs, written)
     (directory / NAMES).write_text(json.dumps(names, indent=1, sort_keys=True) + "\n")
     facts: dict[str, object] = {"weights read back bit for bit (measured)": len(names)}
-    return Artefact((PROGRAM, NAMES), ops(written), facts)
+    return Artefact((PROGRAM, NAMES), ops(written), facts | _libraries(written))
+
+
+def read_facts(directory: Path) -> dict[str, object]:
+    """The fact that `model.pte` bears itself: which of ExecuTorch's libraries it needs. Raises UserError for a damaged program."""
+    from ...targets.executorch.program import ProgramFile
+
+    return _libraries(ProgramFile(directory / PROGRAM))
+
+
+def _libraries(written: ProgramFile) -> dict[str, object]:
+    from ...targets.executorch.program import DELEGATE, KERNELS
+
+    units = written.placement().values()
+    kernels = {op.removesuffix(POSITIONS) for unit in units for op in unit[KERNELS]}
+    return {FACT: libraries(kernels, [DELEGATE] if any(unit[DELEGATE] for unit in units) else [])}
 
 
 def _require_kernels(written: ProgramFile) -> None:

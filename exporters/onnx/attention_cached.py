@@ -1,6 +1,6 @@
 """Attention on ONNX Runtime's CPU kernels without GroupQueryAttention: merged, shared and cross attention, heads of any size.
 
-TensorScatter writes a cache in place: past and present are one buffer (`runtimes.onnx`). What the kernels do is tested in
+A cache is written in place: past and present are one buffer (`runtimes.onnx`). What the kernels do is tested in
 tests/exporters/onnx/test_onnx_attention_facts.py.
 """
 
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ...targets.onnx.nodes import attr
 from .lowering import MS, Lowering, dims, kv_heads_of
 from .positions import causal_mask, distances_back, new_positions
+from .standard_attention import scatter_slots
 
 MASKED = float(np.finfo(np.float32).min)
 """What is added to a masked score. A row that is masked throughout must stay finite: later layers read padding rows too."""
@@ -110,8 +111,18 @@ def starts(low: Lowering, node: ir.Node, past: ir.Value | None) -> ir.Value:
     return low.built(("starts", past), build)
 
 
+def write(low: Lowering, node: ir.Node, cache: ir.Value | None, new: ir.Value | None, past: ir.Value) -> ir.Value:
+    """The cache [B, KV, C, N] with `new` [B, KV, S, N] behind its first `past`; both ops write in place."""
+    assert cache is not None
+    if low.has("TensorScatter"):
+        return low.one(node, "TensorScatter", [cache, new, starts(low, node, past)], axis=-2)
+    assert new is not None
+    positions = low.built(("positions", past), lambda: new_positions(low, node, past, low.graph.inputs[0]))
+    return scatter_slots(low, node, cache, new, past, positions)
+
+
 def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part], distances: ir.Value | None = None) -> None:
-    """Write the new keys and values into the caches with TensorScatter, in place, and attend to them and to `others`.
+    """Write the new keys and values into the caches, and attend to them and to `others`.
 
     distances: of a relative bias, [M, H].
     """
@@ -121,7 +132,7 @@ def over_its_cache(low: Lowering, node: ir.Node, others: Sequence[Part], distanc
 
     def written(cache: ir.Value | None, new: ir.Value | None) -> ir.Value:
         turned = low.one(node, "Transpose", [new], perm=[0, 2, 1, 3])
-        return low.one(node, "TensorScatter", [cache, turned, starts(low, node, past)], axis=-2)
+        return write(low, node, cache, turned, past)
 
     caches = [written(k_cache, k), written(v_cache, v)]
     window = int(attr(node, "window")) if "window" in node.attributes else 0
@@ -203,6 +214,8 @@ def _scaled(low: Lowering, node: ir.Node, scores: ir.Value, scales: ir.Value) ->
 def lower_cross_attention(low: Lowering, node: ir.Node) -> None:
     """The standard's Attention (opset 24): the only CPU kernel with soft-capping whose query and key lengths may differ."""
     q, k, v, mask = node.inputs[:4]
+    if not low.has("Attention"):
+        return low.replace(node, [attend(low, node, q, kv_heads_of(k), [Part(k, v, mask)])])
     heads, dim = dims(q)
     rows = _mask_rows(low, node, mask, q)
     q_first = low.one(node, "Transpose", [q], perm=[0, 2, 1, 3])
@@ -214,7 +227,7 @@ def lower_cross_attention(low: Lowering, node: ir.Node) -> None:
         softcap=float(attr(node, "softcap")),
     )
     back = low.one(node, "Transpose", [attended], perm=[0, 2, 1, 3])
-    low.replace(node, [low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)])])
+    return low.replace(node, [low.one(node, "Reshape", [back, low.ints(0, 0, heads * dim)])])
 
 
 def _mask_rows(low: Lowering, node: ir.Node, mask: ir.Value | None, q: ir.Value | None) -> ir.Value:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...ops.quantized_cache import LEVELS
 from ...targets.onnx.nodes import attr
-from .attention_cached import Part, attend, biased, in_use, starts
+from .attention_cached import Part, attend, biased, in_use, write
 from .lowering import Lowering, kv_heads_of
 from .positions import causal_mask
 
@@ -27,9 +27,9 @@ def lower_quantize_kv(low: Lowering, node: ir.Node) -> None:
 
 
 def lower_append_kv(low: Lowering, node: ir.Node) -> None:
-    """TensorScatter, in place: past and present are one buffer."""
     cache, new, past = node.inputs[:3]
-    low.replace(node, [low.one(node, "TensorScatter", [cache, new, starts(low, node, past)], axis=-2)])
+    assert past is not None
+    low.replace(node, [write(low, node, cache, new, past)])
 
 
 def lower_quantized_attention(low: Lowering, node: ir.Node) -> None:

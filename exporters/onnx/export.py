@@ -16,9 +16,13 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
+from ...errors import UserError
 from ...graph import Graph
+from ...targets.onnx.oldest import FACT, oldest, read_oldest
+from ...targets.onnx.releases import has, reaches
 from ...targets.onnx.weights import read_nbits
 from ..artefact import Artefact, Options, Progress
+from . import genai
 from .attention_cached import (
     lower_biased_attention,
     lower_cross_attention,
@@ -36,6 +40,7 @@ from .attention_int8 import (
 from .attention_ort import lower_bidirectional_attention, lower_cached_attention, lower_rope
 from .linear import lower_embedding, lower_linear
 from .lowering import MS, Lowering, nodes
+from .opset import lower_opset
 from .pointwise import fuse_silu, lower_gelu_tanh, lower_rms_norm
 from .recurrence import (
     lower_causal_conv,
@@ -81,25 +86,56 @@ LOWERINGS: dict[str, Callable[[Lowering, ir.Node], None]] = {
 An op without a row is decomposed before.
 """
 
+KERNELS = {
+    "CausalConv": "CausalConvWithState",
+    "GatedDeltaRule": "LinearAttention",
+    "LinearAttention": "LinearAttention",
+}
+"""Private node -> the kernel without which it is decomposed, for a runtime that lacks it."""
+
 
 def export(graphs: Sequence[Graph], directory: Path, options: Options, progress: Progress = lambda _: None) -> Artefact:
-    """Write `<graph>.onnx` for each graph and `weights.bin` into `directory` (which must exist).
+    """Write `<graph>.onnx` for each graph and `weights.bin` into `directory` (which must exist and be empty).
 
-    Modules carry quantized weights as mapped tensors. `options.max_positions` bounds the rotary tables.
+    A decoder-only model gets `genai.onnx` as well, where onnxruntime-genai can feed it (`genai`).
+
+    Modules carry quantized weights as mapped tensors. `options.max_positions` bounds the rotary tables. `options.names`: the
+    oldest ONNX Runtime that must open the graphs, or nothing. Raises UserError for a graph that it does not open in any form.
     """
+    runtime = options.names[0] if options.names else None
+    kept = [op for op in LOWERINGS if runtime is None or has(runtime, KERNELS.get(op, ""))]
     weights = WeightFile(directory / WEIGHTS)
     ops: dict[str, dict[str, int]] = {}
     try:
         for graph in graphs:
             progress(f"onnx: {graph.name}")
-            model = translate(graph, LOWERINGS)
-            lower(model, weights, options.max_positions)
+            model = translate(graph, kept)
+            lower(model, weights, options.max_positions, runtime)
+            _require(model, runtime)
             ir.save(model, directory / f"{graph.name}.onnx")
             ops[graph.name] = dict(Counter(_label(n) for n in model.graph))
+            if len(graphs) == 1 and genai.fits(graph):
+                genai.give_ports(model)
+                ir.save(model, directory / f"{genai.NAME}.onnx")
     finally:
         weights.close()
-    files = (*(f"{g.name}.onnx" for g in graphs), WEIGHTS)
-    return Artefact(files, ops)
+    files = tuple(path.name for path in sorted(directory.iterdir()))
+    return Artefact(files, ops, read_facts(directory))
+
+
+def read_facts(directory: Path) -> dict[str, object]:
+    """The facts that the files in `directory` bear themselves: the oldest ONNX Runtime that opens each graph."""
+    return {FACT: read_oldest(directory)}
+
+
+def _require(model: ir.Model, runtime: str | None) -> None:
+    """Raise UserError for a graph that the asked runtime does not open."""
+    found = oldest(model)
+    if runtime is not None and not reaches(runtime, found.release):
+        raise UserError(
+            f"--onnxruntime {runtime}: {model.graph.name} has {found.because}, which {found.release} first has; "
+            "ask for that, or for no release"
+        )
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -108,9 +144,9 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from read_nbits(path)
 
 
-def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
-    """Rewrite every private node of `model` by the table. Raises ValueError for one without a row."""
-    low = Lowering(model.graph, weights, max_positions)
+def lower(model: ir.Model, weights: WeightFile, max_positions: int, runtime: str | None = None) -> None:
+    """Rewrite every private node of `model` by the table. Raises ValueError for one without a row. runtime: as in `Lowering`."""
+    low = Lowering(model.graph, weights, max_positions, runtime=runtime)
     for op, lowering in LOWERINGS.items():
         for node in nodes(model.graph, op):
             lowering(low, node)
@@ -124,6 +160,7 @@ def lower(model: ir.Model, weights: WeightFile, max_positions: int) -> None:
         raise ValueError(f"no ONNX lowering for {', '.join(remaining)}")
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[MS] = 1
+    lower_opset(model)
     model.producer_name = "edgewright"
 
 

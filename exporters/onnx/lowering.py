@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ...targets.onnx.releases import has
 from .translate import DOMAIN
 from .weight_file import WeightFile, content_key
 
@@ -24,12 +25,18 @@ class Lowering:
     """One graph being lowered.
 
     weights: where large tensors go. max_positions: rows of rotary tables. shared: what was emitted once for several nodes.
+    runtime: the ONNX Runtime that must open the graph; None for the newest.
     """
 
     graph: ir.Graph
     weights: WeightFile
     max_positions: int
     shared: dict[Any, ir.Value] = field(default_factory=dict)
+    runtime: str | None = None
+
+    def has(self, op: str, attribute: str = "") -> bool:
+        """Whether the runtime that must open the graph has an op, with an attribute."""
+        return self.runtime is None or has(self.runtime, op, attribute)
 
     def emit(
         self, before: ir.Node, op: str, inputs: list[ir.Value | None], outputs: int = 1, domain: str = "", **attrs: Any

@@ -13,7 +13,7 @@ import torch
 
 from ...targets.onnx.nodes import attr
 from .dialect import MASKED, StandardLowering
-from .lowering import dims, kv_heads_of, operands, torch_tensor
+from .lowering import Lowering, dims, kv_heads_of, operands, torch_tensor
 from .positions import causal_mask, distances_back, new_positions
 
 
@@ -202,7 +202,7 @@ def lower_rope(low: StandardLowering, node: ir.Node) -> None:
 
 
 def scatter_slots(
-    low: StandardLowering, node: ir.Node, cache: ir.Value, new: ir.Value, past: ir.Value, positions: ir.Value
+    low: Lowering, node: ir.Node, cache: ir.Value, new: ir.Value, past: ir.Value, positions: ir.Value
 ) -> ir.Value:
     """The cache after ScatterElements: its rows `positions` (axis 2) become those of `new` [B, KV, S, D]."""
 

@@ -1,12 +1,13 @@
 """Gemma 1 to 3, text (arXiv 2403.08295, 2408.00118, 2503.19786).
 
 Gemma 2 has norms before and behind each block, caps, and windows in every other layer; Gemma 3 QK-norm in place of the caps, and
-five sliding layers to one full, with a RoPE base for each kind.
+five sliding layers to one full, with a RoPE base for each kind; EmbeddingGemma is a Gemma 3 without the causal mask.
 """
 
 from __future__ import annotations
 
-from ...errors import UserError
+from typing import Any
+
 from ..config import ConfigReader, StackKeys
 from ..decoder import DecoderSpec, DescribedDecoder, attentions, plain
 from ..layers.norm import NormSpec
@@ -21,9 +22,15 @@ def describe(section: ConfigReader) -> DecoderSpec:
         return _first(section)
     if kind == "gemma2":
         return _described(Gemma2Config(section), section)
-    if section.values.get("use_bidirectional_attention"):
-        raise UserError("config.json: use_bidirectional_attention is set; EmbeddingGemma encoders are not supported")
-    return _described(Gemma3Config(section, 32768, "Gemma 3"), section)
+    keys = Gemma3Config(section, 32768, "Gemma 3")
+    if bidirectional(section) and keys.window:
+        keys.window = keys.window // 2 + 1  # config.json counts both sides, a layer the own token and those of one side
+    return _described(keys, section)
+
+
+def bidirectional(section: ConfigReader) -> bool:
+    """Whether it is an EmbeddingGemma (arXiv 2509.20354), whose tokens see those behind them, too."""
+    return section.flag("use_bidirectional_attention", False)
 
 
 def _first(section: ConfigReader) -> DecoderSpec:
@@ -53,6 +60,7 @@ def _described(keys: GemmaConfig, section: ConfigReader) -> DecoderSpec:
         embedding_scale=keys.hidden**0.5,
         final_softcap=keys.final_softcap,
         tied=section.flag("tie_word_embeddings", True),
+        bidirectional=isinstance(keys, Gemma3Config) and bidirectional(section),
     )
 
 
@@ -60,3 +68,7 @@ class Model(DescribedDecoder):
     """A Gemma checkpoint's modules."""
 
     describe = staticmethod(describe)
+
+    @classmethod
+    def own_pooling(cls, config: dict[str, Any]) -> str | None:
+        return "mean" if config.get("use_bidirectional_attention") else None

@@ -1,6 +1,7 @@
 """ModernBERT (arXiv 2412.13663), the encoder of the Ettin pairs (arXiv 2507.11412), with its masked-language-model head.
 
-It has no generate loop: its one graph, `encoder`, is run as it is. Layers alternate between full attention and a window of
+It has no generate loop: its one graph, `encoder`, is run as it is; where a text is to become one vector, `models.embedding` has the
+same layers without the head. Layers alternate between full attention and a window of
 `local_attention` tokens, and each kind has its own RoPE base. Query, key and value are one matrix, and so are the two halves
 of the gated feed-forward. `modernbert_decoder` is the causal twin.
 """
@@ -15,7 +16,7 @@ from torch import nn
 
 from ...graph import Graph, Port
 from ..config import ConfigReader
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, TextEncoder, TextStack
 from ..layers.activations import activation
 from ..layers.block import Block
 from ..layers.linear import Embedding, Linear
@@ -170,27 +171,37 @@ class Stack(nn.Module):
         self.final_norm = config.norm()
 
 
+class EncoderStack(Stack, TextStack):
+    """A stack of bidirectional layers."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, Layer)
+        self.layer_types, self.half_window = config.layer_types, config.half_window
+
+    def hidden_states(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> torch.Tensor:
+        h = self.embeddings(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        distance = (positions.unsqueeze(1) - positions.unsqueeze(0)).abs()
+        padding = encoder_mask.unsqueeze(1).unsqueeze(1)
+        full = torch.logical_and(padding, (distance >= 0).unsqueeze(0).unsqueeze(0))
+        near = (distance <= self.half_window).unsqueeze(0).unsqueeze(0)
+        sliding = torch.logical_and(padding, near)
+        for layer, kind in zip(self.layers, self.layer_types, strict=True):
+            h = layer(h, positions, sliding if kind == "sliding_attention" else full)
+        out: torch.Tensor = self.final_norm(h)
+        return out
+
+
 class MaskedStep(nn.Module):
     """The encoder: logits of every position, and the hidden states that they come from."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.whole = model
-        self.config = model.config
 
     def forward(self, input_ids: torch.Tensor, encoder_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids: int64 [B, T]; encoder_mask: bool [B, T], true at real tokens. Returns [B, T, vocab], [B, T, hidden]."""
-        stack = self.whole.model
-        h = stack.embeddings(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        distance = (positions.unsqueeze(1) - positions.unsqueeze(0)).abs()
-        padding = encoder_mask.unsqueeze(1).unsqueeze(1)
-        full = torch.logical_and(padding, (distance >= 0).unsqueeze(0).unsqueeze(0))
-        near = (distance <= self.config.half_window).unsqueeze(0).unsqueeze(0)
-        sliding = torch.logical_and(padding, near)
-        for layer, kind in zip(stack.layers, self.config.layer_types, strict=True):
-            h = layer(h, positions, sliding if kind == "sliding_attention" else full)
-        h = stack.final_norm(h)
+        h = self.whole.model.hidden_states(input_ids, encoder_mask)
         return self.whole.decoder(self.whole.head(h)), h
 
 
@@ -202,11 +213,24 @@ class Model(LanguageModel):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         self.config = Config(config)
-        self.model = Stack(self.config, Layer)
+        self.model = EncoderStack(self.config)
         self.head = PredictionHead(self.config)
         self.decoder = Linear(self.config.hidden, self.config.vocab, self.config.decoder_bias)
         self.tied = self.tied_head(True, "decoder.weight", TABLE)
         self.max_context = self.config.max_positions
+
+    @classmethod
+    def own_pooling(cls, config: dict[str, Any]) -> str | None:
+        """The pooling that config.json has for classifiers, else the mean, of a file without the head for tokens."""
+        section = ConfigReader(config, "")
+        pooling = section.text("classifier_pooling", "mean")
+        if pooling not in ("cls", "mean"):
+            raise section.error("classifier_pooling", pooling, "'cls' or 'mean'")
+        return pooling if config.get("architectures") == ["ModernBertModel"] else None
+
+    def text_encoder(self) -> TextEncoder:
+        c = self.config
+        return TextEncoder(EncoderStack(c), c.hidden, c.vocab, c.max_positions, self.names)
 
     def stacks(self) -> dict[str, nn.ModuleList]:
         return {"encoder": self.model.layers}

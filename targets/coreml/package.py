@@ -116,7 +116,7 @@ class Package:
     def __init__(self, path: Path) -> None:
         with quiet():
             from coremltools.proto import MIL_pb2, Model_pb2
-            from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+            from google.protobuf.message import DecodeError
 
         self.path = path
         inside = path / "Data" / "com.apple.CoreML"

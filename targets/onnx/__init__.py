@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...system.reading import MEBIBYTE
-from ..target import GROUP_SIZES, Target, WeightStorage
+from ..target import GROUP_SIZES, Target, TargetOption, WeightStorage
+from .releases import check_asked
 
 
 def matmulnbits(scale_bytes: int) -> tuple[WeightStorage, ...]:
@@ -34,7 +35,13 @@ TARGET = Target(
     signed_scales=True,
     tied_twice=False,
     int8_cache=True,
-    option=None,
+    option=TargetOption(
+        "--onnxruntime",
+        "version",
+        (),
+        "ONNX Runtime: the oldest release that must open the graphs, such as 1.24. Default: the newest forms.",
+        check_asked,
+    ),
     lowering_bytes=(700 * MEBIBYTE, 0.0),
     unit="cpu",
     activations="int8",

@@ -27,6 +27,7 @@ from edgewright.ops import recurrence
 from edgewright.pipeline.plan import plan
 from edgewright.runtimes.eager import EagerSession
 from edgewright.runtimes.generate import Stream, read_context
+from edgewright.runtimes.text_embedding import embed_tokens
 
 
 @pytest.mark.parametrize("part", [2048, 1], ids=["together", "in parts"])
@@ -59,10 +60,16 @@ def test_the_forward_reaches_every_linear_and_gives_the_models_logits(family: st
     whole = build(checkpoint.config)
     load_original(whole, checkpoint)
     session = EagerSession(whole.graphs())
+    if spec.task == "embed":
+        assert real.shape == (len(samples), 1)
+        want = embed_tokens(session, spec, [sample.tokens for sample in samples])
+        np.testing.assert_allclose(logits[:, 0], want, rtol=1e-4, atol=2e-5)
+        return
     for row, sample in enumerate(samples):
         memory = read_context(session, spec, sample.context) if sample.context else None
         fed = np.array([sample.decoded if spec.task == "seq2seq" else sample.tokens], np.int64)
-        stream = Stream(session, spec, [sample.tokens], fed.shape[1] + 1, memory)
+        prompt = sample.tokens if sample.sound is None else sample.sound
+        stream = Stream(session, spec, [prompt], fed.shape[1] + 1, memory)
         tokens = fed if spec.task == "seq2seq" else stream.pending
         want = stream.feed(tokens, every=True)[0]
         assert real[row].sum() == len(fed[0])

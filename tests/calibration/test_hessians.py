@@ -21,7 +21,7 @@ from edgewright.quant.gptq import quantize_gptq
 from edgewright.quant.hessian import Factor, damping_for, factor
 from edgewright.quant.plan import BitPlan, Budget, Entry
 
-PLAIN = {"modernbert", "phi4flash"}
+PLAIN = {"modernbert", "modernbert embedding", "phi4flash"}
 """Queries lie in one matrix with keys and values, or there is no attention."""
 
 

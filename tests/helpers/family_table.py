@@ -12,12 +12,13 @@ from edgewright.verification.report import Report
 from helpers import tiny
 from helpers.requests import asking
 from helpers.saved import saved
-from helpers.tiny_families import FAMILIES
+from helpers.tiny_families import EMBEDDERS, FAMILIES
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "families.md"
 FORMATS = tuple(name for name, target in TARGETS.items() if not target.graphs and has_runtime(name))
 """The columns of the table: the targets that take every graph and run here."""
 CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
+CONFIGS |= {f"{name} embedding": config for name, config in EMBEDDERS.items()}
 MODULE = "helpers.user_modules:unet"
 SAVED = ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "zamba2", "recurrent_gemma")
 """Families whose tiny model transformers writes, under the names of its files."""
@@ -29,10 +30,9 @@ NAMES = {
     "bart": "BART",
     "m2m_100": "M2M100",
     "mt5": "mT5",
-    "umt5": "UMT5",
     "mbart": "mBART",
-    "marian": "Marian",
-    "pegasus": "Pegasus",
+    "whisper": "Whisper",
+    "moonshine": "Moonshine",
     "dolphin": "Dolphin",
     "arc_encoder": "ARC-Encoder",
     "phi4flash": "SambaY (Phi-4-mini-flash)",
@@ -60,7 +60,6 @@ NAMES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
-    "gemma3n_text": "Gemma 3n",
     "gemma4_text": "Gemma 4, dense",
     "phi3": "Phi-3, Phi-4-mini",
     "smollm3": "SmolLM3",
@@ -73,9 +72,18 @@ NAMES = {
     "stablelm": "StableLM 2",
     "gpt2": "GPT-2",
     "gpt_neox": "GPT-NeoX, Pythia",
+    "bert": "BERT, MiniLM",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-R",
+    "distilbert": "DistilBERT",
+    "modernbert embedding": "ModernBERT, embeddings",
+    "gemma3_text embedding": "EmbeddingGemma",
+    "qwen3 embedding": "Qwen3-Embedding",
     "module": "your own module (a U-Net with attention)",
 }
-"""model_type -> common name, in the order of the table."""
+"""model_type -> common name, in the order of the table; " embedding" is behind one that also does something else."""
+NOT_IN_TABLE = {"gemma3n_text", "umt5", "marian", "pegasus"}
+"""Families that were not run through every target."""
 
 
 def verified(family: str, form: str, folder: Path) -> Report:

@@ -138,6 +138,43 @@ FAMILIES["marian"] = (
 )
 FAMILIES["pegasus"] = _BART | _SMALL | {"model_type": "pegasus", "activation_function": "relu"}
 
+FAMILIES["whisper"] = {
+    "model_type": "whisper",
+    "activation_function": "gelu",
+    "d_model": 64,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "decoder_layers": 2,
+    "decoder_start_token_id": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "encoder_layers": 3,
+    "eos_token_id": 1,
+    "max_source_positions": 20,
+    "max_target_positions": 48,
+    "num_mel_bins": 16,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+}
+FAMILIES["moonshine"] = {
+    "model_type": "moonshine",
+    "bos_token_id": 3,
+    "decoder_hidden_act": "silu",
+    "decoder_num_attention_heads": 4,
+    "decoder_num_hidden_layers": 2,
+    "decoder_start_token_id": 3,
+    "encoder_hidden_act": "gelu",
+    "encoder_num_attention_heads": 4,
+    "encoder_num_hidden_layers": 3,
+    "eos_token_id": 1,
+    "hidden_size": 48,  # heads of 12, which have 4 zeros behind
+    "intermediate_size": 96,
+    "max_position_embeddings": 48,
+    "rope_parameters": {"partial_rotary_factor": 0.9, "rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+
 _QWEN2: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 64,
@@ -525,3 +562,61 @@ FAMILIES["gpt2"] = {
     "vocab_size": 80,
 }
 FAMILIES["gpt_neox"] = _PLAIN | {"model_type": "gpt_neox", "rotary_pct": 0.5}
+
+
+# ---- encoders for search
+
+_BERT: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+    "vocab_size": 80,
+}
+
+
+def _embedding(*pooling: str, **more: Any) -> dict[str, Any]:
+    """The description of an embedding in config.json."""
+    return {"edgewright": {"embedding": {"pooling": list(pooling)} | more}}
+
+
+_UNIT = [{"kind": "normalize"}]
+_LINEARS = [
+    {"kind": "dense", "in": 64, "out": 96, "bias": False, "act": "identity"},
+    {"kind": "dense", "in": 96, "out": 32, "bias": True, "act": "tanh"},
+    *_UNIT,
+]
+FAMILIES["bert"] = _BERT | {"model_type": "bert"} | _embedding("mean", behind=_UNIT)
+FAMILIES["roberta"] = (
+    _BERT
+    | {"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}
+    | _embedding("max", "mean_sqrt_len")
+)
+FAMILIES["xlm-roberta"] = (
+    FAMILIES["roberta"] | {"model_type": "xlm-roberta"} | _embedding("weighted_mean", behind=_LINEARS)
+)
+FAMILIES["distilbert"] = {
+    "model_type": "distilbert",
+    "activation": "gelu",
+    "dim": 64,
+    "hidden_dim": 96,
+    "max_position_embeddings": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+} | _embedding("cls", behind=_LINEARS)
+EMBEDDERS: dict[str, dict[str, Any]] = {
+    "modernbert": FAMILIES["modernbert"] | _embedding("cls", behind=_UNIT),
+    "gemma3_text": _PLAIN
+    | _KINDS
+    | {"model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True}
+    | _embedding("mean", behind=_LINEARS),
+    "qwen3": FAMILIES["qwen3"] | _embedding("last", behind=_UNIT),
+}
+"""Families that also do something else, as models of embeddings: EmbeddingGemma is a Gemma 3."""

@@ -32,8 +32,8 @@ from edgewright.verification.report import Agreement
 
 EW = torch.ops.edgewright
 CONFIGS = {"t5gemma": tiny.T5GEMMA, "llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3, **FAMILIES}
-WITHOUT = {"modernbert", "mamba2", "recurrent_gemma", "rwkv7"}
-"""Families that keep no keys and values, or those of a window alone: an encoder, and what only recurs."""
+WITHOUT = {"modernbert", "bert", "roberta", "xlm-roberta", "distilbert", "mamba2", "recurrent_gemma", "rwkv7"}
+"""Families that keep no keys and values, or those of a window alone: encoders, and what only recurs."""
 HEADS, KV, DIM, SCALE = 4, 2, 16, 0.3
 
 

@@ -153,7 +153,7 @@ def test_a_shortened_config_builds_with_fewer_layers():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "bert"}, "bert"),
+        ({"model_type": "albert"}, "albert"),
         ({"hidden_size": -1}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),

@@ -11,11 +11,12 @@ import transformers as hf
 from helpers import tiny
 from helpers.cli_runner import edgewright, passed, process, refused
 from helpers.oracle import randomise
+from helpers.sentence_models import describe, linear
 from helpers.tiny_families import FAMILIES
 
 from edgewright.errors import UserError, VerificationFailure
 from edgewright.system.subprocesses import ChildFailed
-from edgewright.verification import transformers_model
+from edgewright.verification import transformers_model, transformers_vectors
 from edgewright.verification.against import compare_reading
 from edgewright.verification.transformers_model import compare
 
@@ -51,12 +52,54 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     assert (found["positions"], found["differs"]) == (18, None)
 
 
+def sentence_model(folder: Path) -> Path:
+    sizes = SIZES | {"num_attention_heads": 4, "max_position_embeddings": 64, "num_hidden_layers": 2}
+    randomise(hf.BertModel(hf.BertConfig(**sizes)), 1).save_pretrained(folder)
+    return describe(folder, ("mean", "max"), [linear(128, 32, "linear.Identity")])
+
+
+def test_a_model_of_embeddings_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    found = compare(str(sentence_model(tmp_path)), lambda _: None)
+    assert found["version"].startswith(("transformers 5", "sentence-transformers"))
+    assert found["max_relative_error"] < 1e-5
+    assert found["cosine"] > 0.99999
+    assert (found["positions"], found["differs"]) == (8, None)
+    other = compare(str(tmp_path), lambda _: None, ("last", "cls"))
+    assert other["version"] == f"transformers {hf.__version__}"
+    assert other["max_relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("parameter", "part"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "layer 1 of the encoder"),
+        ("model.embed_types.weight", "the encoder's embedding"),
+        ("dense.0.weight", "what stands behind the last layer (norm, head or pooling)"),
+    ],
+)
+def test_a_misreading_of_a_model_of_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameter: str, part: str
+) -> None:
+    load = transformers_vectors.load_original
+
+    def misread(model: torch.nn.Module, checkpoint: object) -> None:
+        load(model, checkpoint)  # type: ignore[arg-type]
+        model.get_parameter(parameter).data.mul_(1.5)
+
+    monkeypatch.setattr(transformers_vectors, "load_original", misread)
+    found = compare(str(sentence_model(tmp_path)), lambda _: None)
+    assert found["differs"] == part
+    monkeypatch.setattr("edgewright.verification.against.run_child", lambda *_: found)
+    with pytest.raises(VerificationFailure, match=r"vectors differ by up to .* least cosine .*; the first output"):
+        compare_reading(str(tmp_path), None, 1000, "auto", lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("parameter", "part"),
     [
         ("model.layers.1.mlp.up_proj.weight", "layer 1 of the decoder"),
         ("model.embed_tokens.weight", "the decoder's embedding"),
-        ("model.norm.weight", "what stands behind the last layer (norm or head)"),
+        ("model.norm.weight", "what stands behind the last layer (norm, head or pooling)"),
     ],
 )
 def test_a_misreading_names_the_first_output_that_differs(

@@ -22,7 +22,7 @@ from helpers.tiny_families import FAMILIES
 
 from edgewright import compiler
 from edgewright.bundle import CHECKPOINT, Bundle, ContextSpec, Generation
-from edgewright.calibration.prompts import Passage, special_tokens, text_passages
+from edgewright.calibration.prompts import Passage, text_passages
 from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.cli import main
@@ -113,7 +113,7 @@ def test_passages_are_the_text_in_order_cut_as_each_task_reads_it(tmp_path: Path
     text = tmp_path / "text.txt"
     text.write_text(" ".join("knightoughwbcde" * 20))
     ids = tokenizer.encode(text.read_text(), special=False)
-    assert special_tokens(tokenizer) == ([], [1])
+    assert tokenizer.special_tokens() == ([], [1])
     causal = CAUSAL.model_copy(update={"vocab": 70})
     for passage in text_passages(text, tokenizer, causal, 3):
         assert passage.prompt == (tokenizer.bos_id,)

@@ -21,12 +21,14 @@ from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.compiler import Exported, export
 from edgewright.errors import UserError
 from edgewright.exporters.coreml import export as coreml
+from edgewright.exporters.coreml.describe import AUTHOR, LICENSE
 from edgewright.models.loading import quantized_parts
 from edgewright.models.registry import build
 from edgewright.ops.quantized import dequantize
 from edgewright.quant.overrides import Override
 from edgewright.runtimes.coreml.evaluator import Evaluator, _updates_in_place, through_half
 from edgewright.runtimes.coreml.session import ACCELERATOR, CoremlEvaluator, open_coreml
+from edgewright.system.version import __version__
 from edgewright.targets.coreml.package import PACKAGE, Package, Stored
 from edgewright.verification.checking import verify_here
 
@@ -89,6 +91,24 @@ def test_t5gemma_matches_the_reference(t5gemma: Exported) -> None:
         assert "on a Mac" in target.placement.source
         assert "no Mac" in target.how
     assert verify_here(t5gemma.path).passed
+
+
+def test_the_package_describes_itself(t5gemma: Exported) -> None:
+    """Who made it and what each input, output and state is, read from the specification as Xcode does."""
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    spec.ParseFromString((t5gemma.path / "coreml" / PACKAGE / "Data/com.apple.CoreML/model.mlmodel").read_bytes())
+    said = spec.description.metadata
+    assert (said.author, said.versionString, said.license) == (AUTHOR, __version__, LICENSE)
+    assert "encoder, cross_kv, decoder" in said.shortDescription
+    functions = {f.name: f for f in spec.description.functions}
+    assert set(functions) == {"encoder", "cross_kv", "decoder", "decoder_step"}
+    texts = {p.name: p.shortDescription for f in functions.values() for p in (*f.input, *f.output, *f.state)}
+    assert texts["input_ids"] == "token ids"
+    assert texts["cross_k_0"] == "keys of the prompt for layer 0"
+    assert texts["k_cache_0"].startswith("keys of layer 0")
+    assert all(texts.values())
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ pytest.importorskip("executorch")
 from edgewright.exporters.executorch import export as exporter
 from edgewright.exporters.executorch import lowerings
 from edgewright.runtimes.executorch.session import ExecuTorchSession
+from edgewright.targets.executorch.libraries import libraries
 from edgewright.targets.executorch.program import ProgramFile
 
 CONTEXT = 32
@@ -226,6 +227,33 @@ def test_rows_of_a_batch_are_those_rows_alone(case: Case) -> None:
     for row, prompt in enumerate(given):
         stream = Stream(session, case.generation, [prompt if case.name == "t5gemma" else [3]], CONTEXT)
         assert worst(stream.feed(tokens[row : row + 1], every=True), together[row : row + 1]) < 1e-2
+
+
+def test_the_libraries_that_a_program_needs_are_said(case: Case) -> None:
+    said = case.artefact.facts["libraries"]
+    assert said == exporter.read_facts(case.folder)["libraries"]
+    assert isinstance(said, dict)
+    assert set(said) <= {
+        "executorch",
+        "xnnpack_backend",
+        "custom_ops",
+        "quantized_ops_lib",
+        "optimized_native_cpu_ops_lib",
+    }
+    assert said["xnnpack_backend"] == ["XnnpackBackend"]
+    assert "llama::update_cache" in said["custom_ops"]
+    tables = case.name != "llama"  # its table is left at 16 bits
+    assert any(op.startswith("quantized_decomposed::embedding_") for op in said.get("quantized_ops_lib", [])) == tables
+    called = {op for ops in said.values() for op in ops if "::" in op}
+    counted = {
+        op.removeprefix("CPU: ").removesuffix(" on positions") for ops in case.artefact.ops.values() for op in ops
+    }
+    assert called == {op for op in counted if "::" in op}
+
+
+def test_a_kernel_of_no_library_is_refused() -> None:
+    with pytest.raises(UserError, match="foreign::op is in none of ExecuTorch's libraries"):
+        libraries(["foreign::op"], [])
 
 
 def test_weights_are_stored_once(case: Case) -> None:
