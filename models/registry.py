@@ -80,7 +80,7 @@ def architecture_of(config: dict[str, Any]) -> type[LanguageModel]:
     """The family's `Model`. Raises UserError for a model_type that is not known."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        known = one_line(", ".join(sorted(ARCHITECTURES)), 500)  # docs/families.md has all
+        known = one_line(", ".join(sorted(ARCHITECTURES)), 450)  # docs/families.md has all
         near = nearest(kind, ARCHITECTURES) if isinstance(kind, str) else ""
         raise UserError(f"model_type {shown(kind, 60)} is not supported{near}; supported: {known}")
     architecture: type[LanguageModel] = importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model
