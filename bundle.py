@@ -127,6 +127,88 @@ class ContextSpec(_Strict):
     splice: Literal["exact", "released"] = "exact"
 
 
+class SoundSpec(_Strict):
+    """What the encoder of a speech model reads of a sound: one channel of `rate` samples a second, cut into windows.
+
+    kind: "log-mel": `input_features`, a spectrogram of `mels` bands over frames of `fft` samples, one every `hop`, of a whole
+    window that silence fills. "samples": `input_values`, rows of `row` samples, each a position of the encoder; it reads `tail`
+    samples beyond its row, so the last ones are masked. window: the most samples of one call. positions: of the encoder's output
+    then.
+    """
+
+    kind: Literal["log-mel", "samples"]
+    rate: int = Field(ge=1000, le=384_000)
+    window: Size
+    positions: int = Field(ge=1, le=1 << 16)
+    mels: int = Field(0, ge=0, le=1024)
+    fft: int = Field(0, ge=0, le=1 << 16)
+    hop: int = Field(0, ge=0, le=1 << 16)
+    row: int = Field(0, ge=0, le=1 << 16)
+    tail: int = Field(0, ge=0, le=1 << 16)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.kind == "log-mel":
+            if not (self.mels and 2 <= self.hop <= self.fft) or self.window % self.hop or self.row or self.tail:
+                raise ValueError(f"no spectrogram of {self.mels} bands, frames of {self.fft} and steps of {self.hop}")
+            if self.window < self.fft:
+                raise ValueError(f"a window of {self.window} samples holds no frame of {self.fft}")
+        elif not self.row or self.mels or self.fft or self.hop:
+            raise ValueError(f"no rows of {self.row} samples")
+        elif self.window < self.row + self.tail or self.rows(self.window) != self.positions:
+            raise ValueError(
+                f"a window of {self.window} samples has {self.rows(self.window)} rows, not {self.positions}"
+            )
+        return self
+
+    @property
+    def port(self) -> str:
+        """The input of the graph `encoder`."""
+        return "input_features" if self.kind == "log-mel" else "input_values"
+
+    def real_rows(self, samples: int) -> int:
+        """Positions of the kind "samples" that so many samples give, the last filled up with silence."""
+        return max(1, -(-(samples - self.tail) // self.row))
+
+    def rows(self, samples: int) -> int:
+        """Rows of the kind "samples": the real positions', and those that the last one reads beyond."""
+        return self.real_rows(samples) + -(-self.tail // self.row)
+
+    @property
+    def seconds(self) -> float:
+        """Of a window."""
+        return self.window / self.rate
+
+
+class SpeechSpec(_Strict):
+    """How sound becomes text.
+
+    suppress: tokens that are never generated; begin_suppress: nor as the first. no_timestamps: the token that asks for text alone;
+    behind it in the vocabulary is one token for each position of a window, its time. Without it the model tells no times.
+    languages, tasks: tokens that the decoder is told a language and a task by, of a model that has several. first_within: the most
+    seconds before the first timestamp; None for any. tokens_a_second: no more are generated of a sound; None for no limit.
+    """
+
+    sound: SoundSpec
+    suppress: Annotated[tuple[Token, ...], Field(max_length=1 << 16)] = ()
+    begin_suppress: Annotated[tuple[Token, ...], Field(max_length=1 << 16)] = ()
+    no_timestamps: Token | None = None
+    languages: Annotated[dict[Name, Token], Field(max_length=1024)] = {}
+    tasks: Annotated[dict[Literal["transcribe", "translate"], Token], Field(max_length=2)] = {}
+    first_within: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    tokens_a_second: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+
+    @property
+    def first_timestamp(self) -> int | None:
+        """The token of time 0; None of a model that tells no times."""
+        return None if self.no_timestamps is None else self.no_timestamps + 1
+
+    def tokens(self) -> list[int]:
+        """All tokens that are named."""
+        named = [*self.suppress, *self.begin_suppress, *self.languages.values(), *self.tasks.values()]
+        return named if self.no_timestamps is None else [*named, self.no_timestamps]
+
+
 class SamplingSpec(_Strict):
     """How the model's makers have a token drawn, as generation_config.json says; the names are `runtimes.sampling.Sampling`'s.
 
@@ -197,6 +279,7 @@ class Generation(_Strict):
     none either: a text of at most max_context tokens becomes one vector, as `embedding` says.
     forced: what every answer of an encoder-decoder begins with, behind decoder_start: fed, not generated, such as a language.
     prefill_chunk: the most tokens of one call of the decoder. context: of a "memory" task. sampling: None is greedy.
+    speech: of a "seq2seq" task whose encoder reads sound.
     """
 
     task: Literal["seq2seq", "causal", "memory", "embed", "module"]
@@ -211,6 +294,7 @@ class Generation(_Strict):
     context: ContextSpec | None = None
     embedding: EmbeddingSpec | None = None
     sampling: SamplingSpec | None = None
+    speech: SpeechSpec | None = None
 
     @property
     def pooling(self) -> tuple[str, ...]:
@@ -325,8 +409,10 @@ class Manifest(_Strict):
             raise ValueError(f"a {spec.task} bundle needs the graph {min(lacking)}")
         if spec.task == "seq2seq" and spec.decoder_start is None:
             raise ValueError("a seq2seq bundle needs decoder_start")
-        if not self.prompts and spec.task != "module":
+        if not self.prompts and spec.task != "module" and spec.speech is None:
             raise ValueError("no prompts to compare on")
+        if spec.speech is not None:
+            self._check_speech(spec.speech)
         if spec.task == "memory" and spec.context is None:
             raise ValueError("a memory bundle needs generation.context")
         if spec.task == "embed" and spec.embedding is None:
@@ -344,6 +430,26 @@ class Manifest(_Strict):
         if largest >= spec.vocab:
             raise ValueError(f"token {largest} is not below the vocabulary of {spec.vocab}")
         return self
+
+    def _check_speech(self, speech: SpeechSpec) -> None:
+        """Raise ValueError unless tokens and sizes of speech are those of the model's graphs."""
+        if self.generation.task != "seq2seq":
+            raise ValueError("only a seq2seq bundle reads sound")
+        if self.prompts:
+            raise ValueError("a bundle that reads sound is compared on its examples, not on prompts")
+        largest = max(speech.tokens(), default=0)
+        if largest >= self.generation.vocab:
+            raise ValueError(f"token {largest} of speech is not below the vocabulary of {self.generation.vocab}")
+        sound, encoder = speech.sound, next(g for g in self.graphs if g.name == "encoder")
+        ports = {p.name: p.shape for p in encoder.inputs}
+        if sound.kind == "log-mel":
+            wanted: dict[str, tuple[int | str, ...]] = {sound.port: ("batch", sound.mels, sound.window // sound.hop)}
+            positions: int | str = sound.positions
+        else:
+            wanted = {sound.port: ("batch", "source", sound.row), "encoder_mask": ("batch", "source")}
+            positions = "source"
+        if ports != wanted or [p.shape[:2] for p in encoder.outputs] != [("batch", positions)]:
+            raise ValueError(f"the graph encoder does not read a sound as generation.speech says ({sound.kind})")
 
 
 class Bundle:

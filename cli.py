@@ -251,6 +251,12 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 @click.option(
     "-o", "--output", type=cli_options.path, metavar="FILE.npy", help="For --embed: all vectors as one array."
 )
+@click.option("--audio", type=cli_options.path, metavar="FILE", help="A sound to write down (WAV, FLAC, Ogg, MP3 …).")
+@click.option(
+    "--language", metavar="CODE", help="For --audio: the language spoken, such as de. Default: what is heard."
+)
+@click.option("--translate", is_flag=True, help="For --audio: write it down in English.")
+@click.option("--timestamps", is_flag=True, help="For --audio: a line for each segment, with its times.")
 @click.option(
     "--context", type=cli_options.path, metavar="FILE", help="Text that a decoder-decoder reads first, into its memory."
 )
@@ -270,43 +276,57 @@ def verify(bundle: Path, text_windows: int | None, strict_placement: bool, as_js
 def run(
     bundle: Path,
     prompt: str | None,
+    audio: Path | None,
     context: Path | None,
     chat: bool | None,
     embed: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer a prompt, streaming to standard output; why it stopped and how fast it was goes to standard error. With --embed
-    print vectors of texts.
+    """Answer a prompt, or write a sound down, streaming to standard output; why it stopped and how fast it was goes to standard
+    error. With --embed print vectors of texts.
 
     A decoder-decoder answers from --context, or from the --memory it made of one: a second question costs no second reading.
     """
     vectors = {name: options.pop(name) for name in ("texts", "prompt_name", "output")}
     if embed:
-        _embed(bundle, prompt, vectors, options | {"context": context, "chat": chat})
+        _embed(bundle, prompt, vectors, options | {"context": context, "chat": chat, "audio": audio})
         return
     for name, value in vectors.items():
         if value is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --embed, which makes vectors of texts; give that, too")
-    if prompt is None:
-        raise UserError("say what to answer: --prompt TEXT")
+    if (prompt is None) == (audio is None):
+        raise UserError("say what to answer: --prompt TEXT, or a sound to write down: --audio FILE; one of them")
+    speech = generation_options.speech_given(options, audio is not None)
     from .checkpoints.chat_template import start_early
 
-    if chat is not False:
+    if audio is None and chat is not False:
         start_early(bundle / "checkpoint")  # in another process, while this one imports the rest
     from .commands.run import RunOptions, run_prompt
     from .system.reading import MEBIBYTE, read_stream, read_text
 
-    text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
     asked = RunOptions(
+        speech=speech,
         sampling=generation_options.sampling_given(options),
         chat=generation_options.chat_given(options, chat),
         context=None if context is None else read_text(context, 256 * MEBIBYTE),
         **options,
     )
     terminal = sys.stdout.isatty()  # a token may be an escape sequence
+    if audio is not None:
+        from .commands.run_sound import json_of, run_sound, text_of
+
+        spoken = run_sound(bundle, audio, asked)
+        if as_json:
+            click.echo(json.dumps(json_of(spoken), indent=1))
+            return
+        for piece in text_of(spoken, speech.timestamps):
+            click.echo(printable(piece) if terminal else piece, nl=False)
+        click.echo()
+        return
+    text = read_stream(sys.stdin.buffer, "standard input", 16 * MEBIBYTE) if prompt == "-" else prompt
     results = []
-    for said in run_prompt(bundle, text, asked, note):
+    for said in run_prompt(bundle, text or "", asked, note):
         pieces = []
         for piece in said.answer:
             if as_json:
@@ -420,6 +440,7 @@ _GENERATING = (
         "answers",
     ),
     *("template", "template_args", "system", "tools", "chat", "show_prompt", *generation_options.SAMPLING),
+    *("audio", "language", "translate", "timestamps"),
 )
 
 

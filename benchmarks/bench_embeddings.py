@@ -66,7 +66,9 @@ def main() -> None:
             request = Request(
                 str(given.model),
                 budget=BudgetOptions(widths=(8,)) if bits == 8 else BudgetOptions(bits=bits),
-                calibration=CalibrationOptions(text=given.text / "calibration.txt" if calibrated else None),
+                calibration=CalibrationOptions(
+                    text=given.text / "calibration.txt" if calibrated else None, shipped=False
+                ),
                 targets=TargetOptions(formats=("onnx",)),
                 checks=CheckOptions(against="none"),
             )

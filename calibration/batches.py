@@ -10,10 +10,10 @@ import torch
 from ..models.language_model import LanguageModel
 from .samples import Call, Sample
 
-_SEQUENCES: tuple[Callable[[Sample], Sequence[int]], ...] = (
-    lambda s: s.tokens,
-    lambda s: s.decoded,
-    lambda s: s.context,
+_LENGTHS: tuple[Callable[[Sample], int], ...] = (
+    lambda s: s.read,
+    lambda s: len(s.decoded),
+    lambda s: len(s.context),
 )
 
 
@@ -22,7 +22,7 @@ def parted(samples: Sequence[Sample], tokens: int) -> list[list[int]]:
     parts: list[list[int]] = []
     for place in sorted(range(len(samples)), key=lambda i: samples[i].size, reverse=True):
         together = [samples[i] for i in (*parts[-1], place)] if parts else []
-        padded_size = sum(max(len(of(s)) for s in together) for of in _SEQUENCES) if together else 0
+        padded_size = sum(max(of(s) for s in together) for of in _LENGTHS) if together else 0
         if not parts or padded_size * len(together) > tokens:
             parts.append([])
         parts[-1].append(place)

@@ -18,6 +18,7 @@ from torch import nn
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Linear
 from ..runtimes.eager import EagerSession
+from ..runtimes.encoder_inputs import encoder_batch
 from ..runtimes.session import Array, StateBuffers
 from ..system.memory import freed_at_once
 from ..system.round_robin import RoundRobin
@@ -228,11 +229,12 @@ class CalibrationForward:
         return vectors[:, None], np.ones((len(vectors), 1), bool)
 
     def _seq2seq(self, part: _Part, most: int | None) -> tuple[Array, Array]:
-        ids, part.real = self._padded(part, lambda s: s.tokens, most)
-        encoder = part.real.numpy()
+        read = [self._samples[i] for i in part.places]
+        inputs, encoder = encoder_batch(self._generation, [s.tokens if s.sound is None else s.sound for s in read])
+        part.real = torch.from_numpy(encoder)
         decoded, real = self._padded(part, lambda s: s.decoded, most)
         state = self._new_state(*decoded.shape)
-        encoded = self._session.run("encoder", {"input_ids": ids.numpy(), "encoder_mask": encoder}, state)
+        encoded = self._session.run("encoder", inputs, state)
         self._session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, state)
         part.real = real
         return self._decode(decoded, state, most, {"encoder_mask": encoder}, real)
@@ -285,4 +287,6 @@ class CalibrationForward:
 
 
 def _real_rows(x: torch.Tensor, part: _Part) -> torch.Tensor:
-    return x[part.real] if x.shape[:-1] == part.real.shape else x.reshape(-1, x.shape[-1])
+    """Of [B, S, …, K] those at real positions, which may have several rows each; all of what is no such sequence."""
+    of_positions = x.ndim > part.real.ndim and x.shape[: part.real.ndim] == part.real.shape
+    return (x[part.real] if of_positions else x).reshape(-1, x.shape[-1])

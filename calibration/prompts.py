@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..bundle import Generation, require_tokens
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
+from ..runtimes.session import Array
 from ..system.reading import MEBIBYTE, read_text
 
 _LIMIT = 256 * MEBIBYTE
@@ -25,10 +26,11 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as token ids, with a context for each where the model reads one."""
+    """Prompts as token ids, with a context for each where the model reads one; or sounds, of a model that reads those."""
 
     tokens: Sequence[Sequence[int]] = ()
     contexts: Sequence[Sequence[int]] = ()
+    sounds: Sequence[Mapping[str, Array]] = ()
 
 
 NO_PROMPTS = Prompts()

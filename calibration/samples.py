@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..bundle import Generation, require_tokens
+from ..bundle import Generation, SpeechSpec, require_tokens
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..system import digest as sha256
 from .prompts import paragraphs, read_task, text_ids, text_windows
+from .sounds import Sound, sounds_of
 
 MOST_TOKENS = 1 << 15
 """Tokens of one calibration, unless memory allows fewer."""
@@ -33,16 +34,23 @@ class Sample:
     """One piece of calibration data as token ids.
 
     tokens: what the model reads. decoded: what the decoder of an encoder-decoder is fed, its start token first. context: of
-    a model that reads one.
+    a model that reads one. sound: in place of tokens, the inputs of an encoder that reads sound. heard: its positions.
     """
 
     tokens: tuple[int, ...]
     decoded: tuple[int, ...] = ()
     context: tuple[int, ...] = ()
+    sound: Sound | None = field(default=None, compare=False)
+    heard: int = 0
+
+    @property
+    def read(self) -> int:
+        """Positions of an encoder, or tokens of a decoder."""
+        return self.heard or len(self.tokens)
 
     @property
     def size(self) -> int:
-        return len(self.tokens) + len(self.decoded) + len(self.context)
+        return self.read + len(self.decoded) + len(self.context)
 
 
 def evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
@@ -54,7 +62,8 @@ def evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
 def digest(samples: Sequence[Sample]) -> str:
     """SHA-256 (hex) of the samples: the same samples give the same codes."""
     text = json.dumps([[s.tokens, s.decoded, s.context] for s in samples], separators=(",", ":"))
-    return sha256.of_text(text)
+    sounds = [("encoder", {n: torch.from_numpy(v) for n, v in s.sound.items()}) for s in samples if s.sound is not None]
+    return sha256.of_text(text + digest_calls(sounds) if sounds else text)
 
 
 def digest_calls(calls: Sequence[Call]) -> str:
@@ -82,6 +91,8 @@ def read_samples(
         raise UserError(f"{checkpoint.source} has no tokenizer, which calibration data need")
     if generation.task == "embed":
         samples = _of_texts(path, tokenizer, generation, longest, most_tokens)
+    elif generation.speech is not None:
+        samples = _of_sounds(path, tokenizer, generation, generation.speech, longest)
     elif path.suffix == ".tsv":
         samples = _of_task(path, tokenizer, generation, longest)
     else:
@@ -99,6 +110,22 @@ def read_samples(
     if not kept:
         raise UserError(f"{path}: too little text to calibrate on; give a longer one")
     return kept
+
+
+def _of_sounds(
+    path: Path, tokenizer: Tokenizer, generation: Generation, speech: SpeechSpec, longest: int
+) -> Iterator[Sample]:
+    if path.suffix != ".tsv":
+        raise UserError(
+            f"{path}: this model reads sound; give --task FILE.tsv, whose lines are 'sound.wav<TAB>what is said'"
+        )
+    start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)
+    lead = "" if speech.no_timestamps is None else " "  # Whisper's words begin with it
+    for sound, answer in sounds_of(path, read_task(path), speech.sound):
+        tokens = tokenizer.encode(lead + answer, special=False)
+        mask = sound.get("encoder_mask")
+        heard = speech.sound.positions if mask is None else mask.shape[1]
+        yield Sample((), (*start, *tokens)[:longest], sound=sound, heard=heard)
 
 
 def _of_task(path: Path, tokenizer: Tokenizer, generation: Generation, longest: int) -> Iterator[Sample]:

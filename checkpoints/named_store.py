@@ -60,7 +60,7 @@ class NamedStore:
             whole = whole[torch.as_tensor(part.file_rows(0, total, total))]
         elif part.start or part.rows is not None:
             whole = whole[part.start : None if part.rows is None else part.start + part.rows]
-        return _plus(whole, part).contiguous()
+        return _laid_out(whole, part).contiguous()
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         taken, at = [], 0
@@ -78,11 +78,11 @@ class NamedStore:
         where = part.file_rows(start, stop, total)
         if part.transposed and len(self._base.infos[part.source].shape) == 2:
             columns = self._base.tensor(part.source).t()
-            return _plus(columns[where if isinstance(where, slice) else torch.as_tensor(where)].float(), part)
+            return _laid_out(columns[where if isinstance(where, slice) else torch.as_tensor(where)].float(), part)
         if isinstance(where, slice):
-            return _plus(self._base.rows(part.source, where.start, where.stop), part)
+            return _laid_out(self._base.rows(part.source, where.start, where.stop), part)
         low, high = int(where.min()), int(where.max()) + 1
-        return _plus(self._base.rows(part.source, low, high)[torch.as_tensor(where - low)], part)
+        return _laid_out(self._base.rows(part.source, low, high)[torch.as_tensor(where - low)], part)
 
     def sample(self, name: str) -> bytes:
         parts = self._pieces[name]
@@ -91,5 +91,8 @@ class NamedStore:
         return b"".join(repr(part).encode() + self._base.sample(part.source) for part in parts)
 
 
-def _plus(values: torch.Tensor, part: Piece) -> torch.Tensor:
+def _laid_out(values: torch.Tensor, part: Piece) -> torch.Tensor:
+    """Rows of the file as the model has them: a convolution as a matrix, and what is added."""
+    if part.taps and values.dim() == 3:
+        values = values.permute(0, 2, 1).flatten(1)
     return values.float() + part.add if part.add else values

@@ -53,6 +53,9 @@ class Piece:
         heads: > 0: rows are in another order within so many heads (`order`).
         order: "halves": the file keeps neighbours together that RoPE turns, the model the halves of a head; "third": for each
             head the file has its query, key and value, and this is number `part` of them.
+        rotated: > 0: of each head in the order "halves" only the first so many rows are in it.
+        taps: the file holds a convolution over time, [out, in, taps], the model its matrix [out, taps * in], a tap's inputs side
+            by side.
         add: what is added to each value.
         at: its place among the pieces of a joined tensor.
     """
@@ -65,11 +68,17 @@ class Piece:
     heads: int = 0
     order: str = ""
     part: int = 0
+    rotated: int = 0
+    taps: bool = False
     add: float = 0.0
     at: int = 0
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the piece of a tensor [stored]. Raises ValueError if it cannot be of it."""
+        if self.taps and len(stored) != 1:
+            if len(stored) != 3:
+                raise ValueError(f"{len(stored)} dimensions, a convolution over time has 3")
+            stored = (stored[0], stored[1] * stored[2])
         whole = tuple(reversed(stored)) if self.transposed and len(stored) == 2 else stored
         if not whole:
             return whole
@@ -93,7 +102,7 @@ class Piece:
         row = np.arange(start, stop)
         size = total // self.heads
         if self.order == "halves":
-            return Halves(self.heads, size)(row)
+            return Halves(self.heads, size, self.rotated)(row)
         head, within = np.divmod(row, size)
         rows: npt.NDArray[np.int64] = (3 * head + self.part) * size + within
         return rows
@@ -145,9 +154,14 @@ def join(paths: Iterable[str], new: str) -> list[Rule]:
     return [Rule(path, ((new, Piece("", at=i)),)) for i, path in enumerate(paths)]
 
 
-def halves(path: str, heads: int, new: str | None = None) -> Rule:
-    """A query or key whose rows are in the order of a RoPE that turns neighbours."""
-    return Rule(path, ((new or path, Piece("", heads=heads, order="halves")),))
+def halves(path: str, heads: int, new: str | None = None, rotated: int = 0) -> Rule:
+    """A query or key whose rows are in the order of a RoPE that turns neighbours. rotated: rows of each head, 0 for all."""
+    return Rule(path, ((new or path, Piece("", heads=heads, order="halves", rotated=rotated)),))
+
+
+def convolution(path: str, new: str) -> Rule:
+    """A convolution over time, which is a linear over patches here (`models.layers.convolution`)."""
+    return Rule(path, ((new, Piece("", taps=True)),))
 
 
 def heads_of_three(path: str, parts: tuple[str, str, str], heads: int) -> Rule:

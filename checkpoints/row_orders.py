@@ -14,11 +14,12 @@ Numbers = npt.NDArray[np.int64]
 class Halves:
     """Rows of `heads` heads of `size`: the file's RoPE turns neighbours (llama.cpp, Mistral), the model's the two halves of a head.
 
-    The model's row of half h and pair j is the file's row 2 j + h.
+    The model's row of half h and pair j is the file's row 2 j + h. rotated: so many rows of a head turn, the first; 0: all.
     """
 
     heads: int
     size: int
+    rotated: int = 0
 
     @property
     def total(self) -> int:
@@ -27,8 +28,9 @@ class Halves:
     def __call__(self, rows: Numbers) -> Numbers:
         """The file's rows that are these rows of the model."""
         head, within = np.divmod(rows, self.size)
-        half, pair = np.divmod(within, self.size // 2)
-        turned: Numbers = head * self.size + 2 * pair + half
+        turning = self.rotated or self.size
+        half, pair = np.divmod(within, turning // 2)
+        turned: Numbers = head * self.size + np.where(within < turning, 2 * pair + half, within)
         return turned
 
 

@@ -66,6 +66,16 @@ def sampling_given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def speech_given(options: dict[str, Any], audio: bool) -> Any:
+    """Take the options of `SpeechOptions` out of `options`. Raises UserError where they are given without a sound."""
+    from ..runtimes.transcribe import SpeechOptions
+
+    given = {name: options.pop(name) for name in ("language", "translate", "timestamps")}
+    if not audio and any(given.values()):
+        raise UserError(f"--{next(name for name, value in given.items() if value)} goes with --audio FILE")
+    return SpeechOptions(given["language"], "translate" if given["translate"] else None, given["timestamps"])
+
+
 def chat_given(options: dict[str, Any], use: bool | None) -> Any:
     """Take the options of `ChatOptions` out of `options`. Raises UserError for files and values that cannot be read."""
     from ..checkpoints.chat_template import ChatTemplate

@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 from ..errors import UserError
 
 GROUPS = {
-    "Source": ("model", "adapter", "num_layers", "against"),
+    "Source": ("model", "adapter", "pooling", "num_layers", "against"),
     "Budget": ("bits", "size", "latency", "device", "plan_file", "overrides", "widths", "group_size", "importance"),
     "Calibration": ("quantizer", "norms", "calibration", "task", "workers", "cluster", "memory_limit"),
     "Targets": ("formats", "format", "kv_cache", "max_context", "threads"),
@@ -22,6 +22,8 @@ GROUPS = {
         *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
         *("frequency_penalty", "no_repeat_ngram", "seed", "answers", "stops", "stop_tokens"),
     ),
+    "Sound": ("audio", "language", "translate", "timestamps"),
+    "Embedding": ("embed", "texts", "prompt_name"),
     "Server": ("host", "port", "api_key", "name", "waiting"),
     "Checks": ("no_verify", "strict_placement", "check", "task_limit", "text", "text_windows"),
     "Measurement": ("prompts", "new", "depths", "repeats", "seconds"),

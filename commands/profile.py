@@ -42,10 +42,14 @@ class ProfileLengths:
             )
         context, causal = spec.max_context, spec.task not in ("seq2seq", "embed")
         prompts = [min(512, context - 1)] if self.prompts is None else [n for n in self.prompts if n]
+        if spec.speech is not None:  # what it reads is a window of sound
+            prompts = []
+            if self.prompts is not None or any(self.depths):
+                raise UserError("-p and -d are tokens that are read, and this model reads sound; leave them out")
         new = 0 if spec.task == "embed" else self.new
         if new is None:
             new = max(1, min(128, context - 2 - (max(self.depths, default=0) if causal else 0)))
-        if new < 0 or not (prompts or new):
+        if new < 0 or not (prompts or new or spec.speech is not None):
             raise UserError(f"-p {','.join(map(str, prompts)) or 0} -n {new} measures nothing; give lengths above 0")
         read = [] if spec.task == "memory" else prompts  # a long context is read in parts
         for length in [*read, *((d + new + 1 if causal else max(d, new + 1)) for d in self.depths)]:

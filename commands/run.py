@@ -1,4 +1,4 @@
-"""`run`: the text that a bundle generates for a prompt. No torch is imported."""
+"""`run`: the text that a bundle generates for a prompt or a sound. No torch is imported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..runtimes.answer import Answer, Stops
 from ..runtimes.sampling import Sampling
 from ..runtimes.session import Array
 from ..runtimes.text_generation import OpenBundle, open_bundle
+from ..runtimes.transcribe import PLAINLY, SpeechOptions
 from ..system.memory import no_more_than_available
 
 Progress = Callable[[str], None]
@@ -35,7 +36,7 @@ class RunOptions:
     sampling: `Sampling`'s fields that differ from what the model's makers say. seed: None is a random one. answers: how many.
     stops, stop_tokens: texts, and tokens as the tokenizer spells them or by their ids. context: text that a decoder-decoder reads
     first. memory: a file with what it made of one. save_memory: the file that keeps what it makes of `context`. show_prompt: say
-    what the model reads. check: as of `open_bundle`.
+    what the model reads. speech: of a sound. check: as of `open_bundle`.
     """
 
     format: str | None = None
@@ -52,6 +53,7 @@ class RunOptions:
     memory: Path | None = None
     save_memory: Path | None = None
     target_language: str | None = None
+    speech: SpeechOptions = PLAINLY
     check: bool = True
 
 

@@ -58,15 +58,19 @@ def measured_kl(source: Source, plans: Sequence[BitPlan | WeightTransform]) -> l
 
 
 def agreement_under(source: Source, transform: WeightTransform) -> tuple[float, float, int]:
-    """(mean divergence in nats a token, share of positions with the same best token, how many positions) under other weights.
+    """(mean divergence, share of positions with the same best token, how many positions) under other weights.
 
-    Raises UserError for a model without logits.
+    Of a model of embeddings: 1 - cosine a text, the least cosine, how many texts. Raises UserError for a model without logits.
     """
     reference, made = _logits(source, None), _logits(source, transform)
     logits, real = reference
     ours, theirs = logits[real], made[0][real]
+    divergence = _divergence(source.generation.task, reference, made)
+    if source.generation.task == "embed":
+        cosines = torch.cosine_similarity(torch.as_tensor(ours), torch.as_tensor(theirs))
+        return divergence, float(cosines.min()), len(ours)
     same = sum(same_top1(ours[i : i + _ROWS], theirs[i : i + _ROWS]) for i in range(0, len(ours), _ROWS))
-    return _divergence(source.generation.task, reference, made), same / max(1, len(ours)), len(ours)
+    return divergence, same / max(1, len(ours)), len(ours)
 
 
 def kl_of_each(

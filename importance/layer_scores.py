@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models.loading import load_original
 from ..quant.plan import Unit
 from ..runtimes.eager import EagerSession
+from ..runtimes.encoder_inputs import Prompt
 from ..runtimes.generate import Stream, generate, read_context
 from .lim_zd import WEIGHT_RANGE, LimAccumulator, importance_weights, zd
 
@@ -49,9 +50,10 @@ def score_layers(
         raise UserError(f"--importance {method} is not known to order layers; choose from {', '.join(METHODS)}")
     if not layers:
         raise UserError("--importance lim scores layers, and this model names none; use --importance uniform")
-    if not prompts.tokens and not source.calls:
+    read: Sequence[Prompt] = prompts.sounds or prompts.tokens
+    if not read and not source.calls:
         raise UserError("--importance lim needs --calibration TEXT or --task FILE; without data use --importance zd")
-    progress(f"importance (lim): {len(prompts.tokens or source.calls)} calibration prompts through the original model")
+    progress(f"importance (lim): {len(read or source.calls)} calibration prompts through the original model")
     return _lim(source, prompts)
 
 
@@ -66,17 +68,20 @@ def _lim(source: Source, prompts: Prompts) -> dict[Layer, float]:
     session = EagerSession(model.graphs())
     for graph, inputs in source.calls:
         session.run(graph, {name: value.numpy() for name, value in inputs.items()}, {})
-    for i, prompt in enumerate(prompts.tokens if not source.calls else ()):
-        # one at a time: there is no padding to take out
-        if generation.task == "embed":
-            ids = np.array([prompt], np.int64)
+    if source.calls:
+        return {layer: accumulator.value() for layer, accumulator in accumulators.items()}
+    if generation.task == "embed":
+        for tokens in prompts.tokens:  # one at a time: there is no padding to take out
+            ids = np.array([tokens], np.int64)
             session.run("encoder", {"input_ids": ids, "encoder_mask": np.ones_like(ids, bool)}, {})
-            continue
-        memory = read_context(session, generation, prompts.contexts[i]) if prompts.contexts else None
-        if generation.task != "seq2seq":
-            Stream(session, generation, [prompt[: generation.max_context - 1]], 1, memory).prefill()
-        else:
+    elif generation.task == "seq2seq":
+        read: Sequence[Prompt] = prompts.sounds or prompts.tokens
+        for prompt in read:
             list(generate(session, generation, prompt, min(_NEW_TOKENS, generation.max_new_tokens)))
+    else:
+        for i, text in enumerate(prompts.tokens):
+            memory = read_context(session, generation, prompts.contexts[i]) if prompts.contexts else None
+            Stream(session, generation, [text[: generation.max_context - 1]], 1, memory).prefill()
     return {layer: accumulator.value() for layer, accumulator in accumulators.items()}
 
 

@@ -30,12 +30,18 @@ from .seq2seq import EncoderDecoder, Seq2seqModel
 
 @dataclass(frozen=True)
 class StackSpec:
-    """One of the two stacks. vocab: of its embedding; layers, intermediate: sizes; attention: of every layer."""
+    """One of the two stacks.
+
+    vocab: of its embedding; layers, intermediate: sizes; attention: of every layer. act, gated: of its feed-forward, where they are
+    not those of both stacks.
+    """
 
     vocab: int
     layers: int
     intermediate: int
     attention: AttentionSpec
+    act: str | None = None
+    gated: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ class EncoderDecoderSpec:
     logits_bias: bool = False
 
     def mlp(self, stack: StackSpec) -> GatedMLP | FeedForward:
-        kind = GatedMLP if self.gated else FeedForward
-        return kind(self.hidden, stack.intermediate, self.act, self.mlp_bias)
+        kind = GatedMLP if (self.gated if stack.gated is None else stack.gated) else FeedForward
+        return kind(self.hidden, stack.intermediate, stack.act or self.act, self.mlp_bias)
 
     def relative_of(self, bidirectional: bool, each: bool) -> RelativeBias | None:
         """The relative bias of the encoder (bidirectional) or the decoder; None unless it is of each layer, or of all, as asked."""

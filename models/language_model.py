@@ -63,6 +63,32 @@ class TextEncoder:
     names: Names
 
 
+@dataclass(frozen=True)
+class SoundLayout:
+    """What the encoder of a speech model reads of a sound.
+
+    Attributes:
+        kind: "log-mel": a spectrogram of a whole window, which a shorter sound is padded to; "samples": as many rows of samples as
+            the sound has.
+        rate: samples a second.
+        window: the most samples of one call.
+        positions: of the encoder's output, of a whole window.
+        mels, fft, hop: bands, samples of a frame, and samples from frame to frame of the spectrogram; 0 for samples.
+        row: samples of a row; 0 for a spectrogram.
+        tail: samples that the first position reads beyond its row; 0 for a spectrogram.
+    """
+
+    kind: Literal["log-mel", "samples"]
+    rate: int
+    window: int
+    positions: int
+    mels: int = 0
+    fft: int = 0
+    hop: int = 0
+    row: int = 0
+    tail: int = 0
+
+
 class LanguageModel(nn.Module, ABC):
     """A model whose parameters have the checkpoint's names. Each family's `Model` derives from it.
 
@@ -118,6 +144,10 @@ class LanguageModel(nn.Module, ABC):
 
     def context_spec(self) -> ContextLayout | None:
         """How the model reads a context; None unless its task is "memory"."""
+        return None
+
+    def sound_layout(self) -> SoundLayout | None:
+        """What the encoder reads of a sound; None for a model of text."""
         return None
 
     def examples(self) -> list[Example]:

@@ -22,7 +22,10 @@ from .wrappers import text_model
 
 _ROWS = 4096
 
-_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel", "ForReward")
+_HEADS = (
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForAudioClassification"),
+    *("RewardModel", "ForReward"),
+)
 
 
 def open_model(model: str, adapter: str | None = None, pooling: Sequence[str] = ()) -> Checkpoint:
@@ -110,7 +113,9 @@ def _is_zero_bias(store: NamedStore, name: str) -> bool:
 def _untied(checkpoint: Checkpoint, config: dict[str, Any], model: LanguageModel, notes: list[str]) -> dict[str, Any]:
     """A head that the config ties to the table and the file holds with other values is read as transformers reads it."""
     for alias, stored in model.tied.items():
-        both = alias.endswith("lm_head.weight") and checkpoint.has(alias) and checkpoint.has(stored)
+        both = (
+            alias.endswith(("lm_head.weight", "proj_out.weight")) and checkpoint.has(alias) and checkpoint.has(stored)
+        )
         if both and not _equal(checkpoint, alias, stored):
             notes.append(f"config.json ties {alias} to {stored}, but the file has another {alias}, which is used")
             return config | {"tie_word_embeddings": False}

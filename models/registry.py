@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..system.reading import nearest, shown
+from ..system.reading import nearest, one_line, shown
 from . import eugen
 from .config import LONG_FACTORS, OURS
 from .embedding import EmbeddingModel, described, embedding_model
@@ -63,6 +63,8 @@ ARCHITECTURES = {
     "marian": "families.bart",
     "m2m_100": "families.bart",
     "pegasus": "families.bart",
+    "whisper": "families.whisper",
+    "moonshine": "families.moonshine",
     "modernbert": "families.modernbert",
     "modernbert-decoder": "families.modernbert_decoder",
     "arc_encoder": "families.arc_encoder",
@@ -78,7 +80,7 @@ def architecture_of(config: dict[str, Any]) -> type[LanguageModel]:
     """The family's `Model`. Raises UserError for a model_type that is not known."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
+        known = one_line(", ".join(sorted(ARCHITECTURES)), 450)  # docs/families.md has all
         near = nearest(kind, ARCHITECTURES) if isinstance(kind, str) else ""
         raise UserError(f"model_type {shown(kind, 60)} is not supported{near}; supported: {known}")
     architecture: type[LanguageModel] = importlib.import_module(f".{ARCHITECTURES[kind]}", __package__).Model

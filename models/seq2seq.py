@@ -8,17 +8,35 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..graph import Graph, Port, State
+from ..graph import Dim, Graph, Port, State
 from .causal import DecoderParts, kv_states
 from .config import ConfigReader
 from .kv_cache import Cache
 from .language_model import LanguageModel
+
+_MASK = Port("encoder_mask", torch.bool, ("batch", "source"))
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """What an encoder reads.
+
+    ports: of the graph `encoder`. source: positions of its output, "source" or, where all inputs have one length, a number.
+    least: the fewest positions.
+    """
+
+    ports: tuple[Port, ...]
+    source: Dim = "source"
+    least: int = 1
+
+
+TEXT = EncoderInput((Port("input_ids", torch.int64, ("batch", "source")), _MASK))
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class EncoderDecoder:
     """What the three graphs are built of.
 
     Attributes:
-        encoder: module `(input_ids, encoder_mask) -> (hidden states [B, T, encoder_hidden],)`.
+        encoder: module that takes the tensors of `reads` and returns (hidden states [B, T, encoder_hidden],).
         encoder_root: what stands before the names of its parameters in the checkpoint.
         stack: the module that holds the decoder, by its name in the model.
         head: the module that holds the head, by its name in the model.
@@ -34,6 +52,7 @@ class EncoderDecoder:
             `(h, k, v)`; its `project_encoder` gives keys and values [B, KV, T, D] of the encoder's output.
         encoder_hidden, vocab, kv_heads, head_dim: sizes.
         source_positions, target_positions: the most tokens of the encoder and of the decoder.
+        reads: the inputs of the encoder.
     """
 
     encoder: nn.Module
@@ -47,6 +66,7 @@ class EncoderDecoder:
     head_dim: int
     source_positions: int
     target_positions: int
+    reads: EncoderInput = TEXT
 
 
 class CrossKV(nn.Module):
@@ -112,19 +132,23 @@ class Seq2seqModel(LanguageModel):
     def graphs(self) -> list[Graph]:
         model = self.encoder_decoder()
         f32, i64 = torch.float32, torch.int64
-        source = {"batch": (1, 1024), "source": (1, model.source_positions)}
+        bounds, example = {"batch": (1, 1024)}, {"batch": 2}
+        read = model.reads.source
+        if isinstance(read, str):
+            bounds |= {read: (model.reads.least, model.source_positions)}
+            example |= {read: 5}
         target = dict.fromkeys(("sequence", "capacity", "logits"), (1, model.target_positions))
-        hidden = Port("encoder_hidden", f32, ("batch", "source", model.encoder_hidden))
-        mask = Port("encoder_mask", torch.bool, ("batch", "source"))
+        hidden = Port("encoder_hidden", f32, ("batch", read, model.encoder_hidden))
+        mask = replace(_MASK, shape=("batch", read))
         states = _states(model)
         return [
             Graph(
                 name="encoder",
                 module=model.encoder,
-                inputs=(Port("input_ids", i64, ("batch", "source")), mask),
+                inputs=model.reads.ports,
                 outputs=(hidden,),
-                example={"batch": 2, "source": 5},
-                bounds=source,
+                example=example,
+                bounds=bounds,
                 root=model.encoder_root,
             ),
             Graph(
@@ -132,8 +156,8 @@ class Seq2seqModel(LanguageModel):
                 module=CrossKV(model),
                 inputs=(hidden,),
                 outputs=tuple(Port(s.name, f32, s.shape) for s in states if s.kind == "cross"),
-                example={"batch": 2, "source": 5},
-                bounds=source,
+                example=example,
+                bounds=bounds,
             ),
             Graph(
                 name="decoder",
@@ -146,15 +170,15 @@ class Seq2seqModel(LanguageModel):
                 ),
                 outputs=(Port("logits", f32, ("batch", "logits", model.vocab)),),
                 states=tuple(states),
-                example={"batch": 2, "source": 5, "sequence": 3, "capacity": 7, "logits": 2},
-                bounds=source | target,
+                example=example | {"sequence": 3, "capacity": 7, "logits": 2},
+                bounds=bounds | target,
             ),
         ]
 
 
 def _states(model: EncoderDecoder) -> list[State]:
     """Of each layer its own cache, then the keys and values that `cross_kv` fills."""
-    shape = ("batch", model.kv_heads, "source", model.head_dim)
+    shape = ("batch", model.kv_heads, model.reads.source, model.head_dim)
     states: list[State] = []
     for i in range(len(model.decoder.layers)):
         states += kv_states(i, model.kv_heads, model.head_dim)

@@ -33,7 +33,7 @@ def calibration_samples(request: Request, original: Original, generation: Genera
     measured = request.budget.plan is None and request.budget.importance in ("auto", "fisher", "kl")
     if data.file is None or generation.task == "module" or (data.quantizer == "rtn" and not measured):
         return []
-    longest = min(_most_tokens(model), generation.max_context)
+    longest = min(most_tokens(model), generation.max_context)
     samples = read_samples(data.file, original.checkpoint, generation, longest, data.tokens)
     widest = max(s.size for s in samples)
     if request.memory_limit is not None:
@@ -46,6 +46,12 @@ def calibration_samples(request: Request, original: Original, generation: Genera
         "give --memory-limit, which calibrates on fewer, or --quantizer rtn",
     )
     return samples
+
+
+def most_tokens(model: LanguageModel) -> int:
+    """Tokens that the model takes in one call."""
+    name, length = ("encoder", "source") if model.task == "embed" else ("decoder", "sequence")
+    return next(g for g in model.graphs() if g.name == name).bounds[length][1]
 
 
 def data_within_memory(
@@ -62,12 +68,6 @@ def data_within_memory(
             raise
         progress(f"no calibration: {error}")
         return replace(request, calibration=replace(request.calibration, text=None, shipped=False)), []
-
-
-def _most_tokens(model: LanguageModel) -> int:
-    """Tokens that the model takes in one call."""
-    name, length = ("encoder", "source") if model.task == "embed" else ("decoder", "sequence")
-    return next(g for g in model.graphs() if g.name == name).bounds[length][1]
 
 
 def with_calibration(plan: BitPlan, source: Source) -> BitPlan:

@@ -11,10 +11,13 @@ from ..errors import UserError
 from ..models.embedding import EmbeddingModel
 from ..models.language_model import LanguageModel
 from ..models.layers.linear import Embedding
+from ..runtimes.speech_rules import prefix
 from ..system.reading import shown
 from .answering import Note, end_tokens, sampling_of
+from .speech import default_language, speech_of
 
 DEFAULT_CONTEXT = 4096
+_NEW_TOKENS = 256
 FORCED = "forced_bos_token_id"
 
 
@@ -42,7 +45,7 @@ def generation_of(
         raise UserError(f"--max-context {limit} is too short; give at least 2")
     context = min(model.max_context, limit)
     new_tokens = checkpoint.generation.get("max_new_tokens")
-    new_tokens = new_tokens if isinstance(new_tokens, int) and new_tokens > 0 else 256
+    new_tokens = new_tokens if isinstance(new_tokens, int) and new_tokens > 0 else _NEW_TOKENS
     graphs = model.graphs()
     widths = [int(p.shape[-1]) for g in graphs for p in g.outputs if p.name == "logits"]
     main = [m for m in model.modules() if isinstance(m, Embedding)]
@@ -50,6 +53,10 @@ def generation_of(
         main = [m for m in main if m.weight.shape[0] >= widths[0]] or main
     vocab = min([*widths, *(m.weight.shape[0] for m in main)], default=1)
     start, forced = decoder_prompt(model, checkpoint.generation, config)
+    layout = model.sound_layout()
+    speech = None if layout is None else speech_of(layout, checkpoint, config, context, vocab)
+    if speech is not None:
+        forced = prefix(speech, default_language(speech), None, timestamps=False)
     for key, token in (("decoder_start_token_id", start), *((FORCED, token) for token in forced)):
         if (token or 0) >= vocab:
             raise UserError(f"config.json: {key} is {token}, the vocabulary {vocab}")
@@ -66,6 +73,7 @@ def generation_of(
         prefill_chunk=min([PREFILL_CHUNK, *(g.bounds["sequence"][1] for g in graphs if "sequence" in g.bounds)]),
         context=_context(model, context) if model.task == "memory" else None,
         sampling=sampling_of(checkpoint.generation, note),
+        speech=speech,
         embedding=_embedding(model) if isinstance(model, EmbeddingModel) else None,
     )
 

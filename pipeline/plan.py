@@ -18,7 +18,7 @@ from .calibration_data import data_within_memory, with_calibration
 from .generation import generation_of
 from .original import open_original
 from .planned import Planned
-from .prompts import example_calls, read_prompts, with_own_task
+from .prompts import example_calls, read_prompts, sound_calls, with_own_task
 from .request import Progress, Request
 from .shipped_text import with_shipped_text
 
@@ -55,6 +55,7 @@ def plan(request: Request, progress: Progress = lambda _: None, checkpoint: Chec
         other=original.other,
         prompts=[list(p) for p in prompts.tokens],
         contexts=[list(c) for c in prompts.contexts],
+        examples=calls or sound_calls(prompts),
         formats=request.formats,
         plan=with_calibration(bits, source),
         allocation=allocation,

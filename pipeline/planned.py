@@ -25,8 +25,9 @@ class Planned:
     """The model opened and the plan made; nothing has been written yet.
 
     source: the original and the data that GPTQ calibrates on. model: on the meta device. units: the planned weights; other: names
-    of all other tensors. prompts: token ids, with a context each in `contexts` where the model reads one. allocation: what the
-    plan was chosen from; None where the user gave the plan.
+    of all other tensors. prompts: token ids, with a context each in `contexts` where the model reads one. examples: what a model
+    is compared on that has no generate loop, or reads sound. allocation: what the plan was chosen from; None where the user gave
+    the plan.
     """
 
     source: Source
@@ -35,6 +36,7 @@ class Planned:
     other: list[str]
     prompts: list[list[int]]
     contexts: list[list[int]]
+    examples: Sequence[Call]
     formats: tuple[str, ...]
     plan: BitPlan
     allocation: Allocation | None = None
@@ -55,11 +57,6 @@ class Planned:
     @property
     def samples(self) -> Sequence[Sample]:
         return self.source.samples
-
-    @property
-    def examples(self) -> Sequence[Call]:
-        """What a model without a generate loop is compared on."""
-        return self.source.calls
 
     @property
     def scores(self) -> dict[tuple[str, int], float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..bundle import ContextSpec, Generation, require_tokens
+import torch
+
+from ..bundle import ContextSpec, Generation, SoundSpec, require_tokens
 from ..calibration.batches import padded
 from ..calibration.prompts import (
     Prompts,
@@ -18,6 +21,7 @@ from ..calibration.prompts import (
     text_windows,
 )
 from ..calibration.samples import Call
+from ..calibration.sounds import SOUNDS, made_up_sounds, sounds_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
@@ -50,6 +54,8 @@ def read_prompts(request: Request, checkpoint: Checkpoint, generation: Generatio
 
     Raises UserError for a file that cannot be read, a model without a tokenizer, or tokens that the model does not have.
     """
+    if generation.speech is not None:
+        return _sounds(request, generation.speech.sound)
     if request.calibration.file is None:
         return _random(generation, request.calibration.prompts)
     if checkpoint.tokenizer is None:
@@ -57,6 +63,18 @@ def read_prompts(request: Request, checkpoint: Checkpoint, generation: Generatio
     prompts = _read(request, checkpoint.tokenizer, generation)
     _check(request.model, prompts, generation)
     return prompts
+
+
+def _sounds(request: Request, sound: SoundSpec) -> Prompts:
+    """The first sounds of a task, or made-up ones."""
+    data = request.calibration
+    count = max(1, min(data.prompts, SOUNDS))
+    if data.task is None:
+        return Prompts(sounds=made_up_sounds(sound, count))
+    found = [read for read, _ in itertools.islice(sounds_of(data.task, read_task(data.task), sound), count)]
+    if not found:
+        raise UserError(f"{data.task}: no sound is as short as the {sound.seconds:.3g} s that the model reads at once")
+    return Prompts(sounds=found)
 
 
 def _read(request: Request, tokenizer: Tokenizer, generation: Generation) -> Prompts:
@@ -123,3 +141,8 @@ def example_calls(model: LanguageModel, generation: Generation, prompts: Sequenc
         ids, mask = padded(prompts[start : start + _EXAMPLE_ROWS], generation.pad_id)
         calls.append(("encoder", {"input_ids": ids, "encoder_mask": mask}))
     return calls
+
+
+def sound_calls(prompts: Prompts) -> list[Call]:
+    """The sounds as calls of the encoder, which a bundle keeps as its examples."""
+    return [("encoder", {name: torch.from_numpy(value) for name, value in s.items()}) for s in prompts.sounds]

@@ -20,6 +20,7 @@ from ..models.loading import CODES, quantized_parts
 from ..ops.quantized import dequantize
 from ..system.memory import anonymous_bytes
 from ..system.resumable import ResumableExport
+from .calibration_data import most_tokens
 from .planned import Planned
 from .request import Progress, Request
 from .shipped_text import held_out_samples
@@ -27,6 +28,9 @@ from .shipped_text import held_out_samples
 _SAMPLES = 4
 _MUCH = 0.1
 """Nats a token that are worth a warning: the answers of a small model then begin to differ."""
+
+_MUCH_TURNED = 0.02
+"""1 - cosine of a text's vector that is worth one: the order of what is found then begins to differ."""
 
 _HEADROOM = 512 << 20
 """Bytes that the logits of both and a layer in float32 may take; under a tighter --memory-limit nothing is measured."""
@@ -37,7 +41,8 @@ class RoundingLoss:
     """The quantized checkpoint against the original, weights in float32 on both sides.
 
     kl: mean Kullback-Leibler divergence, nats a token. top1: share of positions with the same most likely token. positions: how
-    many. data: what they are of. calibrated: whether codes were found on data.
+    many. data: what they are of. calibrated: whether codes were found on data. vectors: of a model of embeddings, kl is the mean of
+    1 - cosine, top1 the least cosine, and positions are texts.
     """
 
     kl: float
@@ -45,26 +50,29 @@ class RoundingLoss:
     positions: int
     data: str
     calibrated: bool
+    vectors: bool = False
 
     @property
     def text(self) -> str:
         """One line for a person."""
         figures = f"KL {self.kl:.4f} nats, top-1 {self.top1:.1%} against the original"
         line = f"quality: {figures}, on {self.positions} positions of {self.data}"
+        if self.vectors:
+            figures = f"cosine {1 - self.kl:.5f} to the original's vectors, least {self.top1:.5f}"
+            line = f"quality: {figures}, on {self.positions} texts of {self.data}"
         return line if self.calibrated else f"{line}; rounded without data, --calibration FILE (a text) loses less"
 
 
 def rounding_loss(planned: Planned, request: Request, run: ResumableExport, progress: Progress) -> RoundingLoss | None:
     """Measure the quantized checkpoint in the run's folder; None for a model without logits, or where memory is short."""
     source, generation = planned.source, planned.generation
-    if generation.task in ("module", "embed"):
+    if generation.task == "module":
         return None
     limit = request.memory_limit
     if limit is not None and limit - anonymous_bytes() < _HEADROOM:
         progress(f"quality: not measured under a --memory-limit of {limit / 2**30:.2f} GiB")
         return None
-    decoder = next(g for g in planned.model.graphs() if g.name == "decoder")
-    longest = min(decoder.bounds["sequence"][1], generation.max_context)
+    longest = min(most_tokens(planned.model), generation.max_context)
     samples: Sequence[Sample]
     samples, data = held_out_samples(planned.checkpoint, generation, longest), "held-out text"
     if not samples:
@@ -82,7 +90,14 @@ def rounding_loss(planned: Planned, request: Request, run: ResumableExport, prog
     except UserError as error:
         progress(f"quality: not measured ({error})")
         return None
-    loss = RoundingLoss(kl, top1, positions, data, planned.plan.calibration is not None)
+    loss = RoundingLoss(kl, top1, positions, data, planned.plan.calibration is not None, generation.task == "embed")
+    if loss.vectors:
+        if not loss.calibrated and not kl < _MUCH_TURNED:
+            progress(
+                f"warning: rounding without data turns this model's vectors to a cosine of {1 - kl:.4f}; give "
+                "--calibration FILE, a text like what it will read, or more --bits"
+            )
+        return loss
     if not loss.calibrated and not kl < _MUCH:
         progress(
             f"warning: rounding without data costs this model {kl:.2f} nats a token, and {1 - top1:.0%} of its best tokens change; "
@@ -91,7 +106,7 @@ def rounding_loss(planned: Planned, request: Request, run: ResumableExport, prog
     return loss
 
 
-def _of_prompts(planned: Planned) -> Sequence[Sample]:
+def _of_prompts(planned: Planned) -> list[Sample]:
     """A few of the bundle's prompts: of an encoder-decoder the first decoded position alone is compared."""
     generation = planned.generation
     start = () if generation.decoder_start is None else (generation.decoder_start, *generation.forced)

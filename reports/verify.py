@@ -116,6 +116,7 @@ def _fell_back(report: Report) -> list[str]:
 def verify_text(report: Report) -> str:
     parts: list[Table | str] = [_lowering_table(report), _target_table(report), *_fell_back(report)]
     parts += [_task_line(t, report) for t in report.targets if t.task_accuracy is not None]
+    parts += [_words_line(t, report) for t in report.targets if t.word_error_rate is not None]
     notes = [*report.notes, *([report.independent.text] if report.independent is not None else [])]
     return text(*parts, *_text_table(report), _placement_table(report), *notes)
 
@@ -142,6 +143,15 @@ def _task_line(t: TargetReport, report: Report) -> str:
     if original is None:
         return line
     return f"{line}; original {original:.1%}, difference {100 * (t.task_accuracy - original):+.1f} points"
+
+
+def _words_line(t: TargetReport, report: Report) -> str:
+    assert t.word_error_rate is not None
+    line = f"{t.format}: word error rate {t.word_error_rate:.1%} of {report.task_size} sounds"
+    original = report.original_word_error_rate
+    if original is None:
+        return line
+    return f"{line}; original {original:.1%}, difference {100 * (t.word_error_rate - original):+.1f} points"
 
 
 def _text_table(report: Report) -> list[Table | str]:

@@ -17,9 +17,11 @@ from typing import Any, TypedDict, final
 
 import numpy as np
 
+from ..audio.features import encoder_inputs, sample_sound
 from ..bundle import Bundle, Generation
 from ..system.memory import anonymous_bytes, peak_resident_bytes
 from ..system.subprocesses import Progress, serve
+from .encoder_inputs import Prompt
 from .example_inputs import Call, read_examples
 from .generate import Stream, read_context
 from .registry import open_session
@@ -126,8 +128,9 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
 
     pp: an encoder-decoder reads so many source tokens and makes its first decoder step; a decoder-only model reads a
     prompt; a decoder-decoder reads a context and then a question of 8 tokens. tg: the depth is the source length of an
-    encoder-decoder, else the tokens already in the cache. A model of embeddings has pp rows alone, a module
-    has one row, its calls a second. Where something runs in place of the target's device the result is {"not_measured": why}.
+    encoder-decoder, else the tokens already in the cache. A model that reads sound has a row for a window in place of pp, whose
+    rate is seconds of sound a second. A model of embeddings has pp rows alone, a module has one row, its calls a second. Where
+    something runs in place of the target's device the result is {"not_measured": why}.
     """
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
@@ -148,6 +151,8 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
         rows = [_call_row(session, read_examples(bundle), lengths.repeats)]
     else:
         rows = [_prefill_row(session, spec, n, lengths.repeats) for n in lengths.prompts]
+        if spec.speech is not None:
+            rows.append(_sound_row(session, spec, lengths.repeats))
         if lengths.new:
             rows += [_decode_row(session, spec, lengths.new, depth, lengths.repeats) for depth in lengths.depths]
     peak = peak_resident_bytes()
@@ -163,6 +168,14 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
         "host": {"cpu": _cpu_name(), "threads": threads or "all cores"},
         "kind": "measured",
     }
+
+
+def _prompt(spec: Generation, count: int) -> Prompt:
+    """A prompt of so many tokens; of a model that reads sound a whole window."""
+    if spec.speech is not None:
+        sound = spec.speech.sound
+        return encoder_inputs(sound, sample_sound(sound, sound.seconds, 0))
+    return _tokens(spec, count)
 
 
 def _tokens(spec: Generation, count: int) -> list[int]:
@@ -186,6 +199,18 @@ def _prefill_row(session: PlacedSession, spec: Generation, count: int, repeats: 
     return _row(f"pp{count}", rates[1:])
 
 
+def _sound_row(session: PlacedSession, spec: Generation, repeats: int) -> Row:
+    """A window of sound read, and the decoder's first step."""
+    assert spec.speech is not None
+    rates = []
+    for _ in range(repeats + 1):
+        prompt = _prompt(spec, 0)
+        start = time.perf_counter()
+        Stream(session, spec, [prompt], 1).prefill()
+        rates.append(spec.speech.sound.seconds / (time.perf_counter() - start))
+    return _row("seconds of sound a second", rates[1:])
+
+
 def _call_row(session: PlacedSession, calls: list[Call], repeats: int) -> Row:
     rates = []
     for _ in range(repeats + 1):
@@ -199,7 +224,7 @@ def _call_row(session: PlacedSession, calls: list[Call], repeats: int) -> Row:
 def _decode_row(session: PlacedSession, spec: Generation, count: int, depth: int, repeats: int) -> Row:
     rates = []
     for _ in range(repeats + 1):
-        stream = Stream(session, spec, [_tokens(spec, max(1, depth))], count + 1)
+        stream = Stream(session, spec, [_prompt(spec, max(1, depth))], count + 1)
         token = stream.prefill()[:, -1].argmax(-1)
         start = time.perf_counter()
         for _ in range(count):
@@ -227,7 +252,7 @@ def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[OpT
         session = OnnxSession(folder, bundle.manifest.graphs, threads, profile_prefix=Path(scratch) / "ort")
         room = spec.max_context - (prompt if spec.task == "causal" else 1) - 1
         steps = min(_OP_STEPS, max(0, room))
-        stream = Stream(session, spec, [_tokens(spec, prompt)], steps + 1)
+        stream = Stream(session, spec, [_prompt(spec, prompt)], steps + 1)
         token = stream.prefill()[:, -1].argmax(-1)
         for _ in range(steps):
             token = stream.feed(token[:, None].astype(np.int64))[:, -1].argmax(-1)

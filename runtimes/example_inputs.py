@@ -1,4 +1,4 @@
-"""Example inputs in the bundle of a module, which has no generate loop. No torch is imported."""
+"""Example inputs in the bundle of a module, which has no generate loop, or of a model of sound. No torch is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Call = tuple[str, dict[str, Array]]
 
 
 def read_examples(bundle: Bundle) -> list[Call]:
-    """(graph, inputs) of each example of a "module" bundle. Raises UserError if they do not fit its graphs."""
+    """(graph, inputs) of each example of a "module" bundle, or of one that reads sound.
+
+    Raises UserError if they do not fit its graphs.
+    """
     path = bundle.path / CHECKPOINT / EXAMPLES
     require_regular(path)
     try:

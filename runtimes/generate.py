@@ -1,7 +1,8 @@
 """The generate loop over any `Session`: prefill, then one decode step per token. No torch is imported.
 
-`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt with its
-encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context before it.
+`Stream` is one batch that is being decoded. It hides how the kinds of model differ: an encoder-decoder reads the prompt, tokens or
+a sound, with its encoder; a decoder-only model reads it into the KV cache; so does a decoder-decoder, with the memory of a context
+before it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import numpy as np
 
 from ..bundle import ContextSpec, Generation, require_tokens
 from ..errors import UserError
+from .encoder_inputs import Prompt, encoder_batch, token_prompt
 from .sampling import GREEDY, Sampling
 from .session import Array, Session
 
 Ending = Literal["end", "limit", "context"]
 """Why an answer ended: an end token, as many tokens as were asked for, no room in the context."""
+
+TokenRule = Callable[[Sequence[int], Array], Array]
+"""What a model may say next: the tokens so far and logits [vocab] -> the logits, those of forbidden tokens -inf."""
 
 
 Observer = Callable[[int, Array], None]
@@ -38,7 +43,7 @@ class Stream:
         self,
         session: Session,
         spec: Generation,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         new_tokens: int,
         memory: Array | None = None,
     ) -> None:
@@ -46,28 +51,46 @@ class Stream:
 
         Raises UserError for a prompt or memory that is empty, does not fit the context, or has tokens the model does not.
         """
-        for prompt in prompts or [()]:
-            require_tokens(prompt, spec.vocab, "the prompt")
         self.session, self.spec = session, spec
         self.batch, self.past = len(prompts), 0
         self.read: list[int] = []
         self.whole = True
         self._extra: dict[str, Array] = {}
         self._slots = np.zeros(0, np.int64)
+        if spec.task == "seq2seq":
+            self._encode(prompts, new_tokens)
+        else:
+            self._read([token_prompt(p) for p in prompts], new_tokens, memory)
+
+    def _read(self, prompts: list[Sequence[int]], new_tokens: int, memory: Array | None) -> None:
+        """Prompts of a decoder-only model, to be fed; behind the memory of a decoder-decoder."""
+        spec = self.spec
+        for prompt in prompts or [()]:
+            require_tokens(prompt, spec.vocab, "the prompt")
         if spec.context is not None:
             prompts = self._splice(spec.context, prompts, memory)
         longest = max(len(p) for p in prompts)
-        if spec.task == "seq2seq":
-            if longest > spec.max_context:
-                raise UserError(f"the prompt has {longest} tokens, the model reads at most {spec.max_context}")
-            capacity = min(spec.max_context, new_tokens + 1 + len(spec.forced))
-        else:
-            if longest >= spec.max_context:
-                raise UserError(f"the prompt has {longest} tokens, the bundle's context is {spec.max_context}")
-            capacity = min(spec.max_context, longest + new_tokens)
-        self.capacity = capacity
-        self.state = session.new_state(self.batch, capacity)
-        self._start(prompts, longest)
+        if longest >= spec.max_context:
+            raise UserError(f"the prompt has {longest} tokens, the bundle's context is {spec.max_context}")
+        if any(len(p) != longest for p in prompts):
+            raise ValueError("prompts of one decoder-only batch must have one length")
+        self._allocate(longest + new_tokens)
+        self.pending = np.asarray(prompts, np.int64)
+
+    def _encode(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """Prompts through the encoder; its decoder's start is to be fed."""
+        spec = self.spec
+        inputs, mask = encoder_batch(spec, prompts or [()])
+        self._allocate(new_tokens + 1 + len(spec.forced))
+        encoded = self.session.run("encoder", inputs, self.state)
+        self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, self.state)
+        self._extra = {"encoder_mask": mask}
+        start = np.array([spec.decoder_start, *spec.forced], np.int64)
+        self.pending = np.tile(start, (self.batch, 1))
+
+    def _allocate(self, capacity: int) -> None:
+        self.capacity = min(self.spec.max_context, capacity)
+        self.state = self.session.new_state(self.batch, self.capacity)
 
     def _splice(
         self, context: ContextSpec, prompts: Sequence[Sequence[int]], memory: Array | None
@@ -88,22 +111,6 @@ class Stream:
         self._extra = {"memory": memory}
         self._slots = np.array([*slots, *[-1] * max(len(p) for p in prompts)], np.int64)
         return [[*ids, *p] for p in prompts]
-
-    def _start(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
-        if self.spec.task != "seq2seq":
-            if any(len(p) != longest for p in prompts):
-                raise ValueError("prompts of one decoder-only batch must have one length")
-            self.pending = np.asarray(prompts, np.int64)
-            return
-        ids = np.full((self.batch, longest), self.spec.pad_id, np.int64)
-        mask = np.zeros((self.batch, longest), bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-        encoded = self.session.run("encoder", {"input_ids": ids, "encoder_mask": mask}, self.state)
-        self.session.run("cross_kv", {"encoder_hidden": encoded["encoder_hidden"]}, self.state)
-        self._extra = {"encoder_mask": mask}
-        start = np.array([self.spec.decoder_start, *self.spec.forced], np.int64)
-        self.pending = np.tile(start, (self.batch, 1))
 
     def feed(self, tokens: Array, every: bool = False) -> Array:
         """Append tokens [batch, n]; returns the logits [batch, 1, vocab] of the last one, with `every` [batch, n, vocab].
@@ -180,29 +187,40 @@ def _memory(session: Session, spec: Generation, context: ContextSpec, part: Sequ
 def generate(
     session: Session,
     spec: Generation,
-    prompt: Sequence[int],
+    prompt: Prompt,
     new_tokens: int,
     sampling: Sampling = GREEDY,
     memory: Array | None = None,
     observe: Observer | None = None,
+    rule: TokenRule | None = None,
 ) -> Generator[int, None, Ending]:
     """Yield the tokens after `prompt` until an end token (not yielded), `new_tokens` of them, or the end of the context.
 
-    memory: for a "memory" task, what `read_context` returned. The generator's return value says why it ended.
+    memory: for a "memory" task, what `read_context` returned. observe, rule: as of `continued`. The generator's return value says
+    why it ended.
     """
     stream = Stream(session, spec, [prompt], new_tokens, memory)
-    return (yield from continued(stream, stream.pending, new_tokens, sampling, observe))
+    return (yield from continued(stream, stream.pending, new_tokens, sampling, observe, rule))
 
 
 def continued(
-    stream: Stream, tokens: Array, new_tokens: int, sampling: Sampling = GREEDY, observe: Observer | None = None
+    stream: Stream,
+    tokens: Array,
+    new_tokens: int,
+    sampling: Sampling = GREEDY,
+    observe: Observer | None = None,
+    rule: TokenRule | None = None,
 ) -> Generator[int, None, Ending]:
-    """As `generate`, where the stream has read what comes before `tokens` [1, n]. observe: sees each token before it is given."""
+    """As `generate`, where the stream has read what comes before `tokens` [1, n].
+
+    observe: sees each token before it is given. rule: what may be said next; None: anything.
+    """
     rng, spec = np.random.default_rng(sampling.seed), stream.spec
     logits = stream.feed(tokens)
     read, written = list(stream.read), list[int]()
     while True:
-        token = sampling.pick(logits[0, -1], rng, read, written)
+        scores = logits[0, -1] if rule is None else rule(written, logits[0, -1])
+        token = sampling.pick(scores, rng, read, written)
         if token in spec.eos_ids:
             return "end"
         if observe is not None:
@@ -219,7 +237,7 @@ def continued(
 def generate_batch(
     session: Session,
     spec: Generation,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     new_tokens: int,
     contexts: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..audio.files import Samples, checked, read_sound
 from ..bundle import CHECKPOINT, Bundle, ContextSpec, Generation, require_tokens
 from ..checkpoints.prompt import AS_IT_IS, ChatOptions, Prompt, read_prompt
 from ..checkpoints.tokenizer import Tokenizer
@@ -19,6 +21,16 @@ from .registry import import_runtime, open_session
 from .sampling import Sampling
 from .session import Array, PlacedSession
 from .text_embedding import embed_tokens
+from .transcribe import PLAINLY, SpeechOptions, require_speech, transcribe
+
+
+@dataclass(frozen=True)
+class SpokenText:
+    """A piece of what was said. start, end: seconds. text: as the tokenizer gives it, mostly with a space before."""
+
+    start: float
+    end: float
+    text: str
 
 
 def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, check: bool = True) -> OpenBundle:
@@ -116,6 +128,8 @@ class OpenBundle:
         or a context, memory or language that the model does not take.
         """
         self.require_generator()
+        if self._spec.speech is not None:
+            raise UserError(f"{self.bundle.path}: this model reads sound, not text: give --audio FILE ('transcribe')")
         ids = self.read_prompt(prompt, ChatOptions(use=chat)).ids if isinstance(prompt, str) else list(prompt)
         if context is not None and memory is not None:
             raise UserError("a context and a memory of one were both passed; pass one of them")
@@ -174,6 +188,30 @@ class OpenBundle:
         if cut:
             progress(f"{cut} of {len(ids)} texts were cut to {spec.max_context} tokens")
         return ids
+
+    def transcribe(
+        self,
+        sound: str | Path | Samples,
+        options: SpeechOptions = PLAINLY,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[SpokenText]:
+        """What is said in a sound, piece by piece as it is found: one for each window, with timestamps one for each segment.
+
+        Args:
+            sound: a file that libsndfile reads, or samples float [n] of one channel at the model's rate (mostly 16,000 a second).
+            options: language, task, timestamps.
+            max_new_tokens: of a window at most; None is the model's limit.
+            sampling: how a token is drawn; None: as the model's makers have it.
+
+        Raises UserError for a model of text, a sound that cannot be read, and a language or task that the model does not know.
+        """
+        rate = require_speech(self._spec).sound.rate
+        samples = read_sound(Path(sound), rate) if isinstance(sound, str | Path) else checked(sound, "the sound")
+        tokenizer, drawn = self.tokenizer, self.default_sampling() if sampling is None else sampling
+        for part in transcribe(self.session, self._spec, samples, options, max_new_tokens, drawn):
+            yield SpokenText(part.start, part.end, tokenizer.decode(part.tokens))
 
     def _speaking(self, language: str) -> Generation:
         """How the bundle generates where every answer begins with a language's token. Raises UserError if there is none."""

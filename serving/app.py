@@ -21,13 +21,16 @@ from ..bundle import require_tokens
 from ..checkpoints.prompt import ChatOptions, read_messages
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, one_line
-from .engine import Engine, Event, Full, Job, TokenScore
-from .protocol import Asked, ChatRequest, CompletionRequest
+from .engine import Call, Engine, Event, Full, Job, TokenScore
+from .protocol import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, given_texts
 from .wire import DONE, REASONS, ChatForm, Form, Refused, TextForm, sent
 
 LARGEST_BODY = 16 * MEBIBYTE
 MOST_JOBS = 128
 """Answers to one request."""
+
+MOST_TEXTS = 2048
+"""Texts of one request for embeddings, as many as OpenAI's own."""
 
 _BUSY = 429
 Model = TypeVar("Model", bound=BaseModel)
@@ -64,6 +67,7 @@ class Service:
             Route("/v1/models", self._guarded(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._guarded(self._models), methods=["GET"]),
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
+            Route("/v1/embeddings", self._guarded(self._embeddings), methods=["POST"]),
             Route("/v1/chat/completions", self._guarded(self._chat_completions), methods=["POST"]),
         ]
         return Starlette(routes=routes)
@@ -99,9 +103,63 @@ class Service:
             return JSONResponse(model)
         return JSONResponse({"object": "list", "data": [model]})
 
+    async def _embeddings(self, request: Request) -> Response:
+        asked, opened = await _read(request, EmbeddingRequest), self.engine.opened
+        if self._spec.embedding is None:
+            raise Refused(400, f"{self.name} is no model of embeddings", "model")
+        if asked.dimensions not in (None, self._spec.embedding.size):
+            raise Refused(
+                400, f"the vectors have {self._spec.embedding.size} numbers, not {asked.dimensions}", "dimensions"
+            )
+        given = given_texts(asked.input)
+        if not 0 < len(given) <= MOST_TEXTS:
+            raise Refused(400, f"{len(given)} texts in one request; 1 to {MOST_TEXTS} are read", "input")
+
+        def tokens(text: str | list[int]) -> list[int]:
+            if isinstance(text, str):
+                return opened.encode_texts([text])[0]
+            require_tokens(text, self._spec.vocab, "a text")
+            return text[: self._spec.max_context]
+
+        ids = await asyncio.to_thread(lambda: [tokens(text) for text in given])
+        vectors = await self._called(lambda: opened.embed_ids(ids))
+        data = [
+            {"object": "embedding", "index": i, "embedding": packed(vector, asked.encoding_format)}
+            for i, vector in enumerate(vectors)
+        ]
+        count = sum(map(len, ids))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": usage})
+
+    async def _called(self, run: Callable[[], Any]) -> Any:
+        """What `run` gives in the engine's thread."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def settle(result: Any, error: Exception | None) -> None:
+            if answer.cancelled():
+                return
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+
+        def done(result: Any, error: Exception | None) -> None:
+            loop.call_soon_threadsafe(settle, result, error)
+
+        self.engine.submit(Call(run, done))
+        return await answer
+
+    def _require_text(self) -> None:
+        if self._spec.task == "embed":
+            raise Refused(400, f"{self.name} is a model of embeddings; use /v1/embeddings", "model")
+        if self._spec.speech is not None:
+            raise Refused(400, f"{self.name} reads sound, which this server does not take", "model")
+
     async def _completions(self, request: Request) -> Response:
         asked = await _read(request, CompletionRequest)
-        given = asked.prompts()
+        self._require_text()
+        given = given_texts(asked.prompt)
         if not 0 < len(given) * asked.n <= MOST_JOBS:
             raise Refused(400, f"{len(given) * asked.n} answers in one request; 1 to {MOST_JOBS} are given", "prompt")
         # Encoding a long text takes a while, which must not hold the event loop.
@@ -111,6 +169,7 @@ class Service:
 
     async def _chat_completions(self, request: Request) -> Response:
         asked = await _read(request, ChatRequest)
+        self._require_text()
         tools = asked.tools if asked.tool_choice == "auto" else None
         chat = replace(self._chat, tools=tools, arguments={**self._chat.arguments, **asked.chat_template_kwargs})
         messages = asked.messages

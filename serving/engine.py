@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -83,6 +83,14 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass
+class Call:
+    """Work of another kind on the session: what is run in the engine's thread, and what is told of its result or error."""
+
+    run: Callable[[], Any]
+    done: Callable[[Any, Exception | None], None]
+
+
 class Full(Exception):
     """More requests wait than the engine keeps."""
 
@@ -93,14 +101,14 @@ class Engine:
     def __init__(self, opened: OpenBundle, waiting: int = 256) -> None:
         """waiting: jobs that may wait; one more is refused."""
         self.opened = opened
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._jobs: queue.Queue[Job | Call | None] = queue.Queue()
         self._waiting = waiting
         self._caches: list[PrefixCache] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job. Raises Full."""
+    def submit(self, job: Job | Call) -> None:
+        """Queue a job or a call. Raises Full."""
         if self._jobs.qsize() >= self._waiting:
             raise Full
         self._jobs.put(job)
@@ -112,14 +120,22 @@ class Engine:
 
     def _run(self) -> None:
         together = BATCH if self.opened.bundle.manifest.generation.task == "seq2seq" else 1
-        while (job := self._jobs.get()) is not None:
-            batch, ended = [job], False
-            while len(batch) < together and not self._jobs.empty():
-                following = self._jobs.get()
-                if following is None:
-                    ended = True
-                    break
-                batch.append(following)
+        following: Job | Call | None = None
+        ended = False
+        while (job := following or self._jobs.get()) is not None:
+            following = None
+            if isinstance(job, Call):
+                _call(job)
+                continue
+            batch = [job]
+            while len(batch) < together and not self._jobs.empty() and following is None and not ended:
+                match self._jobs.get():
+                    case Job() as another:
+                        batch.append(another)
+                    case None:
+                        ended = True
+                    case call:
+                        following = call
             batch = [job for job in batch if not job.cancelled.is_set()]
             try:
                 if together > 1 and batch:
@@ -189,6 +205,15 @@ class Engine:
             if all(row.ended for row in fitting):
                 return
             logits = stream.feed(np.array(tokens, np.int64)[:, None])
+
+
+def _call(call: Call) -> None:
+    try:
+        result = call.run()
+    except Exception as error:
+        call.done(None, error)
+    else:
+        call.done(result, None)
 
 
 class _Row:

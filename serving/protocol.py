@@ -84,14 +84,6 @@ class CompletionRequest(Asked):
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
 
-    def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [[i for i in self.prompt if isinstance(i, int)]]
-        return [p for p in self.prompt if not isinstance(p, int)]
-
 
 class ResponseFormat(BaseModel):
     """Any text."""
@@ -132,6 +124,15 @@ class EmbeddingRequest(BaseModel):
     input: str | list[Id] | list[str] | list[list[Id]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
+def given_texts(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """Each text of a request, as text or as ids."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [[i for i in given if isinstance(i, int)]]
+    return [text for text in given if not isinstance(text, int)]
 
 
 def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:

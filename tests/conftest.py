@@ -9,10 +9,14 @@ import torch
 from helpers.cli_runner import edgewright, passed
 from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
 from helpers.tiny import write_tiny_t5gemma
+from hypothesis import settings
 
 from edgewright.cli import main
 
 torch.set_num_threads(1)
+
+settings.register_profile("untimed", deadline=None)  # no test depends on how busy the machine is
+settings.load_profile("untimed")
 
 for command in (main.commands["export"], main.commands["verify"]):
     # Comparing with transformers takes seconds; its own tests are in tests/verification/test_against.py.

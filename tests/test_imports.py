@@ -20,11 +20,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"errors", "system"},
     "bundle": {"errors", "system", "graph"},
     "checkpoints": {"errors", "system"},
+    "audio": {"errors", "system", "bundle"},
     "device_profiles": {"errors", "system"},
     "targets": {"errors", "system", "ops"},
     "models": {"errors", "system", "graph", "ops", "checkpoints"},
     "exporters": {"errors", "system", "graph", "ops", "targets"},
-    "runtimes": {"errors", "system", "graph", "ops", "bundle", "checkpoints", "targets", "models"},
+    "runtimes": {"errors", "system", "graph", "ops", "bundle", "audio", "checkpoints", "targets", "models"},
     "quant": {"errors", "system", "graph", "ops", "checkpoints", "device_profiles", "targets", "models"},
 }
 """Room -> the rooms it may import, from the lowest up."""
@@ -40,7 +41,7 @@ MAY_IMPORT["serving"] = {"errors", "system", "bundle", "checkpoints", "runtimes"
 MAY_IMPORT["commands"] = MAY_IMPORT["reports"] = MAY_IMPORT["apps"] = _ALL_BELOW
 MAY_IMPORT["cli"] = _ALL_BELOW | {"commands", "reports", "apps"}
 
-EAGER_ALONE = {"runtimes.eager", "runtimes.session", "runtimes.generate"}
+EAGER_ALONE = {"runtimes.eager", "runtimes.session", "runtimes.generate", "runtimes.encoder_inputs"}
 """Of the runtimes, what calibration may import."""
 
 LIBRARIES = {

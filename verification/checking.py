@@ -56,8 +56,12 @@ def verify_here(
         if emulated_prompts is not None and data:
             notes.append(f"{entry.format}: task accuracy and text are not measured in an emulator")
         else:
-            accuracy = quality.task_accuracy(entry.format, session)
-            target = replace(target, task_accuracy=accuracy, text=quality.text_score(entry.format, session))
+            target = replace(
+                target,
+                task_accuracy=quality.task_accuracy(entry.format, session),
+                word_error_rate=quality.word_error_rate(entry.format, session),
+                text=quality.text_score(entry.format, session),
+            )
         targets.append(target)
 
     count, positions = data.pieces
@@ -66,6 +70,7 @@ def verify_here(
         targets=targets,
         quantization=quality.quantization(probe),
         original_task_accuracy=quality.original_accuracy(),
+        original_word_error_rate=quality.original_word_error_rate(),
         task_size=len(data.task.prompts) if data.task is not None else 0,
         original_text=quality.original_text,
         dequantized_text=quality.dequantized_text,

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..bundle import Bundle, Generation
 from ..errors import UserError
+from ..runtimes.encoder_inputs import Prompt, token_prompt
 from ..runtimes.example_inputs import Call, read_examples
 from ..runtimes.generate import Stream, generate_batch, read_context
 from ..runtimes.logits import divergence, log_softmax, same_top1
@@ -20,6 +21,7 @@ from .report import TOLERANCE, Agreement
 from .similarity import similarity_of
 
 NEW_TOKENS = 16
+_SOUNDS = 2  # in a batch: an encoder's scores of a window of 1500 positions take 9 MB a head
 LONG_PROMPT = 700  # tokens: longer than two prefill chunks and than Gemma 3's window of 512
 
 
@@ -45,11 +47,13 @@ def probe_of(bundle: Bundle) -> Probe:
         return Examples(read_examples(bundle), {g.name: [p.name for p in g.outputs] for g in m.graphs})
     if m.generation.task == "embed":
         return Texts(m.generation, m.prompts)
+    if m.generation.speech is not None:
+        return Prompts(m.generation, [inputs for _, inputs in read_examples(bundle)], [])
     return Prompts(m.generation, [list(p) for p in m.prompts], [list(c) for c in m.contexts])
 
 
 def compare(
-    reference: Session, candidates: Sequence[Session], spec: Generation, prompts: Sequence[Sequence[int]]
+    reference: Session, candidates: Sequence[Session], spec: Generation, prompts: Sequence[Prompt]
 ) -> list[Agreement]:
     """Each candidate against the reference on prompts without contexts; see `Prompts`."""
     return Prompts(spec, prompts, []).compare(reference, candidates)
@@ -57,15 +61,15 @@ def compare(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as token ids, and for a "memory" task their contexts."""
+    """Prompts as token ids or sounds, and for a "memory" task their contexts."""
 
     spec: Generation
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Prompt]
     contexts: Sequence[Sequence[int]]
 
     @property
     def what(self) -> str:
-        return f"{len(self.prompts)} prompts"
+        return f"{len(self.prompts)} {'prompts' if self.spec.speech is None else 'sounds'}"
 
     def first(self, count: int | None) -> Prompts:
         return Prompts(self.spec, self.prompts[:count], self.contexts[:count])
@@ -125,20 +129,22 @@ def require_finite_reference(logits: Array) -> None:
         raise UserError("the reference's logits are not finite; the checkpoint is broken or overflows float32")
 
 
-def _batches(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
+def _batches(prompts: Sequence[Prompt], spec: Generation) -> list[list[Prompt]]:
     """Encoder-decoder prompts in padded batches, so that padding is checked too; other prompts one by one."""
-    size = 16 if spec.task == "seq2seq" else 1
-    return [[list(p) for p in prompts[i : i + size]] for i in range(0, len(prompts), size)]
+    size = 1 if spec.task != "seq2seq" else 16 if spec.speech is None else _SOUNDS
+    return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
 
-def _long_prompt(prompts: Sequence[Sequence[int]], spec: Generation) -> list[list[list[int]]]:
+def _long_prompt(prompts: Sequence[Prompt], spec: Generation) -> list[list[Prompt]]:
     """For a decoder-only model one prompt longer than two prefill chunks and any common window, made of the others.
 
     An encoder-decoder has none: its encoder reads a prompt in one call.
     """
+    if spec.task != "causal":
+        return []
     length = min(LONG_PROMPT, spec.max_context - NEW_TOKENS - 1)
-    joined = [token for prompt in prompts for token in prompt]
-    if spec.task != "causal" or not joined or length <= max(len(p) for p in prompts):
+    joined = [token for prompt in prompts for token in token_prompt(prompt)]
+    if not joined or length <= max(len(p) for p in prompts):
         return []
     repeated = joined * (length // len(joined) + 1)
     return [[repeated[:length]]]
@@ -147,7 +153,7 @@ def _long_prompt(prompts: Sequence[Sequence[int]], spec: Generation) -> list[lis
 def _teacher_forced(
     session: Session,
     spec: Generation,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     tokens: Sequence[Sequence[int]],
     contexts: Sequence[Sequence[int]] = (),
 ) -> list[Array]:

@@ -17,7 +17,7 @@ from ..runtimes.eager import EagerSession
 from ..runtimes.session import Session
 from .compare import Probe
 from .report import Agreement, TextScore
-from .scores import score_text, task_accuracy
+from .scores import score_text, task_accuracy, word_error_rate
 from .similarity import Similarity, score_texts
 
 Progress = Callable[[str], None]
@@ -25,11 +25,15 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class QualityData:
-    """What quality is measured on: a task, passages of a text, or whole texts for a model of embeddings; else none."""
+    """What quality is measured on: a task, passages of a text, or whole texts for a model of embeddings; else none.
+
+    file: the task's.
+    """
 
     task: Task | None
     passages: Sequence[Passage]
     texts: Sequence[Sequence[int]] = ()
+    file: Path | None = None
 
     def __bool__(self) -> bool:
         return self.task is not None or bool(self.passages) or bool(self.texts)
@@ -58,12 +62,14 @@ class QualityData:
             raise UserError("--task and --text need a model that generates; this bundle's graphs are run as they are")
         examples = read_task(task, task_limit, spec.task == "memory") if task is not None else None
         if text is None:
-            return QualityData(examples, [])
+            return QualityData(examples, [], (), task)
+        if spec.speech is not None:
+            raise UserError("--text is read as a prompt, and this model reads sound; give --task FILE.tsv of sounds")
         if quantized.tokenizer is None:
             raise UserError("--text needs a tokenizer, and the bundle has none")
         if spec.task == "embed":
-            return QualityData(examples, [], paragraphs(text, quantized.tokenizer, spec, windows))
-        return QualityData(examples, text_passages(text, quantized.tokenizer, spec, windows))
+            return QualityData(examples, [], paragraphs(text, quantized.tokenizer, spec, windows), task)
+        return QualityData(examples, text_passages(text, quantized.tokenizer, spec, windows), (), task)
 
 
 def open_original(bundle: Bundle, model: str, adapter: str | None = None) -> Checkpoint:
@@ -102,11 +108,22 @@ class Quality:
         self.dequantized_text: TextScore | Similarity | None = None
 
     def task_accuracy(self, name: str, session: Session) -> float | None:
-        """An artefact's accuracy on the task; None without one."""
-        if self._data.task is None:
+        """An artefact's accuracy on the task; None without one, and of a model that reads sound."""
+        if self._data.task is None or self._hears:
             return None
         self._progress(f"{name}: {len(self._data.task.prompts)} task prompts")
         return task_accuracy(session, self._bundle, self._data.task)
+
+    def word_error_rate(self, name: str, session: Session) -> float | None:
+        """An artefact's word error rate on a task of sounds; None without one, and of a model that reads text."""
+        if self._data.task is None or self._data.file is None or not self._hears:
+            return None
+        self._progress(f"{name}: {len(self._data.task.prompts)} sounds")
+        return word_error_rate(session, self._bundle, self._data.task, self._data.file)
+
+    @property
+    def _hears(self) -> bool:
+        return self._bundle.manifest.generation.speech is not None
 
     def text_score(self, name: str, session: Session) -> TextScore | Similarity | None:
         """An artefact's score on the text; None without one. The base's own scores are kept as attributes."""
@@ -148,6 +165,8 @@ class Quality:
 
     def original_accuracy(self) -> float | None:
         """The original's accuracy on the task; None without original or task."""
-        if self._original is None or self._data.task is None:
-            return None
-        return task_accuracy(self._original, self._bundle, self._data.task)
+        return None if self._original is None else self.task_accuracy("original", self._original)
+
+    def original_word_error_rate(self) -> float | None:
+        """The original's word error rate on a task of sounds; None without original or task."""
+        return None if self._original is None else self.word_error_rate("original", self._original)

@@ -154,6 +154,7 @@ class TargetReport:
     arithmetic: Agreement | None = None
     on_device: bool = False
     task_accuracy: float | None = None
+    word_error_rate: float | None = None
     text: TextScore | Similarity | None = None
 
     @property
@@ -251,6 +252,7 @@ class Report:
     targets: Sequence[TargetReport]
     quantization: Agreement | None = None
     original_task_accuracy: float | None = None
+    original_word_error_rate: float | None = None
     task_size: int = 0
     original_text: TextScore | None = None
     dequantized_text: TextScore | Similarity | None = None

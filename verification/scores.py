@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from ..audio.files import read_sound
 from ..bundle import CHECKPOINT, Bundle, Generation
 from ..calibration.prompts import Passage, Task, text_ids
+from ..calibration.sounds import sound_file
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.prompt import read_prompt
 from ..checkpoints.tokenizer import Tokenizer
@@ -16,9 +19,11 @@ from ..errors import UserError
 from ..runtimes.generate import Stream, generate_batch, read_context
 from ..runtimes.logits import divergence, log_softmax, same_top1
 from ..runtimes.session import Array, Session
+from ..runtimes.transcribe import require_speech, transcribe
 from .compare import require_finite_reference
 from .report import TextScore
 from .similarity import recall
+from .words import word_errors
 
 _TASK_BATCH = 16  # the rows that a TensorRT engine takes
 _ROWS = 16  # positions whose distributions are held in float64 at once: Gemma's are 2 MiB each
@@ -53,6 +58,27 @@ def _retrieval(session: Session, spec: Generation, tokenizer: Tokenizer, task: T
     asked = text_ids(task.prompts, tokenizer, spec, query=True, whose="--task: a prompt")
     searched = text_ids(answers, tokenizer, spec, query=False, whose="--task: an answer")
     return recall(session, spec, asked, searched, [{place[a] for a in accepted} for accepted in task.answers])
+
+
+def word_error_rate(session: Session, bundle: Bundle, task: Task, file: Path) -> float:
+    """The errors of the greedy transcripts of a task's sounds over the words said. file: the task file, beside its sounds.
+
+    Raises UserError for a bundle without a tokenizer, a sound that cannot be read, or a task without a word.
+    """
+    tokenizer = open_checkpoint(str(bundle.path / CHECKPOINT)).tokenizer
+    if tokenizer is None:
+        raise UserError("--task needs a tokenizer, and the bundle has none")
+    spec = bundle.manifest.generation
+    rate = require_speech(spec).sound.rate
+    errors = total = 0
+    for name, answers in zip(task.prompts, task.answers, strict=True):
+        samples = read_sound(sound_file(file, name), rate)
+        text = " ".join(tokenizer.decode(part.tokens) for part in transcribe(session, spec, samples))
+        wrong, count = word_errors(text, answers)
+        errors, total = errors + wrong, total + count
+    if not total:
+        raise UserError(f"{file}: its answers have no word to count")
+    return errors / total
 
 
 def perplexity(session: Session, spec: Generation, windows: Sequence[Sequence[int]]) -> float:

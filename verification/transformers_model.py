@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..audio.features import encoder_inputs, sample_sound
+from ..bundle import SoundSpec
 from ..errors import UserError, VerificationFailure
 from ..models.embedding import EmbeddingModel
 from ..models.language_model import LanguageModel
@@ -32,6 +36,7 @@ from .transformers_reading import (
 from .transformers_vectors import compare_vectors
 
 _PROMPT, _BATCH, _NEW = 20, 2, 8
+_SOUND_SECONDS = 2.0
 _CLASSES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 _SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
 
@@ -44,9 +49,10 @@ def compare(model: str, progress: Progress, pooling: Sequence[str] = ()) -> dict
         return compare_vectors(model, ours, checkpoint, progress, pooling)
     try:
         with their_work("load the checkpoint"):
-            theirs, version = _theirs(model, ours.task)
+            theirs, version = _theirs(model, ours)
         progress(f"comparing the checkpoint's reading with transformers {version}")
-        run = _Seq2seq(ours, theirs) if ours.task == "seq2seq" else _Causal(ours, theirs)
+        kind = Spoken if ours.sound_layout() is not None else _Seq2seq if ours.task == "seq2seq" else _Causal
+        run = kind(ours, theirs)
         ids = random_tokens(_vocab(ours), checkpoint.config, _BATCH, _PROMPT)
         with their_work("compute the model"), torch.no_grad():
             for _ in range(_NEW):
@@ -72,10 +78,11 @@ def compare(model: str, progress: Progress, pooling: Sequence[str] = ()) -> dict
     }
 
 
-def _theirs(model: str, task: str) -> tuple[nn.Module, str]:
-    if task not in _CLASSES:
-        raise Unknown(f"it has no model of the task {task!r}")
-    return load_theirs(model, _CLASSES[task], _SUFFIXES)
+def _theirs(model: str, ours: LanguageModel) -> tuple[nn.Module, str]:
+    if ours.task not in _CLASSES:
+        raise Unknown(f"it has no model of the task {ours.task!r}")
+    auto = _CLASSES[ours.task] if ours.sound_layout() is None else "AutoModelForSpeechSeq2Seq"
+    return load_theirs(model, auto, _SUFFIXES)
 
 
 def _vocab(model: LanguageModel) -> int:
@@ -117,19 +124,28 @@ class _Seq2seq(_Causal):
         self._graphs = {g.name: g for g in ours.graphs()}
 
     def theirs(self, ids: torch.Tensor) -> torch.Tensor:
-        source = ids[:, :_PROMPT]
-        mask = torch.ones_like(source)
-        out = self._theirs(input_ids=source, attention_mask=mask, decoder_input_ids=self._started(ids), use_cache=False)
+        out = self._theirs(**self.their_source(ids), decoder_input_ids=self._started(ids), use_cache=False)
         logits: torch.Tensor = out.logits
         return logits
 
-    def ours(self, ids: torch.Tensor) -> torch.Tensor:
-        source, target = ids[:, :_PROMPT], self._started(ids)
+    def their_source(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What transformers' encoder reads."""
+        source = ids[:, :_PROMPT]
+        return {"input_ids": source, "attention_mask": torch.ones_like(source)}
+
+    def our_source(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The inputs of our graph `encoder`, and where its output is real."""
+        source = ids[:, :_PROMPT]
         mask = torch.ones_like(source).bool()
-        (hidden,) = self._graphs["encoder"].call([source, mask])
+        return [source, mask], mask
+
+    def ours(self, ids: torch.Tensor) -> torch.Tensor:
+        target = self._started(ids)
+        read, mask = self.our_source(ids)
+        (hidden,) = self._graphs["encoder"].call(read)
         cross = dict(zip(self._graphs["cross_kv"].output_names, self._graphs["cross_kv"].call([hidden]), strict=True))
         graph, length = self._graphs["decoder"], target.shape[1]
-        sizes = {"batch": ids.shape[0], "capacity": length, "source": source.shape[1]}
+        sizes = {"batch": ids.shape[0], "capacity": length, "source": mask.shape[1]}
         given = {
             "input_ids": target,
             "past_length": torch.tensor([0]),
@@ -147,6 +163,34 @@ class _Seq2seq(_Causal):
         """The decoder's tokens: its start, then what follows the prompt."""
         start = 0 if self._ours.decoder_start is None else self._ours.decoder_start
         return torch.cat((torch.full((ids.shape[0], 1), start), ids[:, _PROMPT:]), 1)
+
+
+class Spoken(_Seq2seq):
+    """Both models of one that reads sound; ids are the decoder's, the encoder reads made-up sounds."""
+
+    def __init__(self, ours: LanguageModel, theirs: nn.Module) -> None:
+        super().__init__(ours, theirs)
+        layout = ours.sound_layout()
+        assert layout is not None
+        sound = SoundSpec(**asdict(layout))
+        samples = [sample_sound(sound, _SOUND_SECONDS, seed) for seed in range(_BATCH)]
+        # whole positions, so that no silence behind a sound is read here and not there
+        length = sound.row * (sound.real_rows(len(samples[0])) - 1) + sound.tail if sound.row else len(samples[0])
+        self._samples = torch.from_numpy(np.stack(samples))[:, :length]
+        rows = [encoder_inputs(sound, s) for s in self._samples.numpy()]
+        self._inputs = {name: torch.from_numpy(np.concatenate([r[name] for r in rows])) for name in rows[0]}
+        self._positions = sound.positions
+
+    def their_source(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if "input_features" in self._inputs:
+            return {"input_features": self._inputs["input_features"]}
+        return {"input_values": self._samples}
+
+    def our_source(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        mask = self._inputs.get("encoder_mask")
+        if mask is None:
+            mask = torch.ones(_BATCH, self._positions, dtype=torch.bool)
+        return [self._inputs[p.name] for p in self._graphs["encoder"].inputs], mask
 
 
 def _job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:

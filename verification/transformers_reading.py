@@ -124,7 +124,8 @@ def first_difference(ours: Mapping[str, Sequence[torch.Tensor]], theirs: Mapping
     for name in sorted(ours, key=lambda n: n != "encoder"):
         pairs = list(zip(ours[name], theirs.get(name, []), strict=False))
         for i, (got, want) in enumerate(pairs):
-            if difference(got, _side_by_side(want, got)) > TOLERANCE:
+            side = _side_by_side(want, got)
+            if difference(got[:, : side.shape[1]], side) > TOLERANCE:  # of a sound there may be masked positions behind
                 return f"the {name}'s embedding" if i == 0 else f"layer {i - 1} of the {name}"
         if not pairs:
             return f"the {name}, whose layers transformers does not show"

@@ -38,8 +38,9 @@ def describe(spec: Any, graphs: Sequence[Graph]) -> None:
     metadata.author = AUTHOR
     metadata.license = LICENSE
     metadata.versionString = __version__
+    functions = ", ".join(names)
     metadata.shortDescription = (
-        f"A model with quantized weights. Functions: {', '.join(names)}; one that ends in _step takes one token."
+        f"A language model with quantized weights. Functions: {functions}; one that ends in _step takes one token."
     )
     for function in spec.description.functions:
         for feature in (*function.input, *function.output, *function.state):

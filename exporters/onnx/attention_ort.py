@@ -172,7 +172,7 @@ def lower_bidirectional_attention(low: Lowering, node: ir.Node) -> None:
     q, k, tables = _rotary_inside(low, q_in, k_in, _counts_from_zero)
     parts = [_heads(low, q, node), _heads(low, k, node), _heads(low, v, node)]
     operands = _operands(low, node, parts)
-    total = low.built("source_total", lambda: _source_length(low))
+    total = low.built("source_total", lambda: _source_length(low, node, mask))
     lengths = low.built("source_lengths", lambda: _seqlens(low, total))
     inputs = [*operands, None, None, lengths, total, *tables, None, float_mask(low, mask)]
     out, _, _ = _group_query_attention(low, node, inputs, parts, local_window_size=-1, causal=0)
@@ -234,10 +234,13 @@ def _total_length(low: Lowering, past: ir.Value) -> ir.Value:
     return low.one(anchor, "Cast", [scalar], to=ir.DataType.INT32)
 
 
-def _source_length(low: Lowering) -> ir.Value:
-    anchor = first_node(low)
-    length = low.one(anchor, "Shape", [low.graph.inputs[0]], start=1, end=2)
-    return low.one(anchor, "Cast", [low.one(anchor, "Squeeze", [length])], to=ir.DataType.INT32)
+def _source_length(low: Lowering, node: ir.Node, mask: ir.Value) -> ir.Value:
+    """Positions of an encoder, of which all layers have the same: the last of a mask's four dimensions, int32 scalar.
+
+    They are no graph input's where convolutions stand before the layers; and who asks a query keeps what made it.
+    """
+    length = low.one(node, "Shape", [mask], start=3, end=4)
+    return low.one(node, "Cast", [low.one(node, "Squeeze", [length])], to=ir.DataType.INT32)
 
 
 def _seqlens(low: Lowering, total: ir.Value) -> ir.Value:

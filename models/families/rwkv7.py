@@ -44,8 +44,8 @@ class Sizes:
     norm_first: bool
     positions: int
 
-    def norm(self) -> LayerNorm:
-        return LayerNorm(self.hidden, self.eps, self.norm_bias)
+    def norm(self) -> Norm:
+        return Norm(self.hidden, self.eps, self.norm_bias)
 
     def states(self, layer: int) -> list[State]:
         last = ("batch", self.hidden, 1)
@@ -108,6 +108,15 @@ def _ranks(section: ConfigReader, hidden: int, head_dim: int) -> dict[str, int]:
         else:
             found[name] = section.integer(key, defaults[name])
     return found
+
+
+class Norm(LayerNorm):
+    """A LayerNorm without casts: behind a recurrence that Core ML computes in wider numbers, torch.export checks each of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + self.eps) * self.weight.to(x.dtype)
+        return normed if self.bias is None else normed + self.bias.to(x.dtype)
 
 
 def shifted(x: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

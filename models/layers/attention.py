@@ -28,6 +28,8 @@ class AttentionSpec:
         norm_whole: the QK-norm spans all heads at once, as in OLMo 2, not each head.
         norm_rotated: the QK-norm comes behind RoPE.
         rotated: how many dimensions of a head rotate, the first ones; None for all, 0 for none.
+        key_bias: keys have a bias too, where `bias` says that the projections have one.
+        padding: zeros behind each head's query, key and value: kernels want heads of a multiple of 8.
     """
 
     hidden: int
@@ -45,6 +47,13 @@ class AttentionSpec:
     norm_whole: bool = False
     norm_rotated: bool = False
     rotated: int | None = None
+    key_bias: bool = True
+    padding: int = 0
+
+    @property
+    def cached_dim(self) -> int:
+        """Of a head in a cache."""
+        return self.head_dim + self.padding
 
     @property
     def rotary_dims(self) -> int:
@@ -54,6 +63,20 @@ class AttentionSpec:
     def rotated_scale(self) -> float:
         """`scale` with the factor of rotated queries and keys, where all dimensions rotate."""
         return self.scale * self.rope.attention**2 if self.rotary_dims == self.head_dim else self.scale
+
+
+def padded(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Heads [B, S, H, D] with their padding."""
+    return torch.nn.functional.pad(x, (0, spec.padding)) if spec.padding else x
+
+
+def unpadded(attended: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """[B, S, H * D] without the padding of each head."""
+    if not spec.padding:
+        return attended
+    batch, length = attended.shape[:2]
+    heads = attended.reshape(batch, length, spec.heads, spec.cached_dim).narrow(3, 0, spec.head_dim)
+    return heads.reshape(batch, length, spec.heads * spec.head_dim)
 
 
 class SelfAttention(Block):
@@ -67,7 +90,7 @@ class SelfAttention(Block):
         super().__init__()
         self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
-        self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.k_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias and spec.key_bias)
         self.v_proj = Linear(spec.hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
         if spec.norm_eps is not None:
@@ -78,7 +101,7 @@ class SelfAttention(Block):
             self.register_buffer("inv_freq", spec.rope.frequencies(spec.rotary_dims), persistent=False)
 
     def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [B, S, H, D] and k, v [B, S, KV, D] of x [B, S, hidden], q and k rotated."""
+        """q [B, S, H, D] and k, v [B, S, KV, D] of x [B, S, hidden], q and k rotated; D with the padding."""
         return self.normed_and_rotated(self.q_proj(x), self.k_proj(x), self.v_proj(x), positions)
 
     def normed_and_rotated(
@@ -97,7 +120,7 @@ class SelfAttention(Block):
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         if each and s.norm_rotated:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return padded(q, s), padded(k, s), padded(v, s)
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The first `rotary_dims` of each head of x [B, S, heads, D] rotated; where all are, RoPE's factor is in the scale."""
@@ -119,7 +142,7 @@ class BidirectionalAttention(SelfAttention):
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x, positions)
         attended = EW.bidirectional_attention(q, k, v, mask, self.spec.rotated_scale, self.spec.softcap)
-        out: torch.Tensor = self.o_proj(attended)
+        out: torch.Tensor = self.o_proj(unpadded(attended, self.spec))
         return out
 
 
@@ -135,7 +158,7 @@ class CachedAttention(SelfAttention):
         attended, k_out, v_out = cached_attention(
             q, k, v, k_cache, v_cache, past_length, s.rotated_scale, s.softcap, s.window
         )
-        return self.o_proj(attended), k_out, v_out
+        return self.o_proj(unpadded(attended, s)), k_out, v_out
 
 
 class WindowAttention(SelfAttention):
@@ -182,21 +205,21 @@ class CrossAttention(Block):
         super().__init__()
         self.spec, self.heads = spec, spec.heads
         self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.bias)
-        self.k_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
+        self.k_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias and spec.key_bias)
         self.v_proj = Linear(encoder_hidden, spec.kv_heads * spec.head_dim, spec.bias)
         self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.out_bias)
 
     def project_encoder(self, encoder_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]."""
+        """k, v [B, KV, T, D] of encoder_hidden [B, T, hidden]; D with the padding."""
         s, lead = self.spec, encoder_hidden.shape[:2]
         k = self.k_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
         v = self.v_proj(encoder_hidden).reshape(*lead, s.kv_heads, s.head_dim)
-        return k.transpose(1, 2), v.transpose(1, 2)
+        return padded(k, s).transpose(1, 2), padded(v, s).transpose(1, 2)
 
     def forward(self, x: torch.Tensor, k: Cache, v: Cache, mask: torch.Tensor) -> torch.Tensor:
         s = self.spec
-        q = self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim)
-        out: torch.Tensor = self.o_proj(cross_attention(q, k, v, mask, s.scale, s.softcap))
+        q = padded(self.q_proj(x).reshape(*x.shape[:2], s.heads, s.head_dim), s)
+        out: torch.Tensor = self.o_proj(unpadded(cross_attention(q, k, v, mask, s.scale, s.softcap), s))
         return out
 
 

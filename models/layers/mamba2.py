@@ -157,9 +157,9 @@ class Mamba2(Block):
     def time_step(self, dt: torch.Tensor) -> torch.Tensor:
         """Time steps [B, T, H] of projections dt [B, T, H]."""
         step, (least, most) = softplus(dt + self.dt_bias.to(dt.dtype)), self.spec.limits
-        if least > 0:
-            step = torch.clamp(step, min=least)
-        return step if math.isinf(most) else torch.clamp(step, max=most)
+        if least > 0:  # by relu, which every backend computes where it computes the rest
+            step = torch.relu(step - least) + least
+        return step if math.isinf(most) else most - torch.relu(most - step)
 
     def convolved(self, joined: torch.Tensor) -> torch.Tensor:
         """x, B and C of the input projection [B, T, channels], each times its multiplier."""

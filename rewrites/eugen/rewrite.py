@@ -190,6 +190,8 @@ def _compare(path: str, block: nn.Module, layer: EUGen, fit: Fit, dtype: torch.d
 
 def generation_of(model: LanguageModel, checkpoint: Checkpoint) -> Generation:
     """How the calibration text goes through the model: the kind of loop, where answers start and stop, and the vocabulary."""
+    if model.sound_layout() is not None:
+        raise UserError("--eugen fits blocks on text, and this model reads sound")
     if model.task not in ("seq2seq", "causal"):
         kind = checkpoint.config.get("model_type")
         raise UserError(f"{checkpoint.source}: calibration text cannot go through a {kind}; no rewrite for it yet")

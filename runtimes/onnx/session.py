@@ -142,12 +142,16 @@ def load(path: Path, threads: int, activations: Activations, profile_prefix: str
         options.profile_file_prefix = profile_prefix
     if activations == "int8":
         return ort.InferenceSession(str(path), options, providers=[PROVIDER])
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return ort.InferenceSession(_with_float_activations(path), options, providers=[PROVIDER])
+    model, folder = _with_float_activations(path)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(model, options, providers=[PROVIDER])
 
 
-def _with_float_activations(path: Path) -> bytes:
-    """The model with every MatMulNBits at accuracy level 1 (float32 activations); weights stay in their files."""
+def _with_float_activations(path: Path) -> tuple[bytes, Path]:
+    """The model with every MatMulNBits at accuracy level 1 (float32 activations), and the folder of its weights' files.
+
+    In the hub's cache those files are links, which the runtime follows for a model in a file alone: here they have their own names.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -155,8 +159,13 @@ def _with_float_activations(path: Path) -> bytes:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1
-    serialised: bytes = model.SerializeToString()
-    return serialised
+    folder = path.parent
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                file = (path.parent / entry.value).resolve()
+                folder, entry.value = file.parent, file.name
+    return model.SerializeToString(), folder
 
 
 def open_session(folder: Path, graphs: Sequence[GraphSpec], threads: int, exact: bool) -> PlacedSession:

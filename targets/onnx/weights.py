@@ -58,4 +58,14 @@ def stored_tensor(path: Path, node: ir.Node, index: int) -> Any:
         end = (stored.offset or 0) + stored.nbytes
         if not file.is_file() or file.stat().st_size < end:
             raise UserError(f"{file}: shorter than the {end} bytes its weights take; export the bundle again")
+        real = file.resolve()  # in the hub's cache it is a link, which the library does not follow
+        return ir.ExternalTensor(
+            real.name,
+            stored.offset,
+            stored.length,
+            stored.dtype,
+            shape=stored.shape,
+            name=stored.name or "",
+            base_dir=real.parent,
+        )
     return stored

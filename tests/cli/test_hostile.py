@@ -338,7 +338,7 @@ def test_an_unreadable_option_is_one_line_too(model: Path, arguments: tuple[str,
 
 
 def test_a_missing_option_is_one_line_and_a_bare_group_shows_help(bundle: Path) -> None:
-    assert "'--prompt'" in refused(edgewright("run", bundle))
+    assert "--prompt TEXT" in refused(edgewright("run", bundle))
     bare = edgewright("devices")
     assert bare.exit_code == 2
     assert "measure" in bare.stderr

@@ -57,7 +57,9 @@ def test_the_result_of_a_bundle_that_cannot_be_written(unwritable: Path) -> None
 
 def test_a_failed_verification_is_one_where_its_report_cannot_be_written(unwritable: Path) -> None:
     weights = next(p for p in (unwritable / "onnx").iterdir() if p.is_file())
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
     result = edgewright("verify", unwritable)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("verification failed: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import pytest
 from helpers import tiny
@@ -46,6 +48,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
     (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": 8}))
     compiler.export(asking(str(model), bits=8.0, verify=False), folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose last token's vector is that of the text."""
+    folder = tmp_path_factory.mktemp("embedder")
+    model = tiny.write_tiny_llama(folder / "model", num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny.EXAMPLE / name, model / name)
+    compiler.export(asking(str(model), bits=8.0, verify=False, pooling=("last",)), folder / "bundle")
     return folder / "bundle"
 
 
@@ -273,6 +286,36 @@ def test_more_than_may_wait(bundle: Path) -> None:
             answers = list(pool.map(ask, range(30)))
         assert "429" in answers
         assert len(set(answers) - {"429"}) == 1
+
+
+def test_embeddings_are_what_run_says(embedder: Path, bundle: Path) -> None:
+    texts = ["k n i g h t", "t o u g h"]
+    wanted = open_bundle(embedder).embed(texts)
+    with serving(embedder) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        for form in ("float", "base64"):  # the client asks for base64 by itself and unpacks it
+            made = client.embeddings.create(model="tiny", input=texts, encoding_format=form)  # type: ignore[arg-type]
+            vectors = [
+                np.frombuffer(base64.b64decode(d.embedding), "<f4") if isinstance(d.embedding, str) else d.embedding
+                for d in made.data
+            ]
+            np.testing.assert_allclose(np.array(vectors), wanted, rtol=1e-6)
+        assert made.usage.prompt_tokens == made.usage.total_tokens > 10
+        np.testing.assert_allclose(
+            np.array(client.embeddings.create(model="tiny", input="k n i g h t").data[0].embedding),
+            wanted[0],
+            atol=1e-5,
+        )
+        with pytest.raises(openai.BadRequestError, match="is a model of embeddings; use /v1/embeddings"):
+            client.completions.create(model="tiny", prompt="k")
+        with pytest.raises(openai.BadRequestError, match="numbers, not 7"):
+            client.embeddings.create(model="tiny", input="k", dimensions=7)
+        with pytest.raises(openai.BadRequestError, match="is empty"):
+            client.embeddings.create(model="tiny", input="")
+    with serving(bundle) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="tiny is no model of embeddings"):
+            client.embeddings.create(model="tiny", input="k")
 
 
 def test_addresses_that_cannot_be_had(bundle: Path) -> None:

@@ -31,6 +31,8 @@ NAMES = {
     "m2m_100": "M2M100",
     "mt5": "mT5",
     "mbart": "mBART",
+    "whisper": "Whisper",
+    "moonshine": "Moonshine",
     "dolphin": "Dolphin",
     "arc_encoder": "ARC-Encoder",
     "phi4flash": "SambaY (Phi-4-mini-flash)",

@@ -15,9 +15,14 @@ from torch import nn
 
 from edgewright.graph import Graph, Port, State
 from edgewright.models.causal import CausalStep, DecoderParts, causal_graph, conv_state, kv_states, recurrent_state
+from edgewright.models.config import ConfigReader
+from edgewright.models.families.rwkv7 import Layer as RwkvLayer
+from edgewright.models.families.rwkv7 import read_sizes
 from edgewright.models.layers.activations import silu
 from edgewright.models.layers.linear import Embedding, Linear
+from edgewright.models.layers.mamba2 import Mamba2, Mamba2Spec
 from edgewright.models.layers.norm import RMSNorm
+from edgewright.models.layers.rg_lru import RecurrentBlock, RecurrentSpec
 from edgewright.models.rope import Rope
 from edgewright.runtimes.session import Session
 
@@ -94,6 +99,55 @@ class Hgrn(nn.Module):
         forget = forget[..., :1] if self.per_head else forget
         out, state = EW.linear_attention(silu(q), 1 - forget.expand(q.shape), i, torch.log(forget), state, 1.0)
         return h + self.out(self.norm(out.reshape(*lead, HEADS * 8))), state
+
+
+class Griffin(nn.Module):
+    """The recurrent block of RecurrentGemma: a diagonal scan, whose first token enters whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = RecurrentSpec(HIDDEN, 40, 4, 4, "silu")
+        self.norm, self.block = RMSNorm(HIDDEN, 2.0**-20, 0.0), RecurrentBlock(self.spec)
+
+    def states(self, layer: int) -> list[State]:
+        return self.spec.states(layer)
+
+    def forward(self, h: torch.Tensor, past: torch.Tensor, conv: torch.Tensor, state: torch.Tensor) -> Any:
+        mixed, conv, state = self.block(self.norm(h), past, conv, state)
+        return h + mixed, conv, state
+
+
+class Rwkv(nn.Module):
+    """A layer of RWKV-7: token shifts and the generalized delta rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = {"hidden_size": HIDDEN, "head_dim": 8, "num_hidden_layers": 1, "intermediate_size": 48}
+        self.sizes = read_sizes(ConfigReader(config, ""))
+        self.layer = RwkvLayer(self.sizes, first=True)
+
+    def states(self, layer: int) -> list[State]:
+        return self.sizes.states(layer)
+
+    def forward(self, h: torch.Tensor, past: torch.Tensor, *states: torch.Tensor) -> Any:
+        h, _, *new = self.layer(h, None, *states)
+        return h, *new
+
+
+class Mixer(nn.Module):
+    """A Mamba-2 mixer of two groups, with bounded time steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = Mamba2Spec(HIDDEN, HEADS, DIM, 2, 6, 4, "silu", 2.0**-20, limits=(0.1, 2.0))
+        self.norm, self.mixer = RMSNorm(HIDDEN, 2.0**-20, 0.0), Mamba2(self.spec)
+
+    def states(self, layer: int) -> list[State]:
+        return self.spec.states(layer)
+
+    def forward(self, h: torch.Tensor, past: torch.Tensor, conv: torch.Tensor, state: torch.Tensor) -> Any:
+        mixed, conv, state = self.mixer(self.norm(h), conv, state)
+        return h + mixed, conv, state
 
 
 class Attention(nn.Module):
@@ -291,6 +345,9 @@ BLOCKS: dict[str, Any] = {
     "mamba": lambda most: causal([Mamba()], most),
     "hgrn": lambda most: causal([Hgrn()], most),
     "per_head": lambda most: causal([Hgrn(per_head=True)], most),
+    "mixer": lambda most: causal([Mixer()], most),
+    "griffin": lambda most: causal([Griffin()], most),
+    "rwkv": lambda most: causal([Rwkv()], most),
     "hybrid": lambda most: causal([DeltaNet(), Attention(4), Hgrn()], most),
     "no_rope": lambda most: causal([Attention(0), Attention(0, window=5)], most),
     "partial": lambda most: causal([Attention(4), Attention(8, window=5)], most),

@@ -138,6 +138,43 @@ FAMILIES["marian"] = (
 )
 FAMILIES["pegasus"] = _BART | _SMALL | {"model_type": "pegasus", "activation_function": "relu"}
 
+FAMILIES["whisper"] = {
+    "model_type": "whisper",
+    "activation_function": "gelu",
+    "d_model": 64,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "decoder_layers": 2,
+    "decoder_start_token_id": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "encoder_layers": 3,
+    "eos_token_id": 1,
+    "max_source_positions": 20,
+    "max_target_positions": 48,
+    "num_mel_bins": 16,
+    "pad_token_id": 0,
+    "vocab_size": 80,
+}
+FAMILIES["moonshine"] = {
+    "model_type": "moonshine",
+    "bos_token_id": 3,
+    "decoder_hidden_act": "silu",
+    "decoder_num_attention_heads": 4,
+    "decoder_num_hidden_layers": 2,
+    "decoder_start_token_id": 3,
+    "encoder_hidden_act": "gelu",
+    "encoder_num_attention_heads": 4,
+    "encoder_num_hidden_layers": 3,
+    "eos_token_id": 1,
+    "hidden_size": 48,  # heads of 12, which have 4 zeros behind
+    "intermediate_size": 96,
+    "max_position_embeddings": 48,
+    "rope_parameters": {"partial_rotary_factor": 0.9, "rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "vocab_size": 80,
+}
+
 _QWEN2: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.allocation import allocated
-from helpers.calibration import opened
+from helpers.calibration import heard, opened
 from helpers.family_table import CONFIGS
 from helpers.gguf_files import write_gguf
 from helpers.requests import asking
@@ -43,7 +44,8 @@ def samples_of(spec: Generation, count: int = 4, length: int = 12) -> list[Sampl
         tokens = tuple(rng.randrange(4, spec.vocab) for _ in range(length))
         decoded = (spec.decoder_start or 0, *tokens[1:]) if spec.task == "seq2seq" else ()
         context = tuple(rng.randrange(4, spec.context.vocab) for _ in range(7)) if spec.context is not None else ()
-        made.append(Sample(tokens, decoded, context))
+        sample = Sample(tokens, decoded, context)
+        made.append(sample if spec.speech is None else dataclasses.replace(sample, **heard(spec, len(made))))
     return made
 
 

@@ -278,6 +278,11 @@ def samples() -> dict[str, tuple[Any, ...]]:
             normal(2, HEADS, DIM, DIM),
             SCALE,
         ),
+        "generalized_delta_rule": (
+            *(q, q, q, -normal(2, 3, HEADS, DIM).abs()),
+            *(normal(2, 3, HEADS, DIM) / DIM, normal(2, 3, HEADS, DIM) / DIM, normal(2, HEADS, DIM, DIM)),
+        ),
+        "diagonal_scan": (normal(2, 3, 5).sigmoid(), normal(2, 3, 5), normal(2, 5)),
         "linear_attention": (q, q, q, -normal(2, 3, HEADS, 1).abs(), normal(2, HEADS, DIM, DIM), SCALE),
         "selective_scan": (
             *(normal(2, 3, 5), normal(2, 3, 5).abs(), -normal(5, 4).abs()),

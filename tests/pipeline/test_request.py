@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+import pytest
 from helpers.requests import SMALL, asking
 
 from edgewright.cli import main
@@ -20,9 +21,12 @@ def asked(*arguments: str) -> Request:
         return cli_options.request(values.pop("model"), values, click.echo)
 
 
-def test_a_users_run_calibrates_on_all_it_should() -> None:
+def test_a_users_run_calibrates_on_all_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked("--calibration", "none").calibration.shipped is False
+    monkeypatch.setattr(next(p for p in main.commands["plan"].params if p.name == "calibration"), "default", None)
     plain = asked().calibration
     assert plain == CalibrationOptions()
+    assert plain.shipped
     assert (plain.tokens, plain.part_tokens, plain.fisher_windows, plain.prompts) == (32768, 1024, 32, 32)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def test_none_and_a_file_of_the_users_own_leave_it_out(causal: Path, tmp_path: P
 def test_a_vocabulary_of_letters_does_not_know_it(tmp_path: Path) -> None:
     made, said = planned(letters(write_tiny_llama(tmp_path / "m", num_hidden_layers=1)))
     assert not made.samples
-    (line,) = [line for line in said if line.startswith("no calibration: ")]
-    assert "does not know 100% of the text that ships; --calibration FILE" in line
+    (line,) = [line for line in said if line.startswith("no calibration on the text that ships")]
+    assert re.search(r"the tokenizer knows \d{1,2}% of it; --calibration FILE", line)
 
 
 def test_without_memory_for_it_the_export_goes_on(causal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_every_export_says_its_quality(kind: str, causal: Path, tmp_path: Path) 
     assert quality["data"] == ("the bundle's prompts" if kind == "letters" else "held-out text")
     assert 0 <= quality["kl"] < 1e-2
     assert 0.5 < quality["top1"] <= 1
-    assert quality["positions"] >= (4 if kind == "letters" else 100)
+    assert quality["positions"] >= (4 if kind == "letters" else 50)
     assert quality["calibrated"] is False
     text = passed(edgewright("export", "-m", model, "--bits", 3, "-o", tmp_path / "b3"))
     (line,) = [line for line in text.splitlines() if line.startswith("quality: KL ")]
@@ -165,17 +166,12 @@ def rounding_loss_session(model: Any) -> Any:
 
     def run(tokens: tuple[int, ...]) -> Any:
         state = session.new_state(1, len(tokens), "decoder")
-        ids = np.array([tokens], dtype=np.int64)
-        return np.concatenate(
-            [
-                session.run(
-                    "decoder",
-                    {"input_ids": ids[:, i : i + 1], "position_ids": np.array([[i]], dtype=np.int64)},
-                    state,
-                )["logits"][0]
-                for i in range(len(tokens))
-            ]
-        )
+        fed = {
+            "input_ids": np.array([tokens], np.int64),
+            "past_length": np.array([0], np.int64),
+            "logit_positions": np.arange(len(tokens)),
+        }
+        return session.run("decoder", fed, state)["logits"][0]
 
     return run
 

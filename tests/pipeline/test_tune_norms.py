@@ -173,7 +173,8 @@ def test_what_a_backward_pass_keeps_is_within_the_estimate(
 ) -> None:
     monkeypatch.setitem(CONFIGS[family], "max_position_embeddings", 512)
     source = opened(family, tmp_path)
-    spec = source.generation
+    spec = source.generation.model_copy(update={"max_context": 512})
+    source = dataclasses.replace(source, generation=spec)
     tokens = tuple(4 + i % (spec.vocab - 4) for i in range(length))
     decoded = () if spec.decoder_start is None else (spec.decoder_start, *tokens[1:])
     sample = Sample(tokens, decoded if spec.task == "seq2seq" else ())

@@ -53,6 +53,7 @@ def opened(folder: Path, kind: str = "kv", template: str | None = TEMPLATE, **ch
     spec: Generation = causal(**({"eos_ids": (1,), "max_new_tokens": 6} | changes))
     return SimpleNamespace(
         tokenizer=Tokenizer.from_dir(folder),
+        require_generator=lambda: None,
         session=Remembering() if kind == "kv" else Formula(),
         bundle=SimpleNamespace(manifest=SimpleNamespace(generation=spec), graph=lambda _: graph),
     )

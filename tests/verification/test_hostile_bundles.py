@@ -74,7 +74,17 @@ def test_a_report_survives_the_way_through_json() -> None:
         text=TextScore(3.0, 0.1, 0.9),
         on_device=True,
     )
-    report = Report([target], agreement, 0.5, 3, TextScore(2.0, 0.0, 1.0), None, "original", 2, 30, ["left out"])
+    report = Report(
+        [target],
+        agreement,
+        original_task_accuracy=0.5,
+        task_size=3,
+        original_text=TextScore(2.0, 0.0, 1.0),
+        text_against="original",
+        text_windows=2,
+        text_positions=30,
+        notes=["left out"],
+    )
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
     assert Report.from_json(Report([]).to_json()) == Report([])
 
@@ -97,7 +107,7 @@ def test_an_artefact_that_does_not_come_to_an_end_is_ended(bundle: Path) -> None
     [
         (hostile.endless_loop, "a graph inside 'Loop'"),
         (hostile.weights_in("../../../secret"), "outside its folder"),
-        (hostile.foreign_op, "ops of the domain 'stranger'"),
+        (hostile.foreign_op, "of stranger is in no export"),
     ],
 )
 def test_a_graph_that_no_exporter_writes_is_not_loaded(copy: Path, change: hostile.Edit, words: str) -> None:

@@ -1,0 +1,1 @@
+"""Sound: files read as samples, and samples as what an encoder reads. No torch is imported."""
