@@ -44,7 +44,8 @@ def parse(words: list[str]) -> None:
         command = found
     if words:  # a command's name alone is a mention of it
         with contextlib.suppress(click.MissingParameter):  # a mention may leave out what is plain
-            command.make_context(name, words)
+            # click keeps the help option that a command first has: without its parent another one
+            command.make_context(name, words, parent=click.Context(main, **main.context_settings))
 
 
 @pytest.mark.parametrize(("page", "line"), FOUND)
