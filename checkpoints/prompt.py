@@ -44,7 +44,6 @@ class ChatOptions:
         return [flag for flag, is_given in given.items() if is_given]
 
 
-PLAIN = ChatOptions(use=False)
 AS_IT_IS = ChatOptions()
 
 

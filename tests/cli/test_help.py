@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -37,6 +38,9 @@ def test_every_command_shows_two_examples_that_parse(name: str) -> None:
     text = passed(edgewright(name, "--help"))
     for example in EXAMPLES[name]:
         assert example in text
+        words = shlex.split(example.removeprefix('eval "$(').removesuffix(')"'))
+        words = words[: next((i for i, word in enumerate(words) if word in ("<", ">")), len(words))]
+        main.commands[name].make_context(name, words[2:], parent=click.Context(main, **main.context_settings))
     assert len(EXAMPLES[name]) == 2
 
 

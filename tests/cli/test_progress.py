@@ -18,7 +18,7 @@ def test_a_counted_step_is_a_bar_and_goes_when_another_line_comes() -> None:
     assert not bar.show("onnx: decoder")
     drawn = out.getvalue()
     assert "50%" in drawn
-    assert drawn.endswith("\x1b[?25h\r\x1b[1A\x1b[2K") or "\x1b[?25h" in drawn  # the cursor is back
+    assert "\x1b[?25h" in drawn  # the cursor is back
     assert bar.show("gptq: 0% (x)")
     bar.close()
     bar.close()
