@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tokenizer_oracle import assert_like
 from helpers.vocabularies import TEXTS, TRAINING
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
@@ -123,20 +124,7 @@ def test_it_is_transformers_tokenizer(tmp_path: Path, case: str) -> None:
     tokenizer = Tokenizer.from_dir(folder)
     tokenizer.save(tmp_path / "out")  # as a bundle keeps it
     for ours in (tokenizer, Tokenizer.from_dir(tmp_path / "out")):
-        for text in TEXTS:
-            for special in (True, False):
-                assert ours.encode(text, special) == theirs(text, add_special_tokens=special)["input_ids"], text
-            ids = theirs(text, add_special_tokens=False)["input_ids"]
-            whole = theirs.decode(ids, skip_special_tokens=True)
-            assert ours.decode(ids) == whole
-            stream = ours.stream()
-            assert "".join(map(stream.put, ids)) + stream.end() == whole
-        assert (ours.bos_id, ours.pad_id, ours.unk_id) == (
-            theirs.bos_token_id,
-            theirs.pad_token_id,
-            theirs.unk_token_id,
-        )
-        assert theirs.eos_token_id is None or theirs.eos_token_id in ours.eos_ids
+        assert_like(ours, theirs, TEXTS)
 
 
 @pytest.mark.parametrize(

@@ -305,14 +305,14 @@ def test_run_refuses_what_it_cannot_answer(bundle: Path, tmp_path: Path) -> None
     assert "chat template" in refused(edgewright("run", bundle, "--prompt", "a", "--chat"))
     assert "holds no coreml" in refused(edgewright("run", bundle, "--prompt", "a", "--format", "coreml"))
     assert "not a bundle" in refused(edgewright("run", tmp_path, "--prompt", "a"))
-    for options in (
-        ("--stop", ""),
-        ("--stop-token", "no such"),
-        ("--answers", 2),
-        ("--template", "x"),
-        ("--system", "x"),
+    for flag, value, line in (
+        ("--stop", "", "--stop '' would stop before the first letter"),
+        ("--stop-token", "no such", "--stop-token 'no such' is no token"),
+        ("--answers", 2, "--answers above 1"),
+        ("--template", "x", "no chat template 'x'; it has: none"),
+        ("--system", "x", "--system: the tokenizer has no chat template"),
     ):
-        assert options[0] in refused(edgewright("run", bundle, "--prompt", "a", *options)) or options[0] == "--template"
+        assert line in refused(edgewright("run", bundle, "--prompt", "a", flag, value))
     for options in (("--temperature", "nan"), ("--temperature", "1", "--top-p", "nan"), ("--temperature", "inf")):
         result = edgewright("run", bundle, "--prompt", "a", *options)
         assert result.exit_code == 2, options
