@@ -58,19 +58,24 @@ class Quantity(_Strict):
     """A positive number with its unit and its source.
 
     source: begins with "measured by …" (a tool run on this device, with date and version), "vendor: …" or "public: …".
-    kind: measured, vendor, or derived (computed from other numbers; the source says from which and how).
+    kind: measured (by a tool on this device), vendor (the maker's page or data sheet), public (somebody else's page, repository or
+    rows), or derived (computed from other numbers; the source says from which and how).
+    confidence: high (the maker's own words, or our measurement), medium (a derivation, or one good public source), low (a leak, an
+    estimate, or sources that disagree).
     """
 
     value: float = Field(gt=0, allow_inf_nan=False)
     unit: Line
     source: Line
-    kind: Literal["measured", "vendor", "derived"]
+    kind: Literal["measured", "vendor", "public", "derived"]
+    confidence: Literal["high", "medium", "low"] = "high"
 
     @model_validator(mode="after")
     def _source_fits_kind(self) -> Self:
         if not self.source.startswith(("measured by ", "vendor: ", "public: ")):
             raise ValueError("source must start with 'measured by ', 'vendor: ' or 'public: '")
-        if (self.kind == "vendor") != self.source.startswith("vendor: ") and self.kind != "derived":
+        fits = {"measured": "measured by ", "vendor": "vendor: ", "public": "public: ", "derived": ""}
+        if not self.source.startswith(fits[self.kind]):
             raise ValueError(f"kind {self.kind} does not fit the source")
         return self
 
@@ -90,6 +95,7 @@ Bytes = Annotated[Quantity, _in("bytes", integer=True)]
 BytesPerSecond = Annotated[Quantity, _in("bytes/s")]
 GigaFlops = Annotated[Quantity, _in("GFLOP/s")]
 GigaOps = Annotated[Quantity, _in("GOP/s")]
+Watts = Annotated[Quantity, _in("W")]
 JoulesPerByte = Annotated[Quantity, _in("J/byte")]
 JoulesPerOp = Annotated[Quantity, _in("J/op")]
 Cores = Annotated[Quantity, _in("cores", integer=True)]
@@ -112,8 +118,26 @@ class OpEnergy(_Strict):
     int8: JoulesPerOp | None = None
 
 
+class Power(_Strict):
+    """What a unit draws while it decodes. boundary: what the figure counts, from the supply rail out to the wall."""
+
+    watts: Watts
+    boundary: Literal["rail", "package", "device", "wall"]
+
+
+class Cluster(_Strict):
+    """Equal cores of a CPU. clock: their highest sustained clock, where it is known."""
+
+    name: Line
+    cores: Cores
+    clock: Annotated[Quantity, _in("GHz")] | None = None
+
+
 class ComputeUnit(_Strict):
     """A CPU, GPU or NPU. Rates are with all its threads, those named `one_thread` with one.
+
+    clusters: of a CPU, the fastest first. isa: the extensions that its matrix products use (dotprod, i8mm, sme, avx2-vnni …).
+    htp_version: of a Hexagon NPU. sm: of an NVIDIA GPU, as 87. bandwidth: of main memory, as this unit alone was seen to reach.
 
     weight_stream: bytes/s of 4-bit weights (codes and scales) multiplied with one row of activations; it bounds decoding.
     prefill_rate: GOP/s of products of many rows with 4-bit weights; it bounds prefill. Measured on the kernel alone they are upper
@@ -122,6 +146,12 @@ class ComputeUnit(_Strict):
 
     name: Line
     kind: Literal["cpu", "gpu", "npu"]
+    clusters: Annotated[tuple[Cluster, ...], Field(strict=False)] = ()
+    isa: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    htp_version: Annotated[int, Field(ge=60, le=200)] | None = None
+    sm: Annotated[int, Field(ge=50, le=200)] | None = None
+    bandwidth: BytesPerSecond | None = None
+    power: Power | None = None
     cores: Cores | None = None
     threads: Threads | None = None
     peak: Rates | None = None
@@ -144,9 +174,13 @@ class Memory(_Strict):
 
 
 class Target(_Strict):
-    """A target that the device runs. bits: the weight widths that it is known to hold natively; None: not known."""
+    """A target that the device runs. unit: the one that it runs on, where it is not the target's own.
 
-    name: Literal["onnx", "executorch", "coreml", "tensorrt", "qnn"]
+    bits: the weight widths that it is known to hold natively; None: not known.
+    """
+
+    name: Literal["onnx", "executorch", "coreml", "tensorrt", "qnn", "ethosu"]
+    unit: Literal["cpu", "gpu", "npu"] | None = None
     # TOML has lists, which strict mode does not take as tuples.
     bits: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(strict=False, min_length=1)] | None = None
     source: Line
@@ -168,10 +202,17 @@ class Reach(_Strict):
 
 
 class DeviceProfile(_Strict):
-    """What a device can do. A number without a source is absent (None), never guessed."""
+    """What a device can do. A number without a source is absent (None), never guessed.
+
+    alias_of: the profile of which this is another name: one machine, or one measurement published under two names.
+    published_as: the names that tables of measurements give the device.
+    """
 
     name: Annotated[str, AfterValidator(_file_name)]
-    kind: Literal["host", "phone", "board", "laptop"]
+    kind: Literal["host", "phone", "tablet", "laptop", "board", "gpu", "npu", "browser"]
+    soc: Line | None = None
+    alias_of: Annotated[str, AfterValidator(_file_name)] | None = None
+    published_as: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     description: Line | None = None
     reach: Reach | None = None
     memory: Memory = Memory()

@@ -76,7 +76,9 @@ _line = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(la
 
 def _quantity(unit: str, integer: bool = False) -> st.SearchStrategy[dict[str, Any]]:
     number = st.integers(1, 2**60).map(float) if integer else st.floats(5e-324, 1.7e308, allow_nan=False)
-    kinds = st.sampled_from([("measured by ", "measured"), ("vendor: ", "vendor"), ("public: ", "derived")])
+    kinds = st.sampled_from(
+        [("measured by ", "measured"), ("vendor: ", "vendor"), ("public: ", "public"), ("public: ", "derived")]
+    )
     return st.builds(lambda v, k, s: {"value": v, "unit": unit, "source": k[0] + s, "kind": k[1]}, number, kinds, _line)
 
 
@@ -106,7 +108,7 @@ _reach = st.sampled_from(
 _profiles = st.fixed_dictionaries(
     {
         "name": st.text(string.ascii_letters + string.digits, min_size=1, max_size=64),
-        "kind": st.sampled_from(["host", "phone", "board", "laptop"]),
+        "kind": st.sampled_from(["host", "phone", "tablet", "laptop", "board", "gpu", "npu", "browser"]),
         "units": st.lists(_unit, min_size=1, max_size=3),
     },
     optional={
