@@ -543,6 +543,37 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     click.echo(to_toml(host).rstrip("\n"))
 
 
+@devices.command("evaluate")
+@click.option("--data", type=cli_options.path, help="Rows to predict, as CSV. Default: those that ship.")
+@click.option("--models", type=cli_options.path, help="Sizes of models that are not in the shipped table, as CSV.")
+@click.option("--hold-out", type=click.Choice(cli_options.HOLD_OUTS), default="architecture", show_default=True)
+@cli_options.as_json
+def devices_evaluate(data: Path | None, models: Path | None, hold_out: str, as_json: bool) -> None:
+    """Predict published speeds without the rows they are in, and say how far off that is."""
+    from .commands.devices import evaluate
+    from .reports.evaluation import evaluation_text
+
+    found = evaluate(data, models, hold_out)
+    whole = {"hold_out": hold_out, "summary": found.summary, "left_out": found.left_out, "rows": found.rows}
+    _print(whole, evaluation_text(found.summary, hold_out, found.left_out), as_json)
+
+
+@devices.command("calibrate")
+@click.option(
+    "--data", type=cli_options.path, required=True, help="Measured rows, as CSV; docs/devices.md has the columns."
+)
+@click.option("--models", type=cli_options.path, help="Sizes of models that are not in the shipped table, as CSV.")
+@click.option(
+    "-o", "--output", type=cli_options.path, help="Write the costs here. Default: where predictions read them."
+)
+def devices_calibrate(data: Path, models: Path | None, output: Path | None) -> None:
+    """Fit the costs that predictions use to rows of your own, beside those that ship."""
+    from .commands.devices import recalibrate
+
+    path, used = recalibrate(data, models, output)
+    click.echo(f"{path}: costs from the published rows and {used} of {data}")
+
+
 @main.command()
 @click.argument("target", metavar="MODEL|BUNDLE")
 @cli_options.adapter

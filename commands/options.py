@@ -95,6 +95,9 @@ check = click.option(
 )
 path = click.Path(path_type=Path)
 
+HOLD_OUTS = ("architecture", "device", "device-but-one-model", "nothing")
+"""What `devices evaluate` predicts without; each is told by `predict_rows`."""
+
 
 def _poolings(text: str) -> tuple[str, ...]:
     """The poolings of a comma-separated list. Raises click's error for another."""

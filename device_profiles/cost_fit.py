@@ -1,9 +1,9 @@
 """What a unit's terms cost, fitted to measured rows.
 
-Seconds of a token = the sum of its terms, each times a cost. For each runtime and unit, the logarithm of a cost is a mean, plus deviations
-of the device's kind, of the device, and of the format of weights and activations. Deviations are shrunk to nothing, so that a device
-without rows has its kind's costs, and a format without rows the runtime's. The loss is soft-L1 on log residuals: damped Gauss-Newton.
-"""
+Seconds of a token = the sum of its terms, each times a cost. For each runtime and unit, the logarithm of a cost is a mean, plus
+deviations of the device's kind, of the device, and of the format of weights and activations. Deviations are shrunk to nothing,
+so that a device without rows has its kind's costs, and a format without rows the runtime's. The loss is soft-L1 on log
+residuals: damped Gauss-Newton."""
 
 from __future__ import annotations
 
@@ -68,9 +68,8 @@ class Sample(Protocol):
 class Costs:
     """The costs of one runtime's unit in one phase.
 
-    log_costs: term -> log of the seconds at a bandwidth of 80 GB/s. deviations: "kind:phone", "device:NAME" or "format:int4/int8" -> term ->
-    what is added. n: rows it was fitted to.
-    """
+    log_costs: term -> log of the seconds at a bandwidth of 80 GB/s. deviations: "kind:phone", "device:NAME" or
+    "format:int4/int8" -> term -> what is added. n: rows it was fitted to."""
 
     phase: Phase
     log_costs: dict[str, float]

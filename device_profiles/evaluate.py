@@ -1,27 +1,25 @@
-"""How well costs fitted to published rows predict rows that they have not seen: by architecture, by device, by the choice of unit."""
+"""How well costs fitted to published rows predict rows that they have not seen: by architecture, by device, by the choice of
+unit."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import UserError
-from ..system.reading import nearest, one_line
-from .efficiencies import TAILS, Efficiencies, Interval, fit_efficiencies, intervals
+from .efficiencies import TAILS, Efficiencies, Interval, fit_efficiencies, interval_of
 from .published_rows import Published
 from .work import TERMS, Phase
 
 HoldOut = Literal["architecture", "device", "device-but-one-model", "nothing"]
-HOLD_OUTS: tuple[HoldOut, ...] = ("architecture", "device", "device-but-one-model", "nothing")
 
 GOOD_CHOICE = 1.15
 """A unit is well chosen if the best one is at most this many times as fast."""
 
-_LEAST_ROWS = 3  # of a model that a device is calibrated with
+_LEAST_CALIBRATION = 3  # of a model that a device is calibrated with
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def predict_rows(rows: Sequence[Published], known: Sequence[Published], hold_out
         others = [r for r in known if r.device != device]
         for group in sorted({r.group for r in own}):
             calibration = [r for r in own if r.group == group]
-            if len(calibration) < _LEAST_ROWS:
+            if len(calibration) < _LEAST_CALIBRATION:
                 continue
             covered = {r.key for r in calibration}
             asked = [r for r in rows if r.device == device and r.group != group and r.key in covered]
@@ -90,8 +88,7 @@ def _with_interval(
 ) -> Predicted:
     others = [e for name, e in residuals[(*predicted.row.key, predicted.phase)] if name != own]
     pooled = [e for (_, _, phase), all_ in residuals.items() for n, e in all_ if phase == predicted.phase and n != own]
-    interval = intervals(others, pooled, tail)
-    return Predicted(predicted.row, predicted.phase, predicted.rate, interval)
+    return replace(predicted, interval=interval_of(others, pooled, tail))
 
 
 def _predict(fitted: Efficiencies, rows: Iterable[Published]) -> Iterable[Predicted]:
@@ -156,11 +153,3 @@ def _choices(predicted: Sequence[Predicted]) -> dict[str, float]:
         several += 1
         good += reached >= best / GOOD_CHOICE
     return {"runs": several, "within_15_percent": good / several if several else 1.0}
-
-
-def require_model(name: str, rows: Sequence[Published]) -> str:
-    """The name of a model with rows. Raises UserError for another."""
-    models = {r.model for r in rows}
-    if name not in models:
-        raise UserError(f"no rows of {one_line(name, 60)!r}{nearest(name, models)}; models: {', '.join(sorted(models))}")
-    return name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..errors import UserError
 from ..system.reading import nearest, one_line, read_text
+from ..system.writing import write_file
 
 _SIZE_LIMIT = 32 << 10  # a profile has a few KiB
 _LIBRARY = Path(__file__).parent
@@ -280,35 +280,29 @@ def to_toml(profile: DeviceProfile) -> str:
 
 def save(profile: DeviceProfile, path: Path) -> None:
     """Write the profile to `path`, and make its folder; the file appears complete or not at all. Raises UserError if it cannot."""
-    path = Path(path)
-    part: str | None = None
+    make_folder(Path(path))
+    write_file(Path(path), to_toml(profile))
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that a file is to lie in. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_toml(profile))
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes it readable by the owner alone, but a profile is no secret.
-        os.chmod(part, 0o644)
-        os.replace(part, path)
     except OSError as error:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
-        raise UserError(
-            f"{one_line(path)}: cannot be written ({error.strerror or one_line(error)}); choose another -o"
-        ) from None
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{one_line(path)} cannot be written ({reason}); choose another -o") from None
 
 
 def user_path(name: str) -> Path:
     """Where the user's profile of this name is kept: `$XDG_CONFIG_HOME/edgewright/devices`, or ~/.config. Raises UserError."""
     try:
-        return _user_folder() / f"{_file_name(name)}.toml"
+        return user_folder() / f"{_file_name(name)}.toml"
     except ValueError as error:
         raise UserError(f"device name {one_line(name, 80)!r}: {error}") from None
 
 
-def _user_folder() -> Path:
+def user_folder() -> Path:
+    """Where the user's profiles lie. Raises UserError where there is no home."""
     configured = os.environ.get("XDG_CONFIG_HOME", "")
     # By the XDG rules a relative path is ignored.
     if os.path.isabs(configured):
@@ -323,7 +317,7 @@ def _named() -> dict[str, Path]:
     """Name -> file, of the library and of the user; the user's file is taken where both have one."""
     return {
         p.stem: p
-        for folder in (_LIBRARY, _user_folder())
+        for folder in (_LIBRARY, user_folder())
         for p in sorted(folder.glob("*.toml"))
         if _NAME.fullmatch(p.stem)
     }

@@ -1,7 +1,7 @@
 """Tables of published speeds: one row a model, precision, device, runtime, context and unit; and the sizes of their models.
 
-The rows that ship are those of qai-hub-models 0.65.0 (BSD-3). What is known to be wrong in them is put right or left out here, once.
-"""
+The rows that ship are those of qai-hub-models 0.65.0 (BSD-3). What is known to be wrong in them is put right or left out here,
+once."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ _SPECULATIVE = "_ssd"
 class Model:
     """A model of the tables. group: models of one architecture have one, and are held out together.
 
-    step_bytes, prompt_bytes: of the layers' weights that a token and a chunk of a prompt read, where they are not all of them (experts).
-    """
+    step_bytes, prompt_bytes: of the layers' weights that a token and a chunk of a prompt read, where they are not all of them
+    (experts)."""
 
     name: str
     group: str
@@ -153,7 +153,9 @@ def read_rows(
             rates["decode"] = 0.0
         context = int(_number(path, line, row, "ctx"))
         if context < 1:
-            raise UserError(f"{one_line(path)}, line {line}: ctx is {shown(row['ctx'])}; give the tokens of the context")
+            raise UserError(
+                f"{one_line(path)}, line {line}: ctx is {shown(row['ctx'])}; give the tokens of the context"
+            )
         name = device.name if device is not None else row["device"]
         key = (row["model"], row["precision"], name, row["runtime"], context, row["unit"], rates["decode"])
         if key in seen:
@@ -198,7 +200,8 @@ def published_devices() -> dict[str, DeviceProfile]:
 
 
 def _work(model: Model, runtime: str, precision: _Precision, context: int) -> dict[str, Work]:
-    """The terms of a row. Qualcomm's runtimes read a static cache of int8 whole; llama.cpp's is of float16, as far as it is filled."""
+    """The terms of a row. Qualcomm's runtimes read a static cache of int8 whole; llama.cpp's is of float16, as far as it is
+    filled."""
     shape = model.shape
     body = shape.body * precision.body_bits / 8
     step = (model.step_bytes or body) + shape.head * precision.head_bits / 8

@@ -81,9 +81,8 @@ def decode_work(
 ) -> Work:
     """One token at a cache depth.
 
-    depth: positions that are read; where a runtime reads its whole static cache, those allocated. cache_bytes: of one cached number.
-    least_head: the head width that a head of fewer numbers costs.
-    """
+    depth: positions that are read; where a runtime reads its whole static cache, those allocated. cache_bytes: of one cached
+    number. least_head: the head width that a head of fewer numbers costs."""
     seen = shape.seen(depth)
     head_dim = max(shape.head_dim, least_head)
     terms = {

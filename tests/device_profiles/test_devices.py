@@ -266,7 +266,7 @@ def test_save_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(profile.os, "replace", full)
-    with pytest.raises(UserError, match=r"thing\.toml: cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"thing\.toml cannot be written \(No space left on device\)"):
         save(device.model_copy(update={"description": "changed"}), path)
     assert path.read_text() == before
     assert os.listdir(path.parent) == ["thing.toml"]
