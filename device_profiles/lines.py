@@ -26,7 +26,9 @@ def line_of(text: str, path: Sequence[str | int]) -> tuple[int, int]:
     text: valid TOML. path: keys, and indices of arrays, as in pydantic's `loc`. (1, 0) where not even the first key is there.
     """
     scan = _Scan(text.replace("\r\n", "\n"), tuple(path))
-    with contextlib.suppress(RecursionError, ValueError):  # too deep, or a form unknown here: what was found before stands
+    with contextlib.suppress(
+        RecursionError, ValueError
+    ):  # too deep, or a form unknown here: what was found before stands
         scan.document()
     return scan.text.count("\n", 0, scan.found) + 1, scan.depth
 

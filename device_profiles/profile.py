@@ -257,9 +257,9 @@ def list_profiles() -> list[DeviceProfile]:
 
 def parse(text: str, origin: str) -> DeviceProfile:
     """The profile in a TOML text. Raises UserError, which names `origin`, the key and its line, if it is none."""
-    for number, line in enumerate(text.split("\n"), 1):
-        strange = "a number of hundreds of digits" if _LONG_NUMBER.search(line) else None
-        strange = strange or ("thousands of dots" if line.count(".") > _MOST_DOTS else None)
+    for number, written in enumerate(text.split("\n"), 1):
+        strange = "a number of hundreds of digits" if _LONG_NUMBER.search(written) else None
+        strange = strange or ("thousands of dots" if written.count(".") > _MOST_DOTS else None)
         if strange:
             raise UserError(f"{one_line(origin)}, line {number}: {strange}, which no profile has; mend it")
     try:
