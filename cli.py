@@ -508,22 +508,32 @@ def devices() -> None:
 @devices.command("list")
 @cli_options.as_json
 def devices_list(as_json: bool) -> None:
-    """Name the known devices."""
+    """Name the known devices: chip, memory, units, and the targets that they run."""
     from .device_profiles.profile import list_profiles
+    from .reports.devices import device_rows, devices_text
 
-    profiles = list_profiles()
-    _print([p.name for p in profiles], "\n".join(f"{p.name}  ({p.kind})" for p in profiles), as_json)
+    rows = device_rows(list_profiles())
+    _print(rows, devices_text(rows), as_json)
 
 
 @devices.command("show")
 @click.argument("name")
 @cli_options.as_json
 def devices_show(name: str, as_json: bool) -> None:
-    """Print a profile as TOML."""
-    from .device_profiles.profile import load, to_toml
+    """Print a profile as TOML, each number with its source."""
+    from .device_profiles.profile import load
+    from .reports.devices import device_text
 
     device = load(name)
-    _print(device.model_dump(mode="json"), to_toml(device).rstrip("\n"), as_json)
+    _print(device.model_dump(mode="json"), device_text(device), as_json)
+
+
+@devices.command("schema")
+def devices_schema() -> None:
+    """Print the JSON schema of a profile."""
+    from .device_profiles.profile import DeviceProfile
+
+    click.echo(json.dumps(DeviceProfile.model_json_schema(), indent=1))
 
 
 @devices.command("measure")

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..errors import UserError
 from ..system.reading import nearest, one_line, read_text
 from ..system.writing import write_file
+from .lines import line_of
 
 _SIZE_LIMIT = 32 << 10  # a profile has a few KiB
 _LIBRARY = Path(__file__).parent
@@ -243,7 +244,7 @@ def load(name_or_path: str | Path) -> DeviceProfile:
     known = _named()
     if text not in known:
         raise UserError(
-            f"unknown device {one_line(text, 80)!r}{nearest(text, known)}; known: {', '.join(sorted(known))}; "
+            f"unknown device {one_line(text, 80)!r}{nearest(text, known)}; `edgewright devices list` names the {len(known)} known; "
             "or give the path of a .toml file"
         )
     return _read_named(known[text])
@@ -255,19 +256,21 @@ def list_profiles() -> list[DeviceProfile]:
 
 
 def parse(text: str, origin: str) -> DeviceProfile:
-    """The profile in a TOML text. Raises UserError, which names `origin`, if it is none."""
-    if _LONG_NUMBER.search(text):
-        raise UserError(f"{one_line(origin)}: a number of hundreds of digits, which no device has; mend it")
-    if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
-        raise UserError(f"{one_line(origin)}: a line of thousands of dots, which no profile has; mend it")
+    """The profile in a TOML text. Raises UserError, which names `origin`, the key and its line, if it is none."""
+    for number, written in enumerate(text.split("\n"), 1):
+        strange = "a number of hundreds of digits" if _LONG_NUMBER.search(written) else None
+        strange = strange or ("thousands of dots" if written.count(".") > _MOST_DOTS else None)
+        if strange:
+            raise UserError(f"{one_line(origin)}, line {number}: {strange}, which no profile has; mend it")
     try:
         return DeviceProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the profile"
         reason = one_line(f"{where}: {first['msg']}", 200)
+        line, _ = line_of(text, first["loc"])
         raise UserError(
-            f"{one_line(origin)}: not a device profile ({reason}); mend it, or run `edgewright devices measure`"
+            f"{one_line(origin)}, line {line}: not a device profile ({reason}); mend it, or run `edgewright devices measure`"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{one_line(origin)}: not valid TOML ({one_line(error, 100)}); mend it") from None
@@ -326,8 +329,9 @@ def _named() -> dict[str, Path]:
 def _read_named(path: Path) -> DeviceProfile:
     profile = _read(path)
     if profile.name != path.stem:
+        line, _ = line_of(read_text(path, _SIZE_LIMIT), ("name",))
         raise UserError(
-            f"{one_line(path)}: the profile inside is named {profile.name!r}; name the file {profile.name}.toml"
+            f"{one_line(path)}, line {line}: the profile is named {profile.name!r}; name the file {profile.name}.toml"
         )
     return profile
 

@@ -227,9 +227,11 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
 # --- where profiles are kept ------------------------------------------------------------------------------------------
 
 
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"unknown device 'nokia-3310'; known: .*samsung-galaxy-s25"):
+def test_an_unknown_name_says_where_the_known_are() -> None:
+    with pytest.raises(UserError, match=r"unknown device 'nokia-3310'; `edgewright devices list` names the \d+ known"):
         load("nokia-3310")
+    with pytest.raises(UserError, match=r"unknown device 'samsung-galaxy-s52'.*did you mean samsung-galaxy-s2\d"):
+        load("samsung-galaxy-s52")
 
 
 def test_the_user_comes_before_the_library(own_config: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from edgewright.device_profiles import profile
 from edgewright.device_profiles.profile import DeviceProfile, Quantity, parse
 from edgewright.targets.storage import native_bits
 
+ROOT = Path(__file__).parents[2]
 FILES = {path.stem: path for path in sorted(Path(profile.__file__).parent.glob("*.toml"))}
 PUBLISHED = {
     "Arduino VENTUNO Q": "arduino-ventuno-q",
@@ -104,3 +106,14 @@ def test_every_published_device_has_one_profile() -> None:
         for published in shipped(name).published_as:
             names.setdefault(published, []).append(name)
     assert names == {published: [name] for published, name in PUBLISHED.items()}
+
+
+def test_the_library_is_as_large_as_the_docs_say() -> None:
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    assert len(FILES) >= 40
+    assert f"{len(FILES)} profiles" in page
+
+
+def test_the_schema_file_is_the_type() -> None:
+    written = json.loads((ROOT / "docs" / "device-profile.schema.json").read_text(encoding="utf-8"))
+    assert written == DeviceProfile.model_json_schema()
