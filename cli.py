@@ -464,6 +464,7 @@ _GENERATING = (
 @click.option("-r", "repeats", type=click.IntRange(max=10**6), default=5, show_default=True)
 @click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
+@cli_options.on_devices
 @cli_options.threads
 @cli_options.check
 def profile(
@@ -471,15 +472,34 @@ def profile(
     formats: tuple[str, ...],
     new: int | None,
     output_format: str,
+    devices: tuple[str, ...],
     threads: int,
     check: bool,
-    **lengths: Any,
+    **options: Any,
 ) -> None:
-    """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
+    """Measure BUNDLE on this machine, or on devices (--device): llama-bench rows, load times, memory, time by op.
+
+    Vendors' estimates stand beside.
+    """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
+    lengths = {name: options.pop(name) for name in ("prompts", "depths", "repeats")}
+    if devices:
+        from .commands.profile_devices import profile_devices, require_links
+        from .measuring.measure import Settings
+        from .reports.measured import measured_json, measured_text
+
+        require_links(devices)
+        if formats not in ((), ("onnx",)):
+            raise UserError("--device measures the onnx artefact; leave --format out")
+        settings = Settings(threads=threads, **options)
+        results = profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check)
+        with _keeping(bundle, "devices", {"devices": measured_json(results)}):
+            click.echo(printable(measured_text(results, output_format)))
+        return
+    cli_options.require_no_device_options(options)
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     with _keeping(bundle, "profile", result):
         click.echo(printable(profile_text(result, output_format)))
@@ -598,12 +618,22 @@ def inspect(target: str, adapter: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--device", metavar="URL", help="Look at this device instead: ssh://user@host, adb, adb://SERIAL.")
+@cli_options.device_python
 @cli_options.as_json
-def doctor(as_json: bool) -> None:
-    """Say which targets work here, which do not, why, and how to get them."""
+def doctor(device: str | None, python: str, as_json: bool) -> None:
+    """Say which targets work here, which do not, why, and how to get them; or what a device has to be measured on."""
     from .commands.doctor import doctor as examine
     from .commands.doctor import doctor_text
 
+    if device is not None:
+        from .commands.doctor_device import doctor_device, doctor_device_text
+        from .commands.profile_devices import require_links
+
+        require_links([device])
+        found = doctor_device(device, python, note)
+        _print(found, doctor_device_text(found), as_json)
+        return
     state = examine()
     _print(state, doctor_text(state), as_json)
 
