@@ -653,6 +653,33 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 
 
 @main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--platform", required=True, metavar="NAME", help="What the project is for: cpp.")
+@click.option("-o", "--output", type=cli_options.path, required=True, help="The project's folder; a new one.")
+@click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
+@click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
+@click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
+@cli_options.check
+@cli_options.as_json
+def embed(bundle: Path, platform: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Make an app of BUNDLE: a project that builds, with the model, golden traces and a model card."""
+    from .apps.embed import EmbedOptions
+    from .apps.embed import embed as make
+    from .apps.platforms import device_memory
+    from .apps.summary import project_json, project_text
+
+    asked = EmbedOptions(
+        platform,
+        options["name"],
+        None if options["device"] is None else device_memory(options["device"]),
+        tokenizer=not options["no_tokenizer"],
+        check=options["check"],
+    )
+    project = make(bundle, output, asked, note)
+    _print(project_json(project, output, platform), project_text(project, output, platform), as_json)
+
+
+@main.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
     """Print the script that completes commands and options in SHELL."""
