@@ -111,8 +111,9 @@ def on_devices(command: Any) -> Any:
             "--device",
             "devices",
             multiple=True,
-            metavar="URL",
-            help="Measure there: ssh://user@host:port, adb, adb://SERIAL; repeatable.",
+            metavar="NAME|URL",
+            help="Predict for a device of the library ('all': every one), or measure there: ssh://user@host:port, adb, "
+            "adb://SERIAL; repeatable.",
         ),
         click.option(
             "--sustain",
@@ -148,6 +149,7 @@ def require_no_device_options(given: dict[str, Any]) -> None:
         if given[name] != default:
             flag = {"python": "device-python", "resume": "no-resume"}.get(name, name.replace("_", "-"))
             raise UserError(f"--{flag} is for a device behind a link; give --device ssh://user@host, too")
+
 
 HOLD_OUTS = ("architecture", "device", "device-but-one-model", "nothing")
 """What `devices evaluate` predicts without; each is told by `predict_rows`."""
