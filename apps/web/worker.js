@@ -22,7 +22,7 @@ const calls = {
     const response = await fetch(new URL("app.json", base)).catch(() => null);
     if (!response?.ok) throw new Error(`app.json cannot be fetched from ${base}`);
     const app = await response.json();
-    ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
+    ort.env.wasm.wasmPaths = { wasm: new URL("./vendor/ort-wasm-simd-threaded.wasm", import.meta.url).href };
     ort.env.wasm.numThreads = self.crossOriginIsolated ? threads || Math.min(4, navigator.hardwareConcurrency || 1) : 1;
     const files = await loadFiles(app, base, { onProgress: (progress) => tell({ progress }) });
     runtime = await Runtime.open(app, files, ort, Tokenizer, { onStep: (step) => tell({ step }) });
