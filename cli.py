@@ -464,6 +464,7 @@ _GENERATING = (
 @click.option("-r", "repeats", type=click.IntRange(max=10**6), default=5, show_default=True)
 @click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
+@cli_options.on_devices
 @cli_options.threads
 @cli_options.check
 def profile(
@@ -471,15 +472,34 @@ def profile(
     formats: tuple[str, ...],
     new: int | None,
     output_format: str,
+    devices: tuple[str, ...],
     threads: int,
     check: bool,
-    **lengths: Any,
+    **options: Any,
 ) -> None:
-    """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
+    """Measure BUNDLE on this machine, or on devices (--device): llama-bench rows, load times, memory, time by op.
+
+    Vendors' estimates stand beside.
+    """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
     from .reports.profile import profile_text
 
+    lengths = {name: options.pop(name) for name in ("prompts", "depths", "repeats")}
+    if devices:
+        from .commands.profile_devices import profile_devices, require_links
+        from .measuring.measure import Settings
+        from .reports.measured import measured_json, measured_text
+
+        require_links(devices)
+        if formats not in ((), ("onnx",)):
+            raise UserError("--device measures the onnx artefact; leave --format out")
+        settings = Settings(threads=threads, **options)
+        results = profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check)
+        with _keeping(bundle, "devices", {"devices": measured_json(results)}):
+            click.echo(printable(measured_text(results, output_format)))
+        return
+    cli_options.require_no_device_options(options)
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     with _keeping(bundle, "profile", result):
         click.echo(printable(profile_text(result, output_format)))
@@ -508,22 +528,32 @@ def devices() -> None:
 @devices.command("list")
 @cli_options.as_json
 def devices_list(as_json: bool) -> None:
-    """Name the known devices."""
+    """Name the known devices: chip, memory, units, and the targets that they run."""
     from .device_profiles.profile import list_profiles
+    from .reports.devices import device_rows, devices_text
 
-    profiles = list_profiles()
-    _print([p.name for p in profiles], "\n".join(f"{p.name}  ({p.kind})" for p in profiles), as_json)
+    rows = device_rows(list_profiles())
+    _print(rows, devices_text(rows), as_json)
 
 
 @devices.command("show")
 @click.argument("name")
 @cli_options.as_json
 def devices_show(name: str, as_json: bool) -> None:
-    """Print a profile as TOML."""
-    from .device_profiles.profile import load, to_toml
+    """Print a profile as TOML, each number with its source."""
+    from .device_profiles.profile import load
+    from .reports.devices import device_text
 
     device = load(name)
-    _print(device.model_dump(mode="json"), to_toml(device).rstrip("\n"), as_json)
+    _print(device.model_dump(mode="json"), device_text(device), as_json)
+
+
+@devices.command("schema")
+def devices_schema() -> None:
+    """Print the JSON schema of a profile."""
+    from .device_profiles.profile import DeviceProfile
+
+    click.echo(json.dumps(DeviceProfile.model_json_schema(), indent=1))
 
 
 @devices.command("measure")
@@ -543,6 +573,37 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     click.echo(to_toml(host).rstrip("\n"))
 
 
+@devices.command("evaluate")
+@click.option("--data", type=cli_options.path, help="Rows to predict, as CSV. Default: those that ship.")
+@click.option("--models", type=cli_options.path, help="Sizes of models that are not in the shipped table, as CSV.")
+@click.option("--hold-out", type=click.Choice(cli_options.HOLD_OUTS), default="architecture", show_default=True)
+@cli_options.as_json
+def devices_evaluate(data: Path | None, models: Path | None, hold_out: str, as_json: bool) -> None:
+    """Predict published speeds without the rows they are in, and say how far off that is."""
+    from .commands.devices import evaluate
+    from .reports.evaluation import evaluation_text
+
+    found = evaluate(data, models, hold_out)
+    whole = {"hold_out": hold_out, "summary": found.summary, "left_out": found.left_out, "rows": found.rows}
+    _print(whole, evaluation_text(found.summary, hold_out, found.left_out), as_json)
+
+
+@devices.command("calibrate")
+@click.option(
+    "--data", type=cli_options.path, required=True, help="Measured rows, as CSV; docs/devices.md has the columns."
+)
+@click.option("--models", type=cli_options.path, help="Sizes of models that are not in the shipped table, as CSV.")
+@click.option(
+    "-o", "--output", type=cli_options.path, help="Write the costs here. Default: where predictions read them."
+)
+def devices_calibrate(data: Path, models: Path | None, output: Path | None) -> None:
+    """Fit the costs that predictions use to rows of your own, beside those that ship."""
+    from .commands.devices import recalibrate
+
+    path, used = recalibrate(data, models, output)
+    click.echo(f"{path}: costs from the published rows and {used} of {data}")
+
+
 @main.command()
 @click.argument("target", metavar="MODEL|BUNDLE")
 @cli_options.adapter
@@ -557,12 +618,22 @@ def inspect(target: str, adapter: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--device", metavar="URL", help="Look at this device instead: ssh://user@host, adb, adb://SERIAL.")
+@cli_options.device_python
 @cli_options.as_json
-def doctor(as_json: bool) -> None:
-    """Say which targets work here, which do not, why, and how to get them."""
+def doctor(device: str | None, python: str, as_json: bool) -> None:
+    """Say which targets work here, which do not, why, and how to get them; or what a device has to be measured on."""
     from .commands.doctor import doctor as examine
     from .commands.doctor import doctor_text
 
+    if device is not None:
+        from .commands.doctor_device import doctor_device, doctor_device_text
+        from .commands.profile_devices import require_links
+
+        require_links([device])
+        found = doctor_device(device, python, note)
+        _print(found, doctor_device_text(found), as_json)
+        return
     state = examine()
     _print(state, doctor_text(state), as_json)
 

@@ -94,6 +94,63 @@ check = click.option(
     "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
 )
 path = click.Path(path_type=Path)
+device_python = click.option(
+    "--device-python",
+    "python",
+    default="python3",
+    show_default=True,
+    metavar="COMMAND",
+    help="What starts Python on a device.",
+)
+
+
+def on_devices(command: Any) -> Any:
+    """The options of `profile` for devices behind links."""
+    options = [
+        click.option(
+            "--device",
+            "devices",
+            multiple=True,
+            metavar="URL",
+            help="Measure there: ssh://user@host:port, adb, adb://SERIAL; repeatable.",
+        ),
+        click.option(
+            "--sustain",
+            type=click.FloatRange(0, 86400),
+            default=0.0,
+            metavar="SECONDS",
+            help="For --device: go on decoding for so long, until the rate settles.",
+        ),
+        click.option(
+            "--cool-within",
+            type=click.FloatRange(0, 86400),
+            default=300.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="For --device: before a row wait at most so long for a cool device.",
+        ),
+        device_python,
+        click.option(
+            "--resume/--no-resume",
+            default=True,
+            show_default=True,
+            help="For --device: go on with a run that ended early.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def require_no_device_options(given: dict[str, Any]) -> None:
+    """Raise UserError for an option of `on_devices` that was given without a device."""
+    for name, default in (("sustain", 0.0), ("cool_within", 300.0), ("python", "python3"), ("resume", True)):
+        if given[name] != default:
+            flag = {"python": "device-python", "resume": "no-resume"}.get(name, name.replace("_", "-"))
+            raise UserError(f"--{flag} is for a device behind a link; give --device ssh://user@host, too")
+
+HOLD_OUTS = ("architecture", "device", "device-but-one-model", "nothing")
+"""What `devices evaluate` predicts without; each is told by `predict_rows`."""
 
 
 def _poolings(text: str) -> tuple[str, ...]:
