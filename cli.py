@@ -675,10 +675,13 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
-@click.option("--platform", required=True, metavar="NAME", help="What the project is for: cpp.")
+@click.option("--platform", required=True, metavar="NAME", help="What the project is for: web, cpp.")
 @click.option("-o", "--output", type=cli_options.path, required=True, help="The project's folder; a new one.")
 @click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
 @click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
+@click.option(
+    "--packages", type=cli_options.path, metavar="DIR", help="Of web: a node_modules folder with what the site is shipped with."
+)
 @click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
 @cli_options.check
 @cli_options.as_json
@@ -692,12 +695,23 @@ def embed(bundle: Path, platform: str, output: Path, as_json: bool, **options: A
     asked = EmbedOptions(
         platform,
         options["name"],
+        options["packages"],
         None if options["device"] is None else device_memory(options["device"]),
         tokenizer=not options["no_tokenizer"],
         check=options["check"],
     )
     project = make(bundle, output, asked, note)
     _print(project_json(project, output, platform), project_text(project, output, platform), as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=cli_options.path)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
+def preview(folder: Path, port: int) -> None:
+    """Serve the site in DIR, made by 'embed --platform web', to this machine's browsers."""
+    from .apps.preview import preview as serve_site
+
+    serve_site(folder, port, note)
 
 
 @main.command()

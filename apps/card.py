@@ -21,9 +21,12 @@ _REPORT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Card:
-    """what: one sentence. rows: (what, figure and how it was obtained). notes: what a reader must know."""
+    """what: one sentence. kind: of the model. ship: the size of its files. rows: (what, figure and how it was obtained). notes: what
+    a reader must know."""
 
     what: str
+    kind: str
+    ship: str
     rows: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
@@ -52,7 +55,14 @@ def make_card(bundle: Bundle, app: App) -> Card:
         if manifest.verification is not None or _report(bundle, "verify")
         else ["The bundle was not verified: `edgewright verify BUNDLE` compares it with its reference."]
     )
-    return Card(f"Made of an Edgewright bundle: {_KINDS[app.task]}.", tuple(rows), tuple(notes))
+    kind = _KINDS[app.task]
+    return Card(
+        what=f"Made of an Edgewright bundle: {kind}.",
+        kind=kind[0].upper() + kind[1:],
+        ship=_size(stored),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
 
 
 def _quality(bundle: Bundle) -> Iterator[tuple[str, str]]:

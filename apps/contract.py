@@ -185,7 +185,9 @@ def make_app(
         )
         for g in manifest.graphs
     )
-    weights = sum(path.stat().st_size for path in files.values()) if expanded is None else expanded.bytes
+    weights = sum(path.stat().st_size for path in files.values())
+    if expanded is not None:
+        weights += 2 * expanded.bytes  # the file and the runtime's copy of it, until the last graph is open
     states = states_bytes(manifest.graphs, spec)
     return App(
         name=name,

@@ -54,6 +54,14 @@ PLATFORMS = {
         most_memory=None,
         float_activations=False,
     ),
+    "web": Platform(
+        name="web",
+        runtime="1.30",
+        models=None,
+        steps=None,
+        most_memory=4 * GIB,  # WebAssembly's addresses of 32 bits
+        float_activations=True,
+    ),
 }
 
 
