@@ -464,7 +464,14 @@ _GENERATING = (
     "-d", "depths", type=cli_options.IntList(), default="0", show_default=True, help="Context depths of the tg rows."
 )
 @click.option("-r", "repeats", type=click.IntRange(max=10**6), default=5, show_default=True)
-@click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
+@click.option(
+    "-o",
+    "output",
+    type=cli_options.ReportType("md", "json", "csv", "html"),
+    default="md",
+    show_default=True,
+    help="The form of the result, or a file that ends so; html is one page with charts.",
+)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @cli_options.on_devices
 @cli_options.threads
@@ -475,7 +482,7 @@ def profile(
     bits: int,
     formats: tuple[str, ...],
     new: int | None,
-    output_format: str,
+    output: cli_options.ReportOutput,
     devices: tuple[str, ...],
     threads: int,
     check: bool,
@@ -505,12 +512,22 @@ def profile(
             predicted = predict_model(model, devices, formats, bits, asked)
         else:
             raise UserError("-m MODEL is predicted, not measured; give --device NAME, or all")
-        click.echo(printable(prediction_text(predicted.as_json(), output_format)))
+        result = predicted.as_json()
+        if output.format == "html" and bundle is not None:
+            from .reports.page.bundle_page import bundle_html
+
+            names = list(dict.fromkeys(row["device"] for row in result["rows"]))
+            _give(bundle_html(bundle, names=names, prediction=result), output)
+            return
+        if output.format == "html":
+            raise UserError("-m MODEL has no page, which is a bundle's; give -o md, csv or json")
+        _give(prediction_text(result, output.format), output)
         return
     if devices:
         from .commands.profile_devices import profile_devices, require_links
         from .measuring.measure import Settings
         from .reports.measured import measured_json, measured_text
+        from .reports.page.bundle_page import bundle_html
 
         require_links(devices)
         if formats not in ((), ("onnx",)):
@@ -518,27 +535,44 @@ def profile(
         settings = Settings(threads=threads, **options)
         results = profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check)
         with _keeping(bundle, "devices", {"devices": measured_json(results)}):
-            click.echo(printable(measured_text(results, output_format)))
+            if output.format != "html":
+                _give(measured_text(results, output.format), output)
+        if output.format == "html":
+            _give(bundle_html(bundle, linked=results), output)
         return
     cli_options.require_no_device_options(options)
-    result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
-    with _keeping(bundle, "profile", result):
-        click.echo(printable(profile_text(result, output_format)))
+    measured = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
+    with _keeping(bundle, "profile", measured):
+        if output.format != "html":
+            _give(profile_text(measured, output.format), output)
+    if output.format == "html":
+        from .reports.page.bundle_page import bundle_html
+
+        _give(bundle_html(bundle, measured=measured), output)
 
 
 @main.command()
 @click.argument("bundles", nargs=-1, required=True, type=cli_options.path, metavar="BUNDLE…")
-@click.option("-o", "output_format", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
-def compare(bundles: tuple[Path, ...], output_format: str) -> None:
+@click.option(
+    "-o",
+    "output",
+    type=cli_options.ReportType("text", "md", "csv", "json", "html"),
+    default="text",
+    show_default=True,
+    help="The form of the result, or a file that ends so; html is one page with charts.",
+)
+def compare(bundles: tuple[Path, ...], output: cli_options.ReportOutput) -> None:
     """Bundles side by side: size, quality, speed and placement, as their manifests and last reports say."""
     from .commands.compare import compare as look
-    from .reports.compare import compare_csv, compare_text
+    from .reports.compare import compare_report
 
     rows = look(bundles)
-    if output_format == "csv":
-        click.echo(printable(compare_csv(rows)))
+    if output.format == "html":
+        from .reports.page.compare_page import compare_html
+
+        _give(compare_html(rows), output)
         return
-    _print(rows, compare_text(rows), output_format == "json")
+    _give(compare_report(rows, output.format), output)
 
 
 @main.group()
@@ -680,7 +714,10 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 @click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
 @click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
 @click.option(
-    "--packages", type=cli_options.path, metavar="DIR", help="Of web: a node_modules folder with what the site is shipped with."
+    "--packages",
+    type=cli_options.path,
+    metavar="DIR",
+    help="Of web: a node_modules folder with what the site is shipped with.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
 @cli_options.check
@@ -719,6 +756,17 @@ def preview(folder: Path, port: int) -> None:
 def completion(shell: str) -> None:
     """Print the script that completes commands and options in SHELL."""
     click.echo(completion_script(shell))
+
+
+def _give(report: str, output: cli_options.ReportOutput) -> None:
+    """A report to standard output, or to its file, which is then named on standard error."""
+    from .system.writing import write_file
+
+    if output.path is None:
+        click.echo(printable(report))
+        return
+    write_file(output.path, printable(report) + "\n")
+    note(f"wrote {output.path}")
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:
