@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..measuring.kept_reports import Profiled, Verified, kept_report
+from ..measuring.kept_reports import Profiled, kept_report, last_check
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _rows(bundle: Bundle) -> list[dict[str, Any]]:
-    verified, profiled = kept_report(bundle, "verify", Verified), kept_report(bundle, "profile", Profiled)
+    (verified, _), profiled = last_check(bundle), kept_report(bundle, "profile", Profiled)
     checked = {t.format: t for t in verified.targets} if verified is not None else {}
     manifest, rows = bundle.manifest, []
     for entry in manifest.targets:
@@ -50,7 +50,7 @@ def _rows(bundle: Bundle) -> list[dict[str, Any]]:
                 "lowering": target.lowering.model_dump(),
                 "shipped": target.shipped.model_dump(),
                 "activations": target.activations,
-                "quantization": verified.quantization.model_dump() if verified.quantization is not None else None,
+                "quantization": None if (loss := verified.loss) is None else loss.model_dump(),
                 "placement": {k: sum(sum(ops.values()) for ops in g.values()) for k, g in parts.items()}
                 if placed.known
                 else None,

@@ -27,7 +27,7 @@ class _Read(BaseModel):
 class Agreement(_Read):
     """As in `verification.report`."""
 
-    max_relative_error: Number
+    max_relative_error: Number | None
     mean_kl: Number
     top1: Number
     rms: Number | None = None
@@ -67,6 +67,16 @@ class Checked(_Read):
     text: Text | None = None
 
 
+class Rounding(_Read):
+    """As `pipeline.rounding_loss` found it at export."""
+
+    kl: Number
+    top1: Number
+    positions: int
+    data: str
+    vectors: bool = False
+
+
 class Verified(_Read):
     """`reports/verify.json`, or `reports/export.json`."""
 
@@ -76,6 +86,15 @@ class Verified(_Read):
     original_task_accuracy: Number | None = None
     original_text: Text | None = None
     dequantized_text: Text | None = None
+    quality: Rounding | None = None
+
+    @property
+    def loss(self) -> Agreement | None:
+        """The quantized weights beside the original ones: as `verify` found it, else as the export did."""
+        if self.quantization is not None or self.quality is None or self.quality.vectors:
+            return self.quantization
+        found = {"mean_kl": self.quality.kl, "top1": self.quality.top1, "positions": self.quality.positions}
+        return Agreement.model_validate({"max_relative_error": None} | found)
 
 
 class Row(_Read):
@@ -150,6 +169,12 @@ class Devices(_Read):
 
 
 Kind = TypeVar("Kind", bound=_Read)
+
+
+def last_check(bundle: Bundle) -> tuple[Verified | None, str]:
+    """The report of the last `verify`, else of the check at export, and which of them it is. Errors as of `kept_report`."""
+    verified = kept_report(bundle, "verify", Verified)
+    return (kept_report(bundle, "export", Verified), "export") if verified is None else (verified, "verify")
 
 
 def kept_report(bundle: Bundle, name: str, kind: type[Kind]) -> Kind | None:

@@ -35,7 +35,7 @@ def compare_markdown(rows: Sequence[dict[str, Any]]) -> str:
 def compare_text(rows: Sequence[dict[str, Any]]) -> str:
     """Tables of sizes and quality, of speed, and of placement; what no report says is left empty, with a line that says how."""
     tests = list(dict.fromkeys(test for row in rows for test in row["speed"]))
-    quality = table(
+    sizes_table = table(
         "bundle",
         "target",
         "bits",
@@ -61,13 +61,13 @@ def compare_text(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         named = [row["bundle"], row["target"]]
         sizes = [f"{row['bits']:.2f}", size(row["weight_bytes"]), size(row["file_bytes"])]
-        quality.add_row(*named, *sizes, _verdict(row["verified"]), *quality(row))
+        sizes_table.add_row(*named, *sizes, _verdict(row["verified"]), *quality(row))
         if row["speed"]:
             speed.add_row(*named, *(f"{row['speed'][t]:.1f}" if t in row["speed"] else "" for t in tests))
         if row["verified"] is not None:
             nodes = row["placement"] or dict.fromkeys(("accelerated", "host", "fallback"), "unknown here")
             placed.add_row(*named, *map(str, nodes.values()), row["computed_by"])
-    parts: list[Any] = [quality]
+    parts: list[Any] = [sizes_table]
     parts += [speed] if tests else []
     parts += [placed] if any(row["verified"] is not None for row in rows) else []
     if any(row["verified"] is None for row in rows):

@@ -28,7 +28,8 @@ from .session import PlacedSession
 from .text_embedding import embed_tokens
 
 PREFILL, DECODE = "a call of the prompt", "a decode step"
-_OP_STEPS = 16
+_OP_STEPS = 8
+_PROFILED_RUNS = 4
 _QUESTION = 8  # tokens of the prompt after a context
 
 
@@ -251,7 +252,7 @@ def _row(test: str, rates: list[float]) -> Row:
 
 
 def _kernel_times(bundle: Bundle, threads: int, prompt: int) -> KernelTimes:
-    """One prefill and some decode steps by op and by layer. No row is measured so: ONNX Runtime's profiler takes time."""
+    """Prefills and some decode steps by op and by layer. No row is measured so: ONNX Runtime's profiler takes time."""
     from ..targets.onnx.layers import INPUTS, nodes_by_layer
     from .onnx.session import OnnxSession
 
@@ -260,16 +261,18 @@ def _kernel_times(bundle: Bundle, threads: int, prompt: int) -> KernelTimes:
         session = OnnxSession(folder, bundle.manifest.graphs, threads, profile_prefix=Path(scratch) / "ort")
         room = spec.max_context - (prompt if spec.task == "causal" else 1) - 1
         steps = min(_OP_STEPS, max(0, room))
-        stream = Stream(session, spec, [_prompt(spec, prompt)], steps + 1)
-        token = stream.prefill()[:, -1].argmax(-1)
-        for _ in range(steps):
-            token = stream.feed(token[:, None].astype(np.int64))[:, -1].argmax(-1)
+        for _ in range(_PROFILED_RUNS):
+            stream = Stream(session, spec, [_prompt(spec, prompt)], steps + 1)
+            token = stream.prefill()[:, -1].argmax(-1)
+            for _ in range(steps):
+                token = stream.feed(token[:, None].astype(np.int64))[:, -1].argmax(-1)
         traces = {name: read_trace(Path(s.end_profiling())) for name, s in session.sessions.items()}
     layers: dict[str, dict[str, list[LayerTime]]] = {}
     for name, kernels in traces.items():
-        count = 1 + max((k.call for k in kernels), default=-1)
-        first = count - steps if name == "decoder" else count
-        phases = {PREFILL: range(first), DECODE: range(first, count)}
+        each = (1 + max((k.call for k in kernels), default=-1)) // _PROFILED_RUNS
+        first = each - steps if name == "decoder" else each
+        later = range(each, each * _PROFILED_RUNS)  # the first run pays for what is done once
+        phases = {PREFILL: [c for c in later if c % each < first], DECODE: [c for c in later if c % each >= first]}
         where = nodes_by_layer(folder / f"{name}.onnx")
         layers[name] = {phase: by_layer(kernels, where, calls, INPUTS) for phase, calls in phases.items() if calls}
     return KernelTimes({name: by_op(kernels) for name, kernels in traces.items()}, layers, prompt, steps)

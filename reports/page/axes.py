@@ -56,7 +56,7 @@ def short(value: float) -> str:
 
 
 def _round(low: float, high: float) -> list[float]:
-    rough = (high - low) / 5
+    rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in _STEPS if s * power >= rough * 0.999)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step * 1.0001) + 1)]

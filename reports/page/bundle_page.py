@@ -61,6 +61,7 @@ def page_html(page: BundlePage) -> str:
         "not_roofs": without_roofs(page),
         "calls": _calls(page),
         "layer_times": list(sections.time_by_layer(page)),
+        "op_times": sections.time_by_op(page),
         "without_layers": sections.without_layers(page),
         "context_cost": context_cost(page),
         "placement": placed,
@@ -68,6 +69,7 @@ def page_html(page: BundlePage) -> str:
         "ops": sections.ops(page),
         "spans": device_rows.spans(found),
         "rates": device_rows.table(found),
+        "rate_notes": device_rows.notes(found),
         "host": device_rows.host(page),
         "memory": _memory(prediction),
         "not_measured": [f"{t}: not measured on this machine: {why}" for t, why in missing.items()],
@@ -86,7 +88,7 @@ def tiles(page: BundlePage, found: Sequence[device_rows.Rate]) -> list[Tile]:
         passed = sum(t.passed for t in page.verified.targets)
         whole = len(page.verified.targets)
         chosen.append(Tile(f"{passed} of {whole}", f"targets passed '{page.checked_at}'", "measured"))
-        if (loss := page.verified.quantization) is not None and loss.rms is None:
+        if (loss := page.verified.loss) is not None and loss.rms is None:
             chosen.append(Tile(f"{loss.top1:.1%}", "same best token as the original", "measured"))
     for kind in ("measured", "predicted"):
         decode = [r for r in found if r.kind == kind and r.rate and r.test.startswith("tg")]

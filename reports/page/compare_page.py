@@ -59,10 +59,11 @@ def compare_html(rows: Sequence[dict[str, Any]]) -> str:
 
 def common_test(rows: Sequence[dict[str, Any]]) -> str | None:
     """The decode test that most rows have, else the test that most have; None where nothing was measured."""
-    counts = Counter(test for row in rows for test in row["speed"])
+    counts: Counter[str] = Counter(test for row in rows for test in row["speed"])
     if not counts:
         return None
-    return max(counts, key=lambda test: (test.startswith("tg"), counts[test], -list(counts).index(test)))
+    first = list(counts)
+    return max(first, key=lambda test: (test.startswith("tg"), counts[test], -first.index(test)))
 
 
 def frontier(choices: Sequence[Choice]) -> list[bool]:
@@ -91,7 +92,7 @@ def frontiers(choices: Sequence[Choice], test: str | None) -> list[tuple[str, Pl
     plots = []
     for one, other in ((0, 1), (0, 2), (2, 1)):
         (x_label, x_name, x_of, x_sign), (y_label, y_name, y_of, y_sign) = what[one], what[other]
-        known = [(c, x, y) for c in choices if (x := x_of(c)) is not None and (y := y_of(c)) is not None]
+        known = [(c, a, b) for c in choices if (a := x_of(c)) is not None and (b := y_of(c)) is not None]
         if len(known) < 2:
             continue
         x, y = _axis(x_label, [v for _, v, _ in known]), _axis(y_label, [v for *_, v in known])

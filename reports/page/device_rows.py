@@ -29,6 +29,7 @@ class Rate:
     kind: str
     note: str
     energy: str
+    repeats: str = ""
 
 
 def rates(page: BundlePage) -> list[Rate]:
@@ -43,11 +44,20 @@ def _here(page: BundlePage) -> Iterator[Rate]:
             unit = "tokens" if row.test[:2] in ("pp", "tg") else "calls"
             unit = "s of sound" if row.test.startswith("seconds of sound") else unit
             ends = (max(0.0, row.median - row.std), row.median + row.std)
-            note = f"median of {row.repeats}" if row.repeats else ""
             where = f"{measured.host.threads} threads" if isinstance(measured.host.threads, int) else "all cores"
             yield Rate(
-                *(measured.host.cpu, target, f"CPU, {where}", row.test, unit),
-                *(row.median, *ends, kind, note, "not measured"),
+                device=measured.host.cpu,
+                target=target,
+                runs_on=f"CPU, {where}",
+                test=row.test,
+                unit=unit,
+                rate=row.median,
+                low=ends[0],
+                high=ends[1],
+                kind=kind,
+                note="",
+                energy="not measured",
+                repeats=str(row.repeats or ""),
             )
 
 
@@ -61,8 +71,18 @@ def _linked(page: BundlePage) -> Iterator[Rate]:
             energies = row.energy if isinstance(row.energy, tuple) else ()
             told = [f"{e.joules_a_unit:.3g} J ({e.boundary})" for e in energies if e.joules_a_unit is not None]
             yield Rate(
-                *(f"{result.device}: {name}", "onnx", f"onnxruntime {result.about.onnxruntime}", row.test, row.unit),
-                *(row.median, *ends, row.figure, f"median of {row.n}", "; ".join(told) or "not measured"),
+                device=f"{result.device}: {name}",
+                target="onnx",
+                runs_on=f"onnxruntime {result.about.onnxruntime}",
+                test=row.test,
+                unit=row.unit,
+                rate=row.median,
+                low=ends[0],
+                high=ends[1],
+                kind=row.figure,
+                note="",
+                energy="; ".join(told) or "not measured",
+                repeats=str(row.n or ""),
             )
 
 
@@ -72,8 +92,17 @@ def _predicted(page: BundlePage) -> Iterator[Rate]:
         energy = "not known" if joules is None else f"{joules:.3g} J ({row['energy_boundary']})"
         note = row["note"] + (f"; unit chosen: {row['reason']}" if row["reason"] else "")
         yield Rate(
-            *(row["device"], row["target"], row["unit"], row["test"], "tokens"),
-            *(row["tokens_per_s"], row["tokens_per_s_low"], row["tokens_per_s_high"], "predicted", note, energy),
+            device=row["device"],
+            target=row["target"],
+            runs_on=row["unit"],
+            test=row["test"],
+            unit="tokens",
+            rate=row["tokens_per_s"],
+            low=row["tokens_per_s_low"],
+            high=row["tokens_per_s_high"],
+            kind="predicted",
+            note=note,
+            energy=energy,
         )
 
 
@@ -102,15 +131,20 @@ def spans(found: list[Rate]) -> list[tuple[str, Spans]]:
     return charts
 
 
+def notes(found: list[Rate]) -> list[str]:
+    """What the rows rest on, each said once."""
+    return list(dict.fromkeys(f"{r.target} on {r.device}: {r.note}" for r in found if r.note and r.kind == "predicted"))
+
+
 def table(found: list[Rate]) -> Sheet:
     """Every row, with how its figures were obtained."""
     rows = []
     for r in found:
         between = "" if r.low is None or r.high is None else f"{_rate(r.low)} to {_rate(r.high)}"
         told = "no time is told" if r.rate is None else f"{_rate(r.rate)} {r.unit}/s"
-        rows.append([r.device, r.target, r.runs_on, r.test, told, between, r.energy, r.kind, r.note])
-    head = ["device", "target", "runs on", "test", "rate", "interval", "energy of a token", "figure", "from"]
-    return Sheet(head, rows, frozenset({4, 5, 6}))
+        rows.append([r.device, r.target, r.runs_on, r.test, told, between, r.repeats, r.energy, r.kind])
+    head = ["device", "target", "runs on", "test", "rate", "interval", "runs", "energy of a token", "figure"]
+    return Sheet(head, rows, frozenset({4, 5, 6, 7}))
 
 
 def host(page: BundlePage) -> Sheet | None:

@@ -13,7 +13,7 @@ from ...checkpoints.opening import open_checkpoint
 from ...device_profiles.host_facts import cpu_model
 from ...device_profiles.profile import DeviceProfile, load, user_path
 from ...errors import UserError
-from ...measuring.kept_reports import Devices, Profiled, Verified, kept_report
+from ...measuring.kept_reports import Devices, Profiled, Verified, kept_report, last_check
 from ...measuring.measure import DeviceResult
 from ...models.language_model import LanguageModel
 from ...models.registry import build
@@ -133,9 +133,7 @@ def bundle_page(
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     profiled = Profiled.model_validate(measured) if measured is not None else kept_report(bundle, "profile", Profiled)
-    verified, checked_at = kept_report(bundle, "verify", Verified), "verify"
-    if verified is None:
-        verified, checked_at = kept_report(bundle, "export", Verified), "export"
+    verified, checked_at = last_check(bundle)
     devices = [load(name) for name in names[:MOST_CURVES]]
     host = _host(profiled)
     files = {t.format: [bundle.path / f for f in t.files] for t in manifest.targets}
@@ -220,7 +218,8 @@ def context_curves(
     targets: Sequence[str],
     manifest: Manifest,
 ) -> list[Curve]:
-    """The cost of a decode step, or of a text of a model of embeddings, at lengths from nothing to the whole context."""
+    """The cost of a decode step, or of a text of a model of embeddings, at lengths from nothing to the whole context: a curve for
+    each device, of the target that is fastest there."""
     task, context = manifest.generation.task, manifest.generation.max_context
     if not devices or task == "module":
         return []
@@ -237,7 +236,9 @@ def context_curves(
                 p = row.predicted
                 curve = found.setdefault((p.device, row.target), Curve(p.device, row.target, p.unit, []))
                 curve.points.append((length, p.seconds * 1e3, p.low * 1e3, p.high * 1e3))
-    return list(found.values())
+    ordered = sorted(found.values(), key=lambda curve: curve.points[-1][1])
+    best = {curve.device: curve for curve in reversed(ordered)}
+    return [best[device.name] for device in devices if device.name in best]
 
 
 class _Works:
@@ -283,9 +284,9 @@ class _Works:
             step = self._of_row(row["target"], row["test"])
             if step is not None:
                 operations, moved = self._of_token(step, row["target"])
-                rates = [operations * row[f"tokens_per_s{end}"] for end in ("", "_low", "_high")]
+                rate, low, high = (operations * row[f"tokens_per_s{end}"] for end in ("", "_low", "_high"))
                 found.append(
-                    Reached(row["device"], row["target"], row["test"], operations / moved, *rates, "predicted")
+                    Reached(row["device"], row["target"], row["test"], operations / moved, rate, low, high, "predicted")
                 )
         return found
 

@@ -15,6 +15,14 @@
   for (const name of ["pointerover", "focusin", "click"]) document.addEventListener(name, show);
   document.addEventListener("focusout", hide);
   document.addEventListener("scroll", hide, { passive: true });
+  const closed = [];
+  addEventListener("beforeprint", () => {
+    closed.push(...document.querySelectorAll("details:not([open])"));
+    for (const one of closed) one.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const one of closed.splice(0)) one.open = false;
+  });
   const button = document.getElementById("theme");
   button.hidden = false;
   button.addEventListener("click", () => {

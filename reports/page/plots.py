@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .axes import Axis, linear, logarithmic, short
 from .charts import Plot, Point, Series, on
 from .facts import BundlePage, Call, Curve, Reached, Roof
 
+_ENDLESS = "memory alone"
+_WIDE = 8.0
+"""Costs that differ by more are drawn by powers of ten."""
+
 TONES = 6
 """Series of one plot that have a colour of their own in the style sheet."""
 
 
 def rooflines(page: BundlePage) -> list[tuple[str, Plot, list[str]]]:
-    """(device, plot, notes) of each device with a unit of which a peak and a bandwidth are known.
+    """(device, plot, notes) of each device with a unit of which a bandwidth is known. Without a peak its roof has no end.
 
     The graphs' calls stand on the highest roof of the unit that they run on, the most that it could do; measured and predicted
     rates stand where they are.
@@ -21,15 +26,21 @@ def rooflines(page: BundlePage) -> list[tuple[str, Plot, list[str]]]:
     found = []
     for device in dict.fromkeys(roof.device for roof in page.roofs):
         roofs = [r for r in page.roofs if r.device == device]
-        whole = [r for r in roofs if r.bandwidth is not None and r.peaks]
+        whole = [r for r in roofs if r.bandwidth is not None]
         reached = [
             r for r in page.graphs.reached if r.device == device or (device == "host" and r.figure == "measured")
         ]
         used = {row["unit"] for row in page.prediction["rows"] if row["device"] == device} if page.prediction else set()
-        chosen = [r for r in whole if r.kind in used] or whole
+        chosen = [r for r in whole if r.kind in used or not used]
         if chosen:
-            found.append((device, _roofline(device, chosen, page.graphs.calls, reached), _sources(chosen)))
+            found.append(
+                (_called(device, chosen), _roofline(device, chosen, page.graphs.calls, reached), _sources(chosen))
+            )
     return found
+
+
+def _called(device: str, roofs: Sequence[Roof]) -> str:
+    return f"this machine, {roofs[0].unit}" if device == "host" else device
 
 
 def without_roofs(page: BundlePage) -> list[str]:
@@ -37,9 +48,8 @@ def without_roofs(page: BundlePage) -> list[str]:
     lines = []
     for device in dict.fromkeys(roof.device for roof in page.roofs):
         roofs = [r for r in page.roofs if r.device == device]
-        if not any(r.bandwidth is not None and r.peaks for r in roofs):
-            lacks = "no peak rate" if any(r.bandwidth for r in roofs) else "no bandwidth of its memory"
-            lines.append(f"{device}: its profile has {lacks}, so there is no roof")
+        if not any(r.bandwidth is not None for r in roofs):
+            lines.append(f"{device}: the bandwidth of its memory is not known, so there is no roof")
     if page.profiled is not None and page.profiled.targets and not any(r.device == "host" for r in page.roofs):
         lines.append("this machine: no roof is known; 'edgewright devices measure' finds it")
     return lines
@@ -48,11 +58,12 @@ def without_roofs(page: BundlePage) -> list[str]:
 def _roofline(device: str, roofs: Sequence[Roof], calls: Sequence[Call], reached: Sequence[Reached]) -> Plot:
     intensities = [c.intensity for c in calls] + [r.intensity for r in reached]
     ridges = [peak / r.bandwidth[0] for r in roofs if r.bandwidth for peak, _ in r.peaks.values()]
+    ends = {r.kind: dict(r.peaks) or {_ENDLESS: (math.inf, "")} for r in roofs}
     x = logarithmic("operations a byte", [*intensities, *ridges])
-    tops = [peak for r in roofs for peak, _ in r.peaks.values()]
+    tops = [peak for r in roofs for peak, _ in r.peaks.values()] or [_bound(roofs, x.high)]
     lows = [_bound(roofs, c.intensity) for c in calls] + [r.low for r in reached] + [r.rate for r in reached]
     y = logarithmic("operations a second", [*tops, *lows])
-    series = [_roof_line(r, kind, x, y) for r in roofs for kind in r.peaks]
+    series = [_roof_line(r, name, peak, x, y) for r in roofs for name, (peak, _) in ends[r.kind].items()]
     graphs: dict[tuple[str, str], list[Point]] = {}
     for call in calls:
         bound = _bound(roofs, call.intensity)
@@ -80,26 +91,33 @@ def _roofline(device: str, roofs: Sequence[Roof], calls: Sequence[Call], reached
     return Plot(x, y, series, f"Roofline of {device}: what bounds each graph, and what it reaches")
 
 
-def _roof_line(roof: Roof, kind: str, x: Axis, y: Axis) -> Series:
+def _roof_line(roof: Roof, name: str, peak: float, x: Axis, y: Axis) -> Series:
     """The memory's slope up to the peak of a type, then the peak."""
     assert roof.bandwidth is not None
-    bandwidth, peak = roof.bandwidth[0], roof.peaks[kind][0]
+    bandwidth = roof.bandwidth[0]
     start = max(x.low, y.low / bandwidth)
-    ends = [start, min(max(peak / bandwidth, start), x.high), x.high]
+    edge = min(max(peak / bandwidth, start), x.high, y.high / bandwidth)
+    ends = [start, edge, *([x.high] if math.isfinite(peak) else [])]
     points = [on(x, y, (at, min(peak, at * bandwidth)), None, "") for at in ends]
-    return Series(f"roof of the {roof.kind}, {kind}", "roof", roof.peaks[kind][1], "line", points)
+    return Series(f"roof of the {roof.kind}, {name}", "roof", "", "line", points)
 
 
 def _bound(roofs: Sequence[Roof], intensity: float) -> float:
     """Operations a second under the highest roof."""
-    return max(min(p, intensity * r.bandwidth[0]) for r in roofs if r.bandwidth for p, _ in r.peaks.values())
+    found = []
+    for r in roofs:
+        assert r.bandwidth is not None
+        peaks = [peak for peak, _ in r.peaks.values()] or [math.inf]
+        found.append(min(max(peaks), intensity * r.bandwidth[0]))
+    return max(found)
 
 
 def _sources(roofs: Sequence[Roof]) -> list[str]:
     lines = []
     for r in roofs:
         assert r.bandwidth is not None
-        peaks = ", ".join(f"{kind} {short(peak)} operations/s ({source})" for kind, (peak, source) in r.peaks.items())
+        told = [f"{kind} {short(peak)} operations/s ({source})" for kind, (peak, source) in r.peaks.items()]
+        peaks = ", ".join(told) or "the peak of its arithmetic is not known"
         lines.append(f"{r.unit} ({r.kind}): memory {short(r.bandwidth[0])}B/s ({r.bandwidth[1]}), {peaks}")
     return lines
 
@@ -111,7 +129,11 @@ def context_cost(page: BundlePage) -> Plot | None:
         return None
     lengths = [float(n) for c in curves for n, *_ in c.points] + [n for _, n, *_ in measured]
     x = linear(page_axis(page), lengths)
-    y = linear("ms a token", [high for c in curves for *_, high in c.points] + [high for *_, high in measured])
+    ends = [ms for c in curves for _, *those in c.points for ms in those] + [
+        ms for _, _, *those in measured for ms in those
+    ]
+    wide = min(ends) > 0 and max(ends) / min(ends) > _WIDE
+    y = logarithmic("ms a token", ends) if wide else linear("ms a token", ends)
     series = [_curve(c, i, x, y) for i, c in enumerate(curves)]
     for i, target in enumerate(dict.fromkeys(t for t, *_ in measured)):
         points = [

@@ -55,8 +55,9 @@ def quality(page: BundlePage) -> list[tuple[str, Sheet]]:
     sheets = []
     head = ["compared", "KL, nats a position", "same best token", "perplexity"]
     rows = []
-    if (loss := report.quantization) is not None:
-        rows.append(["quantized with original, on prompts", f"{loss.mean_kl:.2e}", f"{loss.top1:.1%}", ""])
+    if (loss := report.loss) is not None:
+        where = f"{loss.positions} positions of the prompts" if report.quality is None else report.quality.data
+        rows.append([f"quantized, on {where}", f"{loss.mean_kl:.2e}", f"{loss.top1:.1%}", ""])
     if (text := report.original_text) is not None:
         rows.append(["original, on a text", "", "", f"{text.perplexity:.4g}"])
     if (text := report.dequantized_text) is not None:
@@ -71,7 +72,8 @@ def quality(page: BundlePage) -> list[tuple[str, Sheet]]:
         if task and report.original_task_accuracy is not None:
             task += f" (original {report.original_task_accuracy:.1%})"
         verdict = "passed" if t.passed else "FAILED"
-        agrees = [f"{t.lowering.max_relative_error:.1e}", f"{t.shipped.mean_kl:.1e}", f"{t.shipped.top1:.1%}"]
+        error = t.lowering.max_relative_error
+        agrees = ["" if error is None else f"{error:.1e}", f"{t.shipped.mean_kl:.1e}", f"{t.shipped.top1:.1%}"]
         rows.append([t.format, verdict, *agrees, task, t.how])
     head = ["target", "verdict", "lowering error", "KL as shipped", "same best token", "task", "computed here by"]
     sheets.append(("Artefacts beside their reference", Sheet(head, rows, frozenset({2, 3, 4, 5}), "measured")))
@@ -121,6 +123,18 @@ def _place(layer: str, places: Mapping[str, str]) -> str:
     if layer == INPUTS:
         return "positions, masks"
     return places.get(layer, layer.removeprefix("model."))
+
+
+def time_by_op(page: BundlePage) -> Sheet | None:
+    """The slowest ops of the profiled run; None where none was profiled."""
+    rows = [
+        [target, graph, op.op, op.unit, str(op.calls), f"{op.ms:.2f}", f"{op.share:.0%}"]
+        for target, measured in (page.profiled.targets.items() if page.profiled is not None else ())
+        for graph, those in measured.ops.items()
+        for op in those
+    ]
+    head = ["target", "graph", "op", "unit", "calls", "ms", "of the graph"]
+    return Sheet(head, rows, frozenset({4, 5, 6}), "measured") if rows else None
 
 
 def without_layers(page: BundlePage) -> list[str]:

@@ -85,4 +85,14 @@ def by_layer(kernels: Sequence[Kernel], layers: Mapping[str, str], calls: Sequen
             times[layers.get(kernel.node, other)][kernel.call] += kernel.ms
     medians = {layer: statistics.median(by_call.values()) for layer, by_call in times.items()}
     everything = sum(medians.values()) or 1.0
-    return [{"layer": layer, "ms": ms, "calls": len(calls), "share": ms / everything} for layer, ms in medians.items()]
+    return [
+        {"layer": layer, "ms": medians[layer], "calls": len(calls), "share": medians[layer] / everything}
+        for layer in _in_order(list(medians))
+    ]
+
+
+def _in_order(layers: list[str]) -> list[str]:
+    """As they ran, but numbered ones by their numbers: what does not depend on each other runs in any order."""
+    numbered = [layer for layer in layers if layer.rpartition(".")[2].isdecimal()]
+    by_number = iter(sorted(numbered, key=lambda layer: (layer.rpartition(".")[0], int(layer.rpartition(".")[2]))))
+    return [next(by_number) if layer in numbered else layer for layer in layers]
