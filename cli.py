@@ -490,7 +490,7 @@ def profile(
 ) -> None:
     """Measure BUNDLE on this machine or on devices behind links, or predict it for devices of the library (--device).
 
-    llama-bench rows, load times, memory, time by op; vendors' estimates stand beside.
+    llama-bench rows, load times, memory, time by op and by layer; vendors' estimates stand beside. -o report.html is one page.
     """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
