@@ -142,9 +142,7 @@ class Device:
                 digests = of_files(wheels)
                 sent = [Sent(f"{self.link.folder}/wheels/{w.name}", w, d) for w, d in zip(wheels, digests, strict=True)]
                 self.send(sent)
-                self._checked(
-                    self._steadily(lambda: self.link.run(self.command("unpack", site, *(s.remote for s in sent))))
-                )
+                self.call("unpack", site, *(file.remote for file in sent))
             about = self.about()
         if not about.runs(oldest):
             why = "; ".join(f"{name}: {problem}" for name, problem in about.problems.items())
@@ -207,9 +205,7 @@ class Device:
 
     def call(self, *words: str) -> dict[str, Any]:
         """The last record that a runner's command prints. Raises UserError for what it refuses."""
-        return self._checked(self._steadily(lambda: self.link.run(self.command(*words))))
-
-    def _checked(self, done: Done) -> dict[str, Any]:
+        done = self._steadily(lambda: self.link.run(self.command(*words)))
         record = last_record(done.out)
         if record.get("record") == "error":
             raise UserError(f"{self.link.url}: {one_line(record.get('error'), 300)}")

@@ -250,6 +250,8 @@ class _Run:
             return
         err = said.text()
         self._device.link.require_up(code, err)
+        if code == 0:  # adb's status where the device is lost
+            raise LinkDown("the connection ended")
         self._died(current, code, err)
 
     def _take(self, record: dict[str, Any], kept: bool = False) -> None:
@@ -260,8 +262,10 @@ class _Run:
         elif kind == "loaded again":
             self._again = _number(record.get("load_s"))
         elif kind == "loaded":
+            if record in self._loads:
+                return
             self._loads.append(record)
-            if not kept:
+            if not kept and len(self._loads) == 1:
                 for setting, why in _mapping(record.get("settings")).items():
                     self._note(f"set on the device: {one_line(setting, 80)}, as {one_line(why, 160)}")
         elif kind == "row":

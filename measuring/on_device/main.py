@@ -35,12 +35,14 @@ def main(arguments: list[str]) -> int:
             say({"record": "place", "lacking": place(Path(rest[0]))})
         elif command == "unpack":
             unpack(Path(rest[0]), [Path(wheel) for wheel in rest[1:]])
+            say({"record": "unpack"})
         elif command == "measure":
             measure(Path(rest[0]))
         elif command == "stop":
             say({"record": "stop", "stopped": Journal(Path(rest[0])).stop_holder()})
         elif command == "forget":
             Journal(Path(rest[0])).forget()
+            say({"record": "forget"})
         else:
             raise Refused(f"no command {command}")
     except Refused as error:
