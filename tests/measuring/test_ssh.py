@@ -128,6 +128,7 @@ def test_a_cut_link_loses_nothing_and_the_runner_goes_on(bundle: Path, sshd: Ssh
     assert sum("the link broke" in n for n in notes) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_for_a_while(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     """The link is cut and nobody answers; the runner is killed meanwhile, too."""
     device = tmp_path / "device"
@@ -148,6 +149,7 @@ def test_a_server_that_is_away_for_a_while(bundle: Path, sshd: Sshd, tmp_path: P
     assert any("the link broke" in n for n in notes)
 
 
+@pytest.mark.slow
 def test_a_device_that_stays_away_keeps_the_rows(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     device = tmp_path / "device"
     long = replace(LENGTHS, repeats=300)
@@ -221,6 +223,7 @@ def test_an_interrupted_command_stops_the_runner(bundle: Path, sshd: Sshd, tmp_p
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_no_resume_measures_everything_again(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     device = tmp_path / "device"
     process = start(bundle, sshd.url(device))
