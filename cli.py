@@ -445,7 +445,9 @@ _GENERATING = (
 
 
 @main.command()
-@click.argument("bundle", type=cli_options.path)
+@click.argument("bundle", type=cli_options.path, required=False)
+@click.option("-m", "--model", help="In place of BUNDLE, for predictions: a checkpoint; its config.json is enough.")
+@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="For -m: of all weights.")
 @click.option(
     "-p",
     "prompts",
@@ -468,7 +470,9 @@ _GENERATING = (
 @cli_options.threads
 @cli_options.check
 def profile(
-    bundle: Path,
+    bundle: Path | None,
+    model: str | None,
+    bits: int,
     formats: tuple[str, ...],
     new: int | None,
     output_format: str,
@@ -477,15 +481,32 @@ def profile(
     check: bool,
     **options: Any,
 ) -> None:
-    """Measure BUNDLE on this machine, or on devices (--device): llama-bench rows, load times, memory, time by op.
+    """Measure BUNDLE on this machine or on devices behind links, or predict it for devices of the library (--device).
 
-    Vendors' estimates stand beside.
+    llama-bench rows, load times, memory, time by op; vendors' estimates stand beside.
     """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
+    from .measuring.links import is_link
     from .reports.profile import profile_text
 
     lengths = {name: options.pop(name) for name in ("prompts", "depths", "repeats")}
+    if (bundle is None) == (model is None):
+        raise UserError("give a BUNDLE, or with --device NAME a checkpoint: -m MODEL")
+    if bundle is None or (devices and not any(is_link(device) for device in devices)):
+        from .commands.predict import predict_bundle, predict_model
+        from .reports.prediction import prediction_text
+
+        cli_options.require_no_device_options(options)
+        asked = ProfileLengths(new=new, **lengths)
+        if bundle is not None:
+            predicted = predict_bundle(bundle, devices, formats, asked)
+        elif model is not None and devices:
+            predicted = predict_model(model, devices, formats, bits, asked)
+        else:
+            raise UserError("-m MODEL is predicted, not measured; give --device NAME, or all")
+        click.echo(printable(prediction_text(predicted.as_json(), output_format)))
+        return
     if devices:
         from .commands.profile_devices import profile_devices, require_links
         from .measuring.measure import Settings
@@ -528,22 +549,32 @@ def devices() -> None:
 @devices.command("list")
 @cli_options.as_json
 def devices_list(as_json: bool) -> None:
-    """Name the known devices."""
+    """Name the known devices: chip, memory, units, and the targets that they run."""
     from .device_profiles.profile import list_profiles
+    from .reports.devices import device_rows, devices_text
 
-    profiles = list_profiles()
-    _print([p.name for p in profiles], "\n".join(f"{p.name}  ({p.kind})" for p in profiles), as_json)
+    rows = device_rows(list_profiles())
+    _print(rows, devices_text(rows), as_json)
 
 
 @devices.command("show")
 @click.argument("name")
 @cli_options.as_json
 def devices_show(name: str, as_json: bool) -> None:
-    """Print a profile as TOML."""
-    from .device_profiles.profile import load, to_toml
+    """Print a profile as TOML, each number with its source."""
+    from .device_profiles.profile import load
+    from .reports.devices import device_text
 
     device = load(name)
-    _print(device.model_dump(mode="json"), to_toml(device).rstrip("\n"), as_json)
+    _print(device.model_dump(mode="json"), device_text(device), as_json)
+
+
+@devices.command("schema")
+def devices_schema() -> None:
+    """Print the JSON schema of a profile."""
+    from .device_profiles.profile import DeviceProfile
+
+    click.echo(json.dumps(DeviceProfile.model_json_schema(), indent=1))
 
 
 @devices.command("measure")
@@ -561,6 +592,37 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     save(host, target)
     note(f"wrote {target}")
     click.echo(to_toml(host).rstrip("\n"))
+
+
+@devices.command("evaluate")
+@click.option("--data", type=cli_options.path, help="Rows to predict, as CSV. Default: those that ship.")
+@click.option("--models", type=cli_options.path, help="Sizes of models that are not in the shipped table, as CSV.")
+@click.option("--hold-out", type=click.Choice(cli_options.HOLD_OUTS), default="architecture", show_default=True)
+@cli_options.as_json
+def devices_evaluate(data: Path | None, models: Path | None, hold_out: str, as_json: bool) -> None:
+    """Predict published speeds without the rows they are in, and say how far off that is."""
+    from .commands.devices import evaluate
+    from .reports.evaluation import evaluation_text
+
+    found = evaluate(data, models, hold_out)
+    whole = {"hold_out": hold_out, "summary": found.summary, "left_out": found.left_out, "rows": found.rows}
+    _print(whole, evaluation_text(found.summary, hold_out, found.left_out), as_json)
+
+
+@devices.command("calibrate")
+@click.option(
+    "--data", type=cli_options.path, required=True, help="Measured rows, as CSV; docs/devices.md has the columns."
+)
+@click.option("--models", type=cli_options.path, help="Sizes of models that are not in the shipped table, as CSV.")
+@click.option(
+    "-o", "--output", type=cli_options.path, help="Write the costs here. Default: where predictions read them."
+)
+def devices_calibrate(data: Path, models: Path | None, output: Path | None) -> None:
+    """Fit the costs that predictions use to rows of your own, beside those that ship."""
+    from .commands.devices import recalibrate
+
+    path, used = recalibrate(data, models, output)
+    click.echo(f"{path}: costs from the published rows and {used} of {data}")
 
 
 @main.command()
@@ -609,6 +671,47 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
             Bundle.open(bundle).write_report(name, report)
         except UserError as error:
             note(f"the report is not kept: {error}")
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--platform", required=True, metavar="NAME", help="What the project is for: web, cpp.")
+@click.option("-o", "--output", type=cli_options.path, required=True, help="The project's folder; a new one.")
+@click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
+@click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
+@click.option(
+    "--packages", type=cli_options.path, metavar="DIR", help="Of web: a node_modules folder with what the site is shipped with."
+)
+@click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
+@cli_options.check
+@cli_options.as_json
+def embed(bundle: Path, platform: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Make an app of BUNDLE: a project that builds, with the model, golden traces and a model card."""
+    from .apps.embed import EmbedOptions
+    from .apps.embed import embed as make
+    from .apps.platforms import device_memory
+    from .apps.summary import project_json, project_text
+
+    asked = EmbedOptions(
+        platform,
+        options["name"],
+        options["packages"],
+        None if options["device"] is None else device_memory(options["device"]),
+        tokenizer=not options["no_tokenizer"],
+        check=options["check"],
+    )
+    project = make(bundle, output, asked, note)
+    _print(project_json(project, output, platform), project_text(project, output, platform), as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=cli_options.path)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
+def preview(folder: Path, port: int) -> None:
+    """Serve the site in DIR, made by 'embed --platform web', to this machine's browsers."""
+    from .apps.preview import preview as serve_site
+
+    serve_site(folder, port, note)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from pathlib import Path, PurePosixPath
 
@@ -40,6 +41,7 @@ def download(model: str) -> Path:
     """
     import huggingface_hub  # here, as its import is slow
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of patterns that no file has
     repository, _, wanted = model.partition(":")
 
     def fetched(patterns: list[str]) -> Path:
@@ -55,7 +57,8 @@ def download(model: str) -> Path:
     if not wanted and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists()):
         return folder
     try:
-        names = huggingface_hub.list_repo_files(repository)
+        # Not list_repo_files: it tries again for half a minute where there is no network.
+        names = [file.rfilename for file in huggingface_hub.model_info(repository).siblings or []]
     except Exception:  # the hub is not there: what the cache has of it
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
     models = models_of([name for name in names if name.lower().endswith(".gguf") and _stays_inside(name)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -17,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..errors import UserError
 from ..system.reading import nearest, one_line, read_text
+from ..system.writing import write_file
+from .lines import line_of
 
 _SIZE_LIMIT = 32 << 10  # a profile has a few KiB
 _LIBRARY = Path(__file__).parent
@@ -243,7 +244,7 @@ def load(name_or_path: str | Path) -> DeviceProfile:
     known = _named()
     if text not in known:
         raise UserError(
-            f"unknown device {one_line(text, 80)!r}{nearest(text, known)}; known: {', '.join(sorted(known))}; "
+            f"unknown device {one_line(text, 80)!r}{nearest(text, known)}; `edgewright devices list` names the {len(known)} known; "
             "or give the path of a .toml file"
         )
     return _read_named(known[text])
@@ -255,19 +256,21 @@ def list_profiles() -> list[DeviceProfile]:
 
 
 def parse(text: str, origin: str) -> DeviceProfile:
-    """The profile in a TOML text. Raises UserError, which names `origin`, if it is none."""
-    if _LONG_NUMBER.search(text):
-        raise UserError(f"{one_line(origin)}: a number of hundreds of digits, which no device has; mend it")
-    if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
-        raise UserError(f"{one_line(origin)}: a line of thousands of dots, which no profile has; mend it")
+    """The profile in a TOML text. Raises UserError, which names `origin`, the key and its line, if it is none."""
+    for number, written in enumerate(text.split("\n"), 1):
+        strange = "a number of hundreds of digits" if _LONG_NUMBER.search(written) else None
+        strange = strange or ("thousands of dots" if written.count(".") > _MOST_DOTS else None)
+        if strange:
+            raise UserError(f"{one_line(origin)}, line {number}: {strange}, which no profile has; mend it")
     try:
         return DeviceProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the profile"
         reason = one_line(f"{where}: {first['msg']}", 200)
+        line, _ = line_of(text, first["loc"])
         raise UserError(
-            f"{one_line(origin)}: not a device profile ({reason}); mend it, or run `edgewright devices measure`"
+            f"{one_line(origin)}, line {line}: not a device profile ({reason}); mend it, or run `edgewright devices measure`"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{one_line(origin)}: not valid TOML ({one_line(error, 100)}); mend it") from None
@@ -280,35 +283,29 @@ def to_toml(profile: DeviceProfile) -> str:
 
 def save(profile: DeviceProfile, path: Path) -> None:
     """Write the profile to `path`, and make its folder; the file appears complete or not at all. Raises UserError if it cannot."""
-    path = Path(path)
-    part: str | None = None
+    make_folder(Path(path))
+    write_file(Path(path), to_toml(profile))
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that a file is to lie in. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_toml(profile))
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes it readable by the owner alone, but a profile is no secret.
-        os.chmod(part, 0o644)
-        os.replace(part, path)
     except OSError as error:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
-        raise UserError(
-            f"{one_line(path)}: cannot be written ({error.strerror or one_line(error)}); choose another -o"
-        ) from None
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{one_line(path)} cannot be written ({reason}); choose another -o") from None
 
 
 def user_path(name: str) -> Path:
     """Where the user's profile of this name is kept: `$XDG_CONFIG_HOME/edgewright/devices`, or ~/.config. Raises UserError."""
     try:
-        return _user_folder() / f"{_file_name(name)}.toml"
+        return user_folder() / f"{_file_name(name)}.toml"
     except ValueError as error:
         raise UserError(f"device name {one_line(name, 80)!r}: {error}") from None
 
 
-def _user_folder() -> Path:
+def user_folder() -> Path:
+    """Where the user's profiles lie. Raises UserError where there is no home."""
     configured = os.environ.get("XDG_CONFIG_HOME", "")
     # By the XDG rules a relative path is ignored.
     if os.path.isabs(configured):
@@ -323,7 +320,7 @@ def _named() -> dict[str, Path]:
     """Name -> file, of the library and of the user; the user's file is taken where both have one."""
     return {
         p.stem: p
-        for folder in (_LIBRARY, _user_folder())
+        for folder in (_LIBRARY, user_folder())
         for p in sorted(folder.glob("*.toml"))
         if _NAME.fullmatch(p.stem)
     }
@@ -332,8 +329,9 @@ def _named() -> dict[str, Path]:
 def _read_named(path: Path) -> DeviceProfile:
     profile = _read(path)
     if profile.name != path.stem:
+        line, _ = line_of(read_text(path, _SIZE_LIMIT), ("name",))
         raise UserError(
-            f"{one_line(path)}: the profile inside is named {profile.name!r}; name the file {profile.name}.toml"
+            f"{one_line(path)}, line {line}: the profile is named {profile.name!r}; name the file {profile.name}.toml"
         )
     return profile
 

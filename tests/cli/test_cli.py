@@ -415,10 +415,16 @@ def test_doctor_and_devices() -> None:
     assert "verifies" in found["targets"]["onnx"]["here"]
     text = passed(edgewright("doctor"))
     assert all(any(line.startswith(name) for line in text.splitlines()) for name in found["targets"])
-    names = json.loads(passed(edgewright("devices", "list", "--json")))
-    assert names
+    names = [row["name"] for row in json.loads(passed(edgewright("devices", "list", "--json")))]
+    assert "samsung-galaxy-s25" in names
+    listed = [line.strip() for line in passed(edgewright("devices", "list")).splitlines()]
+    assert [line.split()[0] for line in listed[2:]] == names
+    assert any(re.match("dragonwing-q-8750 +board +another name of samsung-galaxy-s25", line) for line in listed)
     shown = json.loads(passed(edgewright("devices", "show", names[0], "--json")))
     assert shown["name"] == names[0]
+    alias = passed(edgewright("devices", "show", "dragonwing-q-8750"))
+    assert alias.startswith("# another name of samsung-galaxy-s25")
+    assert json.loads(passed(edgewright("devices", "schema")))["title"] == "DeviceProfile"
     assert "absent-device" in refused(edgewright("devices", "show", "absent-device"))
 
 

@@ -65,6 +65,7 @@ def test_a_failed_verification_is_one_where_its_report_cannot_be_written(unwrita
     assert result.stderr.splitlines()[-1].startswith("verification failed: ")
 
 
+@pytest.mark.slow
 def test_the_report_is_kept_where_the_reader_has_gone(bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)

@@ -19,7 +19,7 @@ from edgewright.runtimes.transcribe import SpeechOptions
 pytestmark = pytest.mark.exports
 
 
-@pytest.fixture(scope="module", params=["moonshine", "whisper"])
+@pytest.fixture(scope="module", params=[pytest.param("moonshine", marks=pytest.mark.slow), "whisper"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -161,6 +161,7 @@ def test_a_manifest_that_does_not_fit_the_encoder_is_one_line(folder: Path, tmp_
             Bundle.open(root)
 
 
+@pytest.mark.slow
 def test_a_model_of_text_hears_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = tiny.write_tiny_t5gemma(tmp_path / "model")
     passed(edgewright("export", "-m", model, "--bits", "6", "--no-verify", "-o", tmp_path / "bundle"))

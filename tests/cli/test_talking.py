@@ -39,9 +39,12 @@ KEY = "a key"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("talking"), context=128)
+
+
+def exported(folder: Path, context: int) -> Path:
     """A tiny Llama of random weights that talks in letters and phonemes."""
-    folder = tmp_path_factory.mktemp("talking")
-    model = tiny.write_tiny_llama(folder / "model", num_hidden_layers=1, max_position_embeddings=128)
+    model = tiny.write_tiny_llama(folder / "model", num_hidden_layers=1, max_position_embeddings=context)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny.EXAMPLE / name, model / name)
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -87,8 +90,9 @@ def test_turns_over_a_pipe(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
-def test_ctrl_c_ends_an_answer_and_not_the_chat(bundle: Path) -> None:
-    command = [sys.executable, "-u", "-m", "edgewright.cli", "chat", str(bundle), "-n", "100", "--temperature", "1"]
+def test_ctrl_c_ends_an_answer_and_not_the_chat(tmp_path: Path) -> None:
+    bundle = exported(tmp_path, context=4096)
+    command = [sys.executable, "-u", "-m", "edgewright.cli", "chat", str(bundle), "-n", "4000"]  # for seconds
 
     def handle_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

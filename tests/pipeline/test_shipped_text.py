@@ -108,7 +108,7 @@ def test_a_plan_made_on_it_is_carried_out_on_it(causal: Path, tmp_path: Path) ->
     assert carried.plan.calibration == made.plan.calibration
 
 
-@pytest.mark.parametrize("kind", ["causal", "letters", "seq2seq"])
+@pytest.mark.parametrize("kind", ["causal", *(pytest.param(k, marks=pytest.mark.slow) for k in ("letters", "seq2seq"))])
 def test_every_export_says_its_quality(kind: str, causal: Path, tmp_path: Path) -> None:
     if kind == "causal":
         model = causal

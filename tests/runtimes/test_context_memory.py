@@ -126,6 +126,7 @@ def edgewright(*arguments: Any) -> Any:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_run_answers_from_a_context_and_from_its_kept_memory(bundle: Path, tmp_path: Path) -> None:
     task = read_task(EXAMPLE / "task.tsv", 1, contexts=True)
     text, memory = tmp_path / "context.txt", tmp_path / "memory"
@@ -153,6 +154,7 @@ def test_run_answers_from_a_context_and_from_its_kept_memory(bundle: Path, tmp_p
         assert edgewright("run", bundle, "--prompt", "Which version?", *extra).exit_code == 2
 
 
+@pytest.mark.slow
 def test_an_open_bundle_reads_a_context_once_for_many_prompts(bundle: Path, tmp_path: Path) -> None:
     task = read_task(EXAMPLE / "task.tsv", 1, contexts=True)
     opened = open_bundle(bundle, "onnx", threads=1)
@@ -182,6 +184,7 @@ def test_other_models_keep_no_memory(tmp_path: Path) -> None:
     assert "keeps no memory of a context" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_examples_task_is_answered_through_the_memory(bundle: Path) -> None:
     """Right more often with its own context than with another's."""
     opened = Bundle.open(bundle)
@@ -192,12 +195,14 @@ def test_the_examples_task_is_answered_through_the_memory(bundle: Path) -> None:
     assert own > task_accuracy(session, opened, task) + 0.1
 
 
+@pytest.mark.slow
 def test_profile_measures_reading(bundle: Path) -> None:
     result = edgewright("profile", bundle, "-p", "64", "-n", "4", "-r", "1")
     assert result.exit_code == 0, result.stderr
     assert "pp64" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_manifest_whose_contexts_do_not_fit_is_refused(bundle: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(bundle).manifest.model_dump(mode="json")
     assert len(manifest["contexts"]) == len(manifest["prompts"])

@@ -174,6 +174,7 @@ def test_a_wrong_artefact_fails_by_its_cosine(bundle: Path, monkeypatch: pytest.
         require(found)
 
 
+@pytest.mark.slow
 @pytest.mark.exports
 def test_calibrated_bits_are_better_than_uniform_ones(model: Path, corpus: Path, tmp_path: Path) -> None:
     told: list[str] = []

@@ -17,7 +17,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-QUICK = ("falcon_h1", "module")
+QUICK = ("lfm2", "module")
 """One with both kinds of state, and a module. The others through ONNX are slow tests."""
 
 

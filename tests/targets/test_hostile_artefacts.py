@@ -56,6 +56,7 @@ def edit(path: Path, change: hostile.Edit) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+@pytest.mark.slow
 def test_a_graph_in_a_scan_passes(tmp_path: Path) -> None:
     """Of all families SambaY alone has a graph in a node."""
     model = write(tmp_path / "model", FAMILIES["phi4flash"])

@@ -74,6 +74,7 @@ def test_mixed_widths_match_the_reference(mixed: Exported) -> None:
     assert target.shipped.max_relative_error > target.lowering.max_relative_error  # the rounding mode does round
 
 
+@pytest.mark.slow
 def test_t5gemma_matches_the_reference(t5gemma: Exported) -> None:
     assert t5gemma.report is not None
     (target,) = t5gemma.report.targets
@@ -93,6 +94,7 @@ def test_t5gemma_matches_the_reference(t5gemma: Exported) -> None:
     assert verify_here(t5gemma.path).passed
 
 
+@pytest.mark.slow
 def test_the_package_describes_itself(t5gemma: Exported) -> None:
     """Who made it and what each input, output and state is, read from the specification as Xcode does."""
     from coremltools.proto import Model_pb2
@@ -158,6 +160,7 @@ def test_weights_that_are_alike_keep_all_their_names(tmp_path: Path) -> None:
     assert set(tensors) == set(dict(coreml.read_weights(exported.path / "coreml")))
 
 
+@pytest.mark.slow
 def test_tied_embedding_and_both_decoder_functions_share_their_bytes(t5gemma: Exported) -> None:
     package = Package(t5gemma.path / "coreml" / PACKAGE)
     outputs = [op.outputs[0][0] for op in package.functions["decoder"].ops if op.outputs]

@@ -120,7 +120,7 @@ class Case:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n == "gemma3" else n for n in WRITERS]
+    scope="module", params=[n if n == "llama" else pytest.param(n, marks=pytest.mark.slow) for n in WRITERS]
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name = request.param

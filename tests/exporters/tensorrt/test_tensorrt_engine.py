@@ -198,6 +198,7 @@ def test_what_an_engine_was_not_built_for_is_refused(made: tuple[Path, list[Grap
         session.run("encoder", {"input_ids": ids, "encoder_mask": ids > 0}, session.new_state(1, 8))
 
 
+@pytest.mark.slow
 def test_an_engine_that_lacks_a_port_is_refused(
     made: tuple[Path, list[GraphSpec], list[FakeEngine]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +208,7 @@ def test_an_engine_that_lacks_a_port_is_refused(
         open_tensorrt(folder, graphs)
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_gpu_is_refused(made: tuple[Path, list[GraphSpec], list[FakeEngine]]) -> None:
     folder, graphs, _ = made
     (folder / "decoder.engine").write_bytes(b"of another GPU")
