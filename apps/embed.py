@@ -116,7 +116,10 @@ def _site(files: Mapping[str, bytes | Path], values: Mapping[str, Any], vendored
     values = {**values, "vendored": ", ".join(vendored.packages), "version": "", "shell": []}
     pages = render("web", values)
     own = {name: contents for name, contents in {**files, **pages}.items() if not name.startswith(f"{MODEL}/")}
-    kept = [name for name in sorted(own) if name not in ("sw.js", "README.md")] + [f"{MODEL}/{APP}", f"{MODEL}/{TRACES}"]
+    kept = [name for name in sorted(own) if name not in ("sw.js", "README.md")] + [
+        f"{MODEL}/{APP}",
+        f"{MODEL}/{TRACES}",
+    ]
     digest = hashlib.sha256()
     for name in kept:
         contents = own.get(name, files.get(name, b""))

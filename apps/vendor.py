@@ -47,5 +47,7 @@ def find_packages(named: Path | None) -> Vendored:
             path = whole[0] / package / "dist" / name
             require_regular(path, _LARGEST)
             files[f"{FOLDER}/{name}"] = path
-    packages = tuple(f"{p} {one_line(f.get('version'), 20)} ({one_line(f.get('license'), 20)})" for p, f in facts.items())
+    packages = tuple(
+        f"{p} {one_line(f.get('version'), 20)} ({one_line(f.get('license'), 20)})" for p, f in facts.items()
+    )
     return Vendored(files, str(facts[ONNXRUNTIME].get("version")), packages)

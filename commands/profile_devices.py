@@ -60,11 +60,12 @@ def profile_devices(
 
 
 def require_links(devices: Sequence[str]) -> None:
-    """Raise UserError for a device that is no way to one."""
+    """Raise UserError for a device that is a name of the library among links."""
     for device in devices:
         if not is_link(device):
             raise UserError(
-                f"--device {one_line(device, 80)} is a name, and a name is reached by no link; give ssh://user@host, adb or adb://SERIAL"
+                f"--device {one_line(device, 80)} is a name, and names are predicted; give links (ssh://user@host, adb, "
+                "adb://SERIAL) in a command of their own"
             )
 
 

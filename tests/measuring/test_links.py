@@ -126,8 +126,9 @@ def test_no_wheels_for_it(tmp_path: Path, python: str, libc: tuple[str, str]) ->
 
 
 def test_names_and_options_without_a_link(tmp_path: Path) -> None:
-    line = refused(edgewright("profile", tmp_path, "--device", "samsung-galaxy-s26"))
-    assert "samsung-galaxy-s26 is a name, and a name is reached by no link" in line
+    line = refused(edgewright("profile", tmp_path, "--device", "samsung-galaxy-s25", "--device", "adb"))
+    assert "samsung-galaxy-s25 is a name, and names are predicted; give links" in line
+    assert "is a name" in refused(edgewright("doctor", "--device", "samsung-galaxy-s25"))
     for flag in (["--sustain", "5"], ["--cool-within", "1"], ["--device-python", "x"], ["--no-resume"]):
         assert f"{flag[0]} is for a device behind a link" in refused(edgewright("profile", tmp_path, *flag))
     line = refused(edgewright("profile", tmp_path, "--device", "local://", "--format", "coreml"))
