@@ -107,8 +107,10 @@ def test_every_row_comes_back(bundle: Path, phone: FakeAdbd, monkeypatch: pytest
     for row in result.rows[:-1]:
         assert (row.figure, row.n) == ("measured", 30)
         assert row.cool == {"cool": True, "waited_s": 0.0, "limit_celsius": 50.0}
-        assert row.before["throttling"] == row.after["throttling"] == "Android thermal status 0"
-        assert row.before["celsius"] == {"CPU0": 41.5, "SKIN": 36.2}
+        assert row.before is not None
+        assert row.after is not None
+        assert row.before.throttling == row.after.throttling == "Android thermal status 0"
+        assert row.before.celsius == {"CPU0": 41.5, "SKIN": 36.2}
         assert row.energy == "not measured"  # it is on a cable
     # the runner sets what cures onnxruntime#33196, and says so
     ((setting, why),) = result.settings.items()
@@ -177,4 +179,4 @@ def test_doctor_of_a_phone(phone: FakeAdbd) -> None:
 def test_a_phone_that_is_not_there(bundle: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "WAITS", (0.0,))
     with pytest.raises(UserError, match=r"the device does not answer .*not found"):
-        profile_devices(bundle, ["adb://no-such-phone"], LENGTHS, settings())
+        list(profile_devices(bundle, ["adb://no-such-phone"], LENGTHS, settings()))

@@ -51,6 +51,23 @@ def test_clocks_by_cluster(tmp_path: Path) -> None:
     assert found[0] == {"cores": "0 1 2 3", "mhz": 614.4, "most_mhz": 2265.6, "governor": "walt"}
 
 
+def test_the_fastest_cores() -> None:
+    clusters = [
+        {"cores": "0 1 2 3", "most_mhz": 1800.0},
+        {"cores": "4 5 6", "most_mhz": 2400.0},
+        {"cores": "7", "most_mhz": 2900.0},
+    ]
+    assert sensors.fastest_cores(clusters, 2) == {7, 4}
+    assert sensors.fastest_cores(clusters, 4) == {7, 4, 5, 6}
+    assert (
+        sensors.fastest_cores(clusters, 0)
+        == sensors.fastest_cores(clusters, 8)
+        == sensors.fastest_cores(NOT_MEASURED, 2)
+        == set()
+    )
+    assert sensors.fastest_cores([clusters[0], clusters[0]], 2) == set()
+
+
 def test_temperatures_in_thousandths_or_degrees(tmp_path: Path) -> None:
     zones = {
         "0": ("cpu-thermal", "48312"),
@@ -192,6 +209,11 @@ def test_a_device_that_stays_hot_is_measured_and_said_so(monkeypatch: pytest.Mon
     cool = Cool(0.0)
     assert cool.limit == 50.0
     assert cool.wait()["cool"] is False
+
+
+def test_a_run_that_goes_on_waits_for_the_coolness_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "hottest", lambda: 80.0)
+    assert Cool(300.0, [{"cool": {"limit_celsius": 52.0}}, {"test": "answer"}]).limit == 52.0
 
 
 def test_androids_status_counts_more_than_a_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
