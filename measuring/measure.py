@@ -267,7 +267,7 @@ class _Run:
         """One record, as the runner told it or as it was kept here."""
         kind = record.get("record")
         if kind == "end":
-            self._ended = True
+            self._ended = not kept
         elif kind == "loaded again":
             self._again = _number(record.get("load_s"))
         elif kind == "loaded":
