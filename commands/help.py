@@ -65,7 +65,6 @@ EXAMPLES = {
     ),
     "profile": (
         "edgewright profile bundle -p 512 -n 128 -d 0,1024",
-        "edgewright profile bundle --format onnx -o json",
         "edgewright profile bundle --device ssh://pi@raspberrypi.local --sustain 120",
     ),
     "compare": (
@@ -73,7 +72,7 @@ EXAMPLES = {
         "edgewright compare bundles/* -o csv",
     ),
     "inspect": ("edgewright inspect ./llama", "edgewright inspect bundle --json"),
-    "doctor": ("edgewright doctor", "edgewright doctor --json", "edgewright doctor --device adb"),
+    "doctor": ("edgewright doctor", "edgewright doctor --device ssh://pi@raspberrypi.local"),
     "completion": (
         'eval "$(edgewright completion bash)"',
         "edgewright completion fish > ~/.config/fish/completions/edgewright.fish",
