@@ -44,7 +44,7 @@ _ADB_LOST = re.compile(
 )
 _ADB_REFUSES = re.compile(r"unauthorized|more than one device|no permissions")
 _ENDED = "edgewright-ended-"
-_LOCAL, _HOME, _ANDROID = "edgewright-device", ".cache/edgewright", "/data/local/tmp/edgewright"
+_HOME, _ANDROID = ".cache/edgewright", "/data/local/tmp/edgewright"
 
 
 class LinkDown(Exception):
@@ -100,7 +100,7 @@ def open_link(url: str) -> Link:
     if folder is not None and not re.fullmatch(r"[A-Za-z0-9_./ +@:-]{1,400}", folder):
         raise UserError(f"{one_line(url, 120)}: a folder on a device is letters, digits and '_./ +@:-'")
     if scheme == "local" and not address:
-        return LocalLink(url, folder or str(Path(tempfile.gettempdir()) / _LOCAL))
+        return LocalLink(url, folder or str(Path.home() / _HOME))
     if scheme == "ssh":
         host, _, port = address.rpartition(":") if re.search(r":\d+$", address) else (address, "", "")
         _require_host("ssh", host, url)
