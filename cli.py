@@ -659,7 +659,10 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 @click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
 @click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
 @click.option(
-    "--packages", type=cli_options.path, metavar="DIR", help="Of web: a node_modules folder with what the site is shipped with."
+    "--packages",
+    type=cli_options.path,
+    metavar="DIR",
+    help="Of web: a node_modules folder with what the site is shipped with.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
 @cli_options.check
