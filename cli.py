@@ -445,7 +445,9 @@ _GENERATING = (
 
 
 @main.command()
-@click.argument("bundle", type=cli_options.path)
+@click.argument("bundle", type=cli_options.path, required=False)
+@click.option("-m", "--model", help="In place of BUNDLE, for predictions: a checkpoint; its config.json is enough.")
+@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="For -m: of all weights.")
 @click.option(
     "-p",
     "prompts",
@@ -468,7 +470,9 @@ _GENERATING = (
 @cli_options.threads
 @cli_options.check
 def profile(
-    bundle: Path,
+    bundle: Path | None,
+    model: str | None,
+    bits: int,
     formats: tuple[str, ...],
     new: int | None,
     output_format: str,
@@ -477,15 +481,32 @@ def profile(
     check: bool,
     **options: Any,
 ) -> None:
-    """Measure BUNDLE on this machine, or on devices (--device): llama-bench rows, load times, memory, time by op.
+    """Measure BUNDLE on this machine or on devices behind links, or predict it for devices of the library (--device).
 
-    Vendors' estimates stand beside.
+    llama-bench rows, load times, memory, time by op; vendors' estimates stand beside.
     """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
+    from .measuring.links import is_link
     from .reports.profile import profile_text
 
     lengths = {name: options.pop(name) for name in ("prompts", "depths", "repeats")}
+    if (bundle is None) == (model is None):
+        raise UserError("give a BUNDLE, or with --device NAME a checkpoint: -m MODEL")
+    if bundle is None or (devices and not any(is_link(device) for device in devices)):
+        from .commands.predict import predict_bundle, predict_model
+        from .reports.prediction import prediction_text
+
+        cli_options.require_no_device_options(options)
+        asked = ProfileLengths(new=new, **lengths)
+        if bundle is not None:
+            predicted = predict_bundle(bundle, devices, formats, asked)
+        elif model is not None and devices:
+            predicted = predict_model(model, devices, formats, bits, asked)
+        else:
+            raise UserError("-m MODEL is predicted, not measured; give --device NAME, or all")
+        click.echo(printable(prediction_text(predicted.as_json(), output_format)))
+        return
     if devices:
         from .commands.profile_devices import profile_devices, require_links
         from .measuring.measure import Settings
@@ -561,7 +582,10 @@ def devices_schema() -> None:
     "-o", "--output", type=cli_options.path, help="Write the profile here. Default: the user's device folder."
 )
 @click.option("--seconds", type=float, default=20.0, show_default=True)
-def devices_measure(output: Path | None, seconds: float) -> None:
+@click.option(
+    "--models", is_flag=True, help="Run small models of random weights, too: minutes; predictions then rest on them."
+)
+def devices_measure(output: Path | None, seconds: float, models: bool) -> None:
     """Measure this machine's bandwidth and peak rates and write its profile."""
     from .device_profiles.measure_host import measure_host
     from .device_profiles.profile import save, to_toml, user_path
@@ -570,6 +594,10 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     target = output or user_path(host.name)
     save(host, target)
     note(f"wrote {target}")
+    if models:
+        from .commands.measure_models import measure_models
+
+        note(f"wrote {measure_models(host.name, note)}")
     click.echo(to_toml(host).rstrip("\n"))
 
 

@@ -100,16 +100,19 @@ class Device:
 
     def connect(self) -> About:
         """Put the runner there and ask it. Raises UserError where nobody is let in, or there is no Python."""
-        self._require_python()
-        self._steadily(lambda: self._shell("mkdir", "-p", self.link.folder))
-        done = self._steadily(lambda: self.link.run(["test", "-f", self._runner]))
-        if done.code:
+        done = self._steadily(lambda: self.link.run(self.command("about", self.link.folder)))
+        if done.code or last_record(done.out).get("record") != "about":  # the first time, or something lacks
+            self._require_python()
+            self._steadily(lambda: self._shell("mkdir", "-p", self.link.folder))
             self.put(runner(), self._runner)
-        return self.about()
+            return self.about()
+        return self._about_of(last_record(done.out))
 
     def about(self) -> About:
         """What the device says now. Raises UserError."""
-        told = self.call("about", self.link.folder)
+        return self._about_of(self.call("about", self.link.folder))
+
+    def _about_of(self, told: dict[str, Any]) -> About:
         try:
             return About.model_validate(told)
         except ValidationError as error:
@@ -117,12 +120,11 @@ class Device:
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{self.link.url}: the device says of its {where}: {one_line(first['msg'], 120)}") from None
 
-    def bring_libraries(self, oldest: str) -> About:
+    def bring_libraries(self, about: About, oldest: str) -> About:
         """See that the device has numpy and an onnxruntime no older than `oldest`: its own, or wheels that are sent once.
 
-        Raises UserError where there are no wheels for it, or they do not run there.
+        about: what `connect` returned. Raises UserError where there are no wheels for it, or they do not run there.
         """
-        about = self.about()
         if about.runs(oldest):
             return about
         lacks = (
@@ -196,21 +198,7 @@ class Device:
 
     def put(self, data: bytes, remote: str) -> None:
         """A small file, which appears whole or not at all."""
-
-        def once() -> None:
-            partial = f"{remote}.partial"
-            self._shell("rm", "-f", partial)
-            self.link.append(local, partial, 0)
-            self._shell("mv", "-f", partial, remote)
-
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder, "data")
-            local.write_bytes(data)
-            self._steadily(once)
-
-    def remove(self, *remote: str) -> None:
-        """Remove files and folders of the device's folder."""
-        self._steadily(lambda: self._shell("rm", "-rf", *remote))
+        self._steadily(lambda: self.link.write(data, remote))
 
     def command(self, *words: str) -> list[str]:
         """The command line of a runner's command. A shell stays before it, so that a killed runner has a status."""

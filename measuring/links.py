@@ -39,7 +39,7 @@ _SSH_REFUSES = re.compile(
     r"Permission denied|Host key verification failed|Could not resolve|REMOTE HOST IDENTIFICATION"
 )
 _ADB_LOST = re.compile(
-    r"^(?:adb: )?error: (?:device|no devices|closed|protocol|connect|failed to (?:read|get|copy)|unknown|timeout)",
+    r"^(?:adb: )?error: .*(?:offline|not found|no devices|closed|protocol fault|connect|timed? ?out|failed to (?:read|write))",
     re.MULTILINE,
 )
 _ADB_REFUSES = re.compile(r"unauthorized|more than one device|no permissions")
@@ -81,8 +81,8 @@ class Link(Protocol):
         """Append what `local` has from `offset` on to a file on the device, whose folder is there. Raises as `run`."""
         ...
 
-    def read(self, remote: str) -> bytes:
-        """A file of the device. Raises as `run`; UserError where it is not there."""
+    def write(self, data: bytes, remote: str) -> None:
+        """A small file, which appears whole or not at all; its folder is there. Raises as `run`."""
         ...
 
 
@@ -133,11 +133,10 @@ class LocalLink:
             source.seek(offset)
             shutil.copyfileobj(source, target, 1 << 20)
 
-    def read(self, remote: str) -> bytes:
-        try:
-            return Path(remote).read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.url}: {one_line(remote)} cannot be read ({error.strerror})") from None
+    def write(self, data: bytes, remote: str) -> None:
+        partial = Path(f"{remote}.partial")
+        partial.write_bytes(data)
+        partial.replace(remote)
 
 
 class SshLink:
@@ -168,21 +167,21 @@ class SshLink:
         with open(local, "rb") as source:
             source.seek(offset)
             command = [*self._begin, f"cat >> {shlex.quote(remote)}"]
-            done = subprocess.run(command, stdin=source, capture_output=True, check=False)
-        err = done.stderr.decode("utf-8", "replace")
-        self.require_up(done.returncode, err)
-        if done.returncode:
-            raise UserError(f"{self.url}: {one_line(remote)} cannot be written there ({_last(err)})")
+            self._require_written(subprocess.run(command, stdin=source, capture_output=True, check=False), remote)
 
-    def read(self, remote: str) -> bytes:
-        done = subprocess.run(
-            [*self._begin, f"cat {shlex.quote(remote)}"], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+    def write(self, data: bytes, remote: str) -> None:
+        # cat takes the end of a broken link for the end of the file
+        whole = f"cat > {{0}} && [ $(wc -c < {{0}}) -eq {len(data)} ] && mv -f {{0}} {shlex.quote(remote)}"
+        command = [*self._begin, whole.format(shlex.quote(f"{remote}.partial"))]
+        self._require_written(subprocess.run(command, input=data, capture_output=True, check=False), remote)
+
+    def _require_written(self, done: subprocess.CompletedProcess[bytes], remote: str) -> None:
         err = done.stderr.decode("utf-8", "replace")
         self.require_up(done.returncode, err)
         if done.returncode:
-            raise UserError(f"{self.url}: {one_line(remote)} cannot be read there ({_last(err)})")
-        return done.stdout
+            raise UserError(
+                f"{self.url}: {one_line(remote)} cannot be written there ({_last(err) or 'it was cut off'})"
+            )
 
 
 class AdbLink:
@@ -221,15 +220,21 @@ class AdbLink:
                 if done.code:
                     raise UserError(f"{self.url}: {one_line(remote)} cannot be written there ({_last(done.err)})")
 
-    def read(self, remote: str) -> bytes:
+    def write(self, data: bytes, remote: str) -> None:
+        partial = f"{remote}.partial"
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder, "file")
-            self._copy(["pull", remote, str(target)])
-            return target.read_bytes()
+            local = Path(folder, "file")
+            local.write_bytes(data)
+            self._copy(["push", str(local), partial])
+        done = self.run(["mv", "-f", partial, remote])
+        if done.code:
+            raise UserError(f"{self.url}: {one_line(remote)} cannot be written there ({_last(done.err)})")
 
     def _copy(self, command: list[str]) -> None:
         done = _done([*self._adb, *command], 3600.0)
-        self.require_up(done.code, done.err)
+        self.require_up(
+            done.code, f"{done.err}\n{done.out}"
+        )  # of push and pull it tells some errors on standard output
         if done.code:
             raise UserError(f"{self.url}: adb {command[0]} failed ({_last(done.err) or _last(done.out)})")
 

@@ -127,8 +127,7 @@ def measure(
     what was finished is then kept for the same command.
     """
     device = Device(link, settings.python, note)
-    device.connect()
-    about = device.bring_libraries(oldest)
+    about = device.bring_libraries(device.connect(), oldest)
     if about.emulated:
         note("an emulator runs the device's programs: no times are told")
     folder = _send(bundle, device)
@@ -316,8 +315,7 @@ class _Run:
 
     def _forget(self) -> None:
         """Remove both journals; a process that still measures is ended first."""
-        self._device.call("stop", self._journal)
-        self._device.remove(self._journal, f"{self._journal}.lock", f"{self._journal}.request")
+        self._device.call("forget", self._journal)
         self._kept_path.unlink(missing_ok=True)
 
 

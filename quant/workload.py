@@ -38,15 +38,16 @@ _FIXED = ("conv", "window", "recurrent")
 class GraphWork:
     """One call of a graph with `tokens` tokens behind `depth` others.
 
-    rows: stored name of a weight -> rows that are multiplied with it. looked_up: -> rows that are read of a table. other_bytes: of
-    parameters that no plan has, float32. attention: multiply-adds. cache: numbers of keys and values that are read.
-    state_bytes: of states that are read and written whole. layers: with attention or a recurrence.
-    """
+    rows: stored name of a weight -> rows that are multiplied with it. calls: -> products, each of which reads it. looked_up: ->
+    rows that are read of a table. other_bytes: of parameters that no plan has, float32. attention: multiply-adds. cache:
+    numbers of keys and values that are read. state_bytes: of states that are read and written whole. layers: with attention or
+    a recurrence."""
 
     graph: str
     tokens: int
     depth: int
     rows: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
     looked_up: Counter[str] = field(default_factory=Counter)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_bytes: int = 0
@@ -71,7 +72,7 @@ class GraphWork:
         plan: the bits of each weight; without one, all quantizable ones have `bits` and `group_size`.
         """
         read: Counter[int] = Counter()
-        for name, rows in (self.rows + self.looked_up).items():
+        for name, rows in {**self.looked_up, **self.rows}.items():
             n, k = self.shapes[name]
             entry = plan.entries.get(name) if plan is not None else None
             if plan is not None and entry is None:
@@ -79,7 +80,7 @@ class GraphWork:
             else:
                 width, group = (entry.bits, entry.group_size) if entry is not None else (bits, group_size)
             whole = stored_bytes(target, width, group if k % max(1, group) == 0 else 0, n, k)
-            share = 1.0 if name in self.rows else min(1.0, rows / n)
+            share = self.calls[name] if name in self.rows else min(1.0, rows / n)
             read[width] += round(whole * share)
         read[UNQUANTIZED] += self.other_bytes
         return dict(read)
@@ -181,6 +182,7 @@ def _watch(
             work.shapes[name] = (parameter.shape[0], parameter[0].numel())
             rows = math.prod(inputs[0].shape) if table else math.prod(inputs[0].shape[:-1])
             (work.looked_up if table else work.rows)[name] += rows
+            work.calls[name] += not table
 
     return hook
 

@@ -59,6 +59,12 @@ class Journal:
             return False
         return True
 
+    def forget(self) -> None:
+        """Remove the file and what belongs to it; a process that measures is ended first."""
+        self.stop_holder()
+        for path in self._path.parent.glob(f"{self._path.name}*"):
+            path.unlink()
+
     def _mend(self) -> None:
         """Cut off a line that a killed process left unfinished."""
         if not self._path.exists():

@@ -1,4 +1,4 @@
-"""The runner's commands, each a line of JSON on standard output: about, place, unpack, measure, stop."""
+"""The runner's commands, each a line of JSON on standard output: about, place, unpack, measure, stop, forget."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
             measure(Path(rest[0]))
         elif command == "stop":
             say({"record": "stop", "stopped": Journal(Path(rest[0])).stop_holder()})
+        elif command == "forget":
+            Journal(Path(rest[0])).forget()
         else:
             raise Refused(f"no command {command}")
     except Refused as error:
