@@ -209,6 +209,7 @@ def test_damaged_weights_are_refused_also_in_the_cache(sites: Callable[[str], Pa
     with served(site) as url:
         seen = browse(url, script=f"({damage})()", offline=["k"])
     assert seen["script"] == len(whole)
+    assert "weights.bin cannot be fetched, and this browser has not kept it" in seen["offline"]
 
 
 @pytest.mark.slow
