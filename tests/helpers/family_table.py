@@ -89,12 +89,15 @@ NAMES = {
 }
 """model_type -> common name, in the order of the table; " embedding" is behind one that also does something else."""
 
+
 def verified(family: str, form: str, folder: Path) -> Report:
     """The report of `export` of a family's tiny model at mixed bits to one target: exported, reloaded and compared."""
     write = saved if family in SAVED else tiny.write
     model = MODULE if family == "module" else str(write(folder / "model", CONFIGS[family]))
     context = None if family == "module" else 48
-    result = compiler.export(asking(model, (form,), bits=BITS.get(family, 6.0), max_context=context, prompts=4), folder / "bundle")
+    result = compiler.export(
+        asking(model, (form,), bits=BITS.get(family, 6.0), max_context=context, prompts=4), folder / "bundle"
+    )
     widths = {entry.bits for entry in result.planned.plan.entries.values()}
     assert len(widths) > 1, widths  # mixed bits
     assert result.report is not None
