@@ -6,7 +6,7 @@ EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
-.PHONY: demo test test-fast test-slow fuzz lint clean
+.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools
 
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,21 @@ fuzz: $(VENV)/.dev
 	  for parser in config checkpoint tokenizer gguf manifest plan task device; do \
 	    PYTHONPATH=tests $(BIN)/python -m fuzz.guided $$parser -max_total_time=60 || exit 1; done; \
 	else echo "atheris is not installed, so no mutants were guided by coverage: $(BIN)/pip install atheris"; fi
+
+# What the projects of `embed` are built with, where a test or `--platform web` looks for it: .tools/. About 300 MB.
+TOOLS := .tools
+CAPI = $(shell $(BIN)/python -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('onnxruntime').origin).parent / 'capi')")
+HEADERS := package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64_x86_64-simulator/onnxruntime.framework/Headers
+
+apps-tools: $(VENV)/.product
+	mkdir -p $(TOOLS)/web $(TOOLS)/onnxruntime/include $(TOOLS)/onnxruntime/lib
+	ln -sfn $(firstword $(wildcard $(CAPI)/libonnxruntime.so.*)) $(TOOLS)/onnxruntime/lib/libonnxruntime.so.1
+	ln -sfn libonnxruntime.so.1 $(TOOLS)/onnxruntime/lib/libonnxruntime.so
+	npm install --prefix $(TOOLS)/web --no-audit --no-fund onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 playwright-core@1.65.1
+	cd $(TOOLS) && npm pack --silent com.github.asus4.onnxruntime@0.4.9
+	tar xzf $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz -C $(TOOLS)/onnxruntime/include --strip-components=7 $(HEADERS)
+	rm $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz
+	@echo "and, of Debian's packages: apt-get install g++ cmake nlohmann-json3-dev chromium"
 
 # mypy must see the package under its own name, whatever the checkout's folder is called.
 lint: $(VENV)/.dev

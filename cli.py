@@ -445,7 +445,9 @@ _GENERATING = (
 
 
 @main.command()
-@click.argument("bundle", type=cli_options.path)
+@click.argument("bundle", type=cli_options.path, required=False)
+@click.option("-m", "--model", help="In place of BUNDLE, for predictions: a checkpoint; its config.json is enough.")
+@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="For -m: of all weights.")
 @click.option(
     "-p",
     "prompts",
@@ -464,22 +466,61 @@ _GENERATING = (
 @click.option("-r", "repeats", type=click.IntRange(max=10**6), default=5, show_default=True)
 @click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
+@cli_options.on_devices
 @cli_options.threads
 @cli_options.check
 def profile(
-    bundle: Path,
+    bundle: Path | None,
+    model: str | None,
+    bits: int,
     formats: tuple[str, ...],
     new: int | None,
     output_format: str,
+    devices: tuple[str, ...],
     threads: int,
     check: bool,
-    **lengths: Any,
+    **options: Any,
 ) -> None:
-    """Measure BUNDLE on this machine: llama-bench rows, load times, memory, time by op; vendors' estimates beside."""
+    """Measure BUNDLE on this machine or on devices behind links, or predict it for devices of the library (--device).
+
+    llama-bench rows, load times, memory, time by op; vendors' estimates stand beside.
+    """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
+    from .measuring.links import is_link
     from .reports.profile import profile_text
 
+    lengths = {name: options.pop(name) for name in ("prompts", "depths", "repeats")}
+    if (bundle is None) == (model is None):
+        raise UserError("give a BUNDLE, or with --device NAME a checkpoint: -m MODEL")
+    if bundle is None or (devices and not any(is_link(device) for device in devices)):
+        from .commands.predict import predict_bundle, predict_model
+        from .reports.prediction import prediction_text
+
+        cli_options.require_no_device_options(options)
+        asked = ProfileLengths(new=new, **lengths)
+        if bundle is not None:
+            predicted = predict_bundle(bundle, devices, formats, asked)
+        elif model is not None and devices:
+            predicted = predict_model(model, devices, formats, bits, asked)
+        else:
+            raise UserError("-m MODEL is predicted, not measured; give --device NAME, or all")
+        click.echo(printable(prediction_text(predicted.as_json(), output_format)))
+        return
+    if devices:
+        from .commands.profile_devices import profile_devices, require_links
+        from .measuring.measure import Settings
+        from .reports.measured import measured_json, measured_text
+
+        require_links(devices)
+        if formats not in ((), ("onnx",)):
+            raise UserError("--device measures the onnx artefact; leave --format out")
+        settings = Settings(threads=threads, **options)
+        results = profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check)
+        with _keeping(bundle, "devices", {"devices": measured_json(results)}):
+            click.echo(printable(measured_text(results, output_format)))
+        return
+    cli_options.require_no_device_options(options)
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     with _keeping(bundle, "profile", result):
         click.echo(printable(profile_text(result, output_format)))
@@ -598,12 +639,22 @@ def inspect(target: str, adapter: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--device", metavar="URL", help="Look at this device instead: ssh://user@host, adb, adb://SERIAL.")
+@cli_options.device_python
 @cli_options.as_json
-def doctor(as_json: bool) -> None:
-    """Say which targets work here, which do not, why, and how to get them."""
+def doctor(device: str | None, python: str, as_json: bool) -> None:
+    """Say which targets work here, which do not, why, and how to get them; or what a device has to be measured on."""
     from .commands.doctor import doctor as examine
     from .commands.doctor import doctor_text
 
+    if device is not None:
+        from .commands.doctor_device import doctor_device, doctor_device_text
+        from .commands.profile_devices import require_links
+
+        require_links([device])
+        found = doctor_device(device, python, note)
+        _print(found, doctor_device_text(found), as_json)
+        return
     state = examine()
     _print(state, doctor_text(state), as_json)
 
@@ -620,6 +671,47 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
             Bundle.open(bundle).write_report(name, report)
         except UserError as error:
             note(f"the report is not kept: {error}")
+
+
+@main.command()
+@click.argument("bundle", type=cli_options.path)
+@click.option("--platform", required=True, metavar="NAME", help="What the project is for: web, cpp.")
+@click.option("-o", "--output", type=cli_options.path, required=True, help="The project's folder; a new one.")
+@click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
+@click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
+@click.option(
+    "--packages", type=cli_options.path, metavar="DIR", help="Of web: a node_modules folder with what the site is shipped with."
+)
+@click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
+@cli_options.check
+@cli_options.as_json
+def embed(bundle: Path, platform: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Make an app of BUNDLE: a project that builds, with the model, golden traces and a model card."""
+    from .apps.embed import EmbedOptions
+    from .apps.embed import embed as make
+    from .apps.platforms import device_memory
+    from .apps.summary import project_json, project_text
+
+    asked = EmbedOptions(
+        platform,
+        options["name"],
+        options["packages"],
+        None if options["device"] is None else device_memory(options["device"]),
+        tokenizer=not options["no_tokenizer"],
+        check=options["check"],
+    )
+    project = make(bundle, output, asked, note)
+    _print(project_json(project, output, platform), project_text(project, output, platform), as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=cli_options.path)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
+def preview(folder: Path, port: int) -> None:
+    """Serve the site in DIR, made by 'embed --platform web', to this machine's browsers."""
+    from .apps.preview import preview as serve_site
+
+    serve_site(folder, port, note)
 
 
 @main.command()

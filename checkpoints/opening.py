@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -31,6 +32,14 @@ def open_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     """
     opened = _open(model, tell_adapter=adapter is None)
     return opened if adapter is None else adapters.adapted(opened, adapter)
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config of a checkpoint; of a folder without weights, its config.json as it is. Raises UserError as `open_checkpoint`."""
+    directory = Path(model)
+    if not (directory / "config.json").exists() or _has_weights(directory):
+        return open_checkpoint(model).config
+    return read_json_object(directory / "config.json")
 
 
 def _open(model: str, tell_adapter: bool) -> Checkpoint:

@@ -11,7 +11,10 @@ from ..errors import UserError
 
 GROUPS = {
     "Source": ("model", "adapter", "pooling", "num_layers", "against"),
-    "Budget": ("bits", "size", "latency", "device", "plan_file", "overrides", "widths", "group_size", "importance"),
+    "Budget": (
+        *("bits", "size", "latency", "energy", "memory_budget", "device", "sure", "plan_file", "overrides", "widths"),
+        *("group_size", "importance"),
+    ),
     "Calibration": ("quantizer", "norms", "calibration", "task", "workers", "cluster", "memory_limit"),
     "Targets": ("formats", "format", "kv_cache", "max_context", "threads"),
     "Prompt": (

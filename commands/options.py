@@ -94,6 +94,62 @@ check = click.option(
     "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
 )
 path = click.Path(path_type=Path)
+device_python = click.option(
+    "--device-python",
+    "python",
+    default="python3",
+    show_default=True,
+    metavar="COMMAND",
+    help="What starts Python on a device.",
+)
+
+
+def on_devices(command: Any) -> Any:
+    """The options of `profile` for devices behind links."""
+    options = [
+        click.option(
+            "--device",
+            "devices",
+            multiple=True,
+            metavar="NAME|URL",
+            help="Predict for a device of the library ('all': every one), or measure there: ssh://user@host:port, adb, "
+            "adb://SERIAL; repeatable.",
+        ),
+        click.option(
+            "--sustain",
+            type=click.FloatRange(0, 86400),
+            default=0.0,
+            metavar="SECONDS",
+            help="For --device: go on decoding for so long, until the rate settles.",
+        ),
+        click.option(
+            "--cool-within",
+            type=click.FloatRange(0, 86400),
+            default=300.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="For --device: before a row wait at most so long for a cool device.",
+        ),
+        device_python,
+        click.option(
+            "--resume/--no-resume",
+            default=True,
+            show_default=True,
+            help="For --device: go on with a run that ended early.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def require_no_device_options(given: dict[str, Any]) -> None:
+    """Raise UserError for an option of `on_devices` that was given without a device."""
+    for name, default in (("sustain", 0.0), ("cool_within", 300.0), ("python", "python3"), ("resume", True)):
+        if given[name] != default:
+            flag = {"python": "device-python", "resume": "no-resume"}.get(name, name.replace("_", "-"))
+            raise UserError(f"--{flag} is for a device behind a link; give --device ssh://user@host, too")
+
 
 HOLD_OUTS = ("architecture", "device", "device-but-one-model", "nothing")
 """What `devices evaluate` predicts without; each is told by `predict_rows`."""
@@ -124,7 +180,19 @@ def planning(command: Any) -> Any:
         click.option("--bits", type=float, help="Budget: average bits a weight, scales counted. Default: 4.5."),
         click.option("--size", type=SizeType(), help="Budget: bytes of the quantized checkpoint, such as 180m."),
         click.option("--latency", type=DurationType(), help="Budget: predicted time of a decode step, such as 40ms."),
-        click.option("--device", metavar="NAME", help="For --latency: the device (see 'edgewright devices list')."),
+        click.option("--energy", type=float, metavar="JOULES", help="Budget: predicted energy of a decode step."),
+        click.option(
+            "--memory",
+            "memory_budget",
+            type=SizeType(),
+            help="Budget: memory of the weights and of one stream's states at the context, such as 900m.",
+        ),
+        click.option(
+            "--device", metavar="NAME", help="For --latency and --energy: the device (see 'edgewright devices list')."
+        ),
+        click.option(
+            "--sure", is_flag=True, help="For --latency and --energy: keep to them at the slow end of the interval."
+        ),
         click.option("--plan", "plan_file", type=path, help="Use this plan instead of allocating."),
         click.option("--override", "overrides", multiple=True, metavar="REGEX=BITS[:GROUP]", help="First match wins."),
         click.option(
@@ -222,9 +290,12 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         note(line)
     group = options["group_size"]
     plan_file: Path | None = options["plan_file"]
-    budgets = [name for name in ("bits", "size", "latency") if options[name] is not None]
+    given = options | {"memory": options["memory_budget"]}
+    budgets = [name for name in ("bits", "size", "latency", "energy", "memory") if given[name] is not None]
     if plan_file is not None and (budgets or options["overrides"]):
-        raise UserError("--plan already says the bits; leave out --bits, --size, --latency and --override")
+        raise UserError(
+            "--plan already says the bits; leave out --bits, --size, --latency, --energy, --memory and --override"
+        )
     if plan_file is not None and (options["widths"] is not None or group is not None):
         raise UserError("--plan already says widths and groups; leave out --widths and --group-size")
     text: Path | None = options["calibration"]
@@ -236,8 +307,14 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
         raise UserError(
             f"{' and '.join(f'--{name}' for name in budgets)} are budgets, and there is one; give one of them"
         )
-    if (options["latency"] is None) != (options["device"] is None):
-        raise UserError("--latency is a time on a device, --device says which; give both or neither")
+    on_device = next((name for name in ("latency", "energy") if options[name] is not None), None)
+    if (on_device is None) != (options["device"] is None):
+        what = "an energy" if on_device == "energy" else "a time"
+        raise UserError(f"--{on_device or 'latency'} is {what} on a device, --device says which; give both or neither")
+    if options["sure"] and on_device is None:
+        raise UserError("--sure is of a prediction; give --latency or --energy with --device, too")
+    if options["energy"] is not None and not 0 < options["energy"] < 1e6:
+        raise UserError(f"--energy {options['energy']:g}: give joules above 0")
     if options["cluster"] is not None and options["workers"] == 1:
         raise UserError("--cluster needs --workers N as well: how many pieces at once, 2 or more")
     return Request(
@@ -249,6 +326,9 @@ def request(model: str, options: dict[str, Any], note: Callable[[str], None]) ->
             size=options["size"],
             latency_ms=options["latency"],
             device=options["device"],
+            sure=options["sure"],
+            joules=options["energy"],
+            memory=options["memory_budget"],
             plan=BitPlan.read(plan_file) if plan_file is not None else None,
             overrides=tuple(Override.parse(text) for text in options["overrides"]),
             widths=options["widths"],

@@ -9,7 +9,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import UserError
 from ..system.reading import MEBIBYTE, one_line, read_text
 from .cost_fit import Costs, fit
-from .profile import user_folder
+from .profile import ComputeUnit, user_folder
 from .published_rows import Published, published_devices
 from .work import TERMS, Phase, Work
 
@@ -101,11 +101,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """Costs by (runtime, unit, phase). intervals: those of devices with rows and of others. bandwidths: of the devices, bytes/s."""
+    """Costs by (runtime, unit, phase). intervals: those of devices with rows and of others. bandwidths: of the devices, bytes/s.
+
+    peaks: (device, unit) -> the device's kind, and the peak rate that units of this kind are compared by.
+    """
 
     costs: dict[tuple[str, str, Phase], Costs]
     bandwidths: dict[str, float]
     intervals: dict[tuple[str, str, Phase], tuple[Interval, Interval]]
+    peaks: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
 
     def has(self, runtime: str, unit: str, phase: Phase) -> bool:
         """Whether there are costs of this runtime on this unit."""
@@ -144,6 +148,23 @@ def fit_efficiencies(rows: Sequence[Published]) -> Efficiencies:
 def known_bandwidths() -> dict[str, float]:
     """Device -> bytes/s of its main memory, of those whose profile has it."""
     return {p.name: p.memory.bandwidth.value for p in published_devices().values() if p.memory.bandwidth is not None}
+
+
+def peak_of(unit: ComputeUnit) -> float | None:
+    """The peak that a unit's kind is compared by: int8 of an NPU, else float32; None where it is not known."""
+    if unit.peak is None:
+        return None
+    rate = unit.peak.int8 if unit.kind == "npu" else unit.peak.fp32
+    return None if rate is None else rate.value
+
+
+def _known_peaks() -> dict[tuple[str, str], tuple[str, float]]:
+    return {
+        (p.name, unit.kind): (p.kind, peak)
+        for p in published_devices().values()
+        for unit in p.units
+        if (peak := peak_of(unit)) is not None
+    }
 
 
 def interval_of(residuals: Sequence[float], pooled: Sequence[float], tail: float) -> Interval:
@@ -197,4 +218,5 @@ def _loaded(path: Path, _changed: int) -> Efficiencies:
         {(e.runtime, e.unit, e.phase): e.fitted for e in entries},
         known_bandwidths(),
         {(e.runtime, e.unit, e.phase): (e.known, e.unseen) for e in entries},
+        _known_peaks(),
     )

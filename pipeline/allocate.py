@@ -22,16 +22,20 @@ from ..models.layers.linear import Embedding, Linear
 from ..models.registry import stored_name
 from ..quant.allocator import Problem, allocate, expected_loss, offers, reach
 from ..quant.frontier import better, uniform
-from ..quant.latency import DecodeStep, decode_step
+from ..quant.latency import DecodeStep, PredictedRates, decode_step
 from ..quant.overrides import Override
 from ..quant.plan import UNQUANTIZED, BitPlan, Budget, Choice, Quantizer, Unit
+from ..quant.prediction import memory_bytes
 from ..quant.quantize_checkpoint import METADATA
 from ..system.memory import require_available
 from ..targets.storage import common_bits, legal_choices, signed_scales
 from .baseline import Baseline, SingleTargetPlan, compare_with_uniform
 from .calibration_data import quantizer_of
+from .generation import DEFAULT_CONTEXT
 from .original import Original
 from .request import DEFAULT_BITS, Progress, Request
+
+_TRIES = 40
 
 GATE_LOSS = 1e-6
 """The most that 8 bits may cost a gate or decay of a recurrence for it to have them: in nats a token, as Fisher predicts it."""
@@ -62,7 +66,12 @@ def allocate_bits(
     overrides = (*request.budget.overrides, *_kept(gates, UNQUANTIZED))
 
     unscored = setting.problem(Scores("uniform", {}, unit_weights(units, {}, "uniform")), request.formats, overrides)
-    budget = _budget(request, unscored)
+    context = min(original.model.max_context, request.max_context or DEFAULT_CONTEXT)
+    memory = request.budget.memory
+    if memory is not None:
+        budget = _within_memory(memory, setting, original, unscored, context)
+    else:
+        budget = _budget(request, unscored)
     allocate(unscored, budget)
     if request.budget.importance == "lim" and not source.samples:
         require_available(
@@ -74,6 +83,8 @@ def allocate_bits(
         scores = _by_gptq_where_possible(scores)
         overrides = _ease_gates(setting, gates, scores, overrides, budget, progress)
     problem = setting.problem(scores, request.formats, overrides)
+    if memory is not None:
+        budget = _within_memory(memory, setting, original, problem, context)
     plan = allocate(problem, budget)
     alone = _alone(setting, scores, overrides, plan, budget)
 
@@ -99,8 +110,10 @@ class _Setting:
         units, checkpoint, other = original.units, original.checkpoint, original.other
         other_bytes = sum(_bytes(checkpoint, n) for n in other) + _header_bytes(units, checkpoint, other)
         step = None
-        if request.budget.latency_ms is not None:
-            step = decode_step(original.model, units, load(request.budget.device or "host"), request.formats)
+        asked = request.budget
+        if asked.latency_ms is not None or asked.joules is not None:
+            device = load(asked.device or "host")
+            step = decode_step(original.model, units, device, request.formats, sure=asked.sure)
         return _Setting(request, units, other_bytes, step)
 
     def problem(self, scores: Scores, targets: tuple[str, ...], overrides: Sequence[Override]) -> Problem:
@@ -124,12 +137,52 @@ def _budget(request: Request, problem: Problem) -> Budget:
     asked = request.budget
     if asked.latency_ms is not None:
         return Budget.of(latency_ms=asked.latency_ms, device=asked.device)
+    if asked.joules is not None:
+        return Budget.of(latency_ms=_milliseconds_of(asked.joules, problem), device=asked.device)
     if asked.size is not None:
         return Budget.of(size=asked.size)
     if asked.bits is not None:
         return Budget.of(bits=asked.bits)
     low, high = reach(problem)
     return Budget.of(bits=min(max(DEFAULT_BITS, low), high))
+
+
+def _milliseconds_of(joules: float, problem: Problem) -> float:
+    """The time of a decode step that takes so much energy: power times time. Raises UserError where the power is not known."""
+    rates = problem.step.rates if problem.step is not None else None
+    if not isinstance(rates, PredictedRates) or rates.watts is None:
+        name = rates.device if rates is not None else "the device"
+        raise UserError(f"the power of {name} is not known, so no energy of a step is; give --latency or --size")
+    return float(f"{joules / rates.watts * 1e3:.6g}")
+
+
+def _within_memory(limit: int, setting: _Setting, original: Original, problem: Problem, context: int) -> Budget:
+    """The size whose plan takes at most `limit` bytes of weights and states in every target. Raises UserError if none does."""
+    size, least = limit, reach(problem)[0]
+    for _ in range(_TRIES):
+        budget = Budget.of(size=size)
+        try:
+            plan = allocate(problem, budget)
+        except UserError:
+            floor, ceiling = (allocate(problem, Budget.of(bits=b)) for b in reach(problem))
+            if size >= ceiling.total_bytes + setting.other_bytes:
+                plan, budget = ceiling, Budget.of(bits=reach(problem)[1])
+            else:
+                needed = _memory(original, setting, floor, context)
+                raise UserError(
+                    f"{limit} bytes of memory at a context of {context} are too few: {least:g} bits a weight take {needed}; "
+                    "give more, or a shorter --max-context"
+                ) from None
+        taken = _memory(original, setting, plan, context)
+        if taken <= limit:
+            return budget
+        size -= max(taken - limit, limit // 1000)
+    raise UserError(f"no plan was found that takes {limit} bytes of memory at a context of {context}; give --size")
+
+
+def _memory(original: Original, setting: _Setting, plan: BitPlan, context: int) -> int:
+    targets = setting.request.formats
+    return max(memory_bytes(original.model, setting.units, plan, target, context, 4) for target in targets)
 
 
 def _choices(request: Request, overrides: Sequence[Override], quantizer: Quantizer) -> list[Choice]:

@@ -22,18 +22,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """How many bits there are and where they may go. Of `bits`, `size` and `latency_ms` one at most is given.
+    """How many bits there are and where they may go. Of `bits`, `size`, `latency_ms`, `joules` and `memory` one at most is given.
 
     bits: average bits a weight, scales counted. size: bytes of the quantized checkpoint. latency_ms: predicted milliseconds of
-    a decode step on `device`. plan: taken as it is, instead of an allocation. overrides: the first regex that matches a
-    weight's name decides its bits. widths: the widths to choose from; None: those that every target stores whole. groups: the
-    group sizes to choose from, 0 for one scale per output channel. importance: as `--importance`.
-    """
+    a decode step on `device`; sure: at the slow end of the prediction's interval. joules: of a decode step there. memory: bytes
+    of weights and of one stream's states, in every target. plan: taken as it is, instead of an allocation. overrides: the first
+    regex that matches a weight's name decides its bits. widths: the widths to choose from; None: those that every target stores
+    whole. groups: the group sizes to choose from, 0 for one scale per output channel. importance: as `--importance`."""
 
     bits: float | None = None
     size: int | None = None
     latency_ms: float | None = None
     device: str | None = None
+    sure: bool = False
+    joules: float | None = None
+    memory: int | None = None
     plan: BitPlan | None = None
     overrides: tuple[Override, ...] = ()
     widths: tuple[int, ...] | None = None

@@ -1,8 +1,8 @@
 """Predicted time of a decode step, weight by weight, on a device.
 
-A step multiplies one row with every weight of the decoder's graph. It takes the time of reading them, at the rate that the device's
-profile gives for its kernels, or the time of the arithmetic where that is longer. It is a prediction, not a measurement.
-"""
+A step multiplies one row with every weight of the decoder's graph. On a device whose kernels were measured it takes the time of
+reading them, or of the arithmetic where that is longer; on another what the costs fitted to published rows say. It is a
+prediction, not a measurement."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..device_profiles.predict import predict, units_of
 from ..device_profiles.profile import DeviceProfile
 from ..errors import UserError
 from ..graph import Graph, State
@@ -25,6 +26,7 @@ from ..models.registry import stored_name
 from ..targets.registry import TARGETS
 from ..targets.storage import stored_bytes, weight_storage
 from .plan import UNQUANTIZED, BitPlan, Unit, WeightSpec
+from .workload import as_work, graph_work, planned_names
 
 PICOSECONDS = 10**9
 """Of a millisecond. Times are whole picoseconds, so that sums of them are exact."""
@@ -88,6 +90,24 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class PredictedRates:
+    """A device whose kernels were not measured: what a byte of weights takes there, by the costs fitted to published rows.
+
+    seconds_per_byte: at the middle of the prediction, or at the slow end of its interval. watts: that the unit draws, where known.
+    """
+
+    device: str
+    target: str
+    seconds_per_byte: float
+    watts: float | None
+    note: str
+
+    def seconds(self, weight: WeightSpec, bits: int, group_size: int) -> float:
+        """Of one row times `weight`, [N, K], at these bits and this effective group size, in the target's container."""
+        return stored_bytes(self.target, bits, group_size, *weight.shape) * self.seconds_per_byte
+
+
+@dataclass(frozen=True)
 class DecodeStep:
     """One step of a model's decoder.
 
@@ -95,7 +115,7 @@ class DecodeStep:
     weight that has no entry is not read at all (an encoder's). rest: picoseconds of everything that is not planned.
     """
 
-    rates: Rates
+    rates: Rates | PredictedRates
     reads: Mapping[str, float]
     rest: int
 
@@ -111,24 +131,65 @@ class DecodeStep:
 
 
 def decode_step(
-    model: LanguageModel, units: Sequence[Unit], device: DeviceProfile, targets: Sequence[str], depth: int = DEPTH
+    model: LanguageModel,
+    units: Sequence[Unit],
+    device: DeviceProfile,
+    targets: Sequence[str],
+    depth: int = DEPTH,
+    sure: bool = False,
 ) -> DecodeStep:
     """The step of `model`, built on the meta device, on `device`, with caches that hold `depth` tokens.
 
-    Raises UserError for a model without a decoder, for several targets (a step takes another time in each), and for a
-    profile that gives no rates for the target.
-    """
+    A device whose kernels were measured (`devices measure`) has its own rates; another is predicted, with `sure` at the slow
+    end of the 80 % interval. Raises UserError for a model without a decoder, for several targets (a step takes another time in
+    each), and for a device that is not known to run the target."""
     if len(targets) != 1:
         raise UserError(f"--latency is of one target, not of {', '.join(targets)}; give one --format")
     weight_storage(targets[0], 4)  # refuses a target that does not exist
-    rates = Rates.of(device, targets[0])
+    depth = min(depth, model.max_context - 1)
+    kind = TARGETS[targets[0]].unit
+    measured = kind is None or any(unit.kind == kind and unit.weight_stream is not None for unit in device.units)
     decoder = next((graph for graph in model.graphs() if graph.name == "decoder"), None)
     if decoder is None:
         raise UserError("--latency is the time of a decode step, and this model has no decoder; give --bits or --size")
+    if not measured:
+        return _predicted_step(model, units, decoder, device, targets[0], depth, sure)
+    rates = Rates.of(device, targets[0])
     calls, rows, other = _run(model, decoder, {w.name: w for u in units for w in u.weights})
     reads = {name: calls[name] + rows[name] for name in {*calls, *rows}}
     caches = sum(_traffic(state, depth) for state in decoder.states)
     return DecodeStep(rates, reads, math.ceil((other + caches) / rates.floats * 1e12))
+
+
+def _predicted_step(
+    model: LanguageModel,
+    units: Sequence[Unit],
+    decoder: Graph,
+    device: DeviceProfile,
+    target: str,
+    depth: int,
+    sure: bool,
+) -> DecodeStep:
+    found = units_of(target, device)
+    if device.target(target) is None:
+        known = ", ".join(t.name for t in device.targets) or "no target"
+        raise UserError(f"device {device.name} is not known to run {target}, but {known}; choose another --device")
+    if not found:
+        device.unit(TARGETS[target].unit or "cpu")  # says which units there are
+    planned = planned_names(units)
+    whole = model.max_context if TARGETS[target].holds_caches else depth
+    work = graph_work(model, decoder, 1, whole, depth if model.task == "seq2seq" else 16, planned)
+    asked = as_work(work, "decode", target, None)
+    unit, step = min(((u, predict(asked, 1, target, u, device)) for u in found), key=lambda pair: pair[1].seconds)
+    slower = step.high / step.seconds if sure else 1.0
+    per_byte = slower * step.parts["weights"] / asked.terms["weights"]
+    rest = slower * (step.seconds - step.parts["weights"]) + per_byte * work.other_bytes
+    reads = {name: float(work.calls[name]) for name in work.rows if name in planned}
+    for name, rows in work.looked_up.items():
+        reads[name] = reads.get(name, 0.0) + rows / work.shapes[name][0]
+    watts = unit.power.watts.value if unit.power is not None else None
+    rates = PredictedRates(device.name, target, per_byte, watts, f"predicted on the {unit.kind}: {step.note}")
+    return DecodeStep(rates, reads, math.ceil(rest * 1e12))
 
 
 def _run(

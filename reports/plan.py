@@ -11,6 +11,7 @@ from rich.table import Table
 from ..importance.divergence import measure_of
 from ..pipeline.planned import Planned
 from ..quant.frontier import Frontier, Point
+from ..quant.latency import PredictedRates
 from ..quant.plan import BitPlan, Entry, WeightSpec
 from .tables import size, table, text
 
@@ -116,7 +117,10 @@ def _totals(planned: Planned) -> list[Table | str]:
     if step is None:
         return [line, rows]
     time = f"{step.milliseconds(plan, planned.units):.3f} ms, of which {step.rest / 1e9:.3f} ms are not its weights"
-    return [line, f"predicted decode step on {step.rates.device}: {time}", rows]
+    lines = [line, f"predicted decode step on {step.rates.device}: {time}"]
+    if isinstance(step.rates, PredictedRates):
+        lines.append(step.rates.note)
+    return [*lines, rows]
 
 
 def _saved(ratio: float) -> str:

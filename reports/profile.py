@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
-from dataclasses import dataclass
 
 from ..runtimes.benchmark import Measurement, ProfileResult, Row, SimulatedFact
+from .sheets import Sheet
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class _Table:
-    head: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        widths = [max(len(row[i]) for row in [self.head, *self.rows]) for i in range(len(self.head))]
-
-        def line(cells: list[str]) -> str:
-            return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-        return "\n".join([line(self.head), line(["-" * width for width in widths]), *map(line, self.rows)])
-
-    def html(self) -> str:
-        def line(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        return "\n".join(["<table>", line(self.head, "th"), *(line(row, "td") for row in self.rows), "</table>"])
 
 
 def profile_text(result: ProfileResult, output_format: str) -> str:
@@ -61,7 +40,7 @@ def _csv(result: ProfileResult) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _tables(result: ProfileResult) -> list[_Table]:
+def _tables(result: ProfileResult) -> list[Sheet]:
     measured = result["targets"]
     tables = []
     if measured:
@@ -71,18 +50,18 @@ def _tables(result: ProfileResult) -> list[_Table]:
     for name, facts in result["simulated"].items():
         tables += [_simulated_table(name, key, fact) for key, fact in facts.items()]
     if result["not_measured"]:
-        tables.append(_Table(["not measured", "why"], [[name, why] for name, why in result["not_measured"].items()]))
+        tables.append(Sheet(["not measured", "why"], [[name, why] for name, why in result["not_measured"].items()]))
     return tables
 
 
-def _rate_table(result: ProfileResult) -> _Table:
+def _rate_table(result: ProfileResult) -> Sheet:
     rows = [
         [*labels, row["test"], f"{row['tokens_per_s']:.2f} ± {row['std']:.2f}"] for labels, row in _rate_rows(result)
     ]
-    return _Table(["target", "model", "bits", "threads", "test", "t/s"], rows)
+    return Sheet(["target", "model", "bits", "threads", "test", "t/s"], rows)
 
 
-def _memory_table(measured: dict[str, Measurement]) -> _Table:
+def _memory_table(measured: dict[str, Measurement]) -> Sheet:
     cpu = next(iter(measured.values()))["host"]["cpu"]
     rows = []
     for name, target in measured.items():
@@ -91,23 +70,23 @@ def _memory_table(measured: dict[str, Measurement]) -> _Table:
         sizes = (memory["peak_resident"], memory["anonymous_after_load"], memory["anonymous_after_run"])
         rows.append([name, *loads, *(f"{size / _MIB:.0f}" for size in sizes)])
     head = ["first load, ms", "warm load, ms", "peak resident, MiB", "anonymous loaded, MiB", "anonymous after, MiB"]
-    return _Table([f"measured on {cpu}", *head], rows)
+    return Sheet([f"measured on {cpu}", *head], rows)
 
 
-def _op_table(measured: dict[str, Measurement]) -> _Table:
+def _op_table(measured: dict[str, Measurement]) -> Sheet:
     rows = [
         [name, graph, op["op"], op["unit"], str(op["calls"]), f"{op['ms']:.2f}", f"{op['share']:.0%}"]
         for name, target in measured.items()
         for graph, ops in target["ops"].items()
         for op in ops
     ]
-    return _Table(["target", "graph", "op", "unit", "calls", "ms", "share"], rows)
+    return Sheet(["target", "graph", "op", "unit", "calls", "ms", "share"], rows)
 
 
-def _simulated_table(name: str, key: str, fact: SimulatedFact) -> _Table:
+def _simulated_table(name: str, key: str, fact: SimulatedFact) -> Sheet:
     """A row for each program; the columns are what the simulator reports."""
     programs = fact.get("programs", {})
     columns = list(dict.fromkeys(column for values in programs.values() for column in values))
     head = [f"{name}: vendor-simulated by {fact.get('simulator', key)} ({fact.get('note', '')})", *columns]
     rows = [[program, *(str(values.get(column, "")) for column in columns)] for program, values in programs.items()]
-    return _Table(head, rows)
+    return Sheet(head, rows)

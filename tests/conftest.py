@@ -28,7 +28,18 @@ for command in (main.commands["export"], main.commands["plan"]):
 
 TESTS = Path(__file__).parent
 EXPORTING = (
-    *("benchmarks", "calibration", "cli", "examples", "exporters", "importance", "models", "pipeline", "rewrites"),
+    *(
+        "apps",
+        "benchmarks",
+        "calibration",
+        "cli",
+        "examples",
+        "exporters",
+        "importance",
+        "models",
+        "pipeline",
+        "rewrites",
+    ),
     "verification",
 )
 """Folders of tests that run an exporter, a whole command or every family: `make test-fast` leaves them out."""

@@ -36,8 +36,9 @@ MAY_IMPORT["importance"] = _LOWER - {"exporters"} | {"calibration"}
 MAY_IMPORT["verification"] = _LOWER - {"quant", "device_profiles"} | {"calibration"}
 MAY_IMPORT["pipeline"] = _LOWER | {"calibration", "importance", "verification"}
 MAY_IMPORT["rewrites"] = MAY_IMPORT["compiler"] = MAY_IMPORT["pipeline"] | {"pipeline"}
-_ALL_BELOW = MAY_IMPORT["compiler"] | {"compiler", "rewrites", "serving"}
+_ALL_BELOW = MAY_IMPORT["compiler"] | {"compiler", "rewrites", "serving", "measuring"}
 MAY_IMPORT["serving"] = {"errors", "system", "bundle", "checkpoints", "runtimes"}
+MAY_IMPORT["measuring"] = {"errors", "system", "bundle", "device_profiles"}
 MAY_IMPORT["commands"] = MAY_IMPORT["reports"] = MAY_IMPORT["apps"] = _ALL_BELOW
 MAY_IMPORT["cli"] = _ALL_BELOW | {"commands", "reports", "apps"}
 

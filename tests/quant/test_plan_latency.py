@@ -11,8 +11,9 @@ from edgewright.device_profiles.profile import DeviceProfile, load, parse
 from edgewright.errors import UserError
 from edgewright.models.registry import build
 from edgewright.quant.allocator import expected_loss
-from edgewright.quant.latency import DecodeStep, Rates, decode_step
+from edgewright.quant.latency import DecodeStep, PredictedRates, Rates, decode_step
 from edgewright.quant.plan import Unit, WeightSpec
+from edgewright.quant.prediction import Asked, predicted_rows
 from edgewright.quant.units import quantizable_units
 from edgewright.targets.storage import stored_bytes
 
@@ -99,7 +100,10 @@ def test_a_step_reads_the_decoder_and_not_the_encoder(family: str) -> None:
         vocab = weight.shape[0]
         twice = 2.0 if "modality_router" in weight.name else 1.0  # before a layer and behind it
         uses = twice + sum(stored == weight.name for stored in model.tied.values()) * (weight.layer is not None)
-        assert any(times == pytest.approx(value) for value in (0.0, uses, 1 / vocab, 1 + 1 / vocab)), weight.name
+        assert any(times == pytest.approx(value) for value in (0.0, uses, 1 / vocab, 1 + 1 / vocab)), (
+            weight.name,
+            times,
+        )
         if weight.layer is not None:  # of an encoder never, of a decoder each one once for each layer that it is in
             apart = "encoder" in weight.name.replace("main_decoder", "") or ".e." in weight.name
             cross = "cross_attn" in weight.name or ".cross" in weight.name
@@ -117,8 +121,6 @@ def test_what_a_device_does_not_say_is_refused() -> None:
         decode_step(model, units, load("samsung-galaxy-s25"), ("onnx", "qnn"))
     with pytest.raises(UserError, match="sa8775p-adp is not known to run onnx, but qnn"):
         decode_step(model, units, load("sa8775p-adp"), ("onnx",))
-    with pytest.raises(UserError, match="gives neither the weight_stream of its cpu nor a memory bandwidth"):
-        decode_step(model, units, device(""), ("onnx",))
     with pytest.raises(UserError, match="thing has no npu"):
         decode_step(model, units, device("", target="qnn"), ("qnn",))
     with pytest.raises(UserError, match="no decode step is predicted for ethosu"):
@@ -126,3 +128,22 @@ def test_what_a_device_does_not_say_is_refused() -> None:
     encoder = build(FAMILIES["modernbert"])
     with pytest.raises(UserError, match="this model has no decoder"):
         decode_step(encoder, quantizable_units(encoder), load("samsung-galaxy-s25"), ("onnx",))
+
+
+def test_a_device_that_was_not_measured_is_predicted_and_sure_is_slower() -> None:
+    model = build(tiny.LLAMA)
+    units = quantizable_units(model)
+    step, sure = (decode_step(model, units, load("pixel-9"), ("onnx",), sure=sure) for sure in (False, True))
+    assert isinstance(step.rates, PredictedRates)
+    weight = units[0].weights[0]
+    factor = sure.picoseconds(weight, 8, weight.shape[1]) / step.picoseconds(weight, 8, weight.shape[1])
+    assert factor == pytest.approx(sure.rest / step.rest, rel=0.01)
+    assert factor > 2
+    watts = decode_step(model, units, load("raspberry-pi-5"), ("onnx",)).rates
+    assert isinstance(watts, PredictedRates)
+    assert watts.watts == 11.9
+    # What the whole plan takes is what `profile --device` says of it.
+    plan = allocated(units, {u.name: 1.0 for u in units}, bits=6.0, targets=["onnx"])
+    rows = predicted_rows(model, units, plan, [load("pixel-9")], ["onnx"], Asked(8, 2, 62), 128)
+    said = next(r.predicted.seconds / r.tokens for r in rows if r.test.startswith("tg"))
+    assert step.milliseconds(plan, units) == pytest.approx(said * 1e3, rel=0.01)

@@ -1,0 +1,1 @@
+"""From a bundle to an app: the contract, the golden traces, and a project for each platform."""

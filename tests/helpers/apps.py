@@ -1,0 +1,62 @@
+"""Bundles for apps, the projects made of them, and the C++ client compiled once. Tools that are not here skip a test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from edgewright.apps.embed import EmbedOptions, Project, embed
+from edgewright.compiler import export
+
+from . import tiny
+from .requests import asking
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOOLS = Path(os.environ.get("EDGEWRIGHT_TOOLS", ROOT / ".tools"))
+ONNXRUNTIME = TOOLS / "onnxruntime"
+EXAMPLES = ("deltanet-g2p", "dolphin-packages", "t5gemma-g2p")
+CONTEXT = {"dolphin-packages": 320}
+WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def make_bundle(name: str, folder: Path) -> Path:
+    """The bundle of an example, or of a tiny model by the name of its writer."""
+    model = ROOT / "examples" / name
+    if not model.exists():
+        model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
+    bits = 4.5 if name in EXAMPLES else 6.0
+    request = asking(str(model), bits=bits, importance="zd", max_context=CONTEXT.get(name, 64), verify=False)
+    return export(request, folder / "bundle").path
+
+
+def project(bundle: Path, folder: Path, platform: str = "cpp", **options: object) -> Project:
+    return embed(bundle, folder, EmbedOptions(platform, **options), lambda _: None)  # type: ignore[arg-type]
+
+
+@cache
+def compiled(source: Path, binary: Path, *flags: str) -> Path:
+    """The command line of a C++ project. Skips where a compiler, a header or the library is missing."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    if not (ONNXRUNTIME / "include" / "onnxruntime_c_api.h").is_file():
+        pytest.skip("no headers of ONNX Runtime here: make apps-tools")
+    if not Path("/usr/include/nlohmann/json.hpp").is_file():
+        pytest.skip("no nlohmann-json here: apt-get install nlohmann-json3-dev")
+    library = ONNXRUNTIME / "lib"
+    command = ["g++", "-std=c++20", *WARNINGS, *flags, f"-I{source}", "-isystem", str(ONNXRUNTIME / "include")]
+    command += [str(source / "main.cpp"), str(source / "edgewright.cpp"), f"-L{library}", "-lonnxruntime"]
+    command += [f"-Wl,-rpath,{library}", "-o", str(binary)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return binary
+
+
+def client(binary: Path, *arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(binary), *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
