@@ -582,7 +582,10 @@ def devices_schema() -> None:
     "-o", "--output", type=cli_options.path, help="Write the profile here. Default: the user's device folder."
 )
 @click.option("--seconds", type=float, default=20.0, show_default=True)
-def devices_measure(output: Path | None, seconds: float) -> None:
+@click.option(
+    "--models", is_flag=True, help="Run small models of random weights, too: minutes; predictions then rest on them."
+)
+def devices_measure(output: Path | None, seconds: float, models: bool) -> None:
     """Measure this machine's bandwidth and peak rates and write its profile."""
     from .device_profiles.measure_host import measure_host
     from .device_profiles.profile import save, to_toml, user_path
@@ -591,6 +594,10 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     target = output or user_path(host.name)
     save(host, target)
     note(f"wrote {target}")
+    if models:
+        from .commands.measure_models import measure_models
+
+        note(f"wrote {measure_models(host.name, note)}")
     click.echo(to_toml(host).rstrip("\n"))
 
 
@@ -680,7 +687,10 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 @click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
 @click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
 @click.option(
-    "--packages", type=cli_options.path, metavar="DIR", help="Of web: a node_modules folder with what the site is shipped with."
+    "--packages",
+    type=cli_options.path,
+    metavar="DIR",
+    help="Of web: a node_modules folder with what the site is shipped with.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
 @cli_options.check
