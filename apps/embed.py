@@ -39,7 +39,10 @@ Note = Callable[[str], None]
 @dataclass(frozen=True)
 class EmbedOptions:
     """platform: its name. name: of the app; None is the bundle's folder. packages: a node_modules folder, of "web".
-    most_memory: bytes of the device, None for any. tokenizer: whether the app reads text; without, it takes token ids. check: whether the bundle's files are hashed first."""
+
+    most_memory: bytes of the device, None for any. tokenizer: whether the app reads text; without, it takes token ids. check:
+    whether the bundle's files are hashed first.
+    """
 
     platform: str
     name: str | None = None

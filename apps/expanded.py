@@ -1,8 +1,8 @@
 """The form of ONNX graphs for runtimes that expand a quantized matrix at every call, as WebAssembly does.
 
-The file on the wire stays as it is, with codes and scales; each MatMulNBits becomes a MatMul over a float32 matrix in a file that is
-not stored: a client makes it of codes and scales when it loads (`contract.Expanded`). Tables of embeddings stay quantized. A weight
-has the same value as before, bit for bit.
+The file on the wire stays as it is, with codes and scales; each MatMulNBits becomes a MatMul over a float32 matrix in a file that
+is not stored: a client makes it of codes and scales when it loads (`contract.Expanded`). Tables of embeddings stay quantized. A
+weight has the same value as before, bit for bit.
 """
 
 from __future__ import annotations

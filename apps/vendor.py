@@ -23,7 +23,7 @@ _LARGEST = 64 << 20
 
 @dataclass(frozen=True)
 class Vendored:
-    """files: path in the project -> what is copied. runtime: the version of onnxruntime-web. packages: each as `name version, licence`."""
+    """files: path in the project -> what is copied. runtime: the version of onnxruntime-web. packages: `name version (licence)`."""
 
     files: dict[str, Path]
     runtime: str
