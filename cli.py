@@ -525,7 +525,7 @@ def profile(
         return
     if devices:
         from .commands.profile_devices import profile_devices, require_links
-        from .measuring.measure import Settings
+        from .measuring.measure import DeviceResult, Settings
         from .reports.measured import measured_json, measured_text
         from .reports.page.bundle_page import bundle_html
 
@@ -533,12 +533,16 @@ def profile(
         if formats not in ((), ("onnx",)):
             raise UserError("--device measures the onnx artefact; leave --format out")
         settings = Settings(threads=threads, **options)
-        results = profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check)
-        with _keeping(bundle, "devices", {"devices": measured_json(results)}):
-            if output.format != "html":
-                _give(measured_text(results, output.format), output)
-        if output.format == "html":
-            _give(bundle_html(bundle, linked=results), output)
+        results: list[DeviceResult] = []
+        try:
+            results.extend(profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check))
+        finally:
+            if results:  # those before a device that fails, too
+                with _keeping(bundle, "devices", {"devices": measured_json(results)}):
+                    page = output.format == "html"
+                    _give(
+                        bundle_html(bundle, linked=results) if page else measured_text(results, output.format), output
+                    )
         return
     cli_options.require_no_device_options(options)
     measured = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
@@ -616,7 +620,10 @@ def devices_schema() -> None:
     "-o", "--output", type=cli_options.path, help="Write the profile here. Default: the user's device folder."
 )
 @click.option("--seconds", type=float, default=20.0, show_default=True)
-def devices_measure(output: Path | None, seconds: float) -> None:
+@click.option(
+    "--models", is_flag=True, help="Run small models of random weights, too: minutes; predictions then rest on them."
+)
+def devices_measure(output: Path | None, seconds: float, models: bool) -> None:
     """Measure this machine's bandwidth and peak rates and write its profile."""
     from .device_profiles.measure_host import measure_host
     from .device_profiles.profile import save, to_toml, user_path
@@ -625,6 +632,10 @@ def devices_measure(output: Path | None, seconds: float) -> None:
     target = output or user_path(host.name)
     save(host, target)
     note(f"wrote {target}")
+    if models:
+        from .commands.measure_models import measure_models
+
+        note(f"wrote {measure_models(host.name, note)}")
     click.echo(to_toml(host).rstrip("\n"))
 
 

@@ -26,22 +26,31 @@ def calibrate(rows: Sequence[Published], source: str = SHIPPED_SOURCE, version: 
     fitted = fit_efficiencies(rows)
     known = _intervals(predict_rows(rows, rows, "architecture"), TAILS["architecture"], fitted.costs)
     unseen = _intervals(predict_rows(rows, rows, "device"), TAILS["device"], fitted.costs)
-    return [
-        Entry(
-            runtime=runtime,
-            version=version,
-            unit=cast(UnitKind, unit),
-            phase=phase,
-            n=costs.n,
-            source=source,
-            costs={term: float(np.exp(log)) for term, log in costs.log_costs.items()},
-            spread=_spread(costs),
-            deviations=costs.deviations,
-            known=known[(runtime, unit, phase)],
-            unseen=_no_narrower(unseen[(runtime, unit, phase)], known[(runtime, unit, phase)]),
-        )
-        for (runtime, unit, phase), costs in sorted(fitted.costs.items())
-    ]
+    result = []
+    for (runtime, unit, phase), costs in sorted(fitted.costs.items()):
+        familiar = known[(runtime, unit, phase)]
+        wider = _no_narrower(unseen[(runtime, unit, phase)], familiar)
+        result.append(entry_of(costs, runtime, version, unit, source, familiar, wider))
+    return result
+
+
+def entry_of(
+    costs: Costs, runtime: str, version: str, unit: str, source: str, known: Interval, unseen: Interval
+) -> Entry:
+    """The costs of a runtime's unit as the file of efficiencies holds them."""
+    return Entry(
+        runtime=runtime,
+        version=version,
+        unit=cast(UnitKind, unit),
+        phase=costs.phase,
+        n=costs.n,
+        source=source,
+        costs={term: float(np.exp(log)) for term, log in costs.log_costs.items()},
+        spread=_spread(costs),
+        deviations=costs.deviations,
+        known=known,
+        unseen=unseen,
+    )
 
 
 def _intervals(predicted: Sequence[Predicted], tail: float, keys: Mapping[Key, Costs]) -> dict[Key, Interval]:

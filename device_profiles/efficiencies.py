@@ -55,6 +55,9 @@ class Interval(_Strict):
         return Interval(low=self.low / factor, high=self.high * factor)
 
 
+OWN_RUNTIME = "onnxruntime"
+"""The runtime of the costs that `devices measure --models` fits to this machine."""
+
 WIDEST = Interval(low=0.4, high=2.5)
 """Where nothing was held out that would tell."""
 
@@ -203,17 +206,25 @@ def load_efficiencies(path: Path | None = None) -> Efficiencies:
     return _loaded(path, os.stat(path).st_mtime_ns if path.exists() else 0)
 
 
-@lru_cache(maxsize=4)
-def _loaded(path: Path, _changed: int) -> Efficiencies:
+def read_entries(path: Path | None = None) -> tuple[Entry, ...]:
+    """What a file holds; without one, the user's, or that which ships. Raises UserError for a file that is none."""
+    if path is None:
+        own = user_file()
+        path = own if own.exists() else SHIPPED
     text = read_text(path, _SIZE_LIMIT)
     try:
-        entries = _File.model_validate_json(text).entries
+        return _File.model_validate_json(text).entries
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = one_line(".".join(map(str, first["loc"])), 100)
         raise UserError(
             f"{one_line(path)}: no costs that `devices calibrate` wrote ({where}: {one_line(first['msg'], 100)}); run it again"
         ) from None
+
+
+@lru_cache(maxsize=4)
+def _loaded(path: Path, _changed: int) -> Efficiencies:
+    entries = read_entries(path)
     return Efficiencies(
         {(e.runtime, e.unit, e.phase): e.fitted for e in entries},
         known_bandwidths(),

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from .efficiencies import Efficiencies, load_efficiencies, peak_of
+from .efficiencies import OWN_RUNTIME, Efficiencies, load_efficiencies, peak_of
 from .profile import ComputeUnit, DeviceProfile
 from .work import Phase, Work
 
@@ -89,27 +89,30 @@ def predict(work: Work, calls: float, target: str, unit: ComputeUnit, device: De
 
     target, unit: one of `units_of`. Raises UserError for a faulty file of costs.
     """
-    stand_in = STAND_INS[(target, unit.kind)]
     known = load_efficiencies()
+    own = known.costs.get((OWN_RUNTIME, unit.kind, work.phase)) if target == "onnx" else None
+    stand_in = STAND_INS[(target, unit.kind)]
+    if own is not None and own.knows(device.name):
+        stand_in = StandIn(OWN_RUNTIME, work.format, 1.0, "costs that `devices measure --models` fitted here")
     weights, _, activations = stand_in.format.partition("/")
     asked = replace(work, weight_format=weights, activations=activations)
-    kind = _LIKE.get(device.kind, device.kind)
+    kind = device.kind if stand_in.runtime == OWN_RUNTIME else _LIKE.get(device.kind, device.kind)
     memory = device.memory.bandwidth
-    bandwidth = memory.value if memory is not None else None
+    bandwidth = memory.value if memory is not None and stand_in.runtime != OWN_RUNTIME else None
     one = known.predict(asked, stand_in.runtime, unit.kind, device.name, kind, bandwidth)
     parts = one.parts
     if not one.seen:
         parts = _by_peak(known, asked, stand_in.runtime, unit, parts)
     seconds = calls * sum(parts.values())
-    small = work.terms["weights"] * work.tokens < _LEAST_WEIGHTS
+    small = stand_in.runtime != OWN_RUNTIME and work.terms["weights"] * work.tokens < _LEAST_WEIGHTS
     interval = one.interval.wider(stand_in.wider * (_SMALL if small else 1.0))
     power = unit.power
     energy = Energy(seconds * power.watts.value, power.boundary) if power is not None else None
-    own = "rows of this device" if one.seen else f"no rows of this device: costs of a {kind}"
-    own += "; smaller than any model with rows" if small else ""
+    whose = "rows of this device" if one.seen else f"no rows of this device: costs of a {kind}"
+    whose += "; smaller than any model with rows" if small else ""
     parts = {name: calls * part for name, part in parts.items()}
     low, high = seconds / interval.high, seconds / interval.low
-    return Predicted(device.name, unit.kind, seconds, low, high, parts, energy, one.seen, f"{stand_in.note}; {own}")
+    return Predicted(device.name, unit.kind, seconds, low, high, parts, energy, one.seen, f"{stand_in.note}; {whose}")
 
 
 def _by_peak(
