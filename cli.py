@@ -514,10 +514,8 @@ def profile(
             raise UserError("-m MODEL is predicted, not measured; give --device NAME, or all")
         result = predicted.as_json()
         if output.format == "html" and bundle is not None:
-            from .reports.page.bundle_page import bundle_html
-
             names = list(dict.fromkeys(row["device"] for row in result["rows"]))
-            _give(bundle_html(bundle, names=names, prediction=result), output)
+            _give(_page(bundle, names=names, prediction=result), output)
             return
         if output.format == "html":
             raise UserError("-m MODEL has no page, which is a bundle's; give -o md, csv or json")
@@ -527,7 +525,6 @@ def profile(
         from .commands.profile_devices import profile_devices, require_links
         from .measuring.measure import DeviceResult, Settings
         from .reports.measured import measured_json, measured_text
-        from .reports.page.bundle_page import bundle_html
 
         require_links(devices)
         if formats not in ((), ("onnx",)):
@@ -539,20 +536,14 @@ def profile(
         finally:
             if results:  # those before a device that fails, too
                 with _keeping(bundle, "devices", {"devices": measured_json(results)}):
-                    page = output.format == "html"
-                    _give(
-                        bundle_html(bundle, linked=results) if page else measured_text(results, output.format), output
-                    )
+                    html = output.format == "html"
+                    _give(_page(bundle, linked=results) if html else measured_text(results, output.format), output)
         return
     cli_options.require_no_device_options(options)
     measured = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
     with _keeping(bundle, "profile", measured):
-        if output.format != "html":
-            _give(profile_text(measured, output.format), output)
-    if output.format == "html":
-        from .reports.page.bundle_page import bundle_html
-
-        _give(bundle_html(bundle, measured=measured), output)
+        html = output.format == "html"
+        _give(_page(bundle, measured=measured) if html else profile_text(measured, output.format), output)
 
 
 @main.command()
@@ -767,6 +758,12 @@ def preview(folder: Path, port: int) -> None:
 def completion(shell: str) -> None:
     """Print the script that completes commands and options in SHELL."""
     click.echo(completion_script(shell))
+
+
+def _page(bundle: Path, **found: Any) -> str:
+    from .reports.page.bundle_page import bundle_html
+
+    return bundle_html(bundle, **found)
 
 
 def _give(report: str, output: cli_options.ReportOutput) -> None:
