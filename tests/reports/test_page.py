@@ -231,3 +231,12 @@ def test_a_file_by_its_ending(known: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["kind"] == "predicted"
     assert "no file whose name ends" in refused(edgewright("profile", known, *given, tmp_path / "report.docx"))
     assert "no page" in refused(edgewright("profile", "-m", known / "checkpoint", "--device", DEVICES[0], "-o", "html"))
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    compiler.export(asking("helpers.user_modules:speech", bits=6.0), tmp_path / "bundle")
+    passed(edgewright("profile", tmp_path / "bundle", "-r", 1, "-o", tmp_path / "page.html"))
+    made = Page((tmp_path / "page.html").read_text())
+    assert made.sections == [*(name for name, _ in NAV), "kinds"]
+    assert "the layers of a module of your own are not known" in made.text
+    assert "calls a second" in made.text
