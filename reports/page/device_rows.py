@@ -44,7 +44,8 @@ def _here(page: BundlePage) -> Iterator[Rate]:
             unit = "tokens" if row.test[:2] in ("pp", "tg") else "calls"
             unit = "s of sound" if row.test.startswith("seconds of sound") else unit
             ends = (max(0.0, row.median - row.std), row.median + row.std)
-            where = f"{measured.host.threads} threads" if isinstance(measured.host.threads, int) else "all cores"
+            count = measured.host.threads
+            where = f"{count} thread{'s' * (count > 1)}" if isinstance(count, int) else "all cores"
             yield Rate(
                 device=measured.host.cpu,
                 target=target,

@@ -99,7 +99,8 @@ def _roof_line(roof: Roof, name: str, peak: float, x: Axis, y: Axis) -> Series:
     edge = min(max(peak / bandwidth, start), x.high, y.high / bandwidth)
     ends = [start, edge, *([x.high] if math.isfinite(peak) else [])]
     points = [on(x, y, (at, min(peak, at * bandwidth)), None, "") for at in ends]
-    return Series(f"roof of the {roof.kind}, {name}", "roof", "", "line", points)
+    most = f", {short(peak)}" if math.isfinite(peak) else ""
+    return Series(f"roof of the {roof.kind}, {name}{most}", "roof", "", "line", points)
 
 
 def _bound(roofs: Sequence[Roof], intensity: float) -> float:

@@ -100,8 +100,10 @@ def time_by_layer(page: BundlePage) -> Iterator[tuple[str, str, list[Bar]]]:
     """(target, what ran, a bar for each layer) of each graph and phase that was profiled."""
     places = {layer.path: layer.place for layer in page.graphs.layers if layer.path}
     for target, measured in page.profiled.targets.items() if page.profiled is not None else ():
-        for graph, phases in measured.layers.items():
-            for phase, layers in phases.items():
+        order = [g.name for g in page.manifest.graphs]
+        known = sorted(measured.layers, key=lambda graph: order.index(graph) if graph in order else len(order))
+        for graph in known:
+            for phase, layers in measured.layers[graph].items():
                 yield target, f"{graph}, {phase}", _time_bars(layers, places)
 
 
