@@ -20,7 +20,7 @@ _FILES = (
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
     *("modules.json", "sentence_*config.json", "config_sentence_transformers.json", "*/config.json"),
     *("tokenizer*.json", "chat_template*", "*.model", "tokenizer.model.v[0-9]", "tekken.json", "*.tiktoken"),
-    *("vocab.json", "vocab.txt", "merges.txt"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.spm"),
     *("special_tokens_map.json", "added_tokens.json", "additional_chat_templates/*.jinja"),
 )
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*(:[\w.-]+)?)?", re.ASCII)

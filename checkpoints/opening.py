@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..system.dtypes import dtype_name
 from ..system.reading import MEBIBYTE, one_line, read_json_object
 from . import adapter as adapters
-from . import mistral_layout
+from . import mamba_layout, mistral_layout
 from .checkpoint import Checkpoint, TensorStore
 from .hub import PICKLES, download, is_hub_id
 from .mlx_layout import without_mlx_layout
@@ -96,6 +96,9 @@ def _open_model(source: str, directory: Path, tell_adapter: bool) -> Checkpoint:
             _explain_missing_config(source, directory)
         files = _weight_files(source, directory)
         config = read_json_object(directory / "config.json")
+        if mamba_layout.is_mamba_ssm(config):
+            config = mamba_layout.as_transformers(directory / "config.json", config)
+            notes.append("the checkpoint's config.json is of mamba_ssm (state-spaces)")
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type:
             raise UserError(f"{directory / 'config.json'}: no model_type, so the architecture is unknown; add it")

@@ -65,14 +65,14 @@ EXAMPLES = {
     ),
     "profile": (
         "edgewright profile bundle -p 512 -n 128 -d 0,1024",
-        "edgewright profile bundle --format onnx -o json",
+        "edgewright profile bundle --device ssh://pi@raspberrypi.local --sustain 120",
     ),
     "compare": (
         "edgewright compare bundle-4bit bundle-5bit",
         "edgewright compare bundles/* -o csv",
     ),
     "inspect": ("edgewright inspect ./llama", "edgewright inspect bundle --json"),
-    "doctor": ("edgewright doctor", "edgewright doctor --json"),
+    "doctor": ("edgewright doctor", "edgewright doctor --device ssh://pi@raspberrypi.local"),
     "completion": (
         'eval "$(edgewright completion bash)"',
         "edgewright completion fish > ~/.config/fish/completions/edgewright.fish",

@@ -15,7 +15,7 @@ from .sentencepiece_model import is_sentencepiece, read_sentencepiece
 from .vocabulary import Vocabulary
 from .word_pieces import read_word_pieces
 
-_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
+_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm")
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "SentencePieceBackend", "PythonBackend")
 
 _BY_TYPE = {
@@ -24,6 +24,9 @@ _BY_TYPE = {
     "T5Tokenizer": ("t5", "mt5", "umt5"),
     "XLMRobertaTokenizer": ("xlm-roberta",),
     "MBartTokenizer": ("mbart",),
+    "M2M100Tokenizer": ("m2m_100",),
+    "MarianTokenizer": ("marian",),
+    "PegasusTokenizer": ("pegasus",),
     "RobertaTokenizer": ("bart", "roberta"),
     "GPT2Tokenizer": ("gpt2",),
     "Qwen2Tokenizer": ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_text"),
@@ -45,6 +48,8 @@ def tokenizer_class(directory: Path, values: Mapping[str, Any]) -> str | None:
     config = read_json_object(file) if (file := directory / "config.json").exists() else {}
     kind = config.get("model_type")
     by_type = _CLASS_OF.get(kind) if isinstance(kind, str) else None
+    if by_type == "M2M100Tokenizer" and not (directory / "vocab.json").exists():  # NLLB is of the same model type
+        by_type = "NllbTokenizer"
     if by_type is None and (directory / "params.json").is_file():  # Mistral's own layout and Meta's
         by_type = "LlamaTokenizer"
     for name in (values.get("tokenizer_class"), config.get("tokenizer_class")):
@@ -63,7 +68,7 @@ def read_vocabulary(directory: Path, values: Mapping[str, Any]) -> Vocabulary:
     if file is None:
         raise UserError(
             f"{directory}: no tokenizer.json, and no other file with a vocabulary (tokenizer.model, spiece.model, tekken.json, "
-            "*.tiktoken, vocab.json with merges.txt, vocab.txt); download it too"
+            "*.tiktoken, source.spm, vocab.json with merges.txt, vocab.txt); download it too"
         )
     with refusing(file):
         return _read(file, tokenizer_class(directory, values), values)

@@ -6,8 +6,6 @@ a text. https://github.com/google/sentencepiece/blob/master/src/sentencepiece_mo
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,33 +13,16 @@ from typing import Any
 from tokenizers import models
 
 from ...errors import UserError
-from ...system.reading import one_line, read_bytes
-from ..tokenizer_checks import MOST_TOKENS, Unfit
-from .merges import BYTE_PIECES, CONTROL, LONGEST_TOKEN, SPACE, UNKNOWN, USER_DEFINED, merges_from_scores
-from .vocabulary import LARGEST_FILE, Vocabulary, added, ends_asked, sequence
+from ...system.reading import one_line
+from ..tokenizer_checks import Unfit
+from .languages import MBART
+from .merges import BYTE_PIECES, SPACE, merges_from_scores
+from .sentencepiece_file import BPE, UNIGRAM, added_pieces, charsmap, metaspace, parsed, replace, unknown_place
+from .translation import READERS
+from .vocabulary import Vocabulary, added, ends_asked, sequence
 
-_UNIGRAM, _BPE = 1, 2
 _MOST_EXTRA = 4096
-_INSTALL = "reading it needs the sentencepiece package: pip install 'edgewright[tokenizers]'"
 
-_MBART_LANGUAGES = (
-    *(
-        "ar_AR",
-        "cs_CZ",
-        "de_DE",
-        "en_XX",
-        "es_XX",
-        "et_EE",
-        "fi_FI",
-        "fr_XX",
-        "gu_IN",
-        "hi_IN",
-        "it_IT",
-        "ja_XX",
-        "kk_KZ",
-    ),
-    *("ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO", "ru_RU", "si_LK", "tr_TR", "vi_VN", "zh_CN"),
-)
 _FAIRSEQ = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _CLASSIFIER = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
 
@@ -63,11 +44,11 @@ CLASSES = {
 
 _SAME_AS = {"MT5Tokenizer": "T5Tokenizer", "CodeLlamaTokenizer": "LlamaTokenizer"}
 _KINDS = {
-    "LlamaTokenizer": _BPE,
-    "GemmaTokenizer": _BPE,
-    "T5Tokenizer": _UNIGRAM,
-    "XLMRobertaTokenizer": _UNIGRAM,
-    "MBartTokenizer": _UNIGRAM,
+    "LlamaTokenizer": BPE,
+    "GemmaTokenizer": BPE,
+    "T5Tokenizer": UNIGRAM,
+    "XLMRobertaTokenizer": UNIGRAM,
+    "MBartTokenizer": UNIGRAM,
 }
 
 
@@ -83,52 +64,24 @@ def read_sentencepiece(file: Path, tokenizer_class: str | None, values: Mapping[
     Unfit for a file that is none, or too large.
     """
     kind = _SAME_AS.get(tokenizer_class or "", tokenizer_class)
+    if kind in READERS:
+        return READERS[kind](file, values)
     if kind is not None and kind not in CLASSES:
-        known = ", ".join(sorted(CLASSES))
+        known = ", ".join(sorted({*CLASSES, *READERS}))
         raise UserError(
             f"{one_line(file)}: a SentencePiece model of {one_line(kind, 40)}, whose ids are not the file's (read: {known}); where "
             "transformers is installed, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes a tokenizer.json"
         )
-    proto = _parsed(file)
+    proto = parsed(file)
     if kind is not None and proto.trainer_spec.model_type != _KINDS[kind]:
         raise Unfit(
-            f"{kind} has {'BPE' if _KINDS[kind] == _BPE else 'Unigram'}, and this is another kind of SentencePiece"
+            f"{kind} has {'BPE' if _KINDS[kind] == BPE else 'Unigram'}, and this is another kind of SentencePiece"
         )
-    if proto.trainer_spec.model_type == _BPE:
+    if proto.trainer_spec.model_type == BPE:
         return _bpe(file, proto, kind, values)
-    if proto.trainer_spec.model_type == _UNIGRAM:
+    if proto.trainer_spec.model_type == UNIGRAM:
         return _unigram(file, proto, kind, values)
     raise Unfit("a SentencePiece model of words or characters; BPE and Unigram are read")
-
-
-def _parsed(file: Path) -> Any:
-    """The file's message, its pieces counted and measured."""
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        raise UserError(f"{one_line(file)}: {_INSTALL} ({one_line(error, 80)})") from None
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        proto.ParseFromString(read_bytes(file, LARGEST_FILE))
-    except DecodeError:
-        raise Unfit("not a SentencePiece model; download it again") from None
-    if not 0 < len(proto.pieces) <= MOST_TOKENS:
-        raise Unfit(f"it has {len(proto.pieces)} pieces, 1 to {MOST_TOKENS} are read")
-    seen = set()
-    for piece in proto.pieces:
-        text = piece.piece
-        if not text or len(text) > LONGEST_TOKEN or text in seen:
-            wrong = "twice" if text in seen else f"of {len(text)} characters, 1 to {LONGEST_TOKEN} are read"
-            raise Unfit(f"it has a piece {one_line(text, 40)!r} {wrong}")
-        if not math.isfinite(piece.score):
-            raise Unfit(f"its piece {one_line(text, 40)!r} has a score of {piece.score}")
-        seen.add(text)
-    if proto.trainer_spec.treat_whitespace_as_suffix:
-        raise Unfit("it puts the mark of a space behind a word (treat_whitespace_as_suffix), which is not read")
-    if not proto.normalizer_spec.escape_whitespaces:
-        raise Unfit("it keeps spaces as they are (escape_whitespaces is off), which is not read")
-    return proto
 
 
 def _named_by_file(proto: Any) -> dict[str, str]:
@@ -141,39 +94,6 @@ def _named_by_file(proto: Any) -> dict[str, str]:
     return named
 
 
-def _unknown(proto: Any) -> int:
-    """The place of the piece for what no piece spells."""
-    places = [i for i, piece in enumerate(proto.pieces) if piece.type == UNKNOWN]
-    if len(places) != 1:
-        raise Unfit(f"it has {len(places)} pieces for what is unknown, one is needed")
-    return places[0]
-
-
-def _added(proto: Any) -> list[dict[str, Any]]:
-    """Control pieces and user-defined ones: whole wherever they stand in a text. Runs of the space mark are merged instead."""
-    return [
-        added(piece.piece, special=piece.type != USER_DEFINED)
-        for piece in proto.pieces
-        if piece.type in (CONTROL, UNKNOWN) or (piece.type == USER_DEFINED and set(piece.piece) != {SPACE})
-    ]
-
-
-def _charsmap(proto: Any) -> list[dict[str, Any]]:
-    """The file's own normalization, such as NFKC."""
-    charsmap = proto.normalizer_spec.precompiled_charsmap
-    if not charsmap:
-        return []
-    return [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}]
-
-
-def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def _metaspace(scheme: str, split: bool) -> dict[str, Any]:
-    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": split}
-
-
 def _bpe(file: Path, proto: Any, kind: str | None, values: Mapping[str, Any]) -> Vocabulary:
     pieces = [piece.piece for piece in proto.pieces]
     types = [piece.type for piece in proto.pieces]
@@ -182,25 +102,25 @@ def _bpe(file: Path, proto: Any, kind: str | None, values: Mapping[str, Any]) ->
     model = models.BPE(
         vocab,
         merges,
-        unk_token=pieces[_unknown(proto)],
+        unk_token=pieces[unknown_place(proto)],
         fuse_unk=True,
         byte_fallback=vocab.keys() >= BYTE_PIECES,
     )
     scheme = _prefix_scheme(proto, kind, values)
-    spaces = [_replace({"Regex": " {2,}"}, " ")] if proto.normalizer_spec.remove_extra_whitespaces else []
+    spaces = [replace({"Regex": " {2,}"}, " ")] if proto.normalizer_spec.remove_extra_whitespaces else []
     strip = [{"type": "Strip", "strip_left": True, "strip_right": True}] if spaces else []
-    back = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    back = [replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if scheme != "never":
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    steps = [*_charsmap(proto), *strip, *spaces]
+    steps = [*charsmap(proto), *strip, *spaces]
     if kind is None:  # a text that starts with a space gets a mark before it, which transformers' classes leave out
         mark = [{"type": "Prepend", "prepend": SPACE}] if scheme != "never" else []
-        steps += [*mark, _replace({"String": " "}, SPACE)]
+        steps += [*mark, replace({"String": " "}, SPACE)]
     parts = {
         "normalizer": sequence(steps, "normalizers"),
-        "pre_tokenizer": _metaspace(scheme, split=False) if kind is not None else None,
+        "pre_tokenizer": metaspace(scheme, split=False) if kind is not None else None,
         "decoder": sequence(back, "decoders"),
-        "added_tokens": _added(proto),
+        "added_tokens": added_pieces(proto),
     }
     named = CLASSES[kind] if kind is not None else _named_by_file(proto)
     before, after = ends_asked(values, bos=kind is not None, eos=False)
@@ -217,14 +137,14 @@ def _prefix_scheme(proto: Any, kind: str | None, values: Mapping[str, Any]) -> s
 
 def _unigram(file: Path, proto: Any, kind: str | None, values: Mapping[str, Any]) -> Vocabulary:
     vocab = [(piece.piece, float(piece.score)) for piece in proto.pieces]
-    tokens, unknown = _added(proto), _unknown(proto)
+    tokens, unknown = added_pieces(proto), unknown_place(proto)
     before: tuple[str, ...] = ("bos_token",)
     after: tuple[str, ...] = ("eos_token",)
     if kind in ("XLMRobertaTokenizer", "MBartTokenizer"):
         if [piece for piece, _ in vocab[:3]] != ["<unk>", "<s>", "</s>"]:
             raise Unfit(f"its first pieces are not <unk>, <s> and </s>, as those of {kind} are")
         unknown = 3
-        languages = _MBART_LANGUAGES if kind == "MBartTokenizer" else ()
+        languages = MBART if kind == "MBartTokenizer" else ()
         last = [*languages, "<mask>"]
         vocab = [*((text, 0.0) for text in _FAIRSEQ.values()), *vocab[3:], *((text, 0.0) for text in last)]
         tokens += [*map(added, ("<pad>", *languages)), added("<mask>", lstrip=True)]
@@ -246,13 +166,13 @@ def _unigram(file: Path, proto: Any, kind: str | None, values: Mapping[str, Any]
     fallback = bool(proto.trainer_spec.byte_fallback) and {text for text, _ in vocab} >= BYTE_PIECES
     scheme = "always" if proto.normalizer_spec.add_dummy_prefix else "never"
     if proto.normalizer_spec.remove_extra_whitespaces:
-        split = [{"type": "WhitespaceSplit"}, _metaspace(scheme, split=True)]
+        split = [{"type": "WhitespaceSplit"}, metaspace(scheme, split=True)]
     else:
-        split = [_metaspace(scheme, split=True)]
-    metaspace = _metaspace(scheme, split=True)
-    back = [{"type": "ByteFallback"}, metaspace] if fallback else [metaspace]
+        split = [metaspace(scheme, split=True)]
+    mark = metaspace(scheme, split=True)
+    back = [{"type": "ByteFallback"}, mark] if fallback else [mark]
     parts = {
-        "normalizer": sequence(_charsmap(proto), "normalizers"),
+        "normalizer": sequence(charsmap(proto), "normalizers"),
         "pre_tokenizer": sequence(split, "pretokenizers"),
         "decoder": sequence(back, "decoders"),
         "added_tokens": tokens,

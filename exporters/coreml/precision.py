@@ -86,11 +86,10 @@ def widen_gates(program: torch.export.ExportedProgram) -> None:
     for node in wide:
         others = [user for user in node.users if user not in wide and user.target not in WIDE_OPS]
         if others:
-            with graph.inserting_after(node):
-                back = graph.call_function(ATEN._to_copy.default, (node,), {"dtype": torch.float32})
-            back.meta["val"] = node.meta["val"].to(torch.float32)
-            for user in others:
-                user.replace_input_with(node, back)
+            _back(graph, node, others)
+    for node in [n for n in graph.nodes if n.target in WIDE_OPS]:
+        for out in list(node.users):  # float32 once decomposed; until then the op itself gives its inputs' float64
+            _back(graph, out, list(out.users))
     graph.lint()
     program.graph_module.recompile()
 
@@ -129,6 +128,15 @@ def _widen(graph: fx.Graph, source: fx.Node, users: list[fx.Node]) -> None:
     cast.meta["val"] = source.meta["val"].to(torch.float64)
     for user in users:
         user.replace_input_with(source, cast)
+
+
+def _back(graph: fx.Graph, node: fx.Node, users: list[fx.Node]) -> None:
+    """Let `users` read `node` in float32."""
+    with graph.inserting_after(node):
+        back = graph.call_function(ATEN._to_copy.default, (node,), {"dtype": torch.float32})
+    back.meta["val"] = node.meta["val"].to(torch.float32)
+    for user in users:
+        user.replace_input_with(node, back)
 
 
 def _is_float_cast(node: fx.Node) -> bool:

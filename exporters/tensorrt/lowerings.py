@@ -83,6 +83,8 @@ def _half(scales: torch.Tensor) -> np.ndarray:
 
 def _linear(low: StandardLowering, node: ir.Node) -> None:
     weight = _dequantized(low, node)
+    if ("turned", weight) in low.shared:
+        weight = _copied(low, node, weight)
     turned = low.built(("turned", weight), lambda: low.one(node, "Transpose", [weight], perm=[1, 0]))
     x = node.inputs[0]
     assert x is not None
@@ -90,6 +92,26 @@ def _linear(low: StandardLowering, node: ir.Node) -> None:
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         out = low.one(node, "Add", [out, node.inputs[3]])
     low.replace(node, [out])
+
+
+def _copied(low: StandardLowering, node: ir.Node, weight: ir.Value) -> ir.Value:
+    """A weight again, for a second linear: builders segfault where attentions share theirs. The file has its bytes once."""
+    source = weight.producer()
+    assert source is not None
+    again = []
+    for value in source.inputs:
+        assert value is not None
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        name = f"{value.name}.again{len(low.graph.initializers)}"
+        place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+        copy = ir.ExternalTensor(*place, shape=ir.Shape(value.shape), name=name, base_dir=tensor.base_dir)
+        again.append(ir.Value(name=name, shape=ir.Shape(value.shape), type=value.type, const_value=copy))
+        low.graph.register_initializer(again[-1])
+    attributes = {key: value.value for key, value in source.attributes.items()}
+    dense = low.one(node, "DequantizeLinear", again, **attributes)
+    dense.producer().metadata_props[NAMES] = source.metadata_props[NAMES]  # type: ignore[union-attr]
+    return dense
 
 
 def _embedding(low: StandardLowering, node: ir.Node) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from edgewright.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS
 from edgewright.checkpoints.tokenizer import Tokenizer
-from edgewright.checkpoints.vocabularies import byte_level, sentencepiece_model
+from edgewright.checkpoints.vocabularies import byte_level, languages, sentencepiece_file
 from edgewright.errors import UserError
 
 CUT = PRE_TOKENIZERS["llama-bpe"].expressions[0]
@@ -70,6 +70,45 @@ def t5() -> bytes:
 
 def xlm(**options: Any) -> bytes:
     return spm("unigram", vocab_size=140, **options)
+
+
+def nllb() -> bytes:
+    return spm("bpe", vocab_size=200)
+
+
+def pegasus() -> bytes:
+    return spm("unigram", vocab_size=140, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def trained(lines: list[str], kind: str = "unigram", **options: Any) -> bytes:
+    """A SentencePiece model of some lines alone."""
+    made = io.BytesIO()
+    defaults = {"character_coverage": 1.0, "hard_vocab_limit": False, "minloglevel": 2, "num_threads": 1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 12), model_writer=made, model_type=kind, **{**defaults, **options}
+    )
+    return made.getvalue()
+
+
+def pieces_of(model: bytes) -> list[str]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+
+
+def marian(kind: str = "unigram") -> dict[str, bytes]:
+    """Two SentencePiece models and one vocab.json, whose ids are those of neither, as Opus-MT's folders have them."""
+    source, target = trained(TRAINING[:2], kind, vocab_size=90), trained(TRAINING[2:4], kind, vocab_size=80)
+    order = dict.fromkeys(["</s>", "<unk>", ">>fra<<", ">>deu<<", *sorted(pieces_of(source) + pieces_of(target))])
+    texts = [text for text in order if text != "<s>"] + ["<pad>"]
+    vocab = {text: i for i, text in enumerate(texts)}
+    return {"source.spm": source, "target.spm": target, "vocab.json": json.dumps(vocab).encode()}
+
+
+def m2m100(kind: str) -> dict[str, bytes]:
+    model = spm(kind, vocab_size=140 if kind == "unigram" else 200)
+    behind = [text for text in sorted(pieces_of(model)) if text not in ("<s>", "</s>", "<unk>")]
+    vocab = {text: i for i, text in enumerate(["<s>", "<pad>", "</s>", "<unk>", *behind])}
+    return {"sentencepiece.bpe.model": model, "vocab.json": json.dumps(vocab).encode()}
 
 
 def ranked(expression: str = CUT) -> list[bytes]:
@@ -154,6 +193,15 @@ ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 LLAMA3_ADDED = {
     str(400 + i): {"content": text, **AS_TOKEN} for i, text in enumerate(["<|begin_of_text|>", "<|end_of_text|>"])
 }
+M2M100_EXTRA = [f"__{code}__" for code in languages.M2M100]
+NLLB_ADDED = {
+    str(i): {"content": text, **AS_TOKEN, "lstrip": text == "<mask>"}
+    for i, text in [
+        *enumerate(["<s>", "<pad>", "</s>", "<unk>"]),
+        *enumerate([*languages.NLLB, "<mask>"], len(pieces_of(nllb())) + 1),
+    ]
+}
+"""As transformers writes it; without it transformers' class gives a text no language at all."""
 CASES: dict[str, tuple[Callable[[], dict[str, bytes]], dict[str, Any] | None, str]] = {
     "llama": (lambda: {"tokenizer.model": llama()}, a_class("LlamaTokenizer", **BOS), "llama"),
     "llama legacy": (
@@ -181,6 +229,38 @@ CASES: dict[str, tuple[Callable[[], dict[str, bytes]], dict[str, Any] | None, st
         a_class("MBartTokenizer", src_lang="fr_XX"),
         "mbart",
     ),
+    "mbart50": (
+        lambda: {"sentencepiece.bpe.model": xlm()},
+        a_class("MBart50Tokenizer", src_lang="fr_XX"),
+        "mbart",
+    ),
+    "mbart50 without normalization": (
+        lambda: {"sentencepiece.bpe.model": xlm(normalization_rule_name="identity")},
+        a_class("MBart50Tokenizer"),
+        "mbart",
+    ),
+    "nllb": (
+        lambda: {"sentencepiece.bpe.model": nllb()},
+        a_class("NllbTokenizer", src_lang="fra_Latn", added_tokens_decoder=NLLB_ADDED),
+        "m2m_100",
+    ),
+    "nllb with its language behind": (
+        lambda: {"sentencepiece.bpe.model": nllb()},
+        a_class("NllbTokenizer", legacy_behaviour=True, added_tokens_decoder=NLLB_ADDED),
+        "m2m_100",
+    ),
+    "m2m100 of bpe": (
+        lambda: m2m100("bpe"),
+        a_class("M2M100Tokenizer", src_lang="fr", additional_special_tokens=M2M100_EXTRA),
+        "m2m_100",
+    ),
+    "m2m100 of unigram": (
+        lambda: m2m100("unigram"),
+        a_class("M2M100Tokenizer", additional_special_tokens=M2M100_EXTRA),
+        "m2m_100",
+    ),
+    "pegasus": (lambda: {"spiece.model": pegasus()}, a_class("PegasusTokenizer"), "pegasus"),
+    "pegasus by its type": (lambda: {"spiece.model": pegasus()}, None, "pegasus"),
     "tiktoken": (
         lambda: {"tokenizer.model": tiktoken_file()},
         a_class("PreTrainedTokenizerFast", added_tokens_decoder=LLAMA3_ADDED, bos_token="<|begin_of_text|>", **BOS),
@@ -239,7 +319,78 @@ def test_it_is_transformers_tokenizer(tmp_path: Path, case: str) -> None:
     tokenizer.save(tmp_path / "out")  # as a bundle keeps it
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     for ours in (tokenizer, Tokenizer.from_dir(tmp_path / "out")):
-        assert_like(ours, theirs, TEXTS)
+        assert_like(ours, theirs, TEXTS, trimmed=case.startswith("m2m100"))
+
+
+MARIAN_TEXTS = [*TEXTS, *TRAINING, ">>fra<< hello world", ">>deu<<how are you?", "</s> hello", "\u00a0quick\u3000fox  "]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_marian_reads_with_one_file_and_the_ids_of_another(tmp_path: Path, kind: str, declared: bool) -> None:
+    for name, content in marian(kind).items():
+        (tmp_path / name).write_bytes(content)
+    config = a_class("MarianTokenizer", source_lang="en", target_lang="fr")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config if declared else {}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_dir(tmp_path)
+    pieces = set(pieces_of((tmp_path / "source.spm").read_bytes()))
+    special = {"</s>", "<unk>", "<pad>", ">>fra<<", ">>deu<<"}
+    # A run of characters that source.spm has not is one unknown piece there, and here each is looked up.
+    runs = [
+        text for text in MARIAN_TEXTS if any(len(p) > 1 and p not in pieces | special for p in theirs.tokenize(text))
+    ]
+    texts = [text for text in MARIAN_TEXTS if text not in runs]
+    assert (len(texts), len(MARIAN_TEXTS)) == (26, 34)
+    ours.save(tmp_path / "out")
+    for each in (ours, Tokenizer.from_dir(tmp_path / "out")):
+        assert_like(each, theirs, texts, trimmed=True)
+        assert each.spelling(each.encode("好", special=False)[-1]) == "好" == theirs.tokenize("好")[-1]
+        assert [each.spelling(i) for i in each.encode("你好", special=False)][-2:] == ["你", "好"]
+    answer = [theirs.convert_tokens_to_ids(text) for text in pieces_of((tmp_path / "target.spm").read_bytes())[3:]]
+    assert ours.decode(answer) == theirs.decode(answer, skip_special_tokens=True)
+
+
+def test_marian_with_two_vocabularies_is_refused(tmp_path: Path) -> None:
+    for name, content in marian().items():
+        (tmp_path / name).write_bytes(content)
+    config = a_class("MarianTokenizer", separate_vocabs=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "separate_vocabs" in refused(tmp_path)
+
+
+def test_a_piece_that_vocab_json_lacks_is_not_used(tmp_path: Path) -> None:
+    files = marian()
+    vocab = json.loads(files["vocab.json"])
+    longest = max((p for p in pieces_of(files["source.spm"]) if p in vocab and "<" not in p), key=len)
+    kept = {text: i for i, text in enumerate(text for text in vocab if text != longest)}
+    for name, content in (files | {"vocab.json": json.dumps(kept).encode()}).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian"}))
+    ours = Tokenizer.from_dir(tmp_path)
+    ids = ours.encode(longest.replace("▁", " "), special=False)
+    assert len(ids) > 1
+    assert "".join(map(ours.spelling, ids)).lstrip("▁") == longest.lstrip("▁")
+
+
+@pytest.mark.parametrize("file", ["source.spm", "sentencepiece.bpe.model"])
+def test_the_file_with_the_ids_is_asked_for(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_bytes(nllb())
+    kind = "MarianTokenizer" if file == "source.spm" else "M2M100Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    assert "vocab.json, which says what ids" in refused(tmp_path)
+
+
+def test_nllb_has_its_languages_where_no_file_lists_them(tmp_path: Path) -> None:
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(nllb())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
+    ours = Tokenizer.from_dir(tmp_path)
+    first = len(pieces_of(nllb())) + 1
+    assert [ours.token_id(text) for text in ("ace_Arab", "zul_Latn", "<mask>")] == [first, first + 201, first + 202]
+    assert ours.encode("") == [ours.token_id("eng_Latn"), 2]
 
 
 @pytest.mark.parametrize(
@@ -357,8 +508,7 @@ def refused(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("NllbTokenizer", "sentencepiece.bpe.model"),
-        ("PegasusTokenizer", "spiece.model"),
+        ("BigBirdTokenizer", "spiece.model"),
         ("CLIPTokenizer", "vocab.json"),
         ("LayoutLMTokenizer", "vocab.txt"),
     ],
@@ -434,6 +584,14 @@ HOSTILE: list[tuple[dict[str, bytes], str]] = [
     ({"tekken.json": tekken_with(vocab=[{"token_bytes": 3}])}, "has no token_bytes"),
     ({"tekken.json": tekken_with(config={"pattern": "("})}, "tekken.json: "),
     ({"tekken.json": tekken_with(config={"pattern": "a" * 9000})}, "a string of 9000"),
+    ({"sentencepiece.bpe.model": nllb(), "vocab.json": b'{"a": 0, "b": 2}'}, "do not have the ids from 0 on"),
+    ({"sentencepiece.bpe.model": nllb(), "vocab.json": b'{"a": true}'}, "each with its id"),
+    ({"sentencepiece.bpe.model": nllb(), "vocab.json": b'{"a": 0}'}, "no token '<s>'"),
+    (
+        {"sentencepiece.bpe.model": nllb(), "vocab.json": b'{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}'},
+        "none of its",
+    ),
+    ({"sentencepiece.bpe.model": nllb(), "tokenizer_config.json": b'{"src_lang": "xx"}'}, "src_lang 'xx'"),
     ({"vocab.json": b'{"a": 0, "b": 0}', "merges.txt": MERGES}, "an id of its own"),
     ({"vocab.json": b'{"a": 0, "b": "x"}', "merges.txt": MERGES}, "an id of its own"),
     ({"vocab.json": b'{"a": 0, "b": 99999999}', "merges.txt": MERGES}, "an id of its own"),
@@ -450,7 +608,8 @@ HOSTILE: list[tuple[dict[str, bytes], str]] = [
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_files_that_are_broken_or_hostile_are_one_line(tmp_path: Path, number: int) -> None:
     files, reason = HOSTILE[number]
-    kind = "gpt2" if "vocab.json" in files else "bert" if "vocab.txt" in files else "llama"
+    fairseq = "sentencepiece.bpe.model" in files
+    kind = "m2m_100" if fairseq else "gpt2" if "vocab.json" in files else "bert" if "vocab.txt" in files else "llama"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -465,7 +624,7 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
 
 
 def test_more_pieces_than_a_vocabulary_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sentencepiece_model, "MOST_TOKENS", 100)
+    monkeypatch.setattr(sentencepiece_file, "MOST_TOKENS", 100)
     (tmp_path / "tokenizer.model").write_bytes(llama())
     assert "pieces, 1 to 100 are read" in refused(tmp_path)
 

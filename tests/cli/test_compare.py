@@ -30,6 +30,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "known", folder / "unknown"
 
 
+@pytest.mark.slow
 def test_rows_say_what_the_reports_say(bundles: tuple[Path, Path]) -> None:
     known, unknown = json.loads(passed(edgewright("compare", *bundles, "-o", "json")))
     report = json.loads((bundles[0] / "reports" / "verify.json").read_text())
@@ -43,6 +44,7 @@ def test_rows_say_what_the_reports_say(bundles: tuple[Path, Path]) -> None:
     assert known["weight_bytes"] == unknown["weight_bytes"] < known["file_bytes"]
 
 
+@pytest.mark.slow
 def test_as_text_and_as_csv(bundles: tuple[Path, Path]) -> None:
     text = passed(edgewright("compare", *bundles))
     assert "not verified: 'edgewright verify" in text
@@ -52,6 +54,7 @@ def test_as_text_and_as_csv(bundles: tuple[Path, Path]) -> None:
     assert float(rows[0]["tg2"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [

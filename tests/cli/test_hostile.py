@@ -99,6 +99,7 @@ def test_a_stray_decoder_section_does_not_matter(tmp_path: Path) -> None:
     assert edgewright("plan", "-m", model).exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_shortest_context_a_graph_is_traced_with_exports(model: Path, tmp_path: Path) -> None:
     short = shutil.copytree(model, tmp_path / "short")
     changes = {"encoder": {"max_position_embeddings": 5}, "decoder": {"max_position_embeddings": 7}}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
+from safetensors.torch import save_file
 
 from edgewright.models.language_model import LanguageModel
-from edgewright.models.loading import fill
+from edgewright.models.loading import load_original
+from edgewright.models.opening import open_model
 from edgewright.models.registry import build
 
 
-def adopt(oracle: torch.nn.Module, config: dict) -> LanguageModel:
-    """Our model of `config` with the oracle's weights, read by the oracle's parameter names."""
-    weights = dict(oracle.state_dict())
-    model = build(config)
-
-    class Source:
-        pass
-
-    fill(model, Source(), lambda name, shape: weights[name].clone().reshape(shape))
+def opened(config: dict, weights: Mapping[str, torch.Tensor]) -> LanguageModel:
+    """Our model of a checkpoint with these weights, written to files and opened as a user's."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        save_file({n: w.contiguous().clone() for n, w in weights.items()}, Path(folder) / "model.safetensors")
+        checkpoint = open_model(folder)
+        model = build(checkpoint.config)
+        load_original(model, checkpoint)
     return model
+
+
+def adopt(oracle: torch.nn.Module, config: dict) -> LanguageModel:
+    """Our model of `config` with the oracle's weights, under the oracle's names in a file."""
+    return opened(config, oracle.state_dict())
 
 
 def randomise(oracle: torch.nn.Module, seed: int) -> torch.nn.Module:

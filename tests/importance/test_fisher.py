@@ -192,7 +192,7 @@ def test_units_without_data_count_as_the_middle_of_the_others() -> None:
     assert Choice(16, 0) in filled["u3"]
 
 
-@pytest.mark.parametrize("family", ["llama", "t5gemma"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5gemma", marks=pytest.mark.slow)])
 def test_predicted_losses_serve_the_allocator(family: str, tmp_path: Path) -> None:
     source = opened(family, tmp_path)
     units = quantizable_units(source.build())

@@ -7,10 +7,9 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers as tf
-from helpers.oracle import adopt, causal_logits, randomise, run_step, states_of
+from helpers.oracle import adopt, causal_logits, opened, randomise, run_step, states_of
 
 from edgewright.errors import UserError
-from edgewright.models.loading import fill
 from edgewright.models.registry import build, shorten
 
 STACK = {
@@ -154,11 +153,9 @@ class Oracle:
 
 
 def pair(seed: int = 0, **change):
-    """The oracle and our model, of one set of weights."""
+    """The oracle, and our model of its weights in a file."""
     oracle = Oracle(TINY | change, seed)
-    model, weights = build(TINY | change), oracle.weights()
-    fill(model, None, lambda name, shape: weights[name].clone().reshape(shape))
-    return oracle, model
+    return oracle, opened(TINY | change, oracle.weights())
 
 
 def graphs_of(model) -> dict:
@@ -303,9 +300,8 @@ def test_contexts_of_one_length_are_read_as_a_batch():
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
 def test_weights_stored_in_16_bits_compute_in_float32(projector):
     stored = {n: w.to(torch.bfloat16) for n, w in Oracle(TINY | {"projector": projector}, 8).weights().items()}
-    narrow, wide = (build(TINY | {"projector": projector}) for _ in range(2))
-    fill(narrow, None, lambda name, shape: stored[name].reshape(shape))
-    fill(wide, None, lambda name, shape: stored[name].reshape(shape).to(torch.float32))
+    config = TINY | {"projector": projector}
+    narrow, wide = opened(config, stored), opened(config, {n: w.to(torch.float32) for n, w in stored.items()})
     memories = [read_context(model, CONTEXT, 27) for model in (narrow, wide)]
     torch.testing.assert_close(*memories, atol=1e-6, rtol=1e-6)
     logits = [decode(model, memories[0], QUESTION, [10])[0] for model in (narrow, wide)]

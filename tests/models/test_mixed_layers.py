@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers as hf
 from helpers.family_table import SAVED
 from helpers.oracle import causal_logits, randomise
 from helpers.requests import asking
+from helpers.saved import oracle as random_oracle
 from helpers.saved import saved
 from helpers.tiny_families import FAMILIES
 from safetensors.torch import load_file, save_file
@@ -209,6 +211,83 @@ def test_the_names_and_keys_of_published_files(name: str, tmp_path: Path) -> Non
         want = oracle(ids, use_cache=False).logits
     model = ours(renamed(tmp_path, change, **config))
     torch.testing.assert_close(causal_logits(model, ids, [9]), want, atol=1e-4, rtol=1e-4)
+
+
+SSM: dict[str, Any] = {
+    "d_model": 64,
+    "d_intermediate": 0,
+    "n_layer": 3,
+    "vocab_size": 77,
+    "ssm_cfg": {"layer": "Mamba2", "d_state": 24, "headdim": 32, "chunk_size": 64},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
+"""config.json as mamba_ssm's save_pretrained writes it, with the keys of state-spaces/mamba2-130m."""
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": False}, {"ngroups": 2, "conv_bias": False, "bias": True}])
+def test_a_mamba_2_as_its_makers_publish_it(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Against transformers' Mamba-2 after its public rules of conversion: padded vocabulary, names, defaults."""
+    top = SSM | {k: v for k, v in change.items() if k in SSM}
+    inner = {k: v for k, v in change.items() if k not in SSM}
+    config = {
+        "model_type": "mamba2",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "vocab_size": 80,
+        "state_size": 24,
+        "head_dim": 32,
+        "num_heads": 4,
+        "n_groups": inner.get("ngroups", 1),
+        "use_conv_bias": inner.get("conv_bias", True),
+        "use_bias": inner.get("bias", False),
+        "tie_word_embeddings": top["tie_embeddings"],
+    }
+    theirs = random_oracle(config)
+    tensors = {k.replace("embeddings", "embedding"): v for k, v in theirs.state_dict().items()}
+    if top["tie_embeddings"]:
+        tensors["lm_head.weight"] = tensors["backbone.embedding.weight"].clone()  # mamba_ssm writes both
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(top | {"ssm_cfg": top["ssm_cfg"] | inner}))
+    ids = tokens(1, 21)
+    with torch.no_grad():
+        want = theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(causal_logits(ours(tmp_path), ids, [21]), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(causal_logits(ours(tmp_path), ids, [9, 1, 1, 10]), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("top", "inner", "words"),
+    [
+        ({}, {"layer": "Mamba1"}, "ssm_cfg.layer is 'Mamba1'"),
+        ({"attn_layer_idx": [1]}, {}, "attention in some layers is not read"),
+        ({"d_intermediate": 128}, {}, "a feed-forward in each layer is not read"),
+        ({"rms_norm": False}, {}, "LayerNorm is not read"),
+        ({"rms_norm": 1}, {}, "LayerNorm is not read"),
+        ({"n_layer": 10**30}, {}, "n_layer is"),
+        ({"tie_embeddings": "no"}, {}, "tie_embeddings is 'no'"),
+        ({"mystery": 3}, {}, "this key is not known"),
+        ({}, {"mystery": 3}, "ssm_cfg.mystery is 3"),
+        ({}, {"headdim": 48}, "a divisor of 128"),
+        ({}, {"d_ssm": 64}, "a feed-forward within the mixer"),
+        ({}, {"D_has_hdim": True}, "a D for each channel"),
+        ({}, {"norm_before_gate": True}, "the norm before the gate"),
+        ({}, {"dt_limit": [3, 1]}, "time_step_limit"),
+    ],
+)
+def test_what_a_mamba_ssm_config_may_not_ask_for(
+    tmp_path: Path, top: dict[str, Any], inner: dict[str, Any], words: str
+) -> None:
+    save_file({"backbone.norm_f.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    values = SSM | top | {"ssm_cfg": SSM["ssm_cfg"] | inner}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=re.escape(words)):
+        ours(tmp_path)
 
 
 def test_copies_of_a_shared_block_are_left_out(tmp_path: Path) -> None:

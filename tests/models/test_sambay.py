@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import reference_formulas
-from helpers.oracle import causal_logits, run_step, states_of
+from helpers.oracle import causal_logits, opened, run_step, states_of
 
 from edgewright.errors import UserError
 from edgewright.models.families.sambay import Difference
-from edgewright.models.loading import fill
 from edgewright.models.registry import build, shorten
 
 TINY = {
@@ -33,19 +32,20 @@ TINY = {
 
 
 def filled(config: dict, seed: int = 0):
-    """The model of `config` with random weights, and those weights in float64 by name."""
-    model, rng = build(config), np.random.default_rng(seed)
-    weights = {}
+    """The model of a file with random weights, and those weights in float64 by name."""
+    rng = np.random.default_rng(seed)
+    model, weights = build(config), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in model.tied:
+            value = rng.standard_normal(tuple(parameter.shape)) * (0.25 if parameter.dim() > 1 else 0.3)
+            if name.endswith(("norm.weight", "subln.weight")):
+                value += 1.0
+            weights[name] = value.astype(np.float32).astype(np.float64)
+    return opened(config, stored(weights, torch.float32)), weights
 
-    def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        value = rng.standard_normal(shape) * (0.25 if len(shape) > 1 else 0.3)
-        if name.endswith(("norm.weight", "subln.weight")):
-            value += 1.0
-        weights[name] = value.astype(np.float32).astype(np.float64)
-        return torch.from_numpy(weights[name].astype(np.float32))
 
-    fill(model, None, make)
-    return model, weights
+def stored(weights: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value.astype(np.float32)).to(dtype) for name, value in weights.items()}
 
 
 class Plain:
@@ -205,11 +205,9 @@ def test_greedy_tokens_equal_the_plain_formulas():
 
 
 def test_weights_stored_in_16_bits_compute_in_float32():
-    narrow, wide = build(TINY), build(TINY)
     _, weights = filled(TINY, seed=7)
-    stored = {n: torch.from_numpy(w.astype(np.float32)).to(torch.bfloat16) for n, w in weights.items()}
-    fill(narrow, None, lambda name, shape: stored[name])
-    fill(wide, None, lambda name, shape: stored[name].to(torch.float32))
+    half = stored(weights, torch.bfloat16)
+    narrow, wide = opened(TINY, half), opened(TINY, {n: w.to(torch.float32) for n, w in half.items()})
     ids = make_ids(1, 12)
     torch.testing.assert_close(
         causal_logits(narrow, ids, [11, 1]), causal_logits(wide, ids, [11, 1]), atol=1e-6, rtol=1e-6
@@ -286,9 +284,8 @@ def test_the_start_of_lambda_follows_the_layer():
 @pytest.mark.parametrize(("layers", "kept"), [(1, 1), (5, 5), (6, 6), (7, 7), (100, 8)])
 def test_a_shortened_model_keeps_the_kinds_of_its_layers(layers, kept):
     whole, weights = filled(TINY, seed=6)
-    model = build(shorten(TINY, layers))
+    model = opened(shorten(TINY, layers), stored(weights, torch.float32))
     assert len(model.stacks()["decoder"]) == kept
-    fill(model, None, lambda name, shape: torch.from_numpy(weights[name].astype(np.float32)).reshape(shape))
     assert causal_logits(model, make_ids(1, 6), [4, 2]).isfinite().all()
     assert {n for n, _ in model.named_parameters()} <= {n for n, _ in whole.named_parameters()}
 

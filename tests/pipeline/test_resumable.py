@@ -134,7 +134,12 @@ def test_two_runs_of_one_command_do_not_mix(tmp_path: Path) -> None:
     ("error", "seen", "line"),
     [
         pytest.param(KeyboardInterrupt(), KeyboardInterrupt, None, marks=pytest.mark.slow),
-        (OSError(28, "No space left on device"), UserError, r"bundle cannot be written \(.*No space left on device\)"),
+        pytest.param(
+            OSError(28, "No space left on device"),
+            UserError,
+            r"bundle cannot be written \(.*No space left on device\)",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(UserError("the caches do not fit"), UserError, "the caches do not fit", marks=pytest.mark.slow),
     ],
 )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.exports
 
 
 SOME = [
-    ("module", "coreml"),
+    pytest.param("module", "coreml", marks=pytest.mark.slow),
     pytest.param("dolphin", "executorch", marks=pytest.mark.slow),
     pytest.param("module", "tensorrt", marks=pytest.mark.slow),
     pytest.param("lfm2", "qnn", marks=pytest.mark.slow),

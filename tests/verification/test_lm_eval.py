@@ -240,6 +240,7 @@ def test_a_special_token_is_a_stop(llama: Path) -> None:
     assert lm.generate_until(requests(("k n", asked)), disable_tqdm=True) == [lm.tokenizer.decode([9] * 3)]
 
 
+@pytest.mark.slow
 def test_special_tokens_are_kept_once(llama: Path, t5gemma: Path) -> None:
     assert model(llama).tok_encode("k n")[-1] != 1  # an end stands behind a text, not inside it
     lm = model(t5gemma)

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import recurrent_blocks as blocks
+from helpers.tiny_families import FAMILIES
 
 from edgewright.bundle import GraphSpec
 from edgewright.exporters.artefact import Options
 from edgewright.exporters.coreml import export
+from edgewright.exporters.coreml.translate import _program
 from edgewright.graph import Graph
+from edgewright.models.registry import build
 from edgewright.runtimes.coreml.session import CoremlEvaluator
 from edgewright.runtimes.eager import EagerSession
 
@@ -51,6 +54,13 @@ def test_chunks_and_steps_are_the_reference(case: Any, kind: str) -> None:
         want = blocks.feed(case.reference, case.reference.new_state(2, CONTEXT), ids, PIECES)
         got = blocks.feed(session, session.new_state(2, CONTEXT), ids, PIECES)
         assert blocks.worst(got, want) < limit
+
+
+def test_gates_behind_a_recurrence_stay_float32() -> None:
+    """The second RG-LRU reads what the first one gave; its gates' weights are float32, and nothing there may be float64."""
+    model = build(FAMILIES["recurrent_gemma"] | {"block_types": ["recurrent"], "num_hidden_layers": 2})
+    (graph,) = model.to_empty(device="cpu").graphs()
+    assert "diagonal_scan" not in str(_program(graph).graph)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 4.0)])

@@ -66,9 +66,7 @@ def network(graphs: list[Graph], folder: Path, exact: bool) -> Any:
 
 
 @tensorrt_only
-@pytest.mark.parametrize(
-    "name", [n if n == "delta" else pytest.param(n, marks=pytest.mark.slow) for n in blocks.BLOCKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in blocks.BLOCKS])
 def test_an_engine_builds_and_its_network_is_the_reference(name: str, tmp_path: Path) -> None:
     from edgewright.exporters.tensorrt import export
     from edgewright.targets.tensorrt.engine_file import read_header

@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import onnx_cases as forms
 from helpers import tiny
 from helpers.requests import asking
+from helpers.tiny_families import FAMILIES
 from onnx import TensorProto, helper
 
 from edgewright.bundle import GraphSpec
@@ -319,3 +321,37 @@ def test_a_cut_or_foreign_engine_is_refused(made: Made, tmp_path: Path) -> None:
 def test_without_a_driver_the_device_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"no NVIDIA driver|CUDA driver error"):
         Device()
+
+
+@pytest.mark.slow
+def test_linears_over_one_weight_do_not_share_its_constants(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7's builder segfaults on attentions that do; the file has the bytes once."""
+    from edgewright.exporters.onnx.weight_file import WeightFile
+    from edgewright.exporters.tensorrt.lowerings import lower
+    from edgewright.exporters.tensorrt.weights import NAMES
+
+    config = FAMILIES["zamba2"] | {"layers_block_type": ["hybrid"] * 2, "num_hidden_layers": 2, "num_mem_blocks": 1}
+    forms.quantize(tiny.write(tmp_path / "model", config), tmp_path / "checkpoint", {}, [(4, 32), (8, 0)])
+    checkpoint = open_checkpoint(str(tmp_path / "checkpoint"))
+    model = build(checkpoint.config)
+    load_quantized(model, checkpoint)
+    (graph,) = model.graphs()
+    weights = WeightFile(tmp_path / "weights.bin")
+    lower(graph, set(), weights, Options(CONTEXT), tmp_path)
+    weights.close()
+    network = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
+    parts: dict[str, list[list[str]]] = {}
+    for node in network.node:
+        if node.op_type == "DequantizeLinear":
+            (names,) = [p.value for p in node.metadata_props if p.key == NAMES]
+            parts.setdefault(names, []).append(list(node.input))
+    shared = {
+        names: inputs for names, inputs in parts.items() if "shared_transformer" in names and "adapter" not in names
+    }
+    assert len(shared) == 6  # q, k, v, o, gate with up, down
+    places = {t.name: {e.key: e.value for e in t.external_data} for t in network.initializer}
+    for first, second in shared.values():
+        assert not set(first) & set(second)
+        assert [places[name] for name in first] == [places[name] for name in second]
+    users = [node.input[0] for node in network.node if node.op_type == "Transpose"]
+    assert len(users) == len(set(users))
