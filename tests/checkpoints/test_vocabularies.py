@@ -416,6 +416,21 @@ def test_the_file_with_the_ids_is_asked_for(tmp_path: Path, file: str) -> None:
     assert "vocab.json, which says what ids" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mask_token_sent": None}, "mask_token_sent None; <mask_1> is read"),
+        ({"mask_token": {"content": "[MASK]"}}, "mask_token"),
+        ({"offset": 0}, "offset 0; 2 to 4096 are read"),
+        ({"offset": True}, "offset True"),
+    ],
+)
+def test_a_pegasus_with_other_ids_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    (tmp_path / "spiece.model").write_bytes(pegasus())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PegasusTokenizer", **settings}))
+    assert words in refused(tmp_path)
+
+
 def test_nllb_has_its_languages_where_no_file_lists_them(tmp_path: Path) -> None:
     (tmp_path / "sentencepiece.bpe.model").write_bytes(nllb())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
