@@ -29,6 +29,8 @@ demo: $(VENV)/.product
 	$(BIN)/edgewright profile demo/bundle -p 16 -n 32 -d 16 -r 5
 	@for word in $(WORDS); do echo "$$word -> $$($(BIN)/edgewright run demo/bundle --prompt "$$word")"; done
 	@for target in $(FORMATS); do echo "$$target: knight -> $$($(BIN)/edgewright run demo/bundle --format $$target --prompt "k n i g h t")"; done
+	@if [ -d $(TOOLS)/web/node_modules ]; then $(BIN)/edgewright embed demo/bundle --platform web -o demo/site; \
+	  else echo "no site was made: make apps-tools, then edgewright embed demo/bundle --platform web -o demo/site"; fi
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

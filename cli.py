@@ -509,16 +509,20 @@ def profile(
         return
     if devices:
         from .commands.profile_devices import profile_devices, require_links
-        from .measuring.measure import Settings
+        from .measuring.measure import DeviceResult, Settings
         from .reports.measured import measured_json, measured_text
 
         require_links(devices)
         if formats not in ((), ("onnx",)):
             raise UserError("--device measures the onnx artefact; leave --format out")
         settings = Settings(threads=threads, **options)
-        results = profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check)
-        with _keeping(bundle, "devices", {"devices": measured_json(results)}):
-            click.echo(printable(measured_text(results, output_format)))
+        results: list[DeviceResult] = []
+        try:
+            results.extend(profile_devices(bundle, devices, ProfileLengths(new=new, **lengths), settings, note, check))
+        finally:
+            if results:  # those before a device that fails, too
+                with _keeping(bundle, "devices", {"devices": measured_json(results)}):
+                    click.echo(printable(measured_text(results, output_format)))
         return
     cli_options.require_no_device_options(options)
     result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)

@@ -21,8 +21,8 @@ _REPORT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Card:
-    """what: one sentence. kind: of the model. ship: the size of its files. rows: (what, figure and how it was obtained). notes: what
-    a reader must know."""
+    """what: one sentence. kind: of the model. ship: the size of its files. rows: (what, figure and how it was obtained).
+    notes: what a reader must know."""
 
     what: str
     kind: str

@@ -39,7 +39,10 @@ Note = Callable[[str], None]
 @dataclass(frozen=True)
 class EmbedOptions:
     """platform: its name. name: of the app; None is the bundle's folder. packages: a node_modules folder, of "web".
-    most_memory: bytes of the device, None for any. tokenizer: whether the app reads text; without, it takes token ids. check: whether the bundle's files are hashed first."""
+
+    most_memory: bytes of the device, None for any. tokenizer: whether the app reads text; without, it takes token ids. check:
+    whether the bundle's files are hashed first.
+    """
 
     platform: str
     name: str | None = None
@@ -116,7 +119,10 @@ def _site(files: Mapping[str, bytes | Path], values: Mapping[str, Any], vendored
     values = {**values, "vendored": ", ".join(vendored.packages), "version": "", "shell": []}
     pages = render("web", values)
     own = {name: contents for name, contents in {**files, **pages}.items() if not name.startswith(f"{MODEL}/")}
-    kept = [name for name in sorted(own) if name not in ("sw.js", "README.md")] + [f"{MODEL}/{APP}", f"{MODEL}/{TRACES}"]
+    kept = [name for name in sorted(own) if name not in ("sw.js", "README.md")] + [
+        f"{MODEL}/{APP}",
+        f"{MODEL}/{TRACES}",
+    ]
     digest = hashlib.sha256()
     for name in kept:
         contents = own.get(name, files.get(name, b""))

@@ -1,8 +1,8 @@
 """The form of ONNX graphs for runtimes that expand a quantized matrix at every call, as WebAssembly does.
 
-The file on the wire stays as it is, with codes and scales; each MatMulNBits becomes a MatMul over a float32 matrix in a file that is
-not stored: a client makes it of codes and scales when it loads (`contract.Expanded`). Tables of embeddings stay quantized. A weight
-has the same value as before, bit for bit.
+The file on the wire stays as it is, with codes and scales; each MatMulNBits becomes a MatMul over a float32 matrix in a file that
+is not stored: a client makes it of codes and scales when it loads (`contract.Expanded`). Tables of embeddings stay quantized. A
+weight has the same value as before, bit for bit.
 """
 
 from __future__ import annotations
@@ -78,10 +78,14 @@ class _Matrices:
         whole = bits in _BITS and min(rows, columns, block) > 0 and columns % block == 0
         plain = not any(node.input[3:5]) and all(name in stored for name in node.input[1:3])
         if not whole or not plain:
-            raise UserError(f"{graph}.onnx: {one_line(node.name, 60)} is no matrix that an export has; export the bundle again")
+            raise UserError(
+                f"{graph}.onnx: {one_line(node.name, 60)} is no matrix that an export has; export the bundle again"
+            )
         codes, scales = (self._place(stored[name], graph) for name in node.input[1:3])
         if codes[1] != rows * columns * bits // 8 or scales[1] != rows * (columns // block) * _FLOAT:
-            raise UserError(f"{graph}.onnx: {one_line(node.name, 60)} has other sizes than its weights; export the bundle again")
+            raise UserError(
+                f"{graph}.onnx: {one_line(node.name, 60)} has other sizes than its weights; export the bundle again"
+            )
         if (codes, scales) not in self.made:
             offset = self.size + -self.size % _ALIGNMENT
             self.size = offset + rows * columns * _FLOAT
@@ -94,7 +98,9 @@ class _Matrices:
         """Where a tensor lies in the weights' file."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries.get("location") != self._weights:
-            raise UserError(f"{graph}.onnx: {one_line(tensor.name, 60)} is not in {self._weights}; export the bundle again")
+            raise UserError(
+                f"{graph}.onnx: {one_line(tensor.name, 60)} is not in {self._weights}; export the bundle again"
+            )
         return int(entries["offset"]), int(entries["length"])
 
 

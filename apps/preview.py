@@ -49,7 +49,9 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer((HOST, port), partial(Handler, directory=str(folder.resolve())))
     except OSError as error:
-        raise UserError(f"{HOST}:{port} cannot be served ({one_line(error.strerror, 80)}); give another --port") from None
+        raise UserError(
+            f"{HOST}:{port} cannot be served ({one_line(error.strerror, 80)}); give another --port"
+        ) from None
 
 
 def preview(folder: Path, port: int, note: Callable[[str], None]) -> None:

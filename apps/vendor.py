@@ -23,7 +23,7 @@ _LARGEST = 64 << 20
 
 @dataclass(frozen=True)
 class Vendored:
-    """files: path in the project -> what is copied. runtime: the version of onnxruntime-web. packages: each as `name version, licence`."""
+    """files: path in the project -> what is copied. runtime: the version of onnxruntime-web. packages: `name version (licence)`."""
 
     files: dict[str, Path]
     runtime: str
@@ -47,5 +47,7 @@ def find_packages(named: Path | None) -> Vendored:
             path = whole[0] / package / "dist" / name
             require_regular(path, _LARGEST)
             files[f"{FOLDER}/{name}"] = path
-    packages = tuple(f"{p} {one_line(f.get('version'), 20)} ({one_line(f.get('license'), 20)})" for p, f in facts.items())
+    packages = tuple(
+        f"{p} {one_line(f.get('version'), 20)} ({one_line(f.get('license'), 20)})" for p, f in facts.items()
+    )
     return Vendored(files, str(facts[ONNXRUNTIME].get("version")), packages)

@@ -43,6 +43,14 @@ EXAMPLES = {
         "edgewright plan -m ./llama --bits 4 --calibration text.txt -o plan.json",
         "edgewright plan -m ./llama --calibration text.txt --frontier --plot frontier.svg",
     ),
+    "embed": (
+        "edgewright embed bundle --platform web -o site --packages node_modules",
+        "edgewright embed bundle --platform cpp --name reader -o app",
+    ),
+    "preview": (
+        "edgewright preview site",
+        "edgewright preview site --port 0",
+    ),
     "rewrite": (
         "edgewright rewrite -m ./gemma-3-270m --adapt -o t5gemma2-270m",
         r"edgewright rewrite -m ./llama --eugen 'layers\.3\.mlp:m=256,k=2' --calibration text.txt -o eugen",
@@ -65,14 +73,14 @@ EXAMPLES = {
     ),
     "profile": (
         "edgewright profile bundle -p 512 -n 128 -d 0,1024",
-        "edgewright profile bundle --format onnx -o json",
+        "edgewright profile bundle --device ssh://pi@raspberrypi.local --sustain 120",
     ),
     "compare": (
         "edgewright compare bundle-4bit bundle-5bit",
         "edgewright compare bundles/* -o csv",
     ),
     "inspect": ("edgewright inspect ./llama", "edgewright inspect bundle --json"),
-    "doctor": ("edgewright doctor", "edgewright doctor --json"),
+    "doctor": ("edgewright doctor", "edgewright doctor --device ssh://pi@raspberrypi.local"),
     "completion": (
         'eval "$(edgewright completion bash)"',
         "edgewright completion fish > ~/.config/fish/completions/edgewright.fish",

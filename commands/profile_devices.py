@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def profile_devices(
     settings: Settings | None = None,
     note: Note = lambda _: None,
     check: bool = True,
-) -> list[DeviceResult]:
-    """Measure a bundle on each device: `ssh://user@host:port`, `adb`, `adb://SERIAL`, `local://`.
+) -> Iterator[DeviceResult]:
+    """Measure a bundle on each device, one after the other: `ssh://user@host:port`, `adb`, `adb://SERIAL`, `local://`.
 
     Args:
         path: the bundle's folder.
@@ -48,23 +49,26 @@ def profile_devices(
     bundle.target(FORMAT)
     links = [open_link(url) for url in urls]
     fitted = (lengths or ProfileLengths()).within(bundle.manifest.generation)
-    settings = settings or Settings()
-    settings = Settings(**{**vars(settings), "repeats": fitted.repeats})
+    settings = replace(settings or Settings(), repeats=fitted.repeats)
     if check:
         bundle.check_target(FORMAT)
     for graph in bundle.manifest.graphs:
         check_graph(bundle.path / FORMAT / f"{graph.name}.onnx")
     asked, oldest = tests_of(bundle, fitted), _oldest(bundle)
-    results = [measure(bundle, link, asked, oldest, settings, note) for link in links]
-    return [result.model_copy(update={"answer_here": _answer_here(bundle, asked)}) for result in results]
+    here: tuple[int, ...] | None = None
+    for link in links:
+        result = measure(bundle, link, asked, oldest, settings, note)
+        here = _answer_here(bundle, asked) if here is None else here
+        yield result.model_copy(update={"answer_here": here})
 
 
 def require_links(devices: Sequence[str]) -> None:
-    """Raise UserError for a device that is no way to one."""
+    """Raise UserError for a device that is a name of the library among links."""
     for device in devices:
         if not is_link(device):
             raise UserError(
-                f"--device {one_line(device, 80)} is a name, and a name is reached by no link; give ssh://user@host, adb or adb://SERIAL"
+                f"--device {one_line(device, 80)} is a name, and names are predicted; give links (ssh://user@host, adb, "
+                "adb://SERIAL) in a command of their own"
             )
 
 

@@ -30,6 +30,8 @@ WAITS = (1.0, 2.0, 5.0, 10.0, 20.0)
 _OLDEST_PYTHON = (3, 9)
 _MOST_TRIES = 3
 _Text = Annotated[str, Field(max_length=400)]
+_Size = Annotated[int, Field(ge=0, le=1 << 60)]
+_Clock = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
 class Cluster(BaseModel):
@@ -37,9 +39,16 @@ class Cluster(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     cores: _Text = ""
-    mhz: float | None = None
-    most_mhz: float | None = None
+    mhz: _Clock | None = None
+    most_mhz: _Clock | None = None
     governor: _Text = ""
+
+
+Clocks = Annotated[tuple[Cluster, ...], Field(max_length=256)] | _Text
+Celsius = (
+    Annotated[dict[_Text, Annotated[float, Field(ge=-300, le=1e4, allow_inf_nan=False)]], Field(max_length=256)] | _Text
+)
+"""Degrees by the sensor's name; or that they are not measured."""
 
 
 class About(BaseModel):
@@ -52,17 +61,17 @@ class About(BaseModel):
     android: bool
     board: _Text
     cpu: _Text
-    cores: int | None
+    cores: _Size | None
     python: _Text
     libc: Annotated[tuple[_Text, ...], Field(max_length=2)]
     numpy: _Text | None
     onnxruntime: _Text | None
     problems: dict[_Text, _Text]
-    memory_bytes: int | None
-    memory_free_bytes: int | None
-    disk_free_bytes: int | None
-    clocks: Annotated[tuple[Cluster, ...], Field(max_length=64)] | _Text
-    celsius: Annotated[dict[_Text, float], Field(max_length=256)] | _Text
+    memory_bytes: _Size | None
+    memory_free_bytes: _Size | None
+    disk_free_bytes: _Size | None
+    clocks: Clocks
+    celsius: Celsius
     throttling: _Text
     energy: Annotated[tuple[_Text, ...], Field(max_length=64)] | _Text
 
@@ -142,9 +151,7 @@ class Device:
                 digests = of_files(wheels)
                 sent = [Sent(f"{self.link.folder}/wheels/{w.name}", w, d) for w, d in zip(wheels, digests, strict=True)]
                 self.send(sent)
-                self._checked(
-                    self._steadily(lambda: self.link.run(self.command("unpack", site, *(s.remote for s in sent))))
-                )
+                self.call("unpack", site, *(file.remote for file in sent))
             about = self.about()
         if not about.runs(oldest):
             why = "; ".join(f"{name}: {problem}" for name, problem in about.problems.items())
@@ -207,9 +214,7 @@ class Device:
 
     def call(self, *words: str) -> dict[str, Any]:
         """The last record that a runner's command prints. Raises UserError for what it refuses."""
-        return self._checked(self._steadily(lambda: self.link.run(self.command(*words))))
-
-    def _checked(self, done: Done) -> dict[str, Any]:
+        done = self._steadily(lambda: self.link.run(self.command(*words)))
         record = last_record(done.out)
         if record.get("record") == "error":
             raise UserError(f"{self.link.url}: {one_line(record.get('error'), 300)}")

@@ -43,7 +43,8 @@ _ADB_LOST = re.compile(
     re.MULTILINE,
 )
 _ADB_REFUSES = re.compile(r"unauthorized|more than one device|no permissions")
-_LOCAL, _HOME, _ANDROID = "edgewright-device", ".cache/edgewright", "/data/local/tmp/edgewright"
+_ENDED = "edgewright-ended-"
+_HOME, _ANDROID = ".cache/edgewright", "/data/local/tmp/edgewright"
 
 
 class LinkDown(Exception):
@@ -99,7 +100,7 @@ def open_link(url: str) -> Link:
     if folder is not None and not re.fullmatch(r"[A-Za-z0-9_./ +@:-]{1,400}", folder):
         raise UserError(f"{one_line(url, 120)}: a folder on a device is letters, digits and '_./ +@:-'")
     if scheme == "local" and not address:
-        return LocalLink(url, folder or str(Path(tempfile.gettempdir()) / _LOCAL))
+        return LocalLink(url, folder or str(Path.home() / _HOME))
     if scheme == "ssh":
         host, _, port = address.rpartition(":") if re.search(r":\d+$", address) else (address, "", "")
         _require_host("ssh", host, url)
@@ -192,9 +193,13 @@ class AdbLink:
         self._adb = [program, *(["-s", serial] if serial else [])]
 
     def run(self, command: Sequence[str], seconds: float = 600.0) -> Done:
-        done = _done([*self._adb, "shell", "-T", "-n", shlex.join(command)], seconds)
+        # adb's own status is 0 where the device is lost, and on Android 6 always
+        done = _done([*self._adb, "shell", "-T", "-n", f"{shlex.join(command)}; echo {_ENDED}$?"], seconds)
         self.require_up(done.code, done.err)
-        return done
+        out, found, code = done.out.rpartition(_ENDED)
+        if not found or not code.strip().isdecimal():
+            raise LinkDown(_last(done.err) or "the connection ended")
+        return Done(int(code), out, done.err)
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         return _started([*self._adb, "shell", "-T", "-n", shlex.join(command)])

@@ -6,6 +6,7 @@ depends on: files, tests, settings, versions. When it is whole the journals are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -20,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..bundle import CHECKPOINT, EXAMPLES, MANIFEST, REPORTS, Bundle
 from ..errors import UserError
 from ..system.hashes import of_file
-from ..system.reading import one_line
-from .device import WAITS, About, Device, Note, Sent, record_of
+from ..system.reading import one_line, read_text
+from .device import WAITS, About, Celsius, Clocks, Device, Note, Sent, record_of
 from .links import Link, LinkDown
 from .on_device.journal import Journal
 from .runner import runner_name
@@ -29,8 +30,9 @@ from .runner import runner_name
 FORMAT = "onnx"
 _MOST_LINE = 4 << 20
 _MOST_DEATHS = 2
+_MOST_KEPT = 256 << 20
 _Text = Annotated[str, Field(max_length=400)]
-_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Rate = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ class Sustained(_Told):
     energy: _Energies
 
 
+class State(_Told):
+    """A device before or after a row."""
+
+    clocks: Clocks
+    celsius: Celsius
+    throttling: _Text
+
+
 class MeasuredRow(_Told):
     """A finished row. Of an emulated device no time is told. answer: the tokens of a test that has no time."""
 
@@ -93,12 +103,12 @@ class MeasuredRow(_Told):
     rates: Annotated[tuple[_Rate, ...], Field(max_length=1 << 20)] | None = None
     energy: _Energies | None = None
     sustained: Sustained | None = None
-    memory: dict[_Text, Annotated[int, Field(ge=0)]] | _Text = ""
+    memory: dict[_Text, Annotated[int, Field(ge=0, le=1 << 60)]] | _Text = ""
     cool: dict[_Text, bool | float | _Text | None] = {}
-    before: dict[_Text, Any] = {}
-    after: dict[_Text, Any] = {}
-    answer: tuple[int, ...] | None = None
-    at: float = 0.0
+    before: State | None = None
+    after: State | None = None
+    answer: Annotated[tuple[int, ...], Field(max_length=1 << 16)] | None = None
+    at: _Rate = 0.0
 
 
 class DeviceResult(BaseModel):
@@ -172,7 +182,6 @@ class _Run:
         run = _digest({"request": self._request, "versions": versions})
         self._journal = f"{device.link.folder}/rows-{run}.jsonl"
         self._kept_path = bundle.path / REPORTS / f"rows-{_digest({'run': run, 'device': device.link.url})}.jsonl"
-        self._kept = Journal(self._kept_path)
         self._rows: dict[str, MeasuredRow] = {}
         self._loads: list[dict[str, Any]] = []
         self._again: float | None = None
@@ -184,7 +193,7 @@ class _Run:
         """Run until every row is there or given up. Raises UserError."""
         if not self._settings.resume:
             self._forget()
-        for record in self._kept.records():
+        for record in self._kept_records():
             self._take(record, kept=True)
         if self._rows:
             self._note(f"going on with a run that ended early: {len(self._rows)} of {len(self._tests)} rows are there")
@@ -250,18 +259,22 @@ class _Run:
             return
         err = said.text()
         self._device.link.require_up(code, err)
+        if code == 0:  # adb's status where the device is lost
+            raise LinkDown("the connection ended")
         self._died(current, code, err)
 
     def _take(self, record: dict[str, Any], kept: bool = False) -> None:
         """One record, as the runner told it or as it was kept here."""
         kind = record.get("record")
         if kind == "end":
-            self._ended = True
+            self._ended = not kept
         elif kind == "loaded again":
             self._again = _number(record.get("load_s"))
         elif kind == "loaded":
+            if record in self._loads:
+                return
             self._loads.append(record)
-            if not kept:
+            if not kept and len(self._loads) == 1:
                 for setting, why in _mapping(record.get("settings")).items():
                     self._note(f"set on the device: {one_line(setting, 80)}, as {one_line(why, 160)}")
         elif kind == "row":
@@ -306,12 +319,22 @@ class _Run:
         except (LinkDown, UserError):
             self._note("the device cannot be told to stop; it ends with its last row")
 
+    def _kept_records(self) -> list[dict[str, Any]]:
+        """What is kept here of a run that ended early. The bundle may be a stranger's."""
+        if self._leads_out() or not self._kept_path.exists():
+            return []
+        text = read_text(self._kept_path, _MOST_KEPT)
+        return [record_of(line.encode()) for line in text[: text.rfind("\n") + 1].splitlines()]
+
     def _keep(self, record: dict[str, Any]) -> None:
-        try:
-            self._kept_path.parent.mkdir(exist_ok=True)
-            self._kept.add(record)
-        except OSError:
-            pass  # a bundle that cannot be written to: the device keeps the row
+        # a bundle that cannot be written to: the device keeps the row
+        with contextlib.suppress(OSError):
+            if not self._leads_out():
+                self._kept_path.parent.mkdir(exist_ok=True)
+                Journal(self._kept_path).add(record)
+
+    def _leads_out(self) -> bool:
+        return self._kept_path.is_symlink() or self._kept_path.parent.is_symlink()
 
     def _forget(self) -> None:
         """Remove both journals; a process that still measures is ended first."""
@@ -343,7 +366,8 @@ def _digest(value: Any) -> str:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """A number of seconds; None for anything else."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e9 else None
 
 
 def _mapping(value: object) -> dict[str, Any]:

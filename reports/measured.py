@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..measuring.measure import DeviceResult, Energy, MeasuredRow
+from ..measuring.measure import DeviceResult, Energy, MeasuredRow, State
 from .sheets import Sheet
 
 _MIB = 1 << 20
@@ -138,18 +138,19 @@ def _told(energy: Energy) -> str:
     return f"{energy.joules_a_unit:.3g} J ({energy.boundary}: {energy.source})"
 
 
-def _clock(state: dict[str, Any]) -> str:
-    clocks = state.get("clocks")
-    found = [c.get("mhz") for c in clocks if isinstance(c, dict)] if isinstance(clocks, list) else []
-    return " / ".join(f"{mhz:.0f}" for mhz in found if isinstance(mhz, int | float)) or _NONE
+def _clock(state: State | None) -> str:
+    """Of each cluster."""
+    if state is None or isinstance(state.clocks, str):
+        return _NONE
+    return " / ".join(f"{cluster.mhz:.0f}" for cluster in state.clocks if cluster.mhz is not None) or _NONE
 
 
-def _heat(state: dict[str, Any]) -> str:
+def _heat(state: State | None) -> str:
     """The hottest sensor, and what the system says of throttling."""
-    celsius, throttling = state.get("celsius"), state.get("throttling")
-    values = [v for v in celsius.values() if isinstance(v, int | float)] if isinstance(celsius, dict) else []
-    parts = [f"{max(values):.0f}"] if values else []
-    return ", ".join(parts + ([throttling] if isinstance(throttling, str) and throttling != _NONE else [])) or _NONE
+    if state is None:
+        return _NONE
+    parts = [f"{max(state.celsius.values()):.0f}"] if isinstance(state.celsius, dict) and state.celsius else []
+    return ", ".join(parts + ([state.throttling] if state.throttling != _NONE else [])) or _NONE
 
 
 def _cool(row: MeasuredRow) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.apps import make_bundle
 from helpers.cli_runner import edgewright, passed
 from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
 from helpers.tiny import write_tiny_t5gemma
@@ -60,6 +61,12 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = write_tiny_t5gemma(folder / "model")
     passed(edgewright("plan", "-m", model, "--bits", 5, "-o", folder / "plan.json"))
     return model, folder / "plan.json"
+
+
+@pytest.fixture(scope="session")
+def app_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The name of an example, or of a writer of a tiny model -> its bundle for apps, made once."""
+    return functools.cache(lambda name: make_bundle(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

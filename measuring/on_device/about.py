@@ -14,6 +14,9 @@ from typing import Any
 from . import sensors
 from .sensors import ROOT, text_of
 
+_LEVEL2_OF_GLIBC = 191
+"""glibc's _SC_LEVEL2_CACHE_SIZE, which Python has no name for."""
+
 FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
@@ -69,11 +72,7 @@ def flash_is_broken(onnxruntime: str, root: Path = ROOT) -> str:
     """
     if android():
         return "Android's C library tells no level-2 cache (onnxruntime#33196)"
-    try:
-        told = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (ValueError, OSError):
-        told = 0
-    if told > 0:
+    if platform.libc_ver()[0] == "glibc" and os.sysconf(_LEVEL2_OF_GLIBC) > 0:
         return ""
     caches = root.glob("sys/devices/system/cpu/cpu0/cache/index*/level")
     asks_kernel = tuple(map(int, re.findall(r"\d+", onnxruntime)[:2])) >= (1, 30)

@@ -15,6 +15,7 @@ from typing import Any
 
 from .about import FLASH, about, emulated, flash_is_broken
 from .journal import Journal
+from .sensors import clocks, fastest_cores
 
 _TIMED = ("rate", "deviation", "median", "rates", "energy", "sustained")
 
@@ -35,12 +36,14 @@ def main(arguments: list[str]) -> int:
             say({"record": "place", "lacking": place(Path(rest[0]))})
         elif command == "unpack":
             unpack(Path(rest[0]), [Path(wheel) for wheel in rest[1:]])
+            say({"record": "unpack"})
         elif command == "measure":
             measure(Path(rest[0]))
         elif command == "stop":
             say({"record": "stop", "stopped": Journal(Path(rest[0])).stop_holder()})
         elif command == "forget":
             Journal(Path(rest[0])).forget()
+            say({"record": "forget"})
         else:
             raise Refused(f"no command {command}")
     except Refused as error:
@@ -130,7 +133,7 @@ def _tell(journal: Journal, told: int) -> int:
 
 
 def _run(request: dict[str, Any], todo: list[dict[str, Any]], journal: Journal) -> None:
-    settings = _settings()
+    settings = {**_settings(), **_pin(request["threads"])}
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
 
@@ -138,7 +141,8 @@ def _run(request: dict[str, Any], todo: list[dict[str, Any]], journal: Journal) 
     from .model import Model
     from .rows import Cool, row
 
-    cool, folder, virtual = Cool(request["cool_within"]), Path(request["bundle"]), emulated()
+    cool = Cool(request["cool_within"], [record for record in journal.records() if record["record"] == "row"])
+    folder, virtual = Path(request["bundle"]), emulated()
     say({"record": "loading", "pid": os.getpid()})
     start = time.perf_counter()
     try:
@@ -187,6 +191,18 @@ def _settings() -> dict[str, str]:
         return {}
     os.environ[FLASH] = "1"
     return {f"{FLASH}=1": why}
+
+
+def _pin(threads: int) -> dict[str, str]:
+    """Keep this process on as many of the fastest cores, where cores differ; what was set, and why."""
+    chosen = fastest_cores(clocks(), threads)
+    if not chosen:
+        return {}
+    try:
+        os.sched_setaffinity(0, chosen)
+    except (OSError, AttributeError):
+        return {}
+    return {f"cores {','.join(map(str, sorted(chosen)))}": f"the fastest for {threads} threads"}
 
 
 def _is(path: Path, entry: dict[str, Any]) -> bool:

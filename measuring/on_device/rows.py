@@ -10,7 +10,7 @@ import json
 import statistics
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,12 @@ def row(model: Model, folder: Path, test: dict[str, Any], request: dict[str, Any
 class Cool:
     """Waits until the hottest sensor is near its first reading, and Android's thermal status 0; at most `within` seconds a row."""
 
-    def __init__(self, within: float) -> None:
+    def __init__(self, within: float, before: Iterable[dict[str, Any]] = ()) -> None:
+        """before: the rows of a run that ended early: it may have begun cooler."""
         self.within = within
         first = sensors.hottest()
-        self.limit = None if first is None else max(first + _COOLER, _WARM)
+        limits = [limit for row in before if (limit := row.get("cool", {}).get("limit_celsius")) is not None]
+        self.limit = None if first is None else min([max(first + _COOLER, _WARM), *limits])
 
     def wait(self, every: float = 2.0) -> dict[str, Any]:
         """How long was waited, and whether the device is cool; "not measured" where it tells no temperature."""
@@ -96,7 +98,7 @@ class Cool:
             return status.endswith(" 0")
         if self.limit is None or hottest is None:
             return None
-        return hottest <= self.limit
+        return bool(hottest <= self.limit)
 
 
 def _sustained(once: Timed, seconds: float) -> dict[str, Any]:

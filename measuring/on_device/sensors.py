@@ -67,6 +67,15 @@ def clocks(root: Path = ROOT) -> list[dict[str, Any]] | str:
     return found or NOT_MEASURED
 
 
+def fastest_cores(clusters: list[dict[str, Any]] | str, count: int) -> set[int]:
+    """So many cores of the highest clocks; none where all are alike, or `count` is 0 or all of them."""
+    if isinstance(clusters, str) or len({cluster["most_mhz"] for cluster in clusters}) < 2:
+        return set()
+    ordered = sorted(clusters, key=lambda cluster: -(cluster["most_mhz"] or 0.0))
+    cores = [int(core) for cluster in ordered for core in re.findall(r"\d+", cluster["cores"])]
+    return set(cores[:count]) if 0 < count < len(cores) else set()
+
+
 def temperatures(root: Path = ROOT) -> dict[str, float] | str:
     """Degrees Celsius by the sensor's name: thermal zones, else hardware monitors, else Android's thermal service."""
     found: dict[str, float] = {}

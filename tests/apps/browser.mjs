@@ -49,7 +49,10 @@ if (result.status === null) {
     await context.setOffline(true);
     await page.reload();
     await settled();
-    result.offline = (await ask(job.offline)).said;
+    result.offline = await ask(job.offline).then(
+      ({ said }) => said,
+      (error) => `refused: ${error.message}`,
+    );
   }
 }
 await browser.close();

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers.apps import EXAMPLES, ONNXRUNTIME, ROOT, SANITIZERS, client, compiled, make_bundle, project
+from helpers.apps import EXAMPLES, ONNXRUNTIME, ROOT, SANITIZERS, client, compiled, project
 
 from edgewright.runtimes.sampling import GREEDY
 from edgewright.runtimes.text_generation import open_bundle
@@ -25,8 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return cache(lambda name: make_bundle(name, tmp_path_factory.mktemp(name)))
+def bundles(app_bundles: Callable[[str], Path]) -> Callable[[str], Path]:
+    return app_bundles
 
 
 @pytest.fixture(scope="module")

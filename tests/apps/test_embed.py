@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
-from helpers.apps import ROOT, make_bundle, project
+from helpers.apps import ROOT, project
 from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps import embed as embedding
@@ -29,9 +30,9 @@ SCHEMAS = {"app": App, "traces": Traces}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(app_bundles: Callable[[str], Path]) -> Path:
     """A tiny T5Gemma with a tokenizer."""
-    return make_bundle("t5gemma", tmp_path_factory.mktemp("t5gemma"))
+    return app_bundles("t5gemma")
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,7 @@ def test_a_cut_link_loses_nothing_and_the_runner_goes_on(bundle: Path, sshd: Ssh
     assert sum("the link broke" in n for n in notes) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_for_a_while(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     """The link is cut and nobody answers; the runner is killed meanwhile, too."""
     device = tmp_path / "device"
@@ -148,6 +149,7 @@ def test_a_server_that_is_away_for_a_while(bundle: Path, sshd: Sshd, tmp_path: P
     assert any("the link broke" in n for n in notes)
 
 
+@pytest.mark.slow
 def test_a_device_that_stays_away_keeps_the_rows(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     device = tmp_path / "device"
     long = replace(LENGTHS, repeats=300)
@@ -160,7 +162,7 @@ def test_a_device_that_stays_away_keeps_the_rows(bundle: Path, sshd: Sshd, tmp_p
             sshd.stop()
 
     with pytest.raises(UserError, match="does not answer"):
-        profile_devices(bundle, [sshd.url(device)], long, SETTINGS, note)
+        list(profile_devices(bundle, [sshd.url(device)], long, SETTINGS, note))
     kept = {row["test"]: row for row in journal(device)}
     assert {"pp8", "pp16"} <= kept.keys()
     shutil.rmtree(device)  # the device forgets everything
@@ -221,6 +223,7 @@ def test_an_interrupted_command_stops_the_runner(bundle: Path, sshd: Sshd, tmp_p
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_no_resume_measures_everything_again(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     device = tmp_path / "device"
     process = start(bundle, sshd.url(device))
@@ -232,6 +235,33 @@ def test_no_resume_measures_everything_again(bundle: Path, sshd: Sshd, tmp_path:
     (result,) = profile_devices(bundle, [sshd.url(device)], LENGTHS, fresh)
     complete(result)
     assert not old & {row.at for row in result.rows}
+
+
+def test_a_device_that_fails_takes_no_other_with_it(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
+    good, bad = sshd.url(tmp_path / "device"), f"local://{tmp_path}/other"
+    words = [
+        "profile",
+        bundle,
+        "--device",
+        good,
+        "--device",
+        bad,
+        "-p",
+        "8",
+        "-n",
+        "0",
+        "-r",
+        "1",
+        "--cool-within",
+        "0",
+    ]
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *{tmp_path}/other*) exit 9;; esac\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    result = edgewright(*words, "--device-python", wrapper)
+    assert result.exit_code == 2
+    assert f"| {good} | onnxruntime" in " ".join(result.stdout.split())
+    assert f"error: {bad}: the runner ended with status 9" in result.stderr
 
 
 def test_doctor_says_what_the_device_has(sshd: Sshd, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Pattern {
     switch (category) {
       case 's': return is_space(c);
       case 'd': return in_ranges(kDigits, c);
-      case 'w': return is_letter(c) || is_mark(c) || in_ranges(kDigits, c) || in_ranges(kConnectors, c);
+      case 'w': return is_word(c);
       case 'L': return is_letter(c);
       case 'N': return is_number(c);
       case 'M': return is_mark(c);

@@ -85,6 +85,8 @@ bool is_letter(char32_t c) { return in_ranges(kLetters, c); }
 bool is_mark(char32_t c) { return in_ranges(kMarks, c); }
 bool is_number(char32_t c) { return in_ranges(kNumbers, c); }
 
+bool is_word(char32_t c) { return is_letter(c) || is_mark(c) || in_ranges(kDigits, c) || in_ranges(kConnectors, c); }
+
 bool is_punctuation(char32_t c) {
   const bool ascii = (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') || (c >= '{' && c <= '~');
   return ascii || in_ranges(kPunctuation, c);

@@ -106,7 +106,10 @@ class Tokenizer {
       (token.value("normalized", true) ? normalized_ : raw_).push_back(std::move(added));
     }
     steps_of(file_, "normalizer", "normalizers", normalizer_);
-    for (Added& added : normalized_) added.content = normalize(added.content);
+    for (Added& added : normalized_) {
+      added.content = normalize(added.content);
+      spelling_[added.id] = utf8_of(added.content);  // as the library spells it
+    }
     steps_of(file_, "pre_tokenizer", "pretokenizers", splitter_);
     steps_of(file_, "decoder", "decoders", decoder_);
     for (unsigned byte = 0; byte < 256; ++byte) bytes_[char_of_byte(byte)] = static_cast<char>(byte);
@@ -217,7 +220,6 @@ class Tokenizer {
   static std::vector<Piece> extract(Piece whole, const std::vector<Added>& tokens) {
     std::vector<Piece> pieces;
     const Chars& text = whole.text;
-    const auto word = [](char32_t c) { return is_letter(c) || is_number(c) || is_mark(c) || c == '_'; };
     std::size_t from = 0;
     for (std::size_t at = 0; at < text.size();) {
       const Added* best = nullptr;
@@ -231,7 +233,7 @@ class Tokenizer {
       }
       std::size_t begin = at, end = at + best->content.size();
       at = end;
-      if (best->single_word && ((begin > 0 && word(text[begin - 1])) || (end < text.size() && word(text[end])))) continue;
+      if (best->single_word && ((begin > 0 && is_word(text[begin - 1])) || (end < text.size() && is_word(text[end])))) continue;
       if (best->lstrip)
         while (begin > from && is_space(text[begin - 1])) --begin;
       if (best->rstrip)
