@@ -43,6 +43,14 @@ EXAMPLES = {
         "edgewright plan -m ./llama --bits 4 --calibration text.txt -o plan.json",
         "edgewright plan -m ./llama --calibration text.txt --frontier --plot frontier.svg",
     ),
+    "embed": (
+        "edgewright embed bundle --platform web -o site --packages node_modules",
+        "edgewright embed bundle --platform cpp --name reader -o app",
+    ),
+    "preview": (
+        "edgewright preview site",
+        "edgewright preview site --port 0",
+    ),
     "rewrite": (
         "edgewright rewrite -m ./gemma-3-270m --adapt -o t5gemma2-270m",
         r"edgewright rewrite -m ./llama --eugen 'layers\.3\.mlp:m=256,k=2' --calibration text.txt -o eugen",

@@ -23,6 +23,7 @@ from .vocabulary import LARGEST_FILE, Vocabulary, added, sequence
 
 _FAIRSEQ = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _FAIRSEQ_ALL = {**_FAIRSEQ, "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+_MASKS = {"mask_token_sent": "<mask_1>", "mask_token": "<mask_2>"}
 _MOST_OFFSET = 4096
 _UNREACHED = -1e6
 """Score of one character that only an answer has: far below any piece's, so that no text is cut into such tokens by choice."""
@@ -86,10 +87,16 @@ def _pegasus(file: Path, values: Mapping[str, Any]) -> Vocabulary:
     offset = values.get("offset", 103)
     if not isinstance(offset, int) or isinstance(offset, bool) or not 2 <= offset <= _MOST_OFFSET:
         raise UserError(f"tokenizer_config.json: offset {one_line(offset, 40)}; 2 to {_MOST_OFFSET} are read")
+    for key, text in _MASKS.items():
+        given = values.get(key, text)
+        if (given.get("content") if isinstance(given, Mapping) else given) != text:
+            raise UserError(
+                f"tokenizer_config.json: {key} {one_line(given, 40)}; {text} is read, which has an id of its own"
+            )
     pieces, scores = _normal(proto, ("<pad>", "</s>"))
     if "<unk>" not in pieces:
         raise Unfit("it has no piece <unk>, as that of Pegasus has")
-    first = ["<pad>", "</s>", "<mask_1>", "<mask_2>", *(f"<unk_{i}>" for i in range(2, offset))]
+    first = ["<pad>", "</s>", *_MASKS.values(), *(f"<unk_{i}>" for i in range(2, offset))]
     vocab = [*((text, 0.0 if i < 4 else -100.0) for i, text in enumerate(first)), *zip(pieces, scores, strict=True)]
     _require_once(vocab)
     named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask_2>"}

@@ -58,6 +58,8 @@ class Stack:
     def initializers(self, low: Lowering, embedding: bool) -> tuple[ir.Value, ir.Value, int]:
         """(codes, float32 scales, container bits) in the layout of MatMulNBits or of GatherBlockQuantized."""
         wide = container("onnx", self.bits)
+        if not low.has("GatherBlockQuantized" if embedding else "MatMulNBits", f"bits={wide}"):
+            wide = 4  # the same values, in twice the bytes
         repeat = self.columns // self.block // self.scales[0].shape[1]
         blocks = self.columns // self.block
         if blocks * self.block != self.columns:

@@ -98,16 +98,17 @@ def _copied(low: StandardLowering, node: ir.Node, weight: ir.Value) -> ir.Value:
     """A weight again, for a second linear: builders segfault where attentions share theirs. The file has its bytes once."""
     source = weight.producer()
     assert source is not None
-    again = []
+    again: list[ir.Value | None] = []
     for value in source.inputs:
         assert value is not None
         tensor = value.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         name = f"{value.name}.again{len(low.graph.initializers)}"
         place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
-        copy = ir.ExternalTensor(*place, shape=ir.Shape(value.shape), name=name, base_dir=tensor.base_dir)
-        again.append(ir.Value(name=name, shape=ir.Shape(value.shape), type=value.type, const_value=copy))
-        low.graph.register_initializer(again[-1])
+        copy = ir.ExternalTensor(*place, shape=ir.Shape(tensor.shape), name=name, base_dir=tensor.base_dir)
+        one = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=value.type, const_value=copy)
+        low.graph.register_initializer(one)
+        again.append(one)
     attributes = {key: value.value for key, value in source.attributes.items()}
     dense = low.one(node, "DequantizeLinear", again, **attributes)
     dense.producer().metadata_props[NAMES] = source.metadata_props[NAMES]  # type: ignore[union-attr]

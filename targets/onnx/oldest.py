@@ -52,9 +52,10 @@ def _needs(model: ir.Model) -> Iterator[tuple[str, str]]:
             )
         if node.op_type in OPS:
             yield OPS[node.op_type], node.op_type
-        for name in node.attributes:
-            if (node.op_type, name) in ATTRIBUTES:
-                yield ATTRIBUTES[node.op_type, name], f"{node.op_type} with {name}"
+        for name, attribute in node.attributes.items():
+            for what in (name, f"{name}={attribute.value}"):
+                if (node.op_type, what) in ATTRIBUTES:
+                    yield ATTRIBUTES[node.op_type, what], f"{node.op_type} with {what}"
     opset, version = model.opset_imports.get("", 0), int(model.ir_version)
     yield from ((first, f"opset {opset}") for number, first in OPSETS.items() if opset >= number)
     yield from ((first, f"IR version {version}") for number, first in IR_VERSIONS.items() if version >= number)

@@ -31,8 +31,10 @@ OPS = {
 
 ATTRIBUTES = {
     ("GroupQueryAttention", "causal"): "1.30.0",
+    ("MatMulNBits", "bits=2"): "1.24.1",
+    ("GatherBlockQuantized", "bits=2"): "1.27.0",
 }
-"""(op, attribute) -> the first release that knows it, where the attribute came after its op."""
+"""(op, attribute or attribute=value) -> the first release that knows it, where it came after the op."""
 
 CONTRIB = frozenset(
     {

@@ -15,16 +15,24 @@ from typing import Any
 import pytest
 import sentencepiece
 import tiktoken
+from helpers import tiny
+from helpers.requests import asking
+from helpers.tiny_families import FAMILIES
 from helpers.tokenizer_oracle import assert_like
 from helpers.vocabularies import TEXTS, TRAINING
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from edgewright import compiler
+from edgewright.bundle import Bundle
 from edgewright.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS
 from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.checkpoints.vocabularies import byte_level, languages, sentencepiece_file
 from edgewright.errors import UserError
+from edgewright.runtimes.generate import generate
+from edgewright.runtimes.registry import open_session
+from edgewright.runtimes.text_generation import open_bundle
 
 CUT = PRE_TOKENIZERS["llama-bpe"].expressions[0]
 
@@ -354,6 +362,30 @@ def test_marian_reads_with_one_file_and_the_ids_of_another(tmp_path: Path, kind:
     assert ours.decode(answer) == theirs.decode(answer, skip_special_tokens=True)
 
 
+@pytest.mark.slow
+@pytest.mark.exports
+def test_a_marian_bundle_reads_and_writes_text_as_transformers(tmp_path: Path) -> None:
+    """Its folder as Opus-MT publishes it, exported; what `run` reads of a prompt and makes of tokens."""
+    files = marian()
+    size = len(json.loads(files["vocab.json"]))
+    ends = {"eos_token_id": 0, "pad_token_id": size - 1, "decoder_start_token_id": size - 1}
+    folder = tiny.write(tmp_path / "model", FAMILIES["marian"] | {"vocab_size": size, **ends})
+    (folder / "generation_config.json").write_text(json.dumps({**ends, "max_new_tokens": 8}))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    compiler.export(asking(str(folder), bits=8.0, max_context=48, verify=False), tmp_path / "bundle")
+    opened = open_bundle(tmp_path / "bundle", "onnx", threads=1)
+    for text in ("hello world", ">>fra<< the quick brown fox"):
+        assert opened.read_prompt(text).ids == theirs(text)["input_ids"]
+    answer = "".join(opened.generate(theirs("hello world")["input_ids"]))
+    spec = Bundle.open(tmp_path / "bundle").manifest.generation
+    session = open_session(Bundle.open(tmp_path / "bundle"), "onnx", 1)
+    ids = list(generate(session, spec, theirs("hello world")["input_ids"], 8))
+    assert len(ids) > 1
+    assert answer.strip() == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_marian_with_two_vocabularies_is_refused(tmp_path: Path) -> None:
     for name, content in marian().items():
         (tmp_path / name).write_bytes(content)
@@ -382,6 +414,21 @@ def test_the_file_with_the_ids_is_asked_for(tmp_path: Path, file: str) -> None:
     kind = "MarianTokenizer" if file == "source.spm" else "M2M100Tokenizer"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     assert "vocab.json, which says what ids" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mask_token_sent": None}, "mask_token_sent None; <mask_1> is read"),
+        ({"mask_token": {"content": "[MASK]"}}, "mask_token"),
+        ({"offset": 0}, "offset 0; 2 to 4096 are read"),
+        ({"offset": True}, "offset True"),
+    ],
+)
+def test_a_pegasus_with_other_ids_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    (tmp_path / "spiece.model").write_bytes(pegasus())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PegasusTokenizer", **settings}))
+    assert words in refused(tmp_path)
 
 
 def test_nllb_has_its_languages_where_no_file_lists_them(tmp_path: Path) -> None:

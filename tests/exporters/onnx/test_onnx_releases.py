@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from helpers import tiny
 from helpers.onnx_cases import quantize
 from helpers.tiny_families import FAMILIES
@@ -23,7 +24,10 @@ from edgewright.checkpoints.opening import open_checkpoint
 from edgewright.errors import UserError
 from edgewright.exporters.artefact import Options
 from edgewright.exporters.onnx import export as exporter
+from edgewright.exporters.onnx.linear import Stack
+from edgewright.exporters.onnx.lowering import Lowering
 from edgewright.exporters.onnx.opset import lower_opset, lowest_opset
+from edgewright.exporters.onnx.weight_file import WeightFile
 from edgewright.models.kv_cache import stored_as
 from edgewright.models.loading import load_quantized
 from edgewright.models.registry import build
@@ -106,6 +110,10 @@ def test_releases_compare_by_their_numbers() -> None:
     assert has("1.30.0", "GroupQueryAttention", "causal")
     assert not has("1.29", "GroupQueryAttention", "causal")
     assert has("1.24", "GroupQueryAttention")
+    assert has("1.24", "MatMulNBits", "bits=2")
+    assert not has("1.23.2", "MatMulNBits", "bits=2")
+    assert has("1.26", "GatherBlockQuantized", "bits=4")
+    assert not has("1.26", "GatherBlockQuantized", "bits=2")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +174,25 @@ def exported(case: str, root: Path) -> Exported:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     return {case: exported(case, tmp_path_factory.mktemp("case")) for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("asked", "bits"), [("1.23.2", (4, 4)), ("1.24.1", (2, 4)), ("1.26", (2, 4)), ("1.27", (2, 2)), (None, (2, 2))]
+)
+def test_two_bits_lie_in_four_where_a_release_has_no_two(
+    asked: str | None, bits: tuple[int, int], tmp_path: Path
+) -> None:
+    low = Lowering(ir.Graph([], [], nodes=[]), WeightFile(tmp_path / "weights.bin"), CONTEXT, runtime=asked)
+    codes = torch.randint(0, 255, (32, 64 * 2 // 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    stack = Stack(["w"], [codes], [torch.rand(32, 2)], 2, 64)
+    found = [stack.initializers(low, embedding) for embedding in (False, True)]
+    low.weights.close()
+    assert tuple(wide for *_, wide in found) == bits
+    want = torch.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], -1).reshape(32, 64).to(torch.int64) - 2
+    for stored, _, wide in found:
+        raw = torch.from_numpy(stored.const_value.numpy().reshape(32, -1).copy())  # type: ignore[union-attr]
+        parts = [raw >> shift & (1 << wide) - 1 for shift in range(0, 8, wide)]
+        assert torch.equal(torch.stack(parts, -1).reshape(32, 64).to(torch.int64) - (1 << wide - 1), want)
 
 
 @pytest.mark.slow
