@@ -25,6 +25,7 @@ for (const [size, width, height] of [["desk", 1280, 800], ["phone", 390, 844]]) 
         const own = dot.getBoundingClientRect(), room = (dot.closest(".area") ?? dot.closest(".rail")).getBoundingClientRect();
         return own.left < room.left - 12 || own.right > room.right + 12 || own.top < room.top - 12 || own.bottom > room.bottom + 12;
       }).length,
+      squeezed: [...document.querySelectorAll(".name, td, th, .value")].filter((text) => text.offsetHeight > 5 * text.offsetWidth && text.offsetHeight > 60).length,
       dots: document.querySelectorAll(".dot").length,
     }));
     await page.locator("[data-tip]").first().focus();

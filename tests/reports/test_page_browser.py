@@ -72,6 +72,7 @@ def test_it_looks_right_on_every_screen(reports: dict[str, Path], tmp_path: Path
         assert look["sections"] == wanted, screen
         assert look["overflow"] <= 0, screen
         assert look["outside"] == 0, screen
+        assert look["squeezed"] == 0, screen
         assert look["tip"], screen
         assert look["turned"] != look["background"], screen
     assert found["looks"]["desk light"]["background"] != found["looks"]["desk dark"]["background"]
