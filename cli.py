@@ -464,7 +464,14 @@ _GENERATING = (
     "-d", "depths", type=cli_options.IntList(), default="0", show_default=True, help="Context depths of the tg rows."
 )
 @click.option("-r", "repeats", type=click.IntRange(max=10**6), default=5, show_default=True)
-@click.option("-o", "output_format", type=click.Choice(["md", "json", "csv", "html"]), default="md", show_default=True)
+@click.option(
+    "-o",
+    "output",
+    type=cli_options.ReportType("md", "json", "csv", "html"),
+    default="md",
+    show_default=True,
+    help="The form of the result, or a file that ends so; html is one page with charts.",
+)
 @click.option("--format", "formats", multiple=True, metavar="FORMAT", help="Only this target; repeatable.")
 @cli_options.on_devices
 @cli_options.threads
@@ -475,7 +482,7 @@ def profile(
     bits: int,
     formats: tuple[str, ...],
     new: int | None,
-    output_format: str,
+    output: cli_options.ReportOutput,
     devices: tuple[str, ...],
     threads: int,
     check: bool,
@@ -483,7 +490,7 @@ def profile(
 ) -> None:
     """Measure BUNDLE on this machine or on devices behind links, or predict it for devices of the library (--device).
 
-    llama-bench rows, load times, memory, time by op; vendors' estimates stand beside.
+    llama-bench rows, load times, memory, time by op and by layer; vendors' estimates stand beside. -o report.html is one page.
     """
     from .commands.profile import ProfileLengths
     from .commands.profile import profile as measure
@@ -505,7 +512,14 @@ def profile(
             predicted = predict_model(model, devices, formats, bits, asked)
         else:
             raise UserError("-m MODEL is predicted, not measured; give --device NAME, or all")
-        click.echo(printable(prediction_text(predicted.as_json(), output_format)))
+        result = predicted.as_json()
+        if output.format == "html" and bundle is not None:
+            names = list(dict.fromkeys(row["device"] for row in result["rows"]))
+            _give(_page(bundle, names=names, prediction=result), output)
+            return
+        if output.format == "html":
+            raise UserError("-m MODEL has no page, which is a bundle's; give -o md, csv or json")
+        _give(prediction_text(result, output.format), output)
         return
     if devices:
         from .commands.profile_devices import profile_devices, require_links
@@ -522,27 +536,38 @@ def profile(
         finally:
             if results:  # those before a device that fails, too
                 with _keeping(bundle, "devices", {"devices": measured_json(results)}):
-                    click.echo(printable(measured_text(results, output_format)))
+                    html = output.format == "html"
+                    _give(_page(bundle, linked=results) if html else measured_text(results, output.format), output)
         return
     cli_options.require_no_device_options(options)
-    result = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
-    with _keeping(bundle, "profile", result):
-        click.echo(printable(profile_text(result, output_format)))
+    measured = measure(bundle, formats, ProfileLengths(new=new, **lengths), threads, check)
+    with _keeping(bundle, "profile", measured):
+        html = output.format == "html"
+        _give(_page(bundle, measured=measured) if html else profile_text(measured, output.format), output)
 
 
 @main.command()
 @click.argument("bundles", nargs=-1, required=True, type=cli_options.path, metavar="BUNDLE…")
-@click.option("-o", "output_format", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
-def compare(bundles: tuple[Path, ...], output_format: str) -> None:
+@click.option(
+    "-o",
+    "output",
+    type=cli_options.ReportType("text", "md", "csv", "json", "html"),
+    default="text",
+    show_default=True,
+    help="The form of the result, or a file that ends so; html is one page with charts.",
+)
+def compare(bundles: tuple[Path, ...], output: cli_options.ReportOutput) -> None:
     """Bundles side by side: size, quality, speed and placement, as their manifests and last reports say."""
     from .commands.compare import compare as look
-    from .reports.compare import compare_csv, compare_text
+    from .reports.compare import compare_report
 
     rows = look(bundles)
-    if output_format == "csv":
-        click.echo(printable(compare_csv(rows)))
+    if output.format == "html":
+        from .reports.page.compare_page import compare_html
+
+        _give(compare_html(rows), output)
         return
-    _print(rows, compare_text(rows), output_format == "json")
+    _give(compare_report(rows, output.format), output)
 
 
 @main.group()
@@ -733,6 +758,23 @@ def preview(folder: Path, port: int) -> None:
 def completion(shell: str) -> None:
     """Print the script that completes commands and options in SHELL."""
     click.echo(completion_script(shell))
+
+
+def _page(bundle: Path, **found: Any) -> str:
+    from .reports.page.bundle_page import bundle_html
+
+    return bundle_html(bundle, **found)
+
+
+def _give(report: str, output: cli_options.ReportOutput) -> None:
+    """A report to standard output, or to its file, which is then named on standard error."""
+    from .system.writing import write_file
+
+    if output.path is None:
+        click.echo(printable(report))
+        return
+    write_file(output.path, printable(report) + "\n")
+    note(f"wrote {output.path}")
 
 
 def _print(value: dict[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

@@ -68,7 +68,7 @@ def export(request: Request, output: Path, progress: Progress = lambda _: None) 
         lowered = lower_targets(planned, request, run.folder, progress)
         manifest = write_bundle(planned, request, run.folder, lowered, progress)
         costs = {name: target.cost for name, target in lowered.items()}
-        report = check_bundle(request, run.folder, manifest, costs, progress)
+        report = check_bundle(request, run.folder, manifest, costs, quality, progress)
     return Exported(output, planned, manifest, report, run.peak.bytes, costs, independent, quality)
 
 

@@ -4,81 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from ..bundle import REPORTS, Bundle
-from ..errors import UserError
-from ..system.reading import MEBIBYTE, one_line, read_json_object
-
-_LARGEST = 64 * MEBIBYTE
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Nodes = dict[str, dict[str, Annotated[int, Field(ge=0)]]]
-
-
-class _Read(BaseModel):
-    """A part of a report that is read; the rest of it is passed over."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _Agreement(_Read):
-    max_relative_error: Number
-    mean_kl: Number
-    top1: Number
-    rms: Number | None = None
-
-
-class _Text(_Read):
-    perplexity: Number
-    mean_kl: Number
-    top1: Number
-
-
-class _Placement(_Read):
-    accelerated: Nodes = {}
-    host: Nodes = {}
-    fallback: Nodes = {}
-    known: bool = True
-
-
-class _Checked(_Read):
-    format: str
-    passed: bool
-    activations: str
-    lowering: _Agreement
-    shipped: _Agreement
-    placement: _Placement
-    how: str = ""
-    task_accuracy: Number | None = None
-    text: _Text | None = None
-
-
-class _Verified(_Read):
-    targets: list[_Checked]
-    quantization: _Agreement | None = None
-    task_size: int = 0
-    original_task_accuracy: Number | None = None
-    original_text: _Text | None = None
-
-
-class _Row(_Read):
-    test: str
-    median: Number
-
-
-class _Measured(_Read):
-    rows: list[_Row]
-    kind: str = "measured"
-
-
-class _Profiled(_Read):
-    targets: dict[str, _Measured]
-
-
-Kind = TypeVar("Kind", bound=_Read)
+from ..bundle import Bundle
+from ..measuring.kept_reports import Profiled, kept_report, last_check
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -90,7 +19,7 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _rows(bundle: Bundle) -> list[dict[str, Any]]:
-    verified, profiled = _report(bundle, "verify", _Verified), _report(bundle, "profile", _Profiled)
+    (verified, _), profiled = last_check(bundle), kept_report(bundle, "profile", Profiled)
     checked = {t.format: t for t in verified.targets} if verified is not None else {}
     manifest, rows = bundle.manifest, []
     for entry in manifest.targets:
@@ -111,6 +40,7 @@ def _rows(bundle: Bundle) -> list[dict[str, Any]]:
             "text": None,
             "speed": {},
             "speed_kind": None,
+            "speed_on": None,
         }
         if verified is not None and (target := checked.get(entry.format)) is not None:
             placed = target.placement
@@ -120,7 +50,7 @@ def _rows(bundle: Bundle) -> list[dict[str, Any]]:
                 "lowering": target.lowering.model_dump(),
                 "shipped": target.shipped.model_dump(),
                 "activations": target.activations,
-                "quantization": verified.quantization.model_dump() if verified.quantization is not None else None,
+                "quantization": None if (loss := verified.loss) is None else loss.model_dump(),
                 "placement": {k: sum(sum(ops.values()) for ops in g.values()) for k, g in parts.items()}
                 if placed.known
                 else None,
@@ -130,19 +60,10 @@ def _rows(bundle: Bundle) -> list[dict[str, Any]]:
                 "text": target.text.model_dump() if target.text is not None else None,
             }
         if profiled is not None and (measured := profiled.targets.get(entry.format)) is not None:
-            row |= {"speed": {r.test: r.median for r in measured.rows}, "speed_kind": measured.kind}
+            row |= {
+                "speed": {r.test: r.median for r in measured.rows},
+                "speed_kind": measured.kind,
+                "speed_on": measured.host.cpu,
+            }
         rows.append(row)
     return rows
-
-
-def _report(bundle: Bundle, name: str, kind: type[Kind]) -> Kind | None:
-    """A report in the bundle; None where there is none. A stranger may have written it."""
-    file = bundle.path / REPORTS / f"{name}.json"
-    if not file.is_file():
-        return None
-    try:
-        return kind.model_validate(read_json_object(file, _LARGEST))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {one_line(where, 120)}: {one_line(first['msg'], 120)}; run '{name}' again") from None

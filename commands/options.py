@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -65,6 +66,34 @@ class IntList(click.ParamType[tuple[int, ...]]):
         if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", p) for p in parts):
             self.fail(f"{shown(value, 60)} is not a list of numbers; write 0,2048", param, ctx)
         return tuple(int(p) for p in parts)
+
+
+@dataclass(frozen=True)
+class ReportOutput:
+    """Where a report goes and as what. path: None is standard output."""
+
+    format: str
+    path: Path | None = None
+
+
+class ReportType(click.ParamType[ReportOutput]):
+    """One of some formats, or a file whose name ends in one of them."""
+
+    def __init__(self, *formats: str) -> None:
+        self.formats = formats
+        self.name = "|".join(formats) + "|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ReportOutput:
+        if isinstance(value, ReportOutput):
+            return value
+        text = str(value)
+        if text in self.formats:
+            return ReportOutput(text)
+        ending = text.rpartition(".")[2].lower() if "." in text else ""
+        if ending not in self.formats:
+            known = ", ".join(self.formats)
+            self.fail(f"{shown(text, 60)} is none of {known}, and no file whose name ends in one of them", param, ctx)
+        return ReportOutput(ending, Path(text))
 
 
 model = click.option("-m", "--model", required=True, metavar="MODEL", help="Directory, .gguf file, or hub id.")

@@ -20,6 +20,7 @@ from ..verification.checking import require_memory, verify_here
 from ..verification.report import Independent, Report, require, require_placement
 from .planned import Planned
 from .request import Progress, Request
+from .rounding_loss import RoundingLoss
 from .write_bundle import Cost
 
 _TABLE_COPIES = 3
@@ -78,9 +79,14 @@ def context_bytes(model: LanguageModel, context: int, caches: bool) -> int:
 
 
 def check_bundle(
-    request: Request, run: ResumableExport, manifest: Manifest, costs: Mapping[str, Cost], progress: Progress
+    request: Request,
+    run: ResumableExport,
+    manifest: Manifest,
+    costs: Mapping[str, Cost],
+    quality: RoundingLoss | None,
+    progress: Progress,
 ) -> Report | None:
-    """Reload and compare as `request.checks` says; the report goes into the bundle.
+    """Reload and compare as `request.checks` says; the report goes into the bundle, and with it costs and quality.
 
     Raises VerificationFailure for a target that does not match its reference. The report then stays beside where the bundle
     would have been.
@@ -96,6 +102,7 @@ def check_bundle(
         file = run.output.with_name(f"{run.output.name}.verification.json")
         file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
         raise
-    costed = {"costs": {name: asdict(cost) for name, cost in costs.items()}}
-    Bundle(run.path, manifest).write_report("export", report.to_json() | costed)
+    found = {"costs": {name: asdict(cost) for name, cost in costs.items()}}
+    rounding = {"quality": None if quality is None else asdict(quality)}
+    Bundle(run.path, manifest).write_report("export", report.to_json() | found | rounding)
     return report

@@ -1,4 +1,4 @@
-"""What `profile --device URL` prints: rows of devices as Markdown, JSON, CSV or HTML."""
+"""What `profile --device URL` prints: rows of devices as Markdown, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measured_json(results: Sequence[DeviceResult]) -> list[dict[str, Any]]:
 
 
 def measured_text(results: Sequence[DeviceResult], output_format: str) -> str:
-    """Results in the format "md", "json", "csv" (the rows alone) or "html"."""
+    """Results in the format "md", "json" or "csv" (the rows alone)."""
     if output_format == "json":
         return json.dumps(measured_json(results), indent=1)
     if output_format == "csv":
@@ -29,7 +29,7 @@ def measured_text(results: Sequence[DeviceResult], output_format: str) -> str:
     missing = [[r.device, test, why] for r in results for test, why in r.not_measured.items()]
     if missing:
         sheets.append(Sheet(["device", "not measured", "why"], missing))
-    return "\n\n".join(s.html() if output_format == "html" else s.markdown() for s in sheets)
+    return "\n\n".join(s.markdown() for s in sheets)
 
 
 def _timed(result: DeviceResult) -> list[MeasuredRow]:

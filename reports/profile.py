@@ -1,4 +1,4 @@
-"""What `profile` prints: the measurements as Markdown, JSON, CSV or HTML."""
+"""What `profile` prints: the measurements as Markdown, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _MIB = 1 << 20
 
 
 def profile_text(result: ProfileResult, output_format: str) -> str:
-    """A profile in the format "md", "json", "csv" (the measured rows alone) or "html"."""
+    """A profile in the format "md", "json" or "csv" (the measured rows alone)."""
     if output_format == "json":
         return json.dumps(result, indent=1)
     if output_format == "csv":
         return _csv(result)
     tables = _tables(result)
-    return "\n\n".join(t.html() if output_format == "html" else t.markdown() for t in tables)
+    return "\n\n".join(t.markdown() for t in tables)
 
 
 def _rate_rows(result: ProfileResult) -> list[tuple[list[str], Row]]:

@@ -1,8 +1,7 @@
-"""A table of text as Markdown and as HTML."""
+"""A table of text as Markdown."""
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 
 
@@ -20,9 +19,3 @@ class Sheet:
             return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
         return "\n".join([line(self.head), line(["-" * width for width in widths]), *map(line, self.rows)])
-
-    def html(self) -> str:
-        def line(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        return "\n".join(["<table>", line(self.head, "th"), *(line(row, "td") for row in self.rows), "</table>"])

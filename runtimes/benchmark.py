@@ -5,11 +5,9 @@ It runs as a process of its own (`system.subprocesses`), so that peak memory is 
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,14 @@ from ..system.subprocesses import Progress, serve
 from .encoder_inputs import Prompt
 from .example_inputs import Call, read_examples
 from .generate import Stream, read_context
+from .onnx.kernel_times import LayerTime, OpTime, by_layer, by_op, read_trace
 from .registry import open_session
 from .session import PlacedSession
 from .text_embedding import embed_tokens
 
-_OP_STEPS = 16
-_TOP_OPS = 12
+PREFILL, DECODE = "a call of the prompt", "a decode step"
+_OP_STEPS = 8
+_PROFILED_RUNS = 4
 _QUESTION = 8  # tokens of the prompt after a context
 
 
@@ -57,16 +57,6 @@ class Row(TypedDict):
     repeats: int
 
 
-class OpTime(TypedDict):
-    """Kernel time of one op on one unit; share: of all kernel time of the graph."""
-
-    op: str
-    unit: str
-    ms: float
-    calls: int
-    share: float
-
-
 class MemoryUse(TypedDict):
     """Bytes of the process: the peak, and anonymous memory after loading and after the rows."""
 
@@ -84,15 +74,28 @@ class Host(TypedDict):
 
 @final
 class Measurement(TypedDict):
-    """One target measured. ops: graph -> its slowest ops, of ONNX artefacts alone."""
+    """One target measured. ops: graph -> its slowest ops. layers: graph -> phase -> its layers. Both are of ONNX artefacts alone,
+    from a run apart; profiled: its tokens of the prompt and its decode steps."""
 
     rows: list[Row]
     load_first_s: float
     load_warm_s: float
     memory: MemoryUse
     ops: dict[str, list[OpTime]]
+    layers: dict[str, dict[str, list[LayerTime]]]
+    profiled: dict[str, int]
     host: Host
     kind: str
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Of a profiled run: graph -> ops, graph -> phase -> layers, its tokens of the prompt, its decode steps."""
+
+    ops: dict[str, list[OpTime]]
+    layers: dict[str, dict[str, list[LayerTime]]]
+    prompt: int
+    steps: int
 
 
 @final
@@ -159,12 +162,17 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
     anonymous = anonymous_bytes()
     del session
     _, warm_load = load()
+    kernels = KernelTimes({}, {}, 0, 0)
+    if format == "onnx" and timed:
+        kernels = _kernel_times(bundle, threads, max(lengths.prompts, default=16))
     return {
         "rows": rows,
         "load_first_s": first_load,
         "load_warm_s": warm_load,
         "memory": {"peak_resident": peak, "anonymous_after_load": loaded, "anonymous_after_run": anonymous},
-        "ops": _time_by_op(bundle, threads, max(lengths.prompts, default=16)) if format == "onnx" and timed else {},
+        "ops": kernels.ops,
+        "layers": kernels.layers,
+        "profiled": {"prompt": kernels.prompt, "steps": kernels.steps},
         "host": {"cpu": _cpu_name(), "threads": threads or "all cores"},
         "kind": "measured",
     }
@@ -243,8 +251,9 @@ def _row(test: str, rates: list[float]) -> Row:
     }
 
 
-def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[OpTime]]:
-    """Kernel time by op type and provider for one prefill and some decode steps, from ONNX Runtime's own profiler."""
+def _kernel_times(bundle: Bundle, threads: int, prompt: int) -> KernelTimes:
+    """Prefills and some decode steps by op and by layer. No row is measured so: ONNX Runtime's profiler takes time."""
+    from ..targets.onnx.layers import INPUTS, nodes_by_layer
     from .onnx.session import OnnxSession
 
     spec, folder = bundle.manifest.generation, bundle.path / "onnx"
@@ -252,34 +261,21 @@ def _time_by_op(bundle: Bundle, threads: int, prompt: int) -> dict[str, list[OpT
         session = OnnxSession(folder, bundle.manifest.graphs, threads, profile_prefix=Path(scratch) / "ort")
         room = spec.max_context - (prompt if spec.task == "causal" else 1) - 1
         steps = min(_OP_STEPS, max(0, room))
-        stream = Stream(session, spec, [_prompt(spec, prompt)], steps + 1)
-        token = stream.prefill()[:, -1].argmax(-1)
-        for _ in range(steps):
-            token = stream.feed(token[:, None].astype(np.int64))[:, -1].argmax(-1)
-        files = {name: s.end_profiling() for name, s in session.sessions.items()}
-        return {name: _summarise(Path(file)) for name, file in files.items()}
-
-
-def _summarise(trace: Path) -> list[OpTime]:
-    """The slowest ops of a trace of ONNX Runtime's profiler."""
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    for event in json.loads(trace.read_text()):
-        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
-            entry = totals[event["args"]["op_name"], event["args"].get("provider", "")]
-            entry[0] += event["dur"] / 1000.0
-            entry[1] += 1
-    everything = sum(ms for ms, _ in totals.values()) or 1.0
-    ordered = sorted(totals.items(), key=lambda item: -item[1][0])[:_TOP_OPS]
-    return [
-        {
-            "op": op,
-            "unit": provider.removesuffix("ExecutionProvider"),
-            "ms": ms,
-            "calls": int(n),
-            "share": ms / everything,
-        }
-        for (op, provider), (ms, n) in ordered
-    ]
+        for _ in range(_PROFILED_RUNS):
+            stream = Stream(session, spec, [_prompt(spec, prompt)], steps + 1)
+            token = stream.prefill()[:, -1].argmax(-1)
+            for _ in range(steps):
+                token = stream.feed(token[:, None].astype(np.int64))[:, -1].argmax(-1)
+        traces = {name: read_trace(Path(s.end_profiling())) for name, s in session.sessions.items()}
+    layers: dict[str, dict[str, list[LayerTime]]] = {}
+    for name, kernels in traces.items():
+        each = (1 + max((k.call for k in kernels), default=-1)) // _PROFILED_RUNS
+        first = each - steps if name == "decoder" else each
+        later = range(each, each * _PROFILED_RUNS)  # the first run pays for what is done once
+        phases = {PREFILL: [c for c in later if c % each < first], DECODE: [c for c in later if c % each >= first]}
+        where = nodes_by_layer(folder / f"{name}.onnx")
+        layers[name] = {phase: by_layer(kernels, where, calls, INPUTS) for phase, calls in phases.items() if calls}
+    return KernelTimes({name: by_op(kernels) for name, kernels in traces.items()}, layers, prompt, steps)
 
 
 def _cpu_name() -> str:

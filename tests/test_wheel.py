@@ -71,7 +71,10 @@ def test_it_imports_itself(installed: Path) -> None:
     for name in ("default.txt", "held_out.txt", "TEXTS.md"):
         assert (installed / "edgewright" / "calibration" / name).is_file()
     templates = [
-        p.relative_to(ROOT) for p in (ROOT / "apps").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")
+        p.relative_to(ROOT)
+        for room in ("apps", "reports/page")
+        for p in (ROOT / room).rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc")
     ]
     assert len(templates) > 20
     assert [str(name) for name in templates if not (installed / "edgewright" / name).is_file()] == []

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import onnx
 import pytest
 from helpers.cli_runner import edgewright, passed, process, refused
 from helpers.hostile_graphs import mend
+from helpers.pages import Page
 from helpers.requests import asking
 from helpers.tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
 from safetensors import safe_open
@@ -331,25 +331,6 @@ def test_run_refuses_what_it_cannot_answer(bundle: Path, tmp_path: Path) -> None
 # profile
 
 
-class Cells(HTMLParser):
-    """Text of the cells of a page of tables."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.cells: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells.append(data)
-
-
 @pytest.mark.parametrize("form", ["md", "json", "csv", "html"])
 def test_profile_prints_each_form(bundle: Path, form: str) -> None:
     text = passed(edgewright("profile", bundle, "-p", 8, "-n", 4, "-r", 1, "-t", 1, "-o", form))
@@ -374,11 +355,9 @@ def test_profile_prints_each_form(bundle: Path, form: str) -> None:
         assert [(row[0].strip(), row[4].strip()) for row in table[2:]] == [("onnx", "pp8"), ("onnx", "tg4")]
         assert {len(row) for row in table} == {6}
     else:
-        page = Cells()
-        page.feed(text)
-        page.close()
-        assert page.open == []
+        page = Page(text)
         assert {"pp8", "tg4", "MatMulNBits"} <= set(page.cells)
+        assert page.sections[0] == "about"
 
 
 def test_profile_refuses_lengths_beyond_the_context(bundle: Path) -> None:
