@@ -30,7 +30,7 @@ GROUPS = {
     "Server": ("host", "port", "api_key", "name", "waiting"),
     "Checks": ("no_verify", "strict_placement", "check", "task_limit", "text", "text_windows"),
     "Measurement": ("prompts", "new", "depths", "repeats", "seconds"),
-    "Output": ("output", "output_format", "dry_run", "plot", "ladder", "as_json"),
+    "Output": ("output", "dry_run", "plot", "ladder", "as_json"),
 }
 """Purpose -> the parameters that serve it. Targets' own options are among "Targets"; the rest comes last."""
 

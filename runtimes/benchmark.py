@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, final
@@ -126,7 +126,13 @@ class SimulatedFact(TypedDict, total=False):
     programs: dict[str, dict[str, float]]
 
 
-def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measurement | NotMeasured:
+Places = Callable[[Path], Mapping[str, str]]
+"""An ONNX file -> name of a node of it -> path of its layer."""
+
+
+def measure(
+    path: str, format: str, lengths: Lengths, threads: int, places: Places | None = None
+) -> Measurement | NotMeasured:
     """Rows `pp<n>` and `tg<n> @ d<depth>`, load times, memory, time by op.
 
     pp: an encoder-decoder reads so many source tokens and makes its first decoder step; a decoder-only model reads a
@@ -164,7 +170,7 @@ def measure(path: str, format: str, lengths: Lengths, threads: int) -> Measureme
     _, warm_load = load()
     kernels = KernelTimes({}, {}, 0, 0)
     if format == "onnx" and timed:
-        kernels = _kernel_times(bundle, threads, max(lengths.prompts, default=16))
+        kernels = _kernel_times(bundle, threads, max(lengths.prompts, default=16), places)
     return {
         "rows": rows,
         "load_first_s": first_load,
@@ -251,9 +257,12 @@ def _row(test: str, rates: list[float]) -> Row:
     }
 
 
-def _kernel_times(bundle: Bundle, threads: int, prompt: int) -> KernelTimes:
-    """Prefills and some decode steps by op and by layer. No row is measured so: ONNX Runtime's profiler takes time."""
-    from ..targets.onnx.layers import INPUTS, nodes_by_layer
+def _kernel_times(bundle: Bundle, threads: int, prompt: int, places: Places | None) -> KernelTimes:
+    """Prefills and some decode steps by op and, with `places`, by layer.
+
+    No row is measured so: ONNX Runtime's profiler takes time.
+    """
+    from ..targets.onnx.layers import INPUTS
     from .onnx.session import OnnxSession
 
     spec, folder = bundle.manifest.generation, bundle.path / "onnx"
@@ -273,7 +282,9 @@ def _kernel_times(bundle: Bundle, threads: int, prompt: int) -> KernelTimes:
         first = each - steps if name == "decoder" else each
         later = range(each, each * _PROFILED_RUNS)  # the first run pays for what is done once
         phases = {PREFILL: [c for c in later if c % each < first], DECODE: [c for c in later if c % each >= first]}
-        where = nodes_by_layer(folder / f"{name}.onnx")
+        if places is None:
+            continue
+        where = places(folder / f"{name}.onnx")
         layers[name] = {phase: by_layer(kernels, where, calls, INPUTS) for phase, calls in phases.items() if calls}
     return KernelTimes({name: by_op(kernels) for name, kernels in traces.items()}, layers, prompt, steps)
 
@@ -289,7 +300,9 @@ def _cpu_name() -> str:
 
 
 def _measure_job(job: dict[str, Any], progress: Progress) -> Mapping[str, object]:
-    return measure(job["path"], job["format"], Lengths(**job["lengths"]), job["threads"])
+    from ..targets.onnx.layers import nodes_by_layer  # it imports onnx, when all is measured
+
+    return measure(job["path"], job["format"], Lengths(**job["lengths"]), job["threads"], nodes_by_layer)
 
 
 if __name__ == "__main__":

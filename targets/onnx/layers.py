@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from .nodes import LABEL
+
+if TYPE_CHECKING:
+    import onnx
 
 INPUTS = "inputs"
 """The place of nodes that come before any weight: positions, masks, sizes of caches."""
@@ -32,6 +34,8 @@ def nodes_by_layer(file: Path) -> dict[str, str]:
     A node with a quantized weight bears its name, a matrix bears its own. Any other node between two such of one layer is that
     layer's; between two layers it is that of the vector it reads (a norm's), else that of what came before.
     """
+    import onnx  # here: where a bundle is measured the package is not wanted
+
     graph = onnx.load(str(file), load_external_data=False).graph
     matrices, vectors = dict[str, str](), dict[str, str]()
     for tensor in graph.initializer:
