@@ -44,7 +44,8 @@ REFERENCE: dict[Phase, dict[str, float]] = {
 """Seconds a term that a fit starts at, of an ordinary phone's GPU."""
 
 _FASTER = {"cpu": 0.3, "gpu": 1.0, "npu": 5.0}  # operations of a prefill, beside the reference
-_REFERENCE_BANDWIDTH = 80e9
+REFERENCE_BANDWIDTH = 80e9
+"""Bytes a second of memory that costs by the byte are given for."""
 _BY_BANDWIDTH = ("weights", "cache")
 _STEPS = 80
 
@@ -82,7 +83,7 @@ class Costs:
         parts = {}
         for term, mean in self.log_costs.items():
             log_cost = mean + sum(self.deviations.get(key, {}).get(term, 0.0) for key in keys)
-            faster = (bandwidth or _REFERENCE_BANDWIDTH) / _REFERENCE_BANDWIDTH if term in _BY_BANDWIDTH else 1.0
+            faster = (bandwidth or REFERENCE_BANDWIDTH) / REFERENCE_BANDWIDTH if term in _BY_BANDWIDTH else 1.0
             parts[term] = work.terms.get(term, 0.0) * float(np.exp(log_cost)) / faster
         return parts
 
@@ -102,7 +103,7 @@ def fit(phase: Phase, unit: str, rows: Sequence[Sample], bandwidths: dict[str, f
         quick = np.array([term in ("products", "attention", "experts") for term in terms])
         reference = np.where(quick, reference / _FASTER.get(unit, 1.0), reference)
     amounts = np.array([[row.work[phase].terms.get(term, 0.0) for term in terms] for row in rows]) * reference
-    faster = np.array([bandwidths.get(row.device, _REFERENCE_BANDWIDTH) / _REFERENCE_BANDWIDTH for row in rows])
+    faster = np.array([bandwidths.get(row.device, REFERENCE_BANDWIDTH) / REFERENCE_BANDWIDTH for row in rows])
     for column, term in enumerate(terms):
         if term in _BY_BANDWIDTH:
             amounts[:, column] /= faster

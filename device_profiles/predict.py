@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from .cost_fit import REFERENCE_BANDWIDTH
 from .efficiencies import OWN_RUNTIME, Efficiencies, load_efficiencies, peak_of
 from .profile import ComputeUnit, DeviceProfile
 from .work import Phase, Work
@@ -98,7 +99,9 @@ def predict(work: Work, calls: float, target: str, unit: ComputeUnit, device: De
     asked = replace(work, weight_format=weights, activations=activations)
     kind = device.kind if stand_in.runtime == OWN_RUNTIME else _LIKE.get(device.kind, device.kind)
     memory = device.memory.bandwidth
-    bandwidth = memory.value if memory is not None and stand_in.runtime != OWN_RUNTIME else None
+    bandwidth = memory.value if memory is not None else None
+    if stand_in.runtime == OWN_RUNTIME:  # fitted to this one machine, whatever its memory reaches
+        bandwidth = REFERENCE_BANDWIDTH
     one = known.predict(asked, stand_in.runtime, unit.kind, device.name, kind, bandwidth)
     parts = one.parts
     if not one.seen:

@@ -55,6 +55,13 @@ def test_predictions_for_this_machine_rest_on_what_was_run_here(own_config: None
     deeper = graph_work(deep, deep.graphs()[0], 1, 16, 0, planned_names(quantizable_units(deep)))
     slower = predict(as_work(deeper, "decode", "onnx", None), 1, "onnx", units_of("onnx", host)[0], host)
     assert slower.seconds > predicted.seconds
+    # The profile's bandwidth, which the costs know already, changes nothing.
+    memory = (
+        "[memory]\nbandwidth = { value = 5e9, unit = 'bytes/s', source = 'measured by the test', kind = 'measured' }\n"
+    )
+    save(parse(HOST.replace("[[units]]", f"{memory}[[units]]"), "the test"), user_path("host"))
+    again = predict(as_work(work, "decode", "onnx", None), 1, "onnx", units_of("onnx", host)[0], load("host"))
+    assert again.seconds == pytest.approx(predicted.seconds)
 
 
 def test_the_shapes_build() -> None:
