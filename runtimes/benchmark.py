@@ -262,7 +262,6 @@ def _kernel_times(bundle: Bundle, threads: int, prompt: int, places: Places | No
 
     No row is measured so: ONNX Runtime's profiler takes time.
     """
-    from ..targets.onnx.layers import INPUTS
     from .onnx.session import OnnxSession
 
     spec, folder = bundle.manifest.generation, bundle.path / "onnx"
@@ -284,6 +283,8 @@ def _kernel_times(bundle: Bundle, threads: int, prompt: int, places: Places | No
         phases = {PREFILL: [c for c in later if c % each < first], DECODE: [c for c in later if c % each >= first]}
         if places is None:
             continue
+        from ..targets.onnx.layers import INPUTS  # it imports onnx
+
         where = places(folder / f"{name}.onnx")
         layers[name] = {phase: by_layer(kernels, where, calls, INPUTS) for phase, calls in phases.items() if calls}
     return KernelTimes({name: by_op(kernels) for name, kernels in traces.items()}, layers, prompt, steps)
