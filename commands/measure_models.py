@@ -86,12 +86,12 @@ def _hybrid(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "decoder of 3 million weights": _decoder(256, 704, 3, 4, 2048),
-    "decoder of 15 million weights, many layers": _decoder(320, 896, 14, 8, 4096),
-    "decoder of 40 million weights": _decoder(640, 1792, 6, 8, 24576),
-    "decoder of 130 million weights": _decoder(1280, 3584, 6, 16, 16384),
-    "hybrid of 25 million weights": _hybrid(512, 6, 8192),
+    "decoder of 12 million weights, many layers": _decoder(256, 704, 16, 4, 2048),
+    "decoder of 70 million weights": _decoder(768, 2048, 5, 12, 24576),
+    "decoder of 150 million weights": _decoder(1280, 3584, 6, 20, 16384),
+    "hybrid of 30 million weights": _hybrid(512, 6, 8192),
 }
-"""Name -> config of what is run: sizes from a cache's to well beyond it, few and many layers, a recurrence."""
+"""Name -> config of what is run: small and large, few and many layers, a recurrence; heads of 64, as most models have."""
 
 
 @dataclass(frozen=True)
