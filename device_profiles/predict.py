@@ -85,15 +85,20 @@ def units_of(target: str, device: DeviceProfile) -> list[ComputeUnit]:
     return [unit for unit in device.units if unit.kind in allowed and (target, unit.kind) in STAND_INS]
 
 
+def fitted_here(target: str, unit: UnitKind, device: str, phase: Phase) -> bool:
+    """Whether `devices measure --models` fitted costs of this target to that very device."""
+    own = load_efficiencies().costs.get((OWN_RUNTIME, unit, phase)) if target == "onnx" else None
+    return own is not None and own.knows(device)
+
+
 def predict(work: Work, calls: float, target: str, unit: ComputeUnit, device: DeviceProfile) -> Predicted:
     """`calls` times the work of one token.
 
     target, unit: one of `units_of`. Raises UserError for a faulty file of costs.
     """
     known = load_efficiencies()
-    own = known.costs.get((OWN_RUNTIME, unit.kind, work.phase)) if target == "onnx" else None
     stand_in = STAND_INS[(target, unit.kind)]
-    if own is not None and own.knows(device.name):
+    if fitted_here(target, unit.kind, device.name, work.phase):
         stand_in = StandIn(OWN_RUNTIME, work.format, 1.0, "costs that `devices measure --models` fitted here")
     weights, _, activations = stand_in.format.partition("/")
     asked = replace(work, weight_format=weights, activations=activations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["decode", "prefill"]
@@ -32,7 +32,6 @@ class Work:
     weight_format: str
     activations: str
     tokens: int = 1
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def format(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..device_profiles.predict import predict, units_of
+from ..device_profiles.predict import fitted_here, predict, units_of
 from ..device_profiles.profile import DeviceProfile
 from ..errors import UserError
 from ..graph import Graph, State
@@ -140,15 +140,17 @@ def decode_step(
 ) -> DecodeStep:
     """The step of `model`, built on the meta device, on `device`, with caches that hold `depth` tokens.
 
-    A device whose kernels were measured (`devices measure`) has its own rates; another is predicted, with `sure` at the slow
-    end of the 80 % interval. Raises UserError for a model without a decoder, for several targets (a step takes another time in
-    each), and for a device that is not known to run the target."""
+    A device whose kernels were measured (`devices measure`) has its own rates; another, and one that models were run on
+    (`--models`), is predicted, with `sure` at the slow end of the 80 % interval. Raises UserError for a model without a
+    decoder, for several targets (a step takes another time in each), and for a device that is not known to run the target."""
     if len(targets) != 1:
         raise UserError(f"--latency is of one target, not of {', '.join(targets)}; give one --format")
     weight_storage(targets[0], 4)  # refuses a target that does not exist
     depth = min(depth, model.max_context - 1)
     kind = TARGETS[targets[0]].unit
-    measured = kind is None or any(unit.kind == kind and unit.weight_stream is not None for unit in device.units)
+    fitted = kind is not None and fitted_here(targets[0], kind, device.name, "decode")
+    streamed = any(unit.kind == kind and unit.weight_stream is not None for unit in device.units)
+    measured = kind is None or (streamed and not fitted)
     decoder = next((graph for graph in model.graphs() if graph.name == "decoder"), None)
     if decoder is None:
         raise UserError("--latency is the time of a decode step, and this model has no decoder; give --bits or --size")

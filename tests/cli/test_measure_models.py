@@ -12,6 +12,7 @@ from edgewright.device_profiles.efficiencies import OWN_RUNTIME, load_efficienci
 from edgewright.device_profiles.predict import predict, units_of
 from edgewright.device_profiles.profile import load, parse, save, user_path
 from edgewright.models.registry import build
+from edgewright.quant.latency import PredictedRates, decode_step
 from edgewright.quant.units import quantizable_units
 from edgewright.quant.workload import as_work, graph_work, planned_names
 
@@ -55,6 +56,11 @@ def test_predictions_for_this_machine_rest_on_what_was_run_here(own_config: None
     deeper = graph_work(deep, deep.graphs()[0], 1, 16, 0, planned_names(quantizable_units(deep)))
     slower = predict(as_work(deeper, "decode", "onnx", None), 1, "onnx", units_of("onnx", host)[0], host)
     assert slower.seconds > predicted.seconds
+    # A budget of time rests on the same costs, though the profile has measured kernels.
+    stream = "weight_stream = { value = 5e9, unit = 'bytes/s', source = 'measured by the test', kind = 'measured' }\n"
+    save(parse(HOST.replace("[[targets]]", f"{stream}[[targets]]"), "the test"), user_path("host"))
+    step = decode_step(model, quantizable_units(model), load("host"), ("onnx",))
+    assert isinstance(step.rates, PredictedRates)
     # The profile's bandwidth, which the costs know already, changes nothing.
     memory = (
         "[memory]\nbandwidth = { value = 5e9, unit = 'bytes/s', source = 'measured by the test', kind = 'measured' }\n"

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.cli import main
+from edgewright.commands.options import HOLD_OUTS
 from edgewright.device_profiles.calibrate import calibrate
 from edgewright.device_profiles.cost_fit import REFERENCE, fit
 from edgewright.device_profiles.efficiencies import SHIPPED, fit_efficiencies, load_efficiencies, to_json, user_file
-from edgewright.device_profiles.evaluate import predict_rows, summary
+from edgewright.device_profiles.evaluate import HoldOut, predict_rows, summary
 from edgewright.device_profiles.published_rows import SHIPPED_ROWS, Published, read_models, read_rows
 from edgewright.device_profiles.work import TERMS, DecoderShape, Work, decode_work, prefill_work
 from edgewright.errors import UserError
@@ -212,6 +214,10 @@ def test_a_faulty_file_of_costs_is_one_line(tmp_path: Path) -> None:
     path.write_text(SHIPPED.read_text().replace('"weights": ', '"weights": -', 1))
     with pytest.raises(UserError, match=r"no costs that `devices calibrate` wrote \(entries\.0\.costs\.weights"):
         load_efficiencies(path)
+
+
+def test_the_command_offers_what_can_be_held_out() -> None:
+    assert set(HOLD_OUTS) == set(get_args(HoldOut))
 
 
 def test_the_fit_has_a_reference_for_every_term() -> None:
