@@ -14,6 +14,7 @@ import argparse
 from typing import Any
 
 from bench_dolphin import config as dolphin
+from bench_host_prediction import llama
 
 from edgewright.device_profiles.predict import predict
 from edgewright.device_profiles.profile import DeviceProfile, load
@@ -30,19 +31,7 @@ CHUNK = 128
 
 
 def dense(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocab,
-        "max_position_embeddings": 65536,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-    }
+    return llama(hidden, ffn, layers, heads, kv, vocab) | {"max_position_embeddings": 65536}
 
 
 # Mu 330M (arXiv 2501.16273): 20 encoder and 10 decoder layers; against 30 decoder layers of the same width.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .efficiencies import TAILS, Efficiencies, Interval, fit_efficiencies, interval_of
+from .efficiencies import TAILS, WIDEST, Efficiencies, Interval, fit_efficiencies, interval_of
 from .published_rows import Published
 from .work import TERMS, Phase
 
@@ -103,21 +103,21 @@ def _predict(fitted: Efficiencies, rows: Iterable[Published]) -> Iterable[Predic
 def summary(predicted: Sequence[Predicted]) -> dict[str, Any]:
     """By phase: rows, median and 90th percentile of the absolute error, share covered by the interval, and its width as a factor.
 
-    "choices" counts the (model, device, context) measured on several units, and the share of them whose predicted best unit is
-    within 15 % of the best.
-    """
+    The share and the width are None where nothing was held out that would give an interval. "choices" counts the (model,
+    device, context) measured on several units, and the share of them whose predicted best unit is within 15 % of the best."""
     result: dict[str, Any] = {}
     for phase in TERMS:
         own = [p for p in predicted if p.phase == phase]
         if not own:
             continue
         errors = np.abs([p.error for p in own])
+        told = any(p.interval != WIDEST for p in own)
         result[phase] = {
             "rows": len(own),
             "median_error": float(np.median(errors)),
             "p90_error": float(np.quantile(errors, 0.9)),
-            "covered": float(np.mean([p.covered for p in own])),
-            "interval_factor": float(np.median([p.interval.high / p.interval.low for p in own])),
+            "covered": float(np.mean([p.covered for p in own])) if told else None,
+            "interval_factor": float(np.median([p.interval.high / p.interval.low for p in own])) if told else None,
             "choices": _choices(own),
             "by_runtime": {
                 f"{runtime} {unit}": {

@@ -61,12 +61,9 @@ class Rates:
             known = ", ".join(t.name for t in device.targets) or "no target"
             raise UserError(f"device {device.name} is not known to run {target}, but {known}; choose another --device")
         unit = device.unit(kind)
-        read = unit.weight_stream or device.memory.bandwidth
+        read = unit.weight_stream
         if read is None:
-            raise UserError(
-                f"device {device.name} gives neither the weight_stream of its {unit.kind} nor a memory bandwidth; "
-                "run `edgewright devices measure` on it"
-            )
+            raise UserError(f"device {device.name} has no measured {unit.kind}; run `edgewright devices measure` on it")
         bandwidth = device.memory.bandwidth or read
         peak = unit.peak
         floats = None if peak is None else peak.fp32 if unit.kind == "cpu" else peak.fp16 or peak.fp32

@@ -22,8 +22,9 @@ def evaluation_text(summary: Mapping[str, Any], hold_out: str, left_out: list[st
     for phase, own in summary.items():
         choices = own["choices"]
         chosen = f"{choices['within_15_percent']:.1%} of {choices['runs']}" if choices["runs"] else "-"
+        covered = "-" if own["covered"] is None else f"{own['covered']:.1%}"
         errors = f"{own['median_error']:.1%}", f"{own['p90_error']:.1%}"
-        whole.add_row(phase, str(own["rows"]), *errors, f"{own['covered']:.1%}", chosen)
+        whole.add_row(phase, str(own["rows"]), *errors, covered, chosen)
         for name, part in own["by_runtime"].items():
             whole.add_row(f"  {name}", str(part["rows"]), f"{part['median_error']:.1%}", f"{part['p90_error']:.1%}")
     return text(whole, *left_out)
