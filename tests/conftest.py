@@ -1,6 +1,7 @@
 """Shared by all tests: one torch thread (the suite runs two workers on two cores), and models that are made once."""
 
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in EXPORTING or {"onnx_cases", "plan_file"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.exports)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and test items stay: the collector need not walk through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
