@@ -6,7 +6,7 @@ EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
-.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools
+.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools apps-tools-swift
 
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,20 @@ apps-tools: $(VENV)/.product
 	tar xzf $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz -C $(TOOLS)/onnxruntime/include --strip-components=7 $(HEADERS)
 	rm $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz
 	@echo "and, of Debian's packages: apt-get install g++ cmake nlohmann-json3-dev chromium"
+
+# Swift, in a Debian of its own: 3.7 GB, as root. Not part of apps-tools, which needs no root; EDGEWRIGHT_SWIFT names another folder to the tests.
+SWIFT := $(abspath $(TOOLS))/swift
+SWIFT_PACKAGES := swiftlang,swiftlang-dev,libc6-dev,libstdc++-14-dev,git,ca-certificates
+
+apps-tools-swift:
+	@command -v debootstrap > /dev/null || { echo "debootstrap is missing: apt-get install debootstrap"; exit 1; }
+	mkdir -p $(TOOLS)
+	rm -rf --one-file-system $(SWIFT).partial
+	debootstrap --variant=minbase --include=$(SWIFT_PACKAGES) trixie $(SWIFT).partial
+	rm -f $(SWIFT).partial/var/cache/apt/archives/*.deb
+	umount $(SWIFT).partial/proc 2> /dev/null || true
+	mv $(SWIFT).partial $(SWIFT)
+	npm install --prefix $(TOOLS)/swiftlint --no-audit --no-fund @expo/swiftlint
 
 # mypy must see the package under its own name, whatever the checkout's folder is called.
 lint: $(VENV)/.dev

@@ -123,8 +123,19 @@ class Expanded(_Strict):
     matrices: tuple[Matrix, ...]
 
 
+class AppCoreml(_Strict):
+    """A Core ML package beside the graphs: its folder, its functions, and its files, which belong to it alone.
+
+    A client of ONNX Runtime leaves it out of what it checks, and may be shipped without.
+    """
+
+    package: str
+    functions: tuple[str, ...]
+    files: dict[str, FileFact]
+
+
 class App(_Strict):
-    """`app.json`."""
+    """`app.json`. coreml: where the bundle has a package and the platform runs it."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -149,6 +160,7 @@ class App(_Strict):
     expanded: Expanded | None = None
     fingerprint: str
     files: dict[str, FileFact]
+    coreml: AppCoreml | None = None
 
     @property
     def oldest_runtime(self) -> str:
@@ -163,11 +175,12 @@ def make_app(
     tokenizer: Tokenizer | None,
     parts: TokenizerParts | None,
     expanded: Expanded | None = None,
+    coreml: AppCoreml | None = None,
 ) -> App:
     """The contract of a bundle's ONNX artefact.
 
     files: name in the app -> the file that it will be. tokenizer, parts: None for a bundle without one. expanded: of a form whose
-    weights a client expands. Raises UserError for a task that no client has a loop for.
+    weights a client expands. coreml: of a platform that runs it. Raises UserError for a task that no client has a loop for.
     """
     manifest, spec = bundle.manifest, bundle.manifest.generation
     require_task(bundle)
@@ -211,8 +224,14 @@ def make_app(
         memory=AppMemory(weights=weights, states=states, total=weights + states),
         expanded=expanded,
         fingerprint=manifest.files[f"{CHECKPOINT}/model.safetensors"],
-        files={key: FileFact(sha256=of_file(path), bytes=path.stat().st_size) for key, path in sorted(files.items())},
+        files=file_facts(files),
+        coreml=coreml,
     )
+
+
+def file_facts(files: Mapping[str, Path]) -> dict[str, FileFact]:
+    """Name in the app -> what the file is, in the order of names."""
+    return {key: FileFact(sha256=of_file(path), bytes=path.stat().st_size) for key, path in sorted(files.items())}
 
 
 def require_task(bundle: Bundle) -> None:

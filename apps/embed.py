@@ -21,6 +21,7 @@ from ..system.hashes import of_file
 from ..system.reading import one_line
 from .card import make_card
 from .contract import APP, TOKENIZER, TRACES, App, make_app, require_task
+from .coreml_package import read_package
 from .expanded import write_expanded
 from .platforms import Platform, platform_named, require_fit
 from .render import render
@@ -102,10 +103,11 @@ def _project(
     if parts is not None:
         model[TOKENIZER] = bundle.path / CHECKPOINT / TOKENIZER
     name = options.name or bundle.path.resolve().name
-    app = make_app(bundle, one_line(name, 80), model, tokenizer, parts, expanded)
+    coreml, package = read_package(bundle, options.check) if platform.coreml else (None, {})
+    app = make_app(bundle, one_line(name, 80), model, tokenizer, parts, expanded, coreml)
     require_fit(app, platform, options.most_memory)
     note("running the bundle for its golden traces")
-    files: dict[str, bytes | Path] = {f"{MODEL}/{key}": file for key, file in model.items()}
+    files: dict[str, bytes | Path] = {f"{MODEL}/{key}": file for key, file in {**model, **package}.items()}
     files |= {f"{MODEL}/{APP}": json_bytes(app), f"{MODEL}/{TRACES}": json_bytes(make_traces(bundle, tokenizer))}
     values = {"app": app, "card": make_card(bundle, app), "prompt": _example(bundle, tokenizer)}
     if vendored is not None:

@@ -34,7 +34,8 @@ class Platform:
 
     runtime: its ONNX Runtime, the newest that can be counted on. models, steps: of tokenizers that its client has; None for all.
     most_memory: bytes that a process can address there; None for no limit of the platform's own. float_activations: its runtime
-    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once.
+    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once. coreml: whether its
+    client also runs the Core ML package of a bundle that has one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Platform:
     steps: frozenset[str] | None
     most_memory: int | None
     float_activations: bool
+    coreml: bool = False
 
 
 PLATFORMS = {
@@ -61,6 +63,15 @@ PLATFORMS = {
         steps=None,
         most_memory=4 * GIB,  # WebAssembly's addresses of 32 bits
         float_activations=True,
+    ),
+    "swift": Platform(
+        name="swift",
+        runtime="1.29",  # the xcframework of a registry; Microsoft's own Swift package was found at 1.24.2
+        models=frozenset({"WordLevel", "BPE", "Unigram"}),
+        steps=_STEPS,
+        most_memory=None,
+        float_activations=False,
+        coreml=True,
     ),
 }
 

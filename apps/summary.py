@@ -10,6 +10,7 @@ from .embed import Project
 _NEXT = {
     "web": "edgewright preview OUTPUT",
     "cpp": "cmake -B build -DONNXRUNTIME=DIR && cmake --build build && ctest --test-dir build",
+    "swift": "swift build and edgewright-app --trace model/traces.json, as README.md says; the sample for Xcode is in App/",
 }
 
 
