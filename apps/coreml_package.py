@@ -27,5 +27,7 @@ def read_package(bundle: Bundle, check: bool) -> tuple[AppCoreml | None, dict[st
     folders = {name.partition("/")[0] for name in files}
     functions = entry.facts.get("functions")
     if len(folders) != 1 or not isinstance(functions, list) or not all(isinstance(f, str) for f in functions):
-        raise UserError(f"{one_line(bundle.path)}: its Core ML artefact is not as it was written; export the bundle again")
+        raise UserError(
+            f"{one_line(bundle.path)}: its Core ML artefact is not as it was written; export the bundle again"
+        )
     return AppCoreml(package=folders.pop(), functions=tuple(functions), files=file_facts(files)), files

@@ -34,8 +34,8 @@ class Platform:
 
     runtime: its ONNX Runtime, the newest that can be counted on. models, steps: of tokenizers that its client has; None for all.
     most_memory: bytes that a process can address there; None for no limit of the platform's own. float_activations: its runtime
-    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once. coreml: whether its
-    client also runs the Core ML package of a bundle that has one.
+    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once. coreml:
+    whether its client also runs the Core ML package of a bundle that has one.
     """
 
     name: str

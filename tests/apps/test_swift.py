@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,13 @@ from pathlib import Path
 import pytest
 from helpers.apps import EXAMPLES, ROOT, bundle_for, project
 from helpers.swift import SwiftClient, build, open_toolchain
+from helpers.tokenizer_kinds import KINDS, SOME, made, same_unicode
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
+from edgewright.apps.platforms import PLATFORMS
+from edgewright.apps.tokenizer_parts import read_parts, require_known
+from edgewright.apps.traces import TEXTS
 from edgewright.runtimes.sampling import GREEDY
 from edgewright.runtimes.text_generation import open_bundle
 
@@ -26,10 +33,10 @@ MODELS = [*EXAMPLES, "llama"]
 @pytest.fixture(scope="module")
 def bundles(app_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
-    def made(name: str) -> Path:
+    def exported(name: str) -> Path:
         return bundle_for(AGE, name, tmp_path_factory.mktemp(name)) if name in OLDER else app_bundles(name)
 
-    return made
+    return exported
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +44,11 @@ def projects(bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("swift")
 
     @cache
-    def made(name: str) -> Path:
+    def embedded(name: str) -> Path:
         project(bundles(name), folder / name, "swift")
         return folder / name
 
-    return made
+    return embedded
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +200,9 @@ def test_the_core_ml_adapter_type_checks_against_a_stub(app: SwiftClient, tmp_pa
     """No Core ML runs here. The stub has the declarations that the adapter uses, and stands under the framework's name."""
     stub = Path(__file__).parent / "swift" / "CoreMLStub.swift"
     shutil.copyfile(stub, tmp_path / "CoreML.swift")
-    made = app.swift.run("swiftc", "-emit-module", "-module-name", "CoreML", "-swift-version", 6, "CoreML.swift", at=tmp_path)
-    assert made.returncode == 0, made.stderr
+    emit = ("swiftc", "-emit-module", "-module-name", "CoreML", "-swift-version", 6, "CoreML.swift")
+    stubbed = app.swift.run(*emit, at=tmp_path)
+    assert stubbed.returncode == 0, stubbed.stderr
     modules = app.package / ".build" / "debug" / "Modules"
     sources = sorted((app.package / "Sources" / "EdgewrightCoreML").glob("*.swift"))
     checked = ("swiftc", "-typecheck", "-warnings-as-errors", "-swift-version", 6, "-I", tmp_path, "-I", modules)
@@ -207,12 +215,61 @@ def test_the_core_ml_adapter_type_checks_against_a_stub(app: SwiftClient, tmp_pa
 
 def test_the_sources_are_formatted(app: SwiftClient) -> None:
     folders = [app.package / name for name in ("App", "Package.swift", "Sources", "Tests")]
-    done = app.swift.run("swift-format", "lint", "--strict", "--recursive", "--configuration", app.package / "swift-format.json", *folders)
+    how = ("--strict", "--recursive", "--configuration", app.package / "swift-format.json")
+    done = app.swift.run("swift", "format", "lint", *how, *folders)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_source_parses(app: SwiftClient) -> None:
     """Also what no compiler here sees: the SwiftUI view, and the sample app."""
     sources = [*(app.package / "App").glob("*.swift"), *(app.package / "Sources").rglob("*.swift")]
-    done = app.swift.run("swiftc", "-frontend", "-parse", "-D", "canImportSwiftUI", *sources)
+    done = app.swift.run("swiftc", "-frontend", "-parse", *sources)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Over Unicode, the same ones each time."""
+    found: list[str] = []
+
+    @settings(
+        max_examples=20,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(SOME, min_size=20, max_size=20))
+    def collect(some: list[str]) -> None:
+        found.extend(filter(same_unicode, some))
+
+    collect()
+    assert len(found) > 300
+    return [*found, *TEXTS]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_tokens_and_texts_are_the_librarys(
+    kind: str, app: SwiftClient, projects: Callable[[str], Path], texts: list[str], tmp_path: Path
+) -> None:
+    """Every kind of model and step that `embed` lets through, over Unicode."""
+    model, tokenizer = tmp_path / "model", made(kind)
+    shutil.copytree(projects("t5gemma-g2p") / "model", model)
+    file = model / "tokenizer.json"
+    tokenizer.save(str(file))
+    platform = PLATFORMS["swift"]
+    assert platform.models is not None
+    assert platform.steps is not None
+    require_known(read_parts(file), platform.models, platform.steps, "swift")
+    contract = json.loads((model / "app.json").read_text())
+    data = file.read_bytes()
+    contract["files"]["tokenizer.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (model / "app.json").write_text(json.dumps(contract))
+    cases = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        cases.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids)})
+    (model / "traces.json").write_text(json.dumps({"cases": [], "texts": cases, "new_tokens": 1, "tolerance": 1}))
+    done = app("--model", model, "--trace", model / "traces.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(f"0 of 0 traces, {len(texts)} of {len(texts)} texts")

@@ -28,6 +28,9 @@ public struct GenerateOptions: Sendable {
   public init() {}
 }
 
+/// The text of an answer, in pieces of whole characters.
+public typealias TextStream = AsyncThrowingStream<String, any Error>
+
 public struct Answer: Sendable {
   /// Why it ended: an end token, as many tokens as were asked for, no room left, a stop string.
   public enum Ending: String, Sendable {
@@ -102,18 +105,18 @@ public final class Model: Sendable {
   }
 
   /// The text that follows a prompt, in pieces of whole characters. The answer ends where its task is cancelled.
-  public func generate(_ prompt: String, _ options: GenerateOptions = GenerateOptions()) -> AsyncThrowingStream<String, any Error> {
+  public func generate(_ prompt: String, _ options: GenerateOptions = GenerateOptions()) -> TextStream {
     generate({ try self.tokens(ofPrompt: prompt, chat: options.chat) }, options)
   }
 
   /// The same of token ids.
-  public func generate(_ prompt: [Token], _ options: GenerateOptions = GenerateOptions()) -> AsyncThrowingStream<String, any Error> {
+  public func generate(_ prompt: [Token], _ options: GenerateOptions = GenerateOptions()) -> TextStream {
     generate({ prompt }, options)
   }
 
   private func generate(
     _ prompt: @escaping @Sendable () throws -> [Token], _ options: GenerateOptions
-  ) -> AsyncThrowingStream<String, any Error> {
+  ) -> TextStream {
     AsyncThrowingStream { continuation in
       let turn: Turn
       do {

@@ -66,7 +66,8 @@
       for (name, tensor) in outputs {
         let values = try output(made, name).floats()
         guard values.count == tensor.count else {
-          throw EdgewrightError("the package gives \(values.count) numbers of \(name), not \(tensor.count); export the bundle again")
+          throw EdgewrightError(
+            "the package gives \(values.count) numbers of \(name), not \(tensor.count); export the bundle again")
         }
         _ = tensor.values(Float.self).update(from: values)
       }
@@ -125,7 +126,8 @@
         case .float16: .float16
         case .float32: .float32
         case .int32: .int32
-        default: throw EdgewrightError("the package gives numbers of a type that this client does not know; export the bundle again")
+        default:
+          throw EdgewrightError("the package gives numbers of a type that this client does not know; export the bundle again")
         }
       let (shape, strides) = (array.shape.map(\.intValue), array.strides.map(\.intValue))
       try self.init(zeros: type, shape)

@@ -120,6 +120,8 @@ final class OnnxCalls: GraphCalls {
 /// Texts as C's, for the time of a call.
 private func withCStrings<Result>(_ texts: [String], _ body: ([UnsafePointer<CChar>?]) -> Result) -> Result {
   let copies = texts.map { strdup($0) }
-  defer { copies.forEach { free($0) } }
+  defer {
+    for copy in copies { free(copy) }
+  }
   return body(copies.map { UnsafePointer($0) })
 }

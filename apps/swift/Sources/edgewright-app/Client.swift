@@ -78,13 +78,16 @@ struct Client {
       say("\(said.tokens.map(String.init).joined(separator: ","))\n")
       return summarize(said)
     }
-    options.onEnd = { summarize($0) }
+    let (ended, end) = AsyncStream<Answer>.makeStream()
+    options.onEnd = { end.yield($0) }
     let prompt = arguments["--prompt"] ?? ""
     let text = prompt == "-" ? String(decoding: FileHandle.standardInput.readDataToEndOfFile(), as: UTF8.self) : prompt
     for try await piece in model.generate(text, options) {
       say(piece)
     }
     say("\n")
+    end.finish()
+    for await said in ended { summarize(said) }
   }
 
   private static func summarize(_ said: Answer) {

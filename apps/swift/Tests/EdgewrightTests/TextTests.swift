@@ -68,7 +68,9 @@ final class TextTests: XCTestCase {
   }
 
   func testNFC() {
-    for text in ["e\u{301}", "\u{1100}\u{1161}\u{11A8}", "\u{1E9B}\u{323}", "\u{344}", "a\u{315}\u{300}\u{5AE}\u{1D16D}b", "\u{212B}"] {
+    for text in [
+      "e\u{301}", "\u{1100}\u{1161}\u{11A8}", "\u{1E9B}\u{323}", "\u{344}", "a\u{315}\u{300}\u{5AE}\u{1D16D}b", "\u{212B}",
+    ] {
       XCTAssertEqual(NFC.normalize(chars(text)), chars(text.precomposedStringWithCanonicalMapping), text.debugDescription)
     }
   }
@@ -86,9 +88,11 @@ final class TextTests: XCTestCase {
   func testHalfPrecisionBothWays() {
     for bits in UInt16.min...UInt16.max where bits & 0x7C00 != 0x7C00 { XCTAssertEqual(Half.bits(Half.float(bits)), bits) }
     let halves: [Float] = [1, -2, 65504, 65520, 1e-8, 1.00048828125, 1.00146484375]
-    XCTAssertEqual(halves.map(Half.bits), [
-      0x3C00, 0xC000, 0x7BFF, 0x7C00, 0, 0x3C00, 0x3C02,
-    ])
+    XCTAssertEqual(
+      halves.map(Half.bits),
+      [
+        0x3C00, 0xC000, 0x7BFF, 0x7C00, 0, 0x3C00, 0x3C02,
+      ])
   }
 
   func testTheSameSeedDrawsTheSame() throws {
