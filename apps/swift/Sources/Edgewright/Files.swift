@@ -62,7 +62,6 @@ struct SHA256 {
   ]
   private var held: [UInt8] = []
   private var bytes: UInt64 = 0
-  private var schedule = [UInt32](repeating: 0, count: 64)
 
   /// The hash of a file, which is read in pieces. progress: bytes read so far.
   static func hex(of file: URL, progress: (Int) -> Void) throws -> String {
@@ -91,19 +90,16 @@ struct SHA256 {
     bytes += UInt64(data.count)
     var at = 0
     if !held.isEmpty {
-      let part = min(data.count, 64 - held.count)
-      held.append(contentsOf: data[0..<part])
-      at = part
+      at = min(data.count, 64 - held.count)
+      held.append(contentsOf: data[0..<at])
       guard held.count == 64 else { return }
       let block = held
-      block.withUnsafeBytes { mix($0, at: 0) }
+      block.withUnsafeBytes { mix($0, blocks: 1) }
       held = []
     }
-    while at + 64 <= data.count {
-      mix(data, at: at)
-      at += 64
-    }
-    held.append(contentsOf: data[at...])
+    let blocks = (data.count - at) / 64
+    mix(UnsafeRawBufferPointer(rebasing: data[at...]), blocks: blocks)
+    held.append(contentsOf: data[(at + 64 * blocks)...])
   }
 
   mutating func finish() -> String {
@@ -117,30 +113,51 @@ struct SHA256 {
       state.flatMap { word in stride(from: 28, through: 0, by: -4).map { digits[Int(word >> UInt32($0)) & 15] } })
   }
 
-  private mutating func mix(_ data: UnsafeRawBufferPointer, at: Int) {
-    func turned(_ value: UInt32, _ by: UInt32) -> UInt32 { (value >> by) | (value << (32 - by)) }
+  /// Blocks of 64 bytes, without checks of bounds within: a gigabyte is hashed before a model runs.
+  private mutating func mix(_ data: UnsafeRawBufferPointer, blocks: Int) {
+    var sums = state
+    SHA256.rounds.withUnsafeBufferPointer { rounds in
+      withUnsafeTemporaryAllocation(of: UInt32.self, capacity: 64) { schedule in
+        sums.withUnsafeMutableBufferPointer { sums in
+          for block in 0..<blocks { SHA256.mix(data, at: 64 * block, rounds, schedule, sums) }
+        }
+      }
+    }
+    state = sums
+  }
+
+  private static func turned(_ value: UInt32, _ by: UInt32) -> UInt32 { (value &>> by) | (value &<< (32 &- by)) }
+
+  private static func mix(
+    _ data: UnsafeRawBufferPointer, at: Int, _ rounds: UnsafeBufferPointer<UInt32>, _ w: UnsafeMutableBufferPointer<UInt32>,
+    _ sums: UnsafeMutableBufferPointer<UInt32>
+  ) {
     for i in 0..<16 {
-      let place = at + 4 * i
-      let high = UInt32(data[place]) << 24 | UInt32(data[place + 1]) << 16
-      schedule[i] = high | UInt32(data[place + 2]) << 8 | UInt32(data[place + 3])
+      w[i] = UInt32(bigEndian: data.loadUnaligned(fromByteOffset: at &+ 4 &* i, as: UInt32.self))
     }
     for i in 16..<64 {
-      let x = schedule[i - 15]
-      let y = schedule[i - 2]
-      let s0 = turned(x, 7) ^ turned(x, 18) ^ (x >> 3)
-      let s1 = turned(y, 17) ^ turned(y, 19) ^ (y >> 10)
-      schedule[i] = schedule[i - 16] &+ s0 &+ schedule[i - 7] &+ s1
+      let (x, y) = (w[i &- 15], w[i &- 2])
+      let s0 = turned(x, 7) ^ turned(x, 18) ^ (x &>> 3)
+      let s1 = turned(y, 17) ^ turned(y, 19) ^ (y &>> 10)
+      w[i] = w[i &- 16] &+ s0 &+ w[i &- 7] &+ s1
     }
-    var (a, b, c, d) = (state[0], state[1], state[2], state[3])
-    var (e, f, g, h) = (state[4], state[5], state[6], state[7])
+    var (a, b, c, d) = (sums[0], sums[1], sums[2], sums[3])
+    var (e, f, g, h) = (sums[4], sums[5], sums[6], sums[7])
     for i in 0..<64 {
       let s1 = turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)
-      let first = h &+ s1 &+ ((e & f) ^ (~e & g)) &+ SHA256.rounds[i] &+ schedule[i]
+      let first = h &+ s1 &+ ((e & f) ^ (~e & g)) &+ rounds[i] &+ w[i]
       let s0 = turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)
       let second = s0 &+ ((a & b) ^ (a & c) ^ (b & c))
       (h, g, f, e) = (g, f, e, d &+ first)
       (d, c, b, a) = (c, b, a, first &+ second)
     }
-    for (i, value) in [a, b, c, d, e, f, g, h].enumerated() { state[i] &+= value }
+    sums[0] &+= a
+    sums[1] &+= b
+    sums[2] &+= c
+    sums[3] &+= d
+    sums[4] &+= e
+    sums[5] &+= f
+    sums[6] &+= g
+    sums[7] &+= h
   }
 }

@@ -81,8 +81,19 @@ final class TextTests: XCTestCase {
       "abc": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
       "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq":
         "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1",
+      String(repeating: "a", count: 1_000_000): "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0",
     ]
-    for (text, hash) in wanted { XCTAssertEqual(try SHA256.hex(of: try file(text)) { _ in }, hash) }
+    for (text, hash) in wanted {
+      XCTAssertEqual(try SHA256.hex(of: try file(text)) { _ in }, hash)
+      var pieces = SHA256()  // of 1 to 199 bytes, so that blocks lie across them
+      var (left, size) = (Array(text.utf8)[...], 0)
+      while !left.isEmpty {
+        size = size % 199 + 1
+        left.prefix(size).withUnsafeBytes { pieces.add($0) }
+        left = left.dropFirst(size)
+      }
+      XCTAssertEqual(pieces.finish(), hash)
+    }
   }
 
   func testHalfPrecisionBothWays() {
