@@ -18,7 +18,8 @@ let package = Package(
     .target(
       name: "COnnxRuntime",
       dependencies: apple ? [.target(name: runtime)] : [],
-      linkerSettings: apple ? [.linkedLibrary("c++")] : [.linkedLibrary(runtime)]
+      linkerSettings: apple
+        ? [.linkedLibrary("c++"), .linkedFramework("CoreML"), .linkedFramework("Foundation")] : [.linkedLibrary(runtime)]
     ),
     .target(name: "Edgewright"),
     .target(name: "EdgewrightONNX", dependencies: ["Edgewright", "COnnxRuntime"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.apps import EXAMPLES, ROOT, bundle_for, project
-from helpers.swift import SwiftClient, build, open_toolchain
+from helpers.swift import SwiftClient, build, open_toolchain, swiftlint
 from helpers.tokenizer_kinds import KINDS, SOME, made, same_unicode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -218,6 +218,11 @@ def test_the_sources_are_formatted(app: SwiftClient) -> None:
     how = ("--strict", "--recursive", "--configuration", app.package / "swift-format.json")
     done = app.swift.run("swift", "format", "lint", *how, *folders)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_swiftlint_finds_nothing(app: SwiftClient, tmp_path: Path) -> None:
+    done = swiftlint(app, tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_every_source_parses(app: SwiftClient) -> None:

@@ -14,6 +14,8 @@ import pytest
 from .apps import ONNXRUNTIME, TOOLS
 
 CHROOT = Path(os.environ.get("EDGEWRIGHT_SWIFT", TOOLS / "swift"))
+SWIFTLINT = TOOLS / "swiftlint" / "node_modules" / "@expo" / "swiftlint" / "bin" / "linux-x64" / "swiftlint"
+_LIBRARIES = "/usr/libexec/swift/lib"  # where Debian has Swift's own, which swiftlint wants
 HOW = "make apps-tools-swift, as root"
 # A mount namespace of its own: nothing stays mounted. $1: Debian's folder. $2: what it shares with this machine.
 _ENTER = """
@@ -83,6 +85,16 @@ class SwiftClient:
         return self.swift.run(
             "swift", "test", "--skip-build", *self.flags, at=self.package, variables={"EDGEWRIGHT_MODEL": str(model)}
         )
+
+
+def swiftlint(client: SwiftClient, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The package under swiftlint's rules. folder: for a copy of it. Skips where it is not installed."""
+    if not SWIFTLINT.is_file() or shutil.which("swift") is not None:
+        pytest.skip(f"no swiftlint here: {HOW}")
+    shutil.copy(SWIFTLINT, folder)
+    variables = {"LD_LIBRARY_PATH": f"{_LIBRARIES}/swift/linux:{_LIBRARIES}", "LINUX_SOURCEKIT_LIB_PATH": _LIBRARIES}
+    command = (folder / "swiftlint", "lint", "--strict", "--quiet", "--config", "swiftlint.yml")
+    return client.swift.run(*command, at=client.package, variables=variables)
 
 
 def build(swift: Swift, package: Path, folder: Path) -> SwiftClient:

@@ -167,7 +167,7 @@ struct Vocabulary: Sendable {
     return symbols.indices.filter { !gone[$0] }.map { symbols[$0] }
   }
 
-  /// The pieces whose scores add up to most (Viterbi); a character in no piece scores 10 below the least. Unknown ones are one piece.
+  /// The pieces whose scores add up to most (Viterbi). A character in no piece scores 10 below the least; those in a row are one.
   private func likeliest(
     _ word: Chars, _ scores: [Double], _ least: Double, _ longest: Int
   ) -> [(piece: ArraySlice<UInt32>, known: Bool)] {
