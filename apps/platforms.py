@@ -54,6 +54,14 @@ PLATFORMS = {
         most_memory=None,
         float_activations=False,
     ),
+    "react-native": Platform(
+        name="react-native",
+        runtime="1.24.3",
+        models=None,
+        steps=None,
+        most_memory=None,
+        float_activations=False,
+    ),
     "web": Platform(
         name="web",
         runtime="1.30",
