@@ -6,7 +6,7 @@ EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
-.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools
+.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools apps-tools-react-native
 
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,12 +50,12 @@ fuzz: $(VENV)/.dev
 	    PYTHONPATH=tests $(BIN)/python -m fuzz.guided $$parser -max_total_time=60 || exit 1; done; \
 	else echo "atheris is not installed, so no mutants were guided by coverage: $(BIN)/pip install atheris"; fi
 
-# What the projects of `embed` are built with, where a test or `--platform web` looks for it: .tools/. About 300 MB.
+# What the projects of `embed` are built with, where a test or `--platform web` looks for it: .tools/. About 750 MB.
 TOOLS := .tools
 CAPI = $(shell $(BIN)/python -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('onnxruntime').origin).parent / 'capi')")
 HEADERS := package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64_x86_64-simulator/onnxruntime.framework/Headers
 
-apps-tools: $(VENV)/.product
+apps-tools: $(VENV)/.product apps-tools-react-native
 	mkdir -p $(TOOLS)/web $(TOOLS)/onnxruntime/include $(TOOLS)/onnxruntime/lib
 	ln -sfn $(firstword $(wildcard $(CAPI)/libonnxruntime.so.*)) $(TOOLS)/onnxruntime/lib/libonnxruntime.so.1
 	ln -sfn libonnxruntime.so.1 $(TOOLS)/onnxruntime/lib/libonnxruntime.so
@@ -64,6 +64,15 @@ apps-tools: $(VENV)/.product
 	tar xzf $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz -C $(TOOLS)/onnxruntime/include --strip-components=7 $(HEADERS)
 	rm $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz
 	@echo "and, of Debian's packages: apt-get install g++ cmake nlohmann-json3-dev chromium"
+
+# React Native's packages, for types, node and Metro: 450 MB. onnxruntime-node's own script would fetch what is for CUDA.
+REACT_NATIVE := react-native@0.86.3 react@19.2.3 @types/react@19.2.0 onnxruntime-react-native@1.24.3 onnxruntime-common@1.24.3 \
+  react-native-blob-util@0.25.1 @huggingface/tokenizers@0.2.0 onnxruntime-node@1.24.3 @types/node@20 typescript@7.0.2 prettier@3.10.1 \
+  @react-native/metro-config@0.86.3 @react-native/babel-preset@0.86.3 @babel/core@7 @babel/runtime@7
+
+apps-tools-react-native:
+	mkdir -p $(TOOLS)/react-native
+	ONNXRUNTIME_NODE_INSTALL=skip npm install --prefix $(TOOLS)/react-native --no-audit --no-fund --legacy-peer-deps $(REACT_NATIVE)
 
 # mypy must see the package under its own name, whatever the checkout's folder is called.
 lint: $(VENV)/.dev

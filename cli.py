@@ -711,7 +711,7 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
-@click.option("--platform", required=True, metavar="NAME", help="What the project is for: web, cpp.")
+@click.option("--platform", required=True, metavar="NAME", help="What the project is for: web, cpp, react-native.")
 @click.option("-o", "--output", type=cli_options.path, required=True, help="The project's folder; a new one.")
 @click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
 @click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")

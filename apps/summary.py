@@ -8,7 +8,7 @@ from typing import Any
 from .embed import Project
 
 _NEXT = {
-    "react-native": "OUTPUT/README.md",
+    "react-native": "read OUTPUT/README.md: it goes into an app of yours",
     "web": "edgewright preview OUTPUT",
     "cpp": "cmake -B build -DONNXRUNTIME=DIR && cmake --build build && ctest --test-dir build",
 }
