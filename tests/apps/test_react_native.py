@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from helpers.apps import EXAMPLES, ROOT, TOOLS, make_bundle, project
+from helpers.apps import EXAMPLES, ROOT, TOOLS, make_bundle_for, project
 from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps.platforms import PLATFORMS
@@ -34,7 +34,7 @@ needs_tools = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of an example, or of a tiny model: written for the platform's runtime."""
-    return cache(lambda name: make_bundle(name, tmp_path_factory.mktemp(name), onnxruntime=RUNTIME))
+    return cache(lambda name: make_bundle_for(name, tmp_path_factory.mktemp(name), RUNTIME))
 
 
 @pytest.fixture(scope="module")

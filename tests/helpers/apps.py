@@ -15,6 +15,7 @@ from edgewright.compiler import export
 
 from . import tiny
 from .requests import asking
+from .shared import shared_bundle
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = Path(os.environ.get("EDGEWRIGHT_TOOLS", ROOT / ".tools"))
@@ -25,14 +26,27 @@ WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def make_bundle(name: str, folder: Path, onnxruntime: str | None = None) -> Path:
-    """The bundle of an example, or of a tiny model by the name of its writer. onnxruntime: the oldest that must open it."""
-    model = ROOT / "examples" / name
-    if not model.exists():
-        model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
-    bits = 4.5 if name in EXAMPLES else 6.0
-    own = {} if onnxruntime is None else {"onnx": (onnxruntime,)}
-    request = asking(str(model), bits=bits, importance="zd", max_context=CONTEXT.get(name, 64), verify=False, own=own)
+def make_bundle(name: str, folder: Path, run: Path) -> Path:
+    """The bundle of an example, or of a tiny model that is shared in this run. run: see `shared_bundle`."""
+    if name not in EXAMPLES:
+        return shared_bundle(run, name, folder / "shared")[1]
+    context = CONTEXT.get(name, 64)
+    request = asking(str(ROOT / "examples" / name), bits=4.5, importance="zd", max_context=context, verify=False)
+    return export(request, folder / "bundle").path
+
+
+def make_bundle_for(name: str, folder: Path, onnxruntime: str) -> Path:
+    """As `make_bundle`, not shared. onnxruntime: the oldest release that must open the graphs."""
+    example = name in EXAMPLES
+    model = ROOT / "examples" / name if example else getattr(tiny, f"write_tiny_{name}")(folder / "model")
+    request = asking(
+        str(model),
+        bits=4.5 if example else 6.0,
+        importance="zd",
+        max_context=CONTEXT.get(name, 64),
+        verify=False,
+        own={"onnx": (onnxruntime,)},
+    )
     return export(request, folder / "bundle").path
 
 
