@@ -14,16 +14,17 @@ GIB = 1 << 30
 
 _STEPS = frozenset(
     {
-        *("normalizer:NFC", "normalizer:Prepend", "normalizer:Replace"),
+        *("normalizer:NFC", "normalizer:BertNormalizer", "normalizer:Prepend", "normalizer:Replace"),
         *(
             "pre_tokenizer:WhitespaceSplit",
             "pre_tokenizer:Metaspace",
             "pre_tokenizer:Punctuation",
             "pre_tokenizer:Digits",
+            "pre_tokenizer:BertPreTokenizer",
         ),
         *("pre_tokenizer:ByteLevel", "pre_tokenizer:Split", "pre_tokenizer:Split/Regex"),
         *("decoder:Metaspace", "decoder:ByteLevel", "decoder:ByteFallback", "decoder:Replace", "decoder:Fuse"),
-        "decoder:Strip",
+        *("decoder:Strip", "decoder:WordPiece"),
     }
 )
 
@@ -49,7 +50,7 @@ PLATFORMS = {
     "cpp": Platform(
         name="cpp",
         runtime="1.32",
-        models=frozenset({"WordLevel", "BPE", "Unigram"}),
+        models=frozenset({"WordLevel", "WordPiece", "BPE", "Unigram"}),
         steps=_STEPS,
         most_memory=None,
         float_activations=False,

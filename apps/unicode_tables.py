@@ -1,4 +1,5 @@
-"""Unicode's tables as initializers of C++, from Python's own database: general categories, and what NFC needs."""
+"""Unicode's tables as initializers of C++: general categories and what NFC needs, from Python's own database; what BERT's steps do to
+each character, from the `tokenizers` library, whose database is of another age."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
 
+from tokenizers import normalizers, pre_tokenizers
+
 VERSION = unicodedata.unidata_version
 _LAST = 0x110000
 _SURROGATES = range(0xD800, 0xE000)
-_CATEGORIES = {"Letters": "L", "Marks": "M", "Numbers": "N", "Digits": "Nd", "Connectors": "Pc", "Punctuation": "P"}
+_CODES = [code for code in range(1, _LAST) if code not in _SURROGATES]
+_CATEGORIES = {"Letters": "L", "Marks": "M", "Numbers": "N", "Digits": "Nd", "Connectors": "Pc"}
 
 
 @cache
@@ -36,6 +40,50 @@ def decompositions() -> tuple[str, ...]:
         first, second = (*parts, "0")[:2]
         rows.append(f"{{{code:#x}, 0x{first.lower()}, 0x{second.lower()}, {str(composes).lower()}}}")
     return tuple(rows)
+
+
+@cache
+def bert() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(name, ranges) of what is punctuation, what cleaning drops, and what of a decomposed text is dropped as an accent."""
+    dropped = _each(_bert(clean_text=True), lambda new, _: new == "")
+    accents = _each(_bert(strip_accents=True), lambda new, _: new == "")
+    every = "".join(map(chr, _CODES))
+    pieces = pre_tokenizers.Punctuation("removed").pre_tokenize_str(every)
+    kept = {_CODES[i] for _, (first, last) in pieces for i in range(first, last)}
+    found = {"Punctuation": set(_CODES) - kept, "Dropped": dropped, "Accents": accents}
+    return tuple((name, tuple(_spans(codes))) for name, codes in found.items())
+
+
+@cache
+def lower() -> tuple[str, ...]:
+    """`{character, first, second}` of what is written otherwise in lower case; second is 0 where that is one character."""
+    small = _mapped(_bert(lowercase=True))
+    rows = ((code, [*map(ord, new), 0]) for code, new in zip(_CODES, small, strict=True) if new != chr(code))
+    return tuple(f"{{{code:#x}, {new[0]:#x}, {new[1]:#x}}}" for code, new in rows)
+
+
+def _bert(**on: bool) -> normalizers.Normalizer:
+    """BERT's normalizer with one of its steps."""
+    steps = {"clean_text": False, "handle_chinese_chars": False, "strip_accents": False, "lowercase": False}
+    return normalizers.BertNormalizer(**(steps | on))
+
+
+def _mapped(step: normalizers.Normalizer) -> list[str]:
+    """What a step makes of each character, all in one call: a sign stands between them."""
+    sign = "|"
+    whole = step.normalize_str(sign.join(chr(code) for code in _CODES if chr(code) != sign))
+    out: list[str] = whole.split(sign)
+    out.insert(_CODES.index(ord(sign)), sign)
+    return out
+
+
+def _each(step: normalizers.Normalizer, test: Callable[[str, int], bool]) -> set[int]:
+    return {code for code, new in zip(_CODES, _mapped(step), strict=True) if test(new, code)}
+
+
+def _spans(codes: set[int]) -> Iterator[str]:
+    for first, last, _ in _runs(lambda c: int(c in codes)):
+        yield f"{{{first:#x}, {last:#x}}}"
 
 
 def _ranges(prefix: str) -> Iterator[str]:

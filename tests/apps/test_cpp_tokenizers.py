@@ -134,6 +134,16 @@ def words_and_signs() -> Tokenizer:
     )
 
 
+def word_piece(**options: Any) -> Tokenizer:
+    return trained(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer,
+        normalizer=normalizers.BertNormalizer(**options),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(cleanup=options.get("lowercase", True)),
+    )
+
+
 def word_level() -> Tokenizer:
     tokenizer = trained(
         models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer, pre_tokenizer=pre_tokenizers.WhitespaceSplit()
@@ -157,6 +167,9 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "unigram bytes": lambda: bytes_of_vocabulary(unigram("first")),
     "unigram never": lambda: unigram("never"),
     "word level": word_level,
+    "word piece": word_piece,
+    "word piece cased": lambda: word_piece(lowercase=False, handle_chinese_chars=False),
+    "word piece dirty": lambda: word_piece(clean_text=False, strip_accents=False),
     "words and signs": words_and_signs,
 }
 

@@ -6,17 +6,20 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from helpers.apps import EXAMPLES, ROOT, TOOLS, make_bundle_for, project
 from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps.platforms import PLATFORMS
-from edgewright.runtimes.sampling import GREEDY
+from edgewright.bundle import Bundle
+from edgewright.runtimes.generate import Stream, read_context
 from edgewright.runtimes.text_generation import open_bundle
 
 PACKAGES = TOOLS / "react-native" / "node_modules"
@@ -75,6 +78,29 @@ def byte_level(file: Path) -> Path:
     backend.train_from_iterator(texts, trainer)
     backend.save(str(file))
     return file
+
+
+def clear_answers(name: str, bundle: Path, least: float) -> Iterator[dict[str, str | None]]:
+    """What the product answers to the first tasks of an example, but where two tokens are nearer to each other than `least`: there
+    another release may take the other one."""
+    opened, spec = open_bundle(bundle, "onnx", threads=1), Bundle.open(bundle).manifest.generation
+    for line in (ROOT / "examples" / name / "task.tsv").read_text().splitlines()[:40]:
+        *contexts, prompt, _ = line.split("\t")
+        context = contexts[0] if contexts else None
+        read = None if context is None else opened.tokenizer.encode(context, special=False)
+        memory = None if read is None else read_context(opened.session, spec, read)
+        stream = Stream(opened.session, spec, [opened.read_prompt(prompt).ids], spec.max_new_tokens, memory)
+        logits, said, margin = stream.prefill()[0, -1], list[int](), np.inf
+        while len(said) < spec.max_new_tokens and margin > least:
+            second, first = np.sort(logits)[-2:]
+            margin = min(margin, float(first - second))
+            token = int(logits.argmax())
+            if token in spec.eos_ids:
+                break
+            said.append(token)
+            logits = stream.feed(np.array([[token]], np.int64))[0, -1]
+        if margin > least:
+            yield {"prompt": prompt, "context": context, "said": opened.tokenizer.decode(said)}
 
 
 # ---- without node -----------------------------------------------------------------------------------------------------
@@ -153,17 +179,9 @@ def test_answers_are_the_products(
     name: str, projects: Callable[[str], Path], bundles: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Streaming, cancelling, a second call, a full context, mistakes: tests/apps/react_native/answers.test.ts."""
-    opened = open_bundle(bundles(name), "onnx", threads=1)
-    lines = [line.split("\t") for line in (ROOT / "examples" / name / "task.tsv").read_text().splitlines()]
-    asked = [(row[-2], row[0] if len(row) == 3 else None) for row in lines[: 4 if len(lines[0]) == 3 else PROMPTS]]
-    expected = [
-        {
-            "prompt": p,
-            "context": c,
-            "said": "".join(opened.generate(p, sampling=GREEDY, **({"context": c} if c else {}))),
-        }
-        for p, c in asked
-    ]
+    least = json.loads((projects(name) / "model" / "traces.json").read_text())["tolerance"]
+    expected = list(islice(clear_answers(name, bundles(name), least), PROMPTS))
+    assert len(expected) >= 4
     file = tmp_path / "expected.json"
     file.write_text(json.dumps(expected))
     copy = with_tests(projects(name), tmp_path)
