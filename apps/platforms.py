@@ -35,7 +35,8 @@ class Platform:
 
     runtime: its ONNX Runtime, the newest that can be counted on. models, steps: of tokenizers that its client has; None for all.
     most_memory: bytes that a process can address there; None for no limit of the platform's own. float_activations: its runtime
-    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once.
+    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once. embeds:
+    whether its client makes vectors of texts. lowers: whether it puts a whole text into lower case as Python does.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Platform:
     steps: frozenset[str] | None
     most_memory: int | None
     float_activations: bool
+    embeds: bool = False
+    lowers: bool = True
 
 
 PLATFORMS = {
@@ -54,6 +57,8 @@ PLATFORMS = {
         steps=_STEPS,
         most_memory=None,
         float_activations=False,
+        embeds=True,
+        lowers=False,
     ),
     "react-native": Platform(
         name="react-native",
@@ -62,6 +67,7 @@ PLATFORMS = {
         steps=None,
         most_memory=None,
         float_activations=False,
+        embeds=True,
     ),
     "web": Platform(
         name="web",
@@ -70,6 +76,7 @@ PLATFORMS = {
         steps=None,
         most_memory=4 * GIB,  # WebAssembly's addresses of 32 bits
         float_activations=True,
+        embeds=True,
     ),
 }
 
@@ -89,6 +96,14 @@ def require_fit(app: App, platform: Platform, most_memory: int | None) -> None:
 
     most_memory: of the device; None for the platform's own limit alone.
     """
+    if app.embedding is not None and not platform.embeds:
+        able = ", ".join(name for name, one in PLATFORMS.items() if one.embeds)
+        raise UserError(f"--platform {platform.name} has no client for a model of embeddings; choose one of {able}")
+    if app.embedding is not None and app.embedding.lower_case and app.tokenizer is not None and not platform.lowers:
+        raise UserError(
+            f"--platform {platform.name}: this model's texts are put into lower case before they are read, which its client does "
+            "not do; choose another platform, or give the client token ids with --no-tokenizer"
+        )
     for graph in app.graphs:
         if not reaches(platform.runtime, graph.onnxruntime):
             why = f" ({graph.because})" if graph.because else ""

@@ -1,5 +1,8 @@
-"""Unicode's tables as initializers of C++: general categories and what NFC needs, from Python's own database; what BERT's steps do to
-each character, from the `tokenizers` library, whose database is of another age."""
+"""Unicode's tables as initializers of C++.
+
+General categories and what NFC needs are Python's own; what BERT's steps do to a character is the `tokenizers` library's, whose tables
+are of another age.
+"""
 
 from __future__ import annotations
 

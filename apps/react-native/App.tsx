@@ -1,8 +1,9 @@
-// The example: opens the model, then a chat, or a form for a model without a chat template.
+// The example: opens the model, then a chat, a form for a model without a chat template, or texts compared by their vectors.
 import { useEffect, useState } from "react";
 import { SafeAreaView, StyleSheet, Text, useColorScheme } from "react-native";
 import app from "./model/app.json";
 import { Chat } from "./screens/Chat";
+import { Compare } from "./screens/Compare";
 import { Form } from "./screens/Form";
 import { colours } from "./screens/style";
 import { type Model, open, readApp } from "./src";
@@ -28,10 +29,10 @@ export default function App() {
       opening.then((opened) => opened.close()).catch(() => {});
     };
   }, []);
-  const screen = model?.app.chat ? <Chat model={model} look={look} /> : model && <Form model={model} look={look} />;
+  const Screen = model?.app.embedding ? Compare : model?.app.chat ? Chat : Form;
   return (
     <SafeAreaView style={[styles.page, { backgroundColor: look.back }]}>
-      {screen ?? <Text style={[styles.status, { color: look.quiet }]}>{status}</Text>}
+      {model ? <Screen model={model} look={look} /> : <Text style={[styles.status, { color: look.quiet }]}>{status}</Text>}
     </SafeAreaView>
   );
 }

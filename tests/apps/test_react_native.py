@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from helpers.apps import EXAMPLES, ROOT, TOOLS, make_bundle_for, project
+from helpers.apps import EXAMPLES, ROOT, TOOLS, make_bundle_for, make_embedding_bundle, project
 from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps.platforms import PLATFORMS
@@ -190,6 +190,26 @@ def test_answers_are_the_products(
 
 @needs_tools
 @pytest.mark.slow
+def test_vectors_are_the_products(tmp_path: Path) -> None:
+    bundle = make_embedding_bundle(tmp_path, RUNTIME)
+    project(bundle, tmp_path / "app", "react-native")
+    (tmp_path / "app" / "node_modules").symlink_to(PACKAGES)
+    texts, opened = ["the keeper lit the lamp", "a " * 60, "Ünïcode Text, lamp"], open_bundle(bundle, "onnx", threads=1)
+    cases = [
+        {"text": text, "prompt": name, "vector": opened.embed([text], prompt_name=name)[0].tolist()}
+        for text in texts
+        for name in (None, "query")
+    ]
+    (tmp_path / "expected.json").write_text(json.dumps(cases))
+    shutil.copy(OWN / "vectors.test.ts", tmp_path / "app" / "test")
+    said = run_tests(tmp_path / "app", "traces", "vectors", EXPECTED=str(tmp_path / "expected.json"))
+    assert "12 traces and 17 texts" in said
+    assert "# fail 0" in said
+    tool(tmp_path / "app", PACKAGES / ".bin" / "tsc", "--noEmit")
+
+
+@needs_tools
+@pytest.mark.slow
 def test_downloads_go_on_and_damage_is_found(projects: Callable[[str], Path], tmp_path: Path) -> None:
     assert "# fail 0" in run_tests(with_tests(projects("t5gemma-g2p"), tmp_path), "store")
 
@@ -220,5 +240,6 @@ def with_tests(project: Path, folder: Path) -> Path:
     copy = folder / "app"
     shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns("build"))
     for path in OWN.glob("*.ts"):
-        shutil.copy(path, copy / "test")
+        if path.name != "vectors.test.ts":
+            shutil.copy(path, copy / "test")
     return copy

@@ -38,6 +38,16 @@ export interface ContextSpec {
   readonly splice: "exact" | "released";
 }
 
+/** What the graph `encoder` makes of a text: one vector. */
+export interface EmbeddingSpec {
+  readonly size: number;
+  readonly normalised: boolean;
+  readonly similarity: "cosine" | "dot" | "euclidean" | "manhattan";
+  readonly prompts: Readonly<Record<string, string>>;
+  readonly default_prompt: string | null;
+  readonly lower_case: boolean;
+}
+
 /** How a token is drawn; temperature 0 is the best one. */
 export interface Sampling {
   readonly temperature: number;
@@ -53,7 +63,7 @@ export interface App {
   readonly schema_version: 1;
   readonly name: string;
   readonly model_type: string;
-  readonly task: "seq2seq" | "causal" | "memory";
+  readonly task: "seq2seq" | "causal" | "memory" | "embed";
   readonly bits: number;
   readonly graphs: readonly AppGraph[];
   readonly decoder_start: number | null;
@@ -63,6 +73,7 @@ export interface App {
   readonly max_new_tokens: number;
   readonly prefill_chunk: number;
   readonly context: ContextSpec | null;
+  readonly embedding: EmbeddingSpec | null;
   readonly sampling: Sampling;
   readonly stops: { readonly tokens: readonly number[]; readonly strings: readonly string[] };
   readonly tokenizer: {
@@ -88,6 +99,11 @@ export interface Traces {
     readonly steps: readonly { readonly token: number; readonly top: readonly (readonly [number, number])[] }[];
     readonly ending: "end" | "limit" | "context";
     readonly text: string | null;
+  }[];
+  readonly vectors: readonly {
+    readonly text: string | null;
+    readonly ids: readonly number[];
+    readonly vector: readonly number[];
   }[];
   readonly texts: readonly { readonly text: string; readonly ids: readonly number[]; readonly decoded: string }[];
 }

@@ -5,7 +5,7 @@ import type { FileLayer } from "./files";
 import { type OnnxRuntime, openGraphs } from "./runtime";
 import { Sampler, argmax } from "./sampler";
 import { type InstallOptions, install } from "./store";
-import { type Memory, type Opened, Stream, readContext } from "./stream";
+import { type Memory, type Opened, Stream, embed, readContext } from "./stream";
 import { Text, Writer } from "./text";
 
 export interface OpenOptions extends InstallOptions {
@@ -112,6 +112,11 @@ export class Model {
     return { [Symbol.asyncIterator]: () => this.pieces(prompt, options) };
   }
 
+  /** The vector of a text, or of token ids, for a model of embeddings. promptName: of the model's own prompts; null is its default. */
+  embed(text: string | readonly number[], promptName: string | null = null): Promise<Float32Array> {
+    return this.alone(() => embed(this.opened, typeof text === "string" ? this.reader().readText(text, promptName) : text));
+  }
+
   /** What a decoder-decoder makes of a context; pass it as `memory` to any number of prompts. */
   async readContext(context: string | readonly number[], signal?: AbortSignal): Promise<Memory> {
     return this.alone(async () => {
@@ -144,12 +149,19 @@ export class Model {
         const said = trace.steps.map((step) => step.token).slice(0, trace.ending === "end" ? -1 : undefined);
         if (trace.text !== null && this.decode(said) !== trace.text) wrong.push(`trace ${number}: another text`);
       }
+      for (const [number, { text, ids, vector }] of traces.vectors.entries()) {
+        const here = await embed(this.opened, ids);
+        const apart = here.reduce((most, value, i) => Math.max(most, Math.abs(value - (vector[i] ?? NaN))), 0);
+        largest = Math.max(largest, apart);
+        if (!(apart <= traces.tolerance) || here.length !== vector.length) wrong.push(`vector ${number}: ${apart} apart`);
+        if (text !== null && this.reader().readText(text, null).join() !== ids.join()) wrong.push(`vector ${number}: other tokens`);
+      }
       for (const { text, ids, decoded } of traces.texts) {
         const [here, back] = [this.encode(text), this.decode(ids)];
         if (here.join() !== ids.join()) wrong.push(`text ${JSON.stringify(text)}: tokens ${here.join()}, recorded ${ids.join()}`);
         else if (back !== decoded) wrong.push(`text ${JSON.stringify(text)}: read back as ${JSON.stringify(back)}`);
       }
-      return { cases: traces.cases.length, texts: traces.texts.length, wrong, largest };
+      return { cases: traces.cases.length + traces.vectors.length, texts: traces.texts.length, wrong, largest };
     });
   }
 
@@ -161,7 +173,8 @@ export class Model {
       const [reading, writing] = [Math.min(pp, most), Math.min(tg, most - 1)];
       const read = async () => {
         const began = now();
-        await (await Stream.start(this.opened, Array<number>(reading).fill(token), 1, null)).prefill();
+        const ids = Array<number>(reading).fill(token);
+        await (this.app.embedding ? embed(this.opened, ids) : (await Stream.start(this.opened, ids, 1, null)).prefill());
         return (1000 * reading) / (now() - began);
       };
       const write = async () => {
@@ -172,7 +185,8 @@ export class Model {
         return (1000 * writing) / (now() - began);
       };
       const rows: BenchRow[] = [];
-      for (const [test, once] of [[`pp${reading}`, read] as const, [`tg${writing}`, write] as const]) {
+      const timed = [[`pp${reading}`, read] as const, [`tg${writing}`, write] as const];
+      for (const [test, once] of timed.slice(0, this.app.embedding ? 1 : 2)) {
         await once(); // the first run does not count
         const rates: number[] = [];
         for (let i = 0; i < repeats; i++) rates.push(await once());

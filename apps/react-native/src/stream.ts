@@ -50,6 +50,7 @@ export class Stream {
   /** newTokens: the most that will be fed. memory: of a decoder-decoder. */
   static async start(opened: Opened, prompt: readonly number[], newTokens: number, memory: Memory | null): Promise<Stream> {
     const { app } = opened;
+    if (app.embedding) fail("this model makes vectors, and generates nothing; use embed");
     requireTokens(prompt, app.vocab, "the prompt");
     if (memory && !app.context) fail("this model keeps no memory of a context; give all of it as the prompt");
     if (memory && memory.fingerprint !== app.fingerprint) fail("the memory was made by other weights; read the context again");
@@ -185,6 +186,19 @@ async function remembered(opened: Opened, part: readonly number[], tokens: reado
     if (wanted.length > 0) values.push(...numbersOf(out["memory"]));
   }
   return Float32Array.from(values);
+}
+
+/** The vector of a text of token ids, for a model of embeddings. */
+export async function embed(opened: Opened, ids: readonly number[]): Promise<Float32Array> {
+  const { app, ort } = opened;
+  if (!app.embedding) fail("this model makes no vectors; use generate");
+  requireTokens(ids, app.vocab, "the text");
+  if (ids.length > app.max_context)
+    fail(`the text has ${ids.length} tokens, the model reads at most ${app.max_context}; shorten it`);
+  const dims = [1, ids.length];
+  const encoder_mask = new ort.Tensor("bool", new Uint8Array(ids.length).fill(1), dims);
+  const out = await graphOf(opened, "encoder").run({ input_ids: ints(ort, ids, dims), encoder_mask });
+  return numbersOf(out["sentence_embedding"]);
 }
 
 function numbersOf(tensor: Tensor | undefined): Float32Array {

@@ -29,6 +29,20 @@ export class Text {
     return this.tokenizer.decode([...ids], { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   }
 
+  /** The tokens of a text for a model of embeddings, behind one of its prompts; what is too long is cut. */
+  readText(text: string, promptName: string | null): number[] {
+    const { embedding, tokenizer, max_context: most } = this.app;
+    if (!embedding || !tokenizer) fail("this model makes no vectors; use generate");
+    if (text.trim() === "") fail("the text is empty; give some text");
+    const name = promptName ?? embedding.default_prompt;
+    const known = Object.keys(embedding.prompts);
+    if (name !== null && !known.includes(name)) fail(`${name} is no prompt of this model; it has: ${known.join(", ") || "none"}`);
+    const whole = (name === null ? "" : embedding.prompts[name]) + text;
+    const inner = this.encode(embedding.lower_case ? whole.toLowerCase() : whole);
+    const room = Math.max(0, most - tokenizer.before.length - tokenizer.after.length);
+    return [...tokenizer.before, ...inner.slice(0, room), ...tokenizer.after].slice(0, most);
+  }
+
   /** The tokens of a prompt, through the chat template where the model has one. */
   readPrompt(prompt: string, chat: boolean): number[] {
     const { app } = this;
