@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.apps import make_bundle
 from helpers.cli_runner import edgewright, passed
-from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
+from helpers.onnx_cases import Case, shared_case
 from helpers.shared import shared_bundle
 from helpers.tiny import write_tiny_t5gemma
 from hypothesis import settings
@@ -91,12 +91,7 @@ def app_bundles(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def onnx_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def onnx_cases(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     """Architecture -> its tiny model through the ONNX exporter, made once."""
 
-    @functools.cache
-    def made(name: str) -> Case:
-        root = tmp_path_factory.mktemp(name)
-        return make_case(WRITERS[name](root / "source"), root, OVERRIDES[name])
-
-    return made
+    return functools.cache(lambda name: shared_case(run_folder, name, tmp_path_factory.mktemp(name) / "case"))
