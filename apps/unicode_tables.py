@@ -1,7 +1,7 @@
 """Unicode's tables as initializers of C++.
 
-General categories and what NFC needs are Python's own; what BERT's steps do to a character is the `tokenizers` library's, whose tables
-are of another age.
+General categories and what NFC needs are Python's own. What BERT's steps do to a character is the `tokenizers` library's, whose
+tables are of another age.
 """
 
 from __future__ import annotations

@@ -67,7 +67,13 @@ def make_embedding_bundle(folder: Path, onnxruntime: str | None = None) -> Path:
     model = folder / "model"
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = hf.BertConfig(vocab_size=56, max_position_embeddings=48, **sizes)
-    randomise(hf.BertModel(config), 1).save_pretrained(model)
+    bert = randomise(hf.BertModel(config), 1)
+    for name, weight in bert.named_parameters():  # so that texts have vectors apart
+        if "LayerNorm.weight" in name:
+            weight.data.fill_(1)
+        elif weight.dim() == 1:
+            weight.data.mul_(0.1)
+    bert.save_pretrained(model)
     describe(wordpiece(model), ("mean",), [linear(64, 48)], settings=PROMPTS, limits={"max_seq_length": 40})
     own = {} if onnxruntime is None else {"onnx": (onnxruntime,)}
     return export(asking(str(model), bits=8.0, importance="zd", verify=False, own=own), folder / "bundle").path
