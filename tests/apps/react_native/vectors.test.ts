@@ -30,7 +30,7 @@ test("vectors are the product's", async () => {
   assert.equal((await model.checkTraces(traces as unknown as Traces)).wrong.length, 1);
   assert.equal(await line(model.generate("lamp")), "this model makes vectors, and generates nothing; use embed");
   assert.equal(await line(model.embed(" ")), "the text is empty; give some text");
-  assert.equal(await line(model.embed("lamp", "x")), "x is no prompt of this model; it has: query, document");
+  assert.equal(await line(model.embed("lamp", "x")), "x is no prompt of this model; it has: document, query");
   assert.match(
     await line(model.embed(Array<number>(41).fill(5))),
     /the text has 41 tokens, the model reads at most 40; shorten it/,
