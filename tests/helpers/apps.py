@@ -25,13 +25,14 @@ WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def make_bundle(name: str, folder: Path) -> Path:
-    """The bundle of an example, or of a tiny model by the name of its writer."""
+def make_bundle(name: str, folder: Path, onnxruntime: str | None = None) -> Path:
+    """The bundle of an example, or of a tiny model by the name of its writer, for an ONNX Runtime of that age."""
     model = ROOT / "examples" / name
     if not model.exists():
         model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
     bits = 4.5 if name in EXAMPLES else 6.0
-    request = asking(str(model), bits=bits, importance="zd", max_context=CONTEXT.get(name, 64), verify=False)
+    own = {} if onnxruntime is None else {"onnx": (onnxruntime,)}
+    request = asking(str(model), bits=bits, importance="zd", max_context=CONTEXT.get(name, 64), verify=False, own=own)
     return export(request, folder / "bundle").path
 
 
