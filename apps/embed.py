@@ -120,7 +120,12 @@ def _project(
     note("running the bundle for its golden traces")
     shipped |= {APP: json_bytes(app), TRACES: json_bytes(make_traces(bundle, tokenizer))}
     files |= {f"{platform.model}/{key}": file for key, file in shipped.items()}
-    values = {"app": app, "card": make_card(bundle, app), "prompt": _example(bundle, tokenizer), "url": options.weights_url}
+    values = {
+        "app": app,
+        "card": make_card(bundle, app),
+        "prompt": _example(bundle, tokenizer),
+        "url": options.weights_url,
+    }
     if vendored is not None:
         files |= vendored.files
         return Project(app, files | _site(files, values, vendored))

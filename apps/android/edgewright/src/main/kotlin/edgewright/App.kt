@@ -5,8 +5,7 @@ import java.io.File
 /** What goes in or out of a graph; a size of the shape is a number or a name. */
 internal class Port(val name: String, val dtype: String, private val shape: List<Any?>, val kv: Boolean, val updated: Boolean) {
     /** The shape where the named sizes but the batch are `size`. */
-    fun sized(size: Int): LongArray =
-        shape.map { it as? Long ?: if (it == "batch") 1L else size.toLong() }.toLongArray()
+    fun sized(size: Int): LongArray = shape.map { it as? Long ?: if (it == "batch") 1L else size.toLong() }.toLongArray()
 }
 
 internal class GraphSpec(
@@ -88,44 +87,39 @@ class App internal constructor(fields: Fields) {
 
         private fun fact(fields: Fields) = FileFact(fields.long("bytes"), fields.text("sha256"))
 
-        private fun sampling(fields: Fields) =
-            Sampling(
-                fields.number("temperature"),
-                fields.number("top_p"),
-                fields.number("min_p"),
-                fields.int("top_k"),
-                fields.number("repetition_penalty"),
-                fields.int("no_repeat_ngram"),
-            )
+        private fun sampling(fields: Fields) = Sampling(
+            fields.number("temperature"),
+            fields.number("top_p"),
+            fields.number("min_p"),
+            fields.int("top_k"),
+            fields.number("repetition_penalty"),
+            fields.int("no_repeat_ngram"),
+        )
 
-        private fun ports(all: List<Fields>) =
-            all.map {
-                Port(it.text("name"), it.text("dtype"), it.list("shape"), it.text("kind", "") == "kv", it.flag("updated", false))
-            }
+        private fun ports(all: List<Fields>) = all.map {
+            Port(it.text("name"), it.text("dtype"), it.list("shape"), it.text("kind", "") == "kv", it.flag("updated", false))
+        }
 
-        private fun graph(fields: Fields) =
-            GraphSpec(
-                fields.text("name"),
-                fields.text("file"),
-                ports(fields.all("inputs")),
-                ports(fields.all("outputs")),
-                ports(fields.all("states")),
-                fields.text("onnxruntime"),
-            )
+        private fun graph(fields: Fields) = GraphSpec(
+            fields.text("name"),
+            fields.text("file"),
+            ports(fields.all("inputs")),
+            ports(fields.all("outputs")),
+            ports(fields.all("states")),
+            fields.text("onnxruntime"),
+        )
 
-        private fun context(fields: Fields) =
-            ContextSpec(
-                fields.int("window").coerceAtLeast(1),
-                fields.int("hidden").coerceAtLeast(1),
-                fields.int("rows"),
-                fields.int("vocab"),
-                fields.ints("tokens"),
-                fields.ints("prefix"),
-                fields.text("splice") == "released",
-            )
+        private fun context(fields: Fields) = ContextSpec(
+            fields.int("window").coerceAtLeast(1),
+            fields.int("hidden").coerceAtLeast(1),
+            fields.int("rows"),
+            fields.int("vocab"),
+            fields.ints("tokens"),
+            fields.ints("prefix"),
+            fields.text("splice") == "released",
+        )
 
-        private fun chat(fields: Fields) =
-            ChatSpec(fields.orNull("before") { text(it) }, fields.text("after", ""), fields.flag("trims"))
+        private fun chat(fields: Fields) = ChatSpec(fields.orNull("before") { text(it) }, fields.text("after", ""), fields.flag("trims"))
 
         private fun tokenizer(fields: Fields) =
             TokenizerSpec(fields.text("file"), fields.ints("before"), fields.ints("after"), fields.orNull("bos") { int(it) })

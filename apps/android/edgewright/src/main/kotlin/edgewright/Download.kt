@@ -14,7 +14,7 @@ import java.net.HttpURLConnection
 import java.net.URL
 
 /** Bytes that are here, of all that are fetched. */
-class Progress(val done: Long, val total: Long)
+data class Progress(val done: Long, val total: Long)
 
 /** A part of a file, as it lies on the server: 2 GB at most. */
 internal class Part(val name: String, val bytes: Long, val sha256: String)
@@ -28,7 +28,12 @@ class Download internal constructor(fields: Fields) {
     internal val base = fields.text("base")
     internal val files =
         fields.all("files").map { file ->
-            RemoteFile(plain(file.text("name")), file.all("parts").map { Part(plain(it.text("name")), it.long("bytes"), it.text("sha256")) })
+            RemoteFile(
+                plain(file.text("name")),
+                file.all("parts").map {
+                    Part(plain(it.text("name")), it.long("bytes"), it.text("sha256"))
+                },
+            )
         }
 
     companion object {
@@ -52,17 +57,16 @@ class Downloader(private val folder: File, private val download: Download, priva
     val whole get() = download.files.all { File(folder, it.name).length() == it.bytes }
 
     /** Throws EdgewrightException where something cannot be fetched; collect again to go on. */
-    fun fetch(): Flow<Progress> =
-        flow {
-            folder.mkdirs()
-            requireRoom()
-            var done = 0L
-            for (file in download.files) {
-                if (File(folder, file.name).length() != file.bytes) fetch(file, done)
-                done += file.bytes
-                emit(Progress(done, total))
-            }
-        }.conflate().flowOn(Dispatchers.IO)
+    fun fetch(): Flow<Progress> = flow {
+        folder.mkdirs()
+        requireRoom()
+        var done = 0L
+        for (file in download.files) {
+            if (File(folder, file.name).length() != file.bytes) fetch(file, done)
+            done += file.bytes
+            emit(Progress(done, total))
+        }
+    }.conflate().flowOn(Dispatchers.IO)
 
     private fun requireRoom() {
         val here = download.files.sumOf { maxOf(File(folder, it.name).length(), partial(it).length()) }
@@ -151,7 +155,10 @@ class Downloader(private val folder: File, private val download: Download, priva
 
     private fun cutOff(part: Part, here: Long, cause: IOException?): EdgewrightException {
         val why = cause?.message?.let { " (${it.replace(Regex("\\s+"), " ").take(100)})" }.orEmpty()
-        return EdgewrightException("${part.name} has $here bytes of ${part.bytes}: the download was cut off$why; try again, it goes on from there", cause)
+        return EdgewrightException(
+            "${part.name} has $here bytes of ${part.bytes}: the download was cut off$why; try again, it goes on from there",
+            cause,
+        )
     }
 
     private companion object {

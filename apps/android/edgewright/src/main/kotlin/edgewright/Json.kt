@@ -15,21 +15,19 @@ internal class JsonReader(private val input: Reader, private val file: String) {
     private var depth = 0
 
     /** The next value: Map, List, String, Long, Double, Boolean or null. */
-    fun value(): Any? =
-        when (peek()) {
-            '{' -> mutableMapOf<String, Any?>().also { map -> members { map[it] = value() } }
-            '[' -> mutableListOf<Any?>().also { list -> elements { list += value() } }
-            '"' -> text()
-            else -> word()
-        }
+    fun value(): Any? = when (peek()) {
+        '{' -> mutableMapOf<String, Any?>().also { map -> members { map[it] = value() } }
+        '[' -> mutableListOf<Any?>().also { list -> elements { list += value() } }
+        '"' -> text()
+        else -> word()
+    }
 
     /** Calls `each` with the name of every member; it must read the value. */
-    fun members(each: (String) -> Unit) =
-        nested('{', '}') {
-            val name = text()
-            take(':')
-            each(name)
-        }
+    fun members(each: (String) -> Unit) = nested('{', '}') {
+        val name = text()
+        take(':')
+        each(name)
+    }
 
     /** Calls `each` before every element; it must read it. */
     fun elements(each: () -> Unit) = nested('[', ']', each)
@@ -68,17 +66,16 @@ internal class JsonReader(private val input: Reader, private val file: String) {
         }
     }
 
-    private fun escaped(): Char =
-        when (val c = read()) {
-            '"', '\\', '/' -> c
-            'b' -> '\b'
-            'f' -> '\u000C'
-            'n' -> '\n'
-            'r' -> '\r'
-            't' -> '\t'
-            'u' -> (1..4).fold(0) { code, _ -> 16 * code + Character.digit(read(), 16).also { if (it < 0) broken() } }.toChar()
-            else -> broken()
-        }
+    private fun escaped(): Char = when (val c = read()) {
+        '"', '\\', '/' -> c
+        'b' -> '\b'
+        'f' -> '\u000C'
+        'n' -> '\n'
+        'r' -> '\r'
+        't' -> '\t'
+        'u' -> (1..4).fold(0) { code, _ -> 16 * code + Character.digit(read(), 16).also { if (it < 0) broken() } }.toChar()
+        else -> broken()
+    }
 
     private fun word(): Any? {
         val out = StringBuilder()

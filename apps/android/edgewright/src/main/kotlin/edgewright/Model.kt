@@ -4,7 +4,9 @@ import ai.onnxruntime.OrtSession
 import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.CoroutineStart
 import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.NonCancellable
 import kotlinx.coroutines.awaitCancellation
+import kotlinx.coroutines.cancelAndJoin
 import kotlinx.coroutines.channels.Channel
 import kotlinx.coroutines.currentCoroutineContext
 import kotlinx.coroutines.ensureActive
@@ -13,6 +15,7 @@ import kotlinx.coroutines.flow.buffer
 import kotlinx.coroutines.flow.channelFlow
 import kotlinx.coroutines.flow.flowOn
 import kotlinx.coroutines.launch
+import kotlinx.coroutines.withContext
 import java.io.File
 import java.util.concurrent.atomic.AtomicBoolean
 
@@ -112,7 +115,9 @@ class Model private constructor(val app: App, private val folder: File, options:
         val template = app.chat.takeIf { chat }
         val ids =
             if (template != null) {
-                val before = template.before ?: fail("the chat template takes no lone question; render app.json's chat.template, or pass chat = false")
+                val before =
+                    template.before
+                        ?: fail("the chat template takes no lone question; render app.json's chat.template, or pass chat = false")
                 tokens(before + (if (template.trims) prompt.trim(::isSpace) else prompt) + template.after)
             } else {
                 around.before + tokens(prompt) + around.after
@@ -150,33 +155,32 @@ class Model private constructor(val app: App, private val folder: File, options:
         start(prompt, mostTokens(options), options.memory).use { answerLoop(this, it, prompt.size, options, onText) }
 
     /** The same as a flow, computed on another thread. Cancelling its collector ends the call that runs. */
-    fun stream(prompt: String, options: GenerateOptions = GenerateOptions()): Flow<Event> = flowOf(options) { readPrompt(prompt, options.chat) }
+    fun stream(prompt: String, options: GenerateOptions = GenerateOptions()): Flow<Event> =
+        flowOf(options) { readPrompt(prompt, options.chat) }
 
     fun stream(prompt: IntArray, options: GenerateOptions = GenerateOptions()): Flow<Event> = flowOf(options) { prompt }
 
-    private fun flowOf(options: GenerateOptions, read: () -> IntArray): Flow<Event> =
-        channelFlow {
-            val prompt = read()
-            start(prompt, mostTokens(options), options.memory).use { stream ->
-                val watcher = launch(start = CoroutineStart.UNDISPATCHED) { stopWhenCancelled(stream) }
-                try {
-                    send(
-                        Event.Done(
-                            answerLoop(this@Model, stream, prompt.size, options) { piece ->
-                                currentCoroutineContext().ensureActive()
-                                send(Event.Piece(piece))
-                            },
-                        ),
-                    )
-                } catch (error: EdgewrightException) {
-                    currentCoroutineContext().ensureActive() // a call that was ended throws, too
-                    throw error
-                } finally {
-                    watcher.cancel()
-                    watcher.join()
-                }
+    private fun flowOf(options: GenerateOptions, read: () -> IntArray): Flow<Event> = channelFlow {
+        val prompt = read()
+        start(prompt, mostTokens(options), options.memory).use { stream ->
+            val watcher = launch(start = CoroutineStart.UNDISPATCHED) { stopWhenCancelled(stream) }
+            try {
+                send(
+                    Event.Done(
+                        answerLoop(this@Model, stream, prompt.size, options) { piece ->
+                            currentCoroutineContext().ensureActive()
+                            send(Event.Piece(piece))
+                        },
+                    ),
+                )
+            } catch (error: EdgewrightException) {
+                currentCoroutineContext().ensureActive() // a call that was ended throws, too
+                throw error
+            } finally {
+                withContext(NonCancellable) { watcher.cancelAndJoin() } // before the stream that it would end is closed
             }
-        }.buffer(Channel.RENDEZVOUS).flowOn(Dispatchers.Default)
+        }
+    }.buffer(Channel.RENDEZVOUS).flowOn(Dispatchers.Default)
 
     private suspend fun stopWhenCancelled(stream: Stream) {
         try {
@@ -202,7 +206,13 @@ class Model private constructor(val app: App, private val folder: File, options:
 }
 
 /** The loop. Inline, so that `onText` may suspend where the caller may. */
-internal inline fun answerLoop(model: Model, stream: Stream, promptTokens: Int, options: GenerateOptions, onText: (String) -> Unit): Answer {
+internal inline fun answerLoop(
+    model: Model,
+    stream: Stream,
+    promptTokens: Int,
+    options: GenerateOptions,
+    onText: (String) -> Unit,
+): Answer {
     var began = System.nanoTime()
     val most = model.mostTokens(options)
     val sampler = Sampler(options.sampling ?: model.app.sampling)

@@ -84,7 +84,13 @@ internal class Pattern(private val text: String) {
 
     private fun bounds(): Pair<Int, Int> {
         val least = number()
-        val most = if (!take(",")) least else if (ahead() == '}') Int.MAX_VALUE else number()
+        val most = if (!take(",")) {
+            least
+        } else if (ahead() == '}') {
+            Int.MAX_VALUE
+        } else {
+            number()
+        }
         if (!take("}")) refuse()
         return least to most
     }
@@ -134,27 +140,31 @@ internal class Pattern(private val text: String) {
         at++
         return when (c) {
             'r' -> Item('\r'.code)
+
             'n' -> Item('\n'.code)
+
             't' -> Item('\t'.code)
+
             's', 'S', 'd', 'D', 'w', 'W' -> Item(0, category = c.lowercaseChar(), negated = c.isUpperCase())
+
             'p', 'P' -> {
                 val category = "LNMP".firstOrNull { take("{$it}") } ?: refuse()
                 Item(0, category = category, negated = c == 'P')
             }
+
             else -> if (c.isLetterOrDigit() || c.isSurrogate()) refuse() else Item(c.code)
         }
     }
 
-    private fun inCategory(c: Int, category: Char): Boolean =
-        when (category) {
-            's' -> isSpace(c)
-            'd' -> c in DIGITS
-            'w' -> isWord(c)
-            'L' -> c in LETTERS
-            'N' -> c in NUMBERS
-            'M' -> c in MARKS
-            else -> c in PUNCTUATION
-        }
+    private fun inCategory(c: Int, category: Char): Boolean = when (category) {
+        's' -> isSpace(c)
+        'd' -> c in DIGITS
+        'w' -> isWord(c)
+        'L' -> c in LETTERS
+        'N' -> c in NUMBERS
+        'M' -> c in MARKS
+        else -> c in PUNCTUATION
+    }
 
     private fun plainly(node: OneOf, c: Int): Boolean =
         node.items.any { if (it.category != null) inCategory(c, it.category) != it.negated else c in it.first..it.last }
@@ -174,14 +184,13 @@ internal class Pattern(private val text: String) {
         return found != node.negated
     }
 
-    private fun match(node: Node, of: String, from: Int, then: (Int) -> Boolean): Boolean =
-        when (node) {
-            is OneOf -> from < of.length && of.codePointAt(from).let { fits(node, it) && then(from + Character.charCount(it)) }
-            is Sequence -> inTurn(node, 0, of, from, then)
-            is Choice -> node.parts.any { match(it, of, from, then) }
-            is Ahead -> match(node.inner, of, from) { true } != node.negated && then(from)
-            is Repeat -> if (node.inner is OneOf) again(node, node.inner, of, from, then) else groupAgain(node, of, from, 0, then)
-        }
+    private fun match(node: Node, of: String, from: Int, then: (Int) -> Boolean): Boolean = when (node) {
+        is OneOf -> from < of.length && of.codePointAt(from).let { fits(node, it) && then(from + Character.charCount(it)) }
+        is Sequence -> inTurn(node, 0, of, from, then)
+        is Choice -> node.parts.any { match(it, of, from, then) }
+        is Ahead -> match(node.inner, of, from) { true } != node.negated && then(from)
+        is Repeat -> if (node.inner is OneOf) again(node, node.inner, of, from, then) else groupAgain(node, of, from, 0, then)
+    }
 
     private fun inTurn(node: Sequence, i: Int, of: String, from: Int, then: (Int) -> Boolean): Boolean =
         if (i == node.parts.size) then(from) else match(node.parts[i], of, from) { inTurn(node, i + 1, of, it, then) }

@@ -23,24 +23,22 @@ interface Buffers {
     }
 }
 
-private fun typeNamed(name: String): OnnxJavaType =
-    when (name) {
-        "float32" -> OnnxJavaType.FLOAT
-        "float16" -> OnnxJavaType.FLOAT16
-        "int64" -> OnnxJavaType.INT64
-        "int32" -> OnnxJavaType.INT32
-        "int8" -> OnnxJavaType.INT8
-        "bool" -> OnnxJavaType.BOOL
-        else -> fail("app.json has a tensor of the type $name, which this client does not know; embed the bundle again")
-    }
+private fun typeNamed(name: String): OnnxJavaType = when (name) {
+    "float32" -> OnnxJavaType.FLOAT
+    "float16" -> OnnxJavaType.FLOAT16
+    "int64" -> OnnxJavaType.INT64
+    "int32" -> OnnxJavaType.INT32
+    "int8" -> OnnxJavaType.INT8
+    "bool" -> OnnxJavaType.BOOL
+    else -> fail("app.json has a tensor of the type $name, which this client does not know; embed the bundle again")
+}
 
 /** What the runtime does; its own message in one line where it fails. */
-internal inline fun <T> runtime(what: String, act: () -> T): T =
-    try {
-        act()
-    } catch (error: OrtException) {
-        throw EdgewrightException("$what: ${error.message.orEmpty().replace(Regex("\\s+"), " ").take(300)}", error)
-    }
+internal inline fun <T> runtime(what: String, act: () -> T): T = try {
+    act()
+} catch (error: OrtException) {
+    throw EdgewrightException("$what: ${error.message.orEmpty().replace(Regex("\\s+"), " ").take(300)}", error)
+}
 
 /** A tensor over a buffer of ours. */
 internal class Tensor(dtype: String, shape: LongArray, private val buffers: Buffers) : AutoCloseable {
@@ -55,7 +53,10 @@ internal class Tensor(dtype: String, shape: LongArray, private val buffers: Buff
             try {
                 buffers.take(bytes.toInt())
             } catch (error: OutOfMemoryError) {
-                throw EdgewrightException("$bytes bytes for a state are not to be had; ask for fewer new tokens, or close other apps", error)
+                throw EdgewrightException(
+                    "$bytes bytes for a state are not to be had; ask for fewer new tokens, or close other apps",
+                    error,
+                )
             }
         value = runtime("a tensor") { OnnxTensor.createTensor(OrtEnvironment.getEnvironment(), buffer, shape, type) }
     }

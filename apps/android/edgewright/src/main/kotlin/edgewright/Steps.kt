@@ -19,31 +19,37 @@ private fun literal(step: Fields, kind: String): String {
     return if (pattern.has("String")) pattern.text("String") else unknownPart("a regular expression in $kind")
 }
 
-internal fun normalizersOf(steps: List<Fields>): List<(String) -> String> =
-    steps.map { step ->
-        when (val kind = step.text("type")) {
-            "NFC" -> { text -> Normalizer.normalize(text, Normalizer.Form.NFC) }
-            "Prepend" -> step.text("prepend").let { first -> { text -> if (text.isEmpty()) text else first + text } }
-            "Replace" -> replacing(literal(step, kind), step.text("content"))
-            else -> unknownPart("the normalizer $kind")
-        }
+internal fun normalizersOf(steps: List<Fields>): List<(String) -> String> = steps.map { step ->
+    when (val kind = step.text("type")) {
+        "NFC" -> { text -> Normalizer.normalize(text, Normalizer.Form.NFC) }
+        "Prepend" -> step.text("prepend").let { first -> { text -> if (text.isEmpty()) text else first + text } }
+        "Replace" -> replacing(literal(step, kind), step.text("content"))
+        else -> unknownPart("the normalizer $kind")
     }
+}
 
 private fun replacing(from: String, to: String): (String) -> String = { if (from.isEmpty()) it else it.replace(from, to) }
 
 /** Each cuts a part that is not empty; it is told whether that begins the text. */
-internal fun splittersOf(steps: List<Fields>): List<(String, Boolean) -> List<String>> =
-    steps.map { step ->
-        when (val kind = step.text("type")) {
-            "WhitespaceSplit" -> { text, _ -> cut(text, spansWhere(text, ::isSpace), "Removed") }
-            "Punctuation" -> step.text("behavior", "Isolated").let { how -> { text, _ -> cut(text, spansWhere(text, ::isPunctuation), how) } }
-            "Digits" -> digits(if (step.flag("individual_digits", false)) "Isolated" else "Contiguous")
-            "Metaspace" -> metaspace(step)
-            "ByteLevel" -> byteLevel(step)
-            "Split" -> splitting(step)
-            else -> unknownPart("the pre-tokenizer $kind")
+internal fun splittersOf(steps: List<Fields>): List<(String, Boolean) -> List<String>> = steps.map { step ->
+    when (val kind = step.text("type")) {
+        "WhitespaceSplit" -> { text, _ -> cut(text, spansWhere(text, ::isSpace), "Removed") }
+
+        "Punctuation" -> step.text("behavior", "Isolated").let { how ->
+            { text, _ -> cut(text, spansWhere(text, ::isPunctuation), how) }
         }
+
+        "Digits" -> digits(if (step.flag("individual_digits", false)) "Isolated" else "Contiguous")
+
+        "Metaspace" -> metaspace(step)
+
+        "ByteLevel" -> byteLevel(step)
+
+        "Split" -> splitting(step)
+
+        else -> unknownPart("the pre-tokenizer $kind")
     }
+}
 
 private fun digits(how: String): (String, Boolean) -> List<String> = { text, _ -> cut(text, spansWhere(text) { it in NUMBERS }, how) }
 
@@ -82,31 +88,29 @@ private fun splitting(step: Fields): (String, Boolean) -> List<String> {
     }
 }
 
-internal fun decodersOf(steps: List<Fields>): List<(List<String>) -> List<String>> =
-    steps.map { step ->
-        when (val kind = step.text("type")) {
-            "Metaspace" -> marksToSpaces(step.text("replacement"), step.text("prepend_scheme", "always") != "never")
-            "ByteLevel" -> ::bytesOfChars
-            "ByteFallback" -> ::bytesJoined
-            "Replace" -> replacing(literal(step, kind), step.text("content")).let { replace -> { parts -> parts.map(replace) } }
-            "Fuse" -> { parts -> listOf(parts.joinToString("")) }
-            "Strip" -> stripping(step.text("content"), step.int("start"), step.int("stop"))
-            else -> unknownPart("the decoder $kind")
-        }
+internal fun decodersOf(steps: List<Fields>): List<(List<String>) -> List<String>> = steps.map { step ->
+    when (val kind = step.text("type")) {
+        "Metaspace" -> marksToSpaces(step.text("replacement"), step.text("prepend_scheme", "always") != "never")
+        "ByteLevel" -> ::bytesOfChars
+        "ByteFallback" -> ::bytesJoined
+        "Replace" -> replacing(literal(step, kind), step.text("content")).let { replace -> { parts -> parts.map(replace) } }
+        "Fuse" -> { parts -> listOf(parts.joinToString("")) }
+        "Strip" -> stripping(step.text("content"), step.int("start"), step.int("stop"))
+        else -> unknownPart("the decoder $kind")
     }
+}
 
 private fun marksToSpaces(mark: String, drops: Boolean): (List<String>) -> List<String> =
     { parts -> parts.mapIndexed { i, part -> part.replace(mark, if (i == 0 && drops) "" else " ") } }
 
-private fun stripping(mark: String, start: Int, stop: Int): (List<String>) -> List<String> =
-    { parts ->
-        parts.map { part ->
-            var text = part
-            repeat(start) { text = text.removePrefix(mark) }
-            repeat(stop) { text = text.removeSuffix(mark) }
-            text
-        }
+private fun stripping(mark: String, start: Int, stop: Int): (List<String>) -> List<String> = { parts ->
+    parts.map { part ->
+        var text = part
+        repeat(start) { text = text.removePrefix(mark) }
+        repeat(stop) { text = text.removeSuffix(mark) }
+        text
     }
+}
 
 private fun bytesOfChars(parts: List<String>): List<String> {
     val bytes = ByteArrayOutputStream()
@@ -124,7 +128,11 @@ private fun bytesJoined(parts: List<String>): List<String> {
 
     fun flush() {
         val text = textOf(run.toByteArray(), strict = true)
-        if (text == null) repeat(run.size()) { out += "\uFFFD" } else if (text.isNotEmpty()) out += text
+        if (text == null) {
+            repeat(run.size()) { out += "\uFFFD" }
+        } else if (text.isNotEmpty()) {
+            out += text
+        }
         run.reset()
     }
     for (part in parts) {

@@ -176,7 +176,10 @@ internal fun readPart(model: Model, context: ContextSpec, part: IntArray, values
     Held(model.buffers).use { held ->
         if (context.tokens.isEmpty()) {
             val given = mapOf("input_ids" to held.ints(part, 1, part.size.toLong()).value)
-            graph.runOnce(given, how).use { values += it.tensors().getValue("memory").floatBuffer.let { all -> FloatArray(all.remaining()).also(all::get) } }
+            graph.runOnce(given, how).use {
+                values +=
+                    it.tensors().getValue("memory").floatBuffer.let { all -> FloatArray(all.remaining()).also(all::get) }
+            }
             return
         }
         val ids = part + context.tokens

@@ -105,16 +105,15 @@ internal class Tokenizer private constructor(private val model: Vocabulary, adde
             return tokenizer
         }
 
-        private fun added(fields: Fields) =
-            Added(
-                fields.text("content"),
-                fields.int("id"),
-                fields.flag("single_word", false),
-                fields.flag("lstrip", false),
-                fields.flag("rstrip", false),
-                fields.flag("special", false),
-                fields.flag("normalized", true),
-            )
+        private fun added(fields: Fields) = Added(
+            fields.text("content"),
+            fields.int("id"),
+            fields.flag("single_word", false),
+            fields.flag("lstrip", false),
+            fields.flag("rstrip", false),
+            fields.flag("special", false),
+            fields.flag("normalized", true),
+        )
 
         /** First character -> the tokens that begin with it, the longest first. */
         private fun byFirst(tokens: List<Pair<String, Added>>): Map<Char, List<Pair<String, Added>>> =

@@ -50,9 +50,29 @@ internal fun textOf(bytes: ByteArray, strict: Boolean = false): String? {
             out.append(first.toChar())
             continue
         }
-        val more = if (first in 0xC2..0xDF) 1 else if (first in 0xE0..0xEF) 2 else if (first in 0xF0..0xF4) 3 else 0
-        var low = if (first == 0xE0) 0xA0 else if (first == 0xF0) 0x90 else 0x80
-        var high = if (first == 0xED) 0x9F else if (first == 0xF4) 0x8F else 0xBF
+        val more = if (first in 0xC2..0xDF) {
+            1
+        } else if (first in 0xE0..0xEF) {
+            2
+        } else if (first in 0xF0..0xF4) {
+            3
+        } else {
+            0
+        }
+        var low = if (first == 0xE0) {
+            0xA0
+        } else if (first == 0xF0) {
+            0x90
+        } else {
+            0x80
+        }
+        var high = if (first == 0xED) {
+            0x9F
+        } else if (first == 0xF4) {
+            0x8F
+        } else {
+            0xBF
+        }
         var value = first and (0x3F shr more)
         var read = 0
         while (read < more && at < bytes.size && (bytes[at].toInt() and 0xFF) in low..high) {

@@ -181,7 +181,11 @@ internal class Unigram(words: Map<String, Int>, unknown: Int?, byteFallback: Boo
 
     private fun addPiece(piece: String, ids: IntList) {
         val found = words[piece]
-        if (found != null) ids.add(found) else if (!addBytes(piece, ids)) unknown?.let(ids::add)
+        if (found != null) {
+            ids.add(found)
+        } else if (!addBytes(piece, ids)) {
+            unknown?.let(ids::add)
+        }
     }
 
     private companion object {
@@ -215,18 +219,16 @@ internal class VocabularyReader(private val json: JsonReader) {
         }
     }
 
-    private fun readWords() =
-        json.members { word ->
-            words[word] = (json.value() as? Long)?.takeIf { it in 0..MOST_TOKENS }?.toInt() ?: unknownPart("a token without an id")
-            own[word] = word
-        }
+    private fun readWords() = json.members { word ->
+        words[word] = (json.value() as? Long)?.takeIf { it in 0..MOST_TOKENS }?.toInt() ?: unknownPart("a token without an id")
+        own[word] = word
+    }
 
-    private fun readScores() =
-        json.elements {
-            val (word, score) = json.value() as? List<*> ?: unknownPart("a piece without a score")
-            words[word as String] = scores.size
-            scores += (score as Number).toDouble()
-        }
+    private fun readScores() = json.elements {
+        val (word, score) = json.value() as? List<*> ?: unknownPart("a piece without a score")
+        words[word as String] = scores.size
+        scores += (score as Number).toDouble()
+    }
 
     private fun readMerge() {
         val pair = json.value()

@@ -32,7 +32,12 @@ internal class Writer(private val tokenizer: Tokenizer?, private val stops: List
         held += piece
         val cut = stops.map { held.indexOf(it) }.filter { it >= 0 }.minOrNull()
         stopped = cut != null
-        val kept = if (last) 0 else stops.maxOfOrNull { stop -> (stop.length - 1 downTo 1).firstOrNull { held.endsWith(stop.take(it)) } ?: 0 } ?: 0
+        val kept = if (last) {
+            0
+        } else {
+            stops.maxOfOrNull { stop -> (stop.length - 1 downTo 1).firstOrNull { held.endsWith(stop.take(it)) } ?: 0 }
+                ?: 0
+        }
         val size = cut ?: (held.length - kept)
         return held.take(size).also { held = held.drop(size) }
     }
