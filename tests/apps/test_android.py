@@ -1,4 +1,4 @@
-"""The Android client's core on a JVM, over the AAR's own JNI and the ONNX Runtime of its age: traces, answers, failures, cancelling."""
+"""The Android client's core on a JVM, over the AAR's own JNI and ONNX Runtime 1.29: traces, answers, failures, cancelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an Android project is made of: formatted sources, a pure core, resources that link, libraries on pages of 16 KB, a manifest."""
+"""What an Android project is made of: formatted sources, a pure core, resources that link, libraries on pages of 16 KB."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def members_of(name: str) -> set[tuple[str, int | None]]:
             members.add((item.target.id, None))
     for base in node.bases:
         text = ast.unparse(base)
-        if text.startswith("java.") or text.startswith("typing."):
+        if text.startswith(("java.", "typing.")):
             continue
         members |= members_of(text if text.startswith("android.") else f"{outer[1]}.{text}")
     return members

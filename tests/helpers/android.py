@@ -1,4 +1,4 @@
-"""The Android client on a desktop: its Kotlin compiled, and run on the JVM over the AAR's own JNI. Tools that are not here skip a test."""
+"""The Android client on a desktop: compiled, and run on a JVM over the AAR's own JNI. Tools that are not here skip a test."""
 
 from __future__ import annotations
 
