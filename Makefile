@@ -32,6 +32,9 @@ demo: $(VENV)/.product
 	@if [ -d $(TOOLS)/web/node_modules ]; then $(BIN)/edgewright embed demo/bundle --platform web -o demo/site; \
 	  else echo "no site was made: make apps-tools, then edgewright embed demo/bundle --platform web -o demo/site"; fi
 
+# Hundreds of child processes import the product: they find it compiled.
+test test-fast test-slow fuzz: export PYTHONDONTWRITEBYTECODE =
+
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

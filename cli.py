@@ -518,7 +518,10 @@ def profile(
             _give(_page(bundle, names=names, prediction=result), output)
             return
         if output.format == "html":
-            raise UserError("-m MODEL has no page, which is a bundle's; give -o md, csv or json")
+            from .reports.page.model_page import model_html
+
+            _give(model_html(result), output)
+            return
         _give(prediction_text(result, output.format), output)
         return
     if devices:

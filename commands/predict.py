@@ -47,6 +47,7 @@ class Prediction:
         return {
             "model": self.model,
             "bits": self.bits,
+            "context": self.context,
             "kind": "predicted",
             "assumptions": list(ASSUMED),
             "memory_bytes": self.memory,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import CHECKPOINT, Generation, GraphSpec
-from ..exporters.onnx.genai import MASK, NAME
+from ..targets.onnx.genai import MASK, NAME
 
 FILE = "genai_config.json"
 GRAPH = f"{NAME}.onnx"

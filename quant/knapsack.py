@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from ..errors import UserError
 from .plan import Choice
@@ -132,6 +130,9 @@ def _solve_counts(
     The solver's tolerances and its smallest gap are absolute, about 1e-6. So costs and losses are counted from the relaxation's
     choice of each class and scaled: against the differences that are compared, the tolerances are then nothing.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     base = [min(table, key=lambda o: (o.loss + price * o.cost, o.cost)) for table in tables]
     owner = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     extra = np.array([o.cost - b.cost for table, b in zip(tables, base, strict=True) for o in table], dtype=np.int64)

@@ -1,15 +1,17 @@
 """Shared by all tests: one torch thread (the suite runs two workers on two cores), and models that are made once."""
 
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.android import AGE, Client, client_of, require
-from helpers.apps import make_bundle, project
+from helpers.apps import bundle_for, make_bundle, project
 from helpers.cli_runner import edgewright, passed
-from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
+from helpers.onnx_cases import Case, shared_case
+from helpers.shared import shared_bundle
 from helpers.tiny import write_tiny_t5gemma
 from hypothesis import settings
 
@@ -55,6 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.exports)
 
 
+def pytest_collection_finish() -> None:
+    """Modules and test items stay: the collector need not walk through them again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny checkpoint and the plan that `plan -o` wrote for it."""
@@ -65,15 +73,28 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def app_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder of this run that all workers have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """ "llama" or "t5gemma" -> (checkpoint, bundle for ONNX) of one layer a stack, a copy for each file of tests."""
+    return functools.cache(lambda name: shared_bundle(run_folder, name, tmp_path_factory.mktemp(name) / "shared"))
+
+
+@pytest.fixture(scope="session")
+def app_bundles(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The name of an example, or of a writer of a tiny model -> its bundle for apps, made once."""
-    return functools.cache(lambda name: make_bundle(name, tmp_path_factory.mktemp(name)))
+    return functools.cache(lambda name: make_bundle(name, tmp_path_factory.mktemp(name), run_folder))
 
 
 @pytest.fixture(scope="session")
 def android_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The same for bundles that Android's runtime opens."""
-    return functools.cache(lambda name: make_bundle(name, tmp_path_factory.mktemp(name), AGE))
+    return functools.cache(lambda name: bundle_for(AGE, name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
@@ -99,12 +120,7 @@ def android_client(tmp_path_factory: pytest.TempPathFactory, android_projects: C
 
 
 @pytest.fixture(scope="session")
-def onnx_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def onnx_cases(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     """Architecture -> its tiny model through the ONNX exporter, made once."""
 
-    @functools.cache
-    def made(name: str) -> Case:
-        root = tmp_path_factory.mktemp(name)
-        return make_case(WRITERS[name](root / "source"), root, OVERRIDES[name])
-
-    return made
+    return functools.cache(lambda name: shared_case(run_folder, name, tmp_path_factory.mktemp(name) / "case"))

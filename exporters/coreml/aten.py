@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Var, types
 
 from ...errors import UserError
+from ...targets.coreml.library import Builder as mb
+from ...targets.coreml.library import Var, types
 from .builder import Lowering, scaled
 from .shapes import SHAPES
 

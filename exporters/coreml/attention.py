@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder as mb
 
+from ...targets.coreml.library import Builder as mb
 from .builder import Lowering, scaled
 
 MASKED = -30000.0

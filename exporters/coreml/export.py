@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ...graph import Graph
-from ...targets.coreml.package import LABELS, PACKAGE, Package, quiet
+from ...targets.coreml.package import LABELS, PACKAGE, Package
 from ..artefact import Artefact, Options, Progress
 
 
@@ -25,11 +25,9 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
     `options.max_positions` is the size of the KV caches and the upper bound of every dynamic length, in tokens.
     Raises UserError for an op without a lowering.
     """
-    with quiet(), tempfile.TemporaryDirectory(dir=directory, prefix=".coreml-") as scratch:
-        import coremltools as ct
-        from coremltools.converters.mil.backend.mil.load import load
-        from coremltools.converters.mil.mil import Builder, Program
+    from ...targets.coreml.library import Builder, Program, ct, quiet, write_program
 
+    with quiet(), tempfile.TemporaryDirectory(dir=directory, prefix=".coreml-") as scratch:
         from .describe import describe
         from .translate import shaped, translate
         from .weights import WeightStore
@@ -46,7 +44,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
         progress("coreml: writing the package")
         weights = Path(scratch) / "weights"
         weights.mkdir()
-        spec = load(
+        spec = write_program(
             program,
             str(weights),
             specification_version=ct.target.iOS18,

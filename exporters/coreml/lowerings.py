@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder as mb
 
+from ...targets.coreml.library import Builder as mb
 from . import attention
 from .builder import Lowering, scaled
 

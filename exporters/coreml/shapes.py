@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Var, types
 
 from ...errors import UserError
+from ...targets.coreml.library import Builder as mb
+from ...targets.coreml.library import Var, types
 from .builder import Lowering
 
 

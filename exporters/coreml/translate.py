@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import coremltools as ct
 import torch
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, Placeholder, Var, get_new_symbol, types
 from torch.export.graph_signature import InputKind
 
 from ...errors import UserError
 from ...graph import Graph, Port, State
 from ...ops import DECOMPOSITIONS
+from ...targets.coreml.library import Builder as mb
+from ...targets.coreml.library import Function, Placeholder, Var, ct, get_new_symbol, types
 from ...targets.coreml.package import OUT, STEP
 from .aten import ATEN
 from .builder import Lowering, op_name

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import types
 
 from ...errors import UserError
 from ...ops.packing import unpack
 from ...system.digest import of_tensor, of_text
+from ...targets.coreml.library import Builder as mb
+from ...targets.coreml.library import types
 from ...targets.storage import container
 
 _ROWS = 4096  # rows of codes unpacked at a time

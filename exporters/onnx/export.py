@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from ...errors import UserError
 from ...graph import Graph
+from ...targets.onnx.genai import NAME as GENAI
 from ...targets.onnx.oldest import FACT, oldest, read_oldest
 from ...targets.onnx.releases import has, reaches
 from ...targets.onnx.weights import read_nbits
@@ -116,7 +117,7 @@ def export(graphs: Sequence[Graph], directory: Path, options: Options, progress:
             ops[graph.name] = dict(Counter(_label(n) for n in model.graph))
             if len(graphs) == 1 and genai.fits(graph):
                 genai.give_ports(model)
-                ir.save(model, directory / f"{genai.NAME}.onnx")
+                ir.save(model, directory / f"{GENAI}.onnx")
     finally:
         weights.close()
     files = tuple(path.name for path in sorted(directory.iterdir()))

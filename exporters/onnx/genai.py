@@ -14,9 +14,8 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...graph import Graph
+from ...targets.onnx.genai import MASK, NAME
 
-NAME = "genai"
-MASK = "attention_mask"
 _PORTS = ["input_ids", "past_length", "logit_positions"]
 _CACHE = re.compile(r"[kv]_cache_[0-9]+")
 

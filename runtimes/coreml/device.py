@@ -30,7 +30,7 @@ class CoremlDevice:
     stand_in = False
 
     def __init__(self, directory: Path, graphs: Sequence[GraphSpec]) -> None:
-        import coremltools as ct
+        from ...targets.coreml.library import ct
 
         self.activations = "float16"
         self._batch = Batch(Package(directory / PACKAGE), graphs)

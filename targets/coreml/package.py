@@ -8,13 +8,10 @@ and offset is checked against the file before anything is allocated.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import struct
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,19 +64,6 @@ _IN_BLOB = {
 _IN_BLOB |= {"UINT2": 10, "UINT4": 11, "UINT3": 12, "UINT6": 13, "INT32": 14, "UINT32": 15}
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """coremltools warns on import about every library it was not tested with and about not being on a Mac."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 @dataclass(frozen=True)
 class Stored:
     """A constant in the package: in the weight file at `offset`, or `inline` bytes."""
@@ -114,9 +98,9 @@ class Package:
     """A package opened: `functions` by name. Raises UserError if the folder is not a package this code can read."""
 
     def __init__(self, path: Path) -> None:
-        with quiet():
-            from coremltools.proto import MIL_pb2, Model_pb2
-            from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError
+
+        from .library import MIL_pb2, Model_pb2
 
         self.path = path
         inside = path / "Data" / "com.apple.CoreML"

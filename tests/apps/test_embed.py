@@ -85,7 +85,7 @@ def test_the_contract_says_what_the_manifest_does(bundle: Path, made: Path) -> N
     assert {g.name: g.onnxruntime for g in app.graphs} == {name: fact["release"] for name, fact in facts.items()}
     assert app.tokenizer is not None
     assert (app.tokenizer.kind, app.tokenizer.before, app.tokenizer.after) == ("WordLevel", (), (1,))
-    caches = 2 * 3 * app.max_context * 2 * 16 * 4  # k and v of 3 layers, 2 heads of 16 numbers
+    caches = 2 * app.max_context * 2 * 16 * 4  # k and v of a layer, 2 heads of 16 numbers
     assert app.memory.states == caches + caches  # those of the cross-attention are as long as the longest prompt
     assert app.memory.total == app.memory.states + app.memory.weights
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny
 from helpers.cli_runner import edgewright, passed, refused
-from helpers.requests import asking
-
-from edgewright import compiler
 
 pytestmark = pytest.mark.exports
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def bundles(
+    tiny_bundle: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """One that is verified and profiled, and one of which nothing is known."""
     folder = tmp_path_factory.mktemp("compare")
-    model = tiny.write_tiny_llama(folder / "model", num_hidden_layers=1)
-    compiler.export(asking(str(model), bits=6.0, verify=False), folder / "known")
-    shutil.copytree(folder / "known", folder / "unknown")
+    model, known = tiny_bundle("llama")
+    shutil.copytree(known, folder / "known")
+    shutil.copytree(known, folder / "unknown")
     assert edgewright("verify", folder / "known", "-m", model).exit_code == 0
     assert edgewright("profile", folder / "known", "-p", 4, "-n", 2, "-r", 1, "-o", "json").exit_code == 0
     return folder / "known", folder / "unknown"

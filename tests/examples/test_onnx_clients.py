@@ -14,7 +14,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-from helpers import tiny
 from helpers.requests import asking
 from tokenizers import Tokenizer
 
@@ -37,18 +36,17 @@ def block(language: str, number: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of an example, or of a tiny model by the name of its writer, made once."""
+def bundles(
+    tiny_bundle: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The bundle of an example, or of a tiny model, made once."""
 
     @cache
     def made(name: str) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        model = ROOT / "examples" / name
-        if not model.exists():
-            model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
-        context = 320 if name in EXAMPLES else 48
-        request = asking(str(model), bits=4.5 if name in EXAMPLES else 6.0, importance="zd", max_context=context)
-        return export(request, folder / "bundle").path
+        if name not in EXAMPLES:
+            return tiny_bundle(name)[1]
+        request = asking(str(ROOT / "examples" / name), bits=4.5, importance="zd", max_context=320)
+        return export(request, tmp_path_factory.mktemp(name) / "bundle").path
 
     return made
 

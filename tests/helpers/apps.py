@@ -15,6 +15,7 @@ from edgewright.compiler import export
 
 from . import tiny
 from .requests import asking
+from .shared import shared_bundle
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = Path(os.environ.get("EDGEWRIGHT_TOOLS", ROOT / ".tools"))
@@ -25,14 +26,23 @@ WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def make_bundle(name: str, folder: Path, onnxruntime: str | None = None) -> Path:
-    """The bundle of an example, or of a tiny model by the name of its writer, for an ONNX Runtime of that age."""
+def make_bundle(name: str, folder: Path, run: Path) -> Path:
+    """The bundle of an example, or of a tiny model that is shared in this run. run: see `shared_bundle`."""
+    if name not in EXAMPLES:
+        return shared_bundle(run, name, folder / "shared")[1]
+    context = CONTEXT.get(name, 64)
+    request = asking(str(ROOT / "examples" / name), bits=4.5, importance="zd", max_context=context, verify=False)
+    return export(request, folder / "bundle").path
+
+
+def bundle_for(onnxruntime: str, name: str, folder: Path) -> Path:
+    """The same for an ONNX Runtime of that age, made anew."""
     model = ROOT / "examples" / name
     if not model.exists():
         model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
-    bits = 4.5 if name in EXAMPLES else 6.0
-    own = {} if onnxruntime is None else {"onnx": (onnxruntime,)}
-    request = asking(str(model), bits=bits, importance="zd", max_context=CONTEXT.get(name, 64), verify=False, own=own)
+    bits, context = 4.5 if name in EXAMPLES else 6.0, CONTEXT.get(name, 64)
+    own = {"onnx": (onnxruntime,)}
+    request = asking(str(model), bits=bits, importance="zd", max_context=context, verify=False, own=own)
     return export(request, folder / "bundle").path
 
 

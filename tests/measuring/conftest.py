@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.requests import asking
-from helpers.tiny import write_tiny_llama
-
-from edgewright.compiler import export
 
 
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("measured")
-    model = write_tiny_llama(folder / "model")
-    return export(asking(str(model), bits=6.0, importance="zd", max_context=48), folder / "bundle").path
+@pytest.fixture(scope="module")
+def exported(tiny_bundle: Callable[[str], tuple[Path, Path]]) -> Path:
+    return tiny_bundle("llama")[1]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,16 @@ def same_tokens(path: Path, prompts: list[list[int]], contexts: list[list[int]],
 
 @pytest.mark.exports
 @pytest.mark.parametrize("name", ["qwen3_5_text", "t5gemma"])
-def test_its_tokens_are_the_products(name: str, tmp_path: Path) -> None:
+def test_its_tokens_are_the_products(
+    name: str, tmp_path: Path, tiny_bundle: Callable[[str], tuple[Path, Path]]
+) -> None:
     """Prompts of several lengths, one longer than a prefill chunk; a hybrid's states change places at each call."""
-    config = tiny.T5GEMMA if name == "t5gemma" else FAMILIES[name]
-    longer = {} if name == "t5gemma" else {"max_position_embeddings": 256}
-    model = tiny.write(tmp_path / "model", config, **longer)
-    path = export(
-        asking(str(model), bits=6.0, importance="zd", max_context=200, verify=False), tmp_path / "bundle"
-    ).path
+    if name == "t5gemma":
+        path = tiny_bundle(name)[1]
+    else:
+        model = tiny.write(tmp_path / "model", FAMILIES[name], max_position_embeddings=256)
+        asked = asking(str(model), bits=6.0, importance="zd", max_context=200, verify=False)
+        path = export(asked, tmp_path / "bundle").path
     draw = np.random.default_rng(1)
     prompts = [[int(t) for t in draw.integers(4, 70, n)] for n in (1, 7, 30, 150 if name != "t5gemma" else 50)]
     same_tokens(path, prompts, [], 12)

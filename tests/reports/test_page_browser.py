@@ -25,7 +25,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     folder = tmp_path_factory.mktemp("report")
-    bundle = make_bundle("t5gemma-g2p", folder)
+    bundle = make_bundle("t5gemma-g2p", folder, folder)
     passed(edgewright("verify", bundle))
     passed(edgewright("profile", bundle, "-p", 16, "-n", 8, "-d", "0,16", "-r", 2, "-t", 1, "-o", folder / "own.html"))
     devices = ("--device", "samsung-galaxy-s25", "--device", "jetson-orin-nano", "--device", "iphone-17-pro")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.formula_session import Formula, log_softmax, logits_after
-from helpers.requests import asking
-from helpers.tiny import EXAMPLE, write_tiny_llama, write_tiny_t5gemma
 
-from edgewright import compiler
 from edgewright.bundle import Bundle
 from edgewright.checkpoints.tokenizer import Tokenizer
 from edgewright.errors import UserError
@@ -54,22 +51,14 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(tiny_bundle: Callable[[str], tuple[Path, Path]]) -> Path:
     """A decoder-only bundle of 64 tokens whose tokenizer puts an end behind a prompt."""
-    root = tmp_path_factory.mktemp("llama")
-    model = write_tiny_llama(root / "model", num_hidden_layers=1)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(EXAMPLE / name, model / name)
-    compiler.export(asking(str(model), bits=6.0, verify=False), root / "bundle")
-    return root / "bundle"
+    return tiny_bundle("llama")[1]
 
 
 @pytest.fixture(scope="module")
-def t5gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("t5gemma")
-    model = write_tiny_t5gemma(root / "model")
-    compiler.export(asking(str(model), bits=6.0, verify=False), root / "bundle")
-    return root / "bundle"
+def t5gemma(tiny_bundle: Callable[[str], tuple[Path, Path]]) -> Path:
+    return tiny_bundle("t5gemma")[1]
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 from helpers.formula_session import TABLE, VOCAB, Formula, log_softmax, logits_after
 from helpers.generations import CAUSAL, SEQ2SEQ
 from helpers.requests import asking
-from helpers.tiny import EXAMPLE, T5GEMMA, write, write_tiny_llama
+from helpers.tiny import EXAMPLE, T5GEMMA, write
 from helpers.tiny_families import FAMILIES
 
 from edgewright import compiler
@@ -142,14 +143,9 @@ def test_passages_are_the_text_in_order_cut_as_each_task_reads_it(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def llama(tiny_bundle: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path]:
     """(checkpoint, bundle) of a decoder-only model that can read. Must not be written to but for reports."""
-    root = tmp_path_factory.mktemp("llama")
-    model = write_tiny_llama(root / "model", num_hidden_layers=2)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(EXAMPLE / name, model / name)
-    compiler.export(asking(str(model), bits=6.0, verify=False), root / "bundle")
-    return model, root / "bundle"
+    return tiny_bundle("llama")
 
 
 @pytest.mark.slow

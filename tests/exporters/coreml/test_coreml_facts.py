@@ -6,6 +6,8 @@ saved, reloaded and evaluated in float32. When a new coremltools mends one, the 
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +26,8 @@ from edgewright.exporters.coreml import export
 from edgewright.graph import Graph, Port, State
 from edgewright.runtimes.coreml.evaluator import Evaluator
 from edgewright.runtimes.coreml.ops import OPS
-from edgewright.targets.coreml.package import PACKAGE, Package, quiet
+from edgewright.targets.coreml.library import quiet
+from edgewright.targets.coreml.package import PACKAGE, Package
 
 pytestmark = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")
 
@@ -304,3 +307,14 @@ def test_no_pass_of_coremltools_repeats_the_lookup_table(tmp_path: Path) -> None
     assert error(got, EW.quantized_linear(x, codes, scales, None, 6, 32)) < 1e-5
     blob = tmp_path / PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     assert blob.stat().st_size <= 1.04 * (128 * 256 * 6 / 8 + 128 * 8 * 2)
+
+
+def test_the_library_is_loaded_without_what_it_converts_from() -> None:
+    """And those libraries can be imported afterwards."""
+    code = (
+        "import sys, edgewright.targets.coreml.library\n"
+        "assert not {'executorch', 'torchao', 'transformers', 'sklearn'} & set(sys.modules)\n"
+        "import torchao"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
