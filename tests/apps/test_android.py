@@ -248,6 +248,19 @@ def test_assets_are_copied_once(app: Client, model: Path, tmp_path: Path) -> Non
     assert app.run(("install", model, files), ("open", here)) == [first, ""]
 
 
+def test_what_is_damaged_on_the_phone_is_copied_again(app: Client, model: Path, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    (here,) = app.run(("install", model, files))
+    weights = Path(here) / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[4096] ^= 1
+    weights.write_bytes(data)
+    again = (("install", model, files), ("reopen", model, files))
+    found, _, mended = app.run(again[1], *again)
+    assert "weights.bin is damaged (its SHA-256 is not that of app.json); download it again" in found
+    assert mended == "bundle"
+
+
 def test_damaged_assets_are_refused(app: Client, model: Path, tmp_path: Path) -> None:
     copy = damaged(model, tmp_path)
     data = bytearray((copy / "weights.bin").read_bytes())

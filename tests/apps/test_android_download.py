@@ -166,6 +166,20 @@ def test_a_damaged_part_is_refused_and_fetched_anew(
 
 
 @pytest.mark.slow
+def test_what_was_here_before_is_hashed_too(
+    made: tuple[Client, Path], described: tuple[Path, bytes], server: Server, tmp_path: Path
+) -> None:
+    """As where an app was ended between the last byte of a part and its hash."""
+    file, data = described
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "weights.bin.partial").write_bytes(b"\xff" * PART)
+    damaged, whole = made[0].run(*[("fetch", file, tmp_path / "here")] * 2)
+    assert "weights.bin.000 is damaged" in damaged
+    assert whole == "fetched 250000, whole"
+    assert (tmp_path / "here" / "weights.bin").read_bytes() == data
+
+
+@pytest.mark.slow
 def test_no_server_and_no_sense_are_lines(
     made: tuple[Client, Path], described: tuple[Path, bytes], tmp_path: Path
 ) -> None:

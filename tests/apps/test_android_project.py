@@ -138,7 +138,7 @@ def test_the_aar_knows_what_turns_the_slow_path_off() -> None:
     assert name.encode() in (AAR / "jni/arm64-v8a/libonnxruntime.so").read_bytes()
     layer = ROOT / "apps/android" / CORE / "android"
     assert f'Os.setenv("{name}", "1", true)' in (layer / "Phone.kt").read_text()
-    assert re.search(r"prepareRuntime\(\)\s+return Model\.open", (layer / "Assets.kt").read_text())
+    assert re.search(r"prepareRuntime\(\)\s+return installer\.open", (layer / "Assets.kt").read_text())
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ private class Script(private val options: LoadOptions) {
 
             "install" -> install(File(argument), File(words[2]))
 
+            "reopen" -> Installer(Folder(File(argument)), File(words[2])).open().use { println(it.app.name) }
+
             "session" -> session(File(argument), File(words[2]), words[3], words.getOrElse(4) { "" })
 
             "fetch" -> fetch(File(argument), File(words[2]))
@@ -157,7 +159,7 @@ private class Script(private val options: LoadOptions) {
     /** The sample's screen without a screen: opened, asked, measured, checked, closed, opened again. */
     private fun session(assets: File, parent: File, prompt: String, context: String) = runBlocking {
         val installer = Installer(Folder(assets), parent)
-        val session = Session(this, installer::prepare, { Model.open(installer.folder) }) { println("log: $it") }
+        val session = Session(this, installer::prepare, installer::open) { println("log: $it") }
         session.ask(prompt).join()
         println("early: ${session.screen.value.status}")
         session.start().join()

@@ -72,9 +72,6 @@ class App internal constructor(fields: Fields) {
     /** Whether it takes and gives text; without a tokenizer, token ids alone. */
     val readsText get() = tokenizer != null
 
-    /** Whether a chat template stands around a question. */
-    val chats get() = chat?.before != null
-
     companion object {
         const val FILE = "app.json"
 

@@ -83,10 +83,8 @@ class Downloader(private val folder: File, private val download: Download, priva
         var begin = 0L
         for (part in file.parts) {
             val end = begin + part.bytes
-            if (partial.length() < end) {
-                receive(part, partial, begin, before)
-                requireWhole(part, partial, begin)
-            }
+            if (partial.length() < end) receive(part, partial, begin, before)
+            requireWhole(part, partial, begin, end) // also of what was here before: an app may be ended before it was hashed
             begin = end
         }
         if (!partial.exists()) partial.createNewFile() // of no parts
@@ -137,13 +135,18 @@ class Downloader(private val folder: File, private val download: Download, priva
         }
     }
 
-    private fun requireWhole(part: Part, partial: File, begin: Long) {
-        val here = partial.length() - begin
-        if (here != part.bytes) throw cutOff(part, here, null)
+    private fun requireWhole(part: Part, partial: File, begin: Long, end: Long) {
+        if (partial.length() < end) throw cutOff(part, partial.length() - begin, null)
         val digest = sha256()
         partial.inputStream().use { input ->
             input.channel.position(begin)
-            readAll(input) { data, count -> digest.update(data, 0, count) }
+            var left = part.bytes
+            readAll(input) { data, count ->
+                val own = minOf(left, count.toLong()).toInt()
+                digest.update(data, 0, own)
+                left -= own
+                if (left == 0L) return@use
+            }
         }
         if (digest.hex() != part.sha256) {
             cut(partial, begin)

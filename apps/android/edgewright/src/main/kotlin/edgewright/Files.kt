@@ -31,9 +31,11 @@ internal fun checkFiles(folder: File, files: Map<String, FileFact>, hashes: Bool
     for ((name, fact) in files) {
         val file = File(folder, name)
         if (!file.isFile) fail("$file is missing; copy the whole folder that app.json lies in")
-        if (file.length() != fact.bytes) fail("$file has ${file.length()} bytes of ${fact.bytes}; download it again")
+        if (file.length() != fact.bytes) {
+            throw DamagedFileException(file, "$file has ${file.length()} bytes of ${fact.bytes}; download it again")
+        }
         if (hashes && sha256Of(file) != fact.sha256) {
-            fail("$file is damaged (its SHA-256 is not that of app.json); download it again")
+            throw DamagedFileException(file, "$file is damaged (its SHA-256 is not that of app.json); download it again")
         }
     }
 }

@@ -4,7 +4,10 @@ import java.io.File
 import java.io.Reader
 
 /** What went wrong, in one line that names the value and the way out. */
-class EdgewrightException(message: String, cause: Throwable? = null) : RuntimeException(message, cause)
+open class EdgewrightException(message: String, cause: Throwable? = null) : RuntimeException(message, cause)
+
+/** A file of the model is not as app.json says. */
+class DamagedFileException(val file: File, message: String) : EdgewrightException(message)
 
 internal fun fail(line: String): Nothing = throw EdgewrightException(line)
 

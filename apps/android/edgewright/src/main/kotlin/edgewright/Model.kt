@@ -199,7 +199,9 @@ class Model private constructor(val app: App, private val folder: File, options:
         return Writer(tokenizer, stops)
     }
 
+    /** Throws EdgewrightException while an answer is under way. */
     override fun close() {
+        if (busy.get()) fail("an answer is under way; cancel it before the model is closed")
         graphs.values.forEach { it.close() }
         graphs.clear()
     }

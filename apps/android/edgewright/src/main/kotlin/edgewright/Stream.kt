@@ -206,8 +206,6 @@ internal class IntList(private var values: IntArray = IntArray(64)) {
     var size = 0
         private set
 
-    operator fun get(i: Int) = values[i]
-
     fun add(value: Int) {
         if (size == values.size) values = values.copyOf(2 * size)
         values[size++] = value

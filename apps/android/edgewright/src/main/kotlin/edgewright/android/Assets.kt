@@ -27,6 +27,6 @@ class InstalledModel(private val context: Context, assets: String = "model") {
     /** Throws EdgewrightException, also where the phone has too little memory. */
     fun open(threads: Int = fastCores(), checkHashes: Boolean = true): Model {
         prepareRuntime()
-        return Model.open(folder, LoadOptions(threads, checkHashes, availableMemory(context), SharedBuffers()))
+        return installer.open(LoadOptions(threads, checkHashes, availableMemory(context), SharedBuffers()))
     }
 }
