@@ -41,13 +41,12 @@ class Installer(private val shipped: Shipped, private val parent: File) {
     }.conflate().flowOn(Dispatchers.IO)
 
     /** Opens what was prepared. A file that is found damaged is deleted, so that `prepare` brings it again. */
-    fun open(options: LoadOptions = LoadOptions()): Model =
-        try {
-            Model.open(folder, options)
-        } catch (error: DamagedFileException) {
-            error.file.delete()
-            throw error
-        }
+    fun open(options: LoadOptions = LoadOptions()): Model = try {
+        Model.open(folder, options)
+    } catch (error: DamagedFileException) {
+        error.file.delete()
+        throw error
+    }
 
     private suspend fun FlowCollector<Progress>.copyAll(app: App) {
         val facts = app.files.filterKeys { it in shipped.names }
