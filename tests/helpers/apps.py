@@ -13,6 +13,7 @@ import pytest
 from edgewright.apps.embed import EmbedOptions, Project, embed
 from edgewright.compiler import export
 
+from . import tiny
 from .requests import asking
 from .shared import shared_bundle
 
@@ -31,6 +32,17 @@ def make_bundle(name: str, folder: Path, run: Path) -> Path:
         return shared_bundle(run, name, folder / "shared")[1]
     context = CONTEXT.get(name, 64)
     request = asking(str(ROOT / "examples" / name), bits=4.5, importance="zd", max_context=context, verify=False)
+    return export(request, folder / "bundle").path
+
+
+def bundle_for(onnxruntime: str, name: str, folder: Path) -> Path:
+    """The same for an ONNX Runtime of that age, made anew."""
+    model = ROOT / "examples" / name
+    if not model.exists():
+        model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
+    bits, context = 4.5 if name in EXAMPLES else 6.0, CONTEXT.get(name, 64)
+    own = {"onnx": (onnxruntime,)}
+    request = asking(str(model), bits=bits, importance="zd", max_context=context, verify=False, own=own)
     return export(request, folder / "bundle").path
 
 
