@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLE := examples/t5gemma-g2p
 FORMATS = $(shell $(BIN)/python -c "from edgewright.targets.registry import choose; print(*choose(('all',))[0])")
+CHROMIUM := $(shell command -v chromium)
 WORDS ?= "k n i g h t" "c o m p i l e r" "e d g e w r i g h t"
 
 .PHONY: demo test test-fast test-slow fuzz lint clean apps-tools apps-tools-android
@@ -31,6 +32,8 @@ demo: $(VENV)/.product
 	@for target in $(FORMATS); do echo "$$target: knight -> $$($(BIN)/edgewright run demo/bundle --format $$target --prompt "k n i g h t")"; done
 	@if [ -d $(TOOLS)/web/node_modules ]; then $(BIN)/edgewright embed demo/bundle --platform web -o demo/site; \
 	  else echo "no site was made: make apps-tools, then edgewright embed demo/bundle --platform web -o demo/site"; fi
+	@if [ ! -d demo/site ]; then :; elif [ -z "$(CHROMIUM)" ]; then echo "no answer of a browser: there is no chromium here"; \
+	  else node examples/answer_in_browser.mjs $(BIN)/edgewright $(TOOLS)/web/node_modules $(CHROMIUM) demo/site "k n i g h t"; fi
 
 # Hundreds of child processes import the product: they find it compiled.
 test test-fast test-slow fuzz: export PYTHONDONTWRITEBYTECODE =
