@@ -14,19 +14,19 @@ GIB = 1 << 30
 
 _STEPS = frozenset(
     {
-        *("normalizer:NFC", "normalizer:BertNormalizer", "normalizer:Prepend", "normalizer:Replace"),
+        *("normalizer:NFC", "normalizer:Prepend", "normalizer:Replace"),
         *(
             "pre_tokenizer:WhitespaceSplit",
             "pre_tokenizer:Metaspace",
             "pre_tokenizer:Punctuation",
             "pre_tokenizer:Digits",
-            "pre_tokenizer:BertPreTokenizer",
         ),
         *("pre_tokenizer:ByteLevel", "pre_tokenizer:Split", "pre_tokenizer:Split/Regex"),
         *("decoder:Metaspace", "decoder:ByteLevel", "decoder:ByteFallback", "decoder:Replace", "decoder:Fuse"),
-        *("decoder:Strip", "decoder:WordPiece"),
+        "decoder:Strip",
     }
 )
+_BERT = frozenset({"normalizer:BertNormalizer", "pre_tokenizer:BertPreTokenizer", "decoder:WordPiece"})
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Platform:
 
     runtime: its ONNX Runtime, the newest that can be counted on. models, steps: of tokenizers that its client has; None for all.
     most_memory: bytes that a process can address there; None for no limit of the platform's own. float_activations: its runtime
-    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once. embeds:
-    whether its client makes vectors of texts. lowers: whether it puts a whole text into lower case as Python does.
+    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once.
+    model: where a project has what the model needs. most_file: bytes of the largest file that a project ships, None for no limit;
+    fetches: whether its client can fetch the weights instead. embeds: whether its client makes vectors of texts. lowers: whether it
+    puts a whole text into lower case as Python does.
     """
 
     name: str
@@ -45,16 +47,30 @@ class Platform:
     steps: frozenset[str] | None
     most_memory: int | None
     float_activations: bool
+    model: str = "model"
+    most_file: int | None = None
+    fetches: bool = False
     embeds: bool = False
     lowers: bool = True
 
 
 PLATFORMS = {
+    "android": Platform(
+        name="android",
+        runtime="1.29",
+        models=frozenset({"WordLevel", "BPE", "Unigram"}),
+        steps=_STEPS,
+        most_memory=None,
+        float_activations=False,
+        model="app/src/main/assets/model",
+        most_file=2 * GIB - 1,  # what an app's package and its reader count with
+        fetches=True,
+    ),
     "cpp": Platform(
         name="cpp",
         runtime="1.32",
         models=frozenset({"WordLevel", "WordPiece", "BPE", "Unigram"}),
-        steps=_STEPS,
+        steps=_STEPS | _BERT,
         most_memory=None,
         float_activations=False,
         embeds=True,

@@ -1,7 +1,7 @@
-"""Unicode's tables as initializers of C++.
+"""Unicode's tables for clients: as ranges, and as initializers of C++.
 
-General categories and what NFC needs are Python's own. What BERT's steps do to a character is the `tokenizers` library's, whose
-tables are of another age.
+General categories and what NFC needs are Python's own. What is punctuation, and what BERT's steps do to a character, is the
+`tokenizers` library's, whose tables are of another age.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ _CATEGORIES = {"Letters": "L", "Marks": "M", "Numbers": "N", "Digits": "Nd", "Co
 @cache
 def categories() -> tuple[tuple[str, tuple[str, ...]], ...]:
     """(name, ranges `{first, last}`) of each category that tokenizers ask for."""
-    return tuple((name, tuple(_ranges(prefix))) for name, prefix in _CATEGORIES.items())
+    return tuple((name, tuple(f"{{{a:#x}, {b:#x}}}" for a, b in ranges)) for name, ranges in spans())
+
+
+@cache
+def spans() -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
+    """(name, (first, last) of each range) of those categories."""
+    named = tuple((name, tuple(_ranges(prefix))) for name, prefix in _CATEGORIES.items())
+    return (*named, ("Punctuation", tuple(_spans(_punctuation()))))
 
 
 @cache
@@ -47,14 +54,9 @@ def decompositions() -> tuple[str, ...]:
 
 @cache
 def bert() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """(name, ranges) of what is punctuation, what cleaning drops, and what of a decomposed text is dropped as an accent."""
-    dropped = _each(_bert(clean_text=True), lambda new, _: new == "")
-    accents = _each(_bert(strip_accents=True), lambda new, _: new == "")
-    every = "".join(map(chr, _CODES))
-    pieces = pre_tokenizers.Punctuation("removed").pre_tokenize_str(every)
-    kept = {_CODES[i] for _, (first, last) in pieces for i in range(first, last)}
-    found = {"Punctuation": set(_CODES) - kept, "Dropped": dropped, "Accents": accents}
-    return tuple((name, tuple(_spans(codes))) for name, codes in found.items())
+    """(name, ranges `{first, last}`) of what cleaning drops, and of what is dropped from a decomposed text as an accent."""
+    found = {"Dropped": _vanishing(_bert(clean_text=True)), "Accents": _vanishing(_bert(strip_accents=True))}
+    return tuple((name, tuple(f"{{{a:#x}, {b:#x}}}" for a, b in _spans(codes))) for name, codes in found.items())
 
 
 @cache
@@ -80,18 +82,24 @@ def _mapped(step: normalizers.Normalizer) -> list[str]:
     return out
 
 
-def _each(step: normalizers.Normalizer, test: Callable[[str, int], bool]) -> set[int]:
-    return {code for code, new in zip(_CODES, _mapped(step), strict=True) if test(new, code)}
+def _vanishing(step: normalizers.Normalizer) -> set[int]:
+    return {code for code, new in zip(_CODES, _mapped(step), strict=True) if new == ""}
 
 
-def _spans(codes: set[int]) -> Iterator[str]:
+def _punctuation() -> set[int]:
+    pieces = pre_tokenizers.Punctuation("removed").pre_tokenize_str("".join(map(chr, _CODES)))
+    kept = {_CODES[i] for _, (first, last) in pieces for i in range(first, last)}
+    return set(_CODES) - kept
+
+
+def _spans(codes: set[int]) -> Iterator[tuple[int, int]]:
     for first, last, _ in _runs(lambda c: int(c in codes)):
-        yield f"{{{first:#x}, {last:#x}}}"
+        yield first, last
 
 
-def _ranges(prefix: str) -> Iterator[str]:
+def _ranges(prefix: str) -> Iterator[tuple[int, int]]:
     for first, last, _ in _runs(lambda c: int(unicodedata.category(chr(c)).startswith(prefix))):
-        yield f"{{{first:#x}, {last:#x}}}"
+        yield first, last
 
 
 def _runs(value: Callable[[int], int]) -> Iterator[tuple[int, int, int]]:

@@ -16,7 +16,6 @@ from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps import embed as embedding
 from edgewright.apps.contract import App
-from edgewright.apps.embed import MODEL
 from edgewright.apps.platforms import PLATFORMS
 from edgewright.apps.render import render
 from edgewright.apps.traces import Traces, fits, replay
@@ -29,6 +28,7 @@ from edgewright.runtimes.text_generation import open_bundle
 from edgewright.system.hashes import of_file
 
 SCHEMAS = {"app": App, "traces": Traces}
+MODEL = "model"
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def changed(bundle: Path, folder: Path, **values: object) -> Path:
 
 
 def test_an_unknown_platform_is_refused(bundle: Path, tmp_path: Path) -> None:
-    assert "--platform 'cp' is none of cpp" in refuses(bundle, tmp_path, platform="cp")
+    assert "--platform 'cp' is none of android, cpp" in refuses(bundle, tmp_path, platform="cp")
 
 
 def test_a_bundle_without_onnx_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from helpers.apps import EXAMPLES, ROOT, TOOLS, make_bundle_for, make_embedding_bundle, project
+from helpers.apps import EXAMPLES, ROOT, TOOLS, bundle_for, make_embedding_bundle, project
 from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps.platforms import PLATFORMS
@@ -37,7 +37,7 @@ needs_tools = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of an example, or of a tiny model: written for the platform's runtime."""
-    return cache(lambda name: make_bundle_for(name, tmp_path_factory.mktemp(name), RUNTIME))
+    return cache(lambda name: bundle_for(RUNTIME, name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="module")

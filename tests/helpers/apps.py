@@ -35,18 +35,14 @@ def make_bundle(name: str, folder: Path, run: Path) -> Path:
     return export(request, folder / "bundle").path
 
 
-def make_bundle_for(name: str, folder: Path, onnxruntime: str) -> Path:
-    """As `make_bundle`, not shared. onnxruntime: the oldest release that must open the graphs."""
-    example = name in EXAMPLES
-    model = ROOT / "examples" / name if example else getattr(tiny, f"write_tiny_{name}")(folder / "model")
-    request = asking(
-        str(model),
-        bits=4.5 if example else 6.0,
-        importance="zd",
-        max_context=CONTEXT.get(name, 64),
-        verify=False,
-        own={"onnx": (onnxruntime,)},
-    )
+def bundle_for(onnxruntime: str, name: str, folder: Path) -> Path:
+    """The same for an ONNX Runtime of that age, made anew."""
+    model = ROOT / "examples" / name
+    if not model.exists():
+        model = getattr(tiny, f"write_tiny_{name}")(folder / "model")
+    bits, context = 4.5 if name in EXAMPLES else 6.0, CONTEXT.get(name, 64)
+    own = {"onnx": (onnxruntime,)}
+    request = asking(str(model), bits=bits, importance="zd", max_context=context, verify=False, own=own)
     return export(request, folder / "bundle").path
 
 

@@ -239,6 +239,7 @@ def test_no_resume_measures_everything_again(bundle: Path, sshd: Sshd, tmp_path:
     assert not old & {row.at for row in result.rows}
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_takes_no_other_with_it(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     good, bad = sshd.url(tmp_path / "device"), f"local://{tmp_path}/other"
     words = [
