@@ -518,7 +518,10 @@ def profile(
             _give(_page(bundle, names=names, prediction=result), output)
             return
         if output.format == "html":
-            raise UserError("-m MODEL has no page, which is a bundle's; give -o md, csv or json")
+            from .reports.page.model_page import model_html
+
+            _give(model_html(result), output)
+            return
         _give(prediction_text(result, output.format), output)
         return
     if devices:
@@ -711,7 +714,9 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
 
 @main.command()
 @click.argument("bundle", type=cli_options.path)
-@click.option("--platform", required=True, metavar="NAME", help="What the project is for: web, cpp, swift.")
+@click.option(
+    "--platform", required=True, metavar="NAME", help="What the project is for: android, cpp, react-native, swift, web."
+)
 @click.option("-o", "--output", type=cli_options.path, required=True, help="The project's folder; a new one.")
 @click.option("--name", metavar="NAME", help="The app's name. Default: the bundle's folder.")
 @click.option("--device", metavar="NAME", help="Refuse what does not fit its memory (see 'edgewright devices list').")
@@ -720,6 +725,11 @@ def _keeping(bundle: Path, name: str, report: Mapping[str, object]) -> Iterator[
     type=cli_options.path,
     metavar="DIR",
     help="Of web: a node_modules folder with what the site is shipped with.",
+)
+@click.option(
+    "--weights-url",
+    metavar="URL",
+    help="Of android: the app fetches its weights from this folder, which you fill with the project's upload/.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Token ids in and out, for a tokenizer that the platform has not.")
 @cli_options.check
@@ -738,6 +748,7 @@ def embed(bundle: Path, platform: str, output: Path, as_json: bool, **options: A
         None if options["device"] is None else device_memory(options["device"]),
         tokenizer=not options["no_tokenizer"],
         check=options["check"],
+        weights_url=options["weights_url"],
     )
     project = make(bundle, output, asked, note)
     _print(project_json(project, output, platform), project_text(project, output, platform), as_json)

@@ -15,6 +15,7 @@ _KINDS = {
     "seq2seq": "an encoder-decoder: text in, text out",
     "causal": "a decoder: it continues a prompt",
     "memory": "a decoder-decoder: it reads a context once and answers questions from its memory",
+    "embed": "an encoder: a text in, a vector out",
 }
 _REPORT_BYTES = 64 << 20
 
@@ -44,7 +45,7 @@ def make_card(bundle: Bundle, app: App) -> Card:
             f"about {_size(app.memory.total)} beside the runtime: weights {_size(app.memory.weights)}, "
             f"states at {app.max_context} tokens {_size(app.memory.states)} (computed, not measured)",
         ),
-        ("context", f"{app.max_context} tokens, {app.max_new_tokens} new ones where none are asked for"),
+        *_reach(app),
         ("runtime", f"ONNX Runtime {app.oldest_runtime} or later"),
         ("tokenizer", "none: token ids in and out" if app.tokenizer is None else app.tokenizer.kind),
         *_quality(bundle),
@@ -63,6 +64,17 @@ def make_card(bundle: Bundle, app: App) -> Card:
         rows=tuple(rows),
         notes=tuple(notes),
     )
+
+
+def _reach(app: App) -> Iterator[tuple[str, str]]:
+    """How much it reads, and what it makes of it."""
+    if app.embedding is None:
+        yield "context", f"{app.max_context} tokens, {app.max_new_tokens} new ones where none are asked for"
+        return
+    made = app.embedding
+    yield "context", f"{app.max_context} tokens; a longer text is cut"
+    length = ", of length 1" if made.normalised else ""
+    yield "vectors", f"{made.size} numbers{length}, pooled by {', '.join(made.pooling)}, compared by {made.similarity}"
 
 
 def _quality(bundle: Bundle) -> Iterator[tuple[str, str]]:

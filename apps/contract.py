@@ -11,7 +11,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..bundle import CHECKPOINT, Bundle, ContextSpec, Generation, GraphSpec, PortSpec, SamplingSpec, StateSpec, Token
+from ..bundle import (
+    CHECKPOINT,
+    Bundle,
+    ContextSpec,
+    EmbeddingSpec,
+    Generation,
+    GraphSpec,
+    PortSpec,
+    SamplingSpec,
+    StateSpec,
+    Token,
+)
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import UserError
 from ..runtimes.session import array_bytes, sized
@@ -20,8 +31,8 @@ from ..system.reading import one_line
 from ..targets.onnx.oldest import read_oldest
 from .tokenizer_parts import TokenizerParts
 
-TASKS = ("seq2seq", "causal", "memory")
-"""What the clients have a loop for."""
+TASKS = ("seq2seq", "causal", "memory", "embed")
+"""What there are clients for; the last makes vectors of texts."""
 
 APP = "app.json"
 TRACES = "traces.json"
@@ -135,12 +146,14 @@ class AppCoreml(_Strict):
 
 
 class App(_Strict):
-    """`app.json`. coreml: where the bundle has a package and the platform runs it."""
+    """`app.json`. embedding: of the task "embed", what its graph `encoder` makes of a text: one vector, `sentence_embedding`.
+    coreml: where the bundle has a package and the platform runs it.
+    """
 
     schema_version: Literal[1] = 1
     name: str
     model_type: str
-    task: Literal["seq2seq", "causal", "memory"]
+    task: Literal["seq2seq", "causal", "memory", "embed"]
     bits: float
     weights: int
     graphs: tuple[AppGraph, ...]
@@ -152,6 +165,7 @@ class App(_Strict):
     max_new_tokens: int
     prefill_chunk: int
     context: ContextSpec | None
+    embedding: EmbeddingSpec | None = None
     sampling: SamplingSpec
     stops: AppStops
     tokenizer: AppTokenizer | None
@@ -217,10 +231,11 @@ def make_app(
         max_new_tokens=spec.max_new_tokens,
         prefill_chunk=spec.prefill_chunk,
         context=spec.context,
+        embedding=spec.embedding,
         sampling=spec.sampling or SamplingSpec(),
         stops=AppStops(tokens=tuple(sorted(spec.eos_ids))),
         tokenizer=None if tokenizer is None or parts is None else _tokenizer(tokenizer, parts, spec),
-        chat=None if tokenizer is None else _chat(tokenizer),
+        chat=None if tokenizer is None or spec.embedding is not None else _chat(tokenizer),
         memory=AppMemory(weights=weights, states=states, total=weights + states),
         expanded=expanded,
         fingerprint=manifest.files[f"{CHECKPOINT}/model.safetensors"],
@@ -235,14 +250,14 @@ def file_facts(files: Mapping[str, Path]) -> dict[str, FileFact]:
 
 
 def require_task(bundle: Bundle) -> None:
-    """Raise UserError for a bundle that no client has a loop for."""
+    """Raise UserError for a bundle that there is no client for."""
     spec = bundle.manifest.generation
     where = one_line(bundle.path)
     if spec.speech is not None:
         raise UserError(f"{where}: this model reads sound, and no app here has a microphone's side; use 'run --audio'")
     if spec.task not in TASKS:
         raise UserError(
-            f"{where}: apps are made of models that generate text ({', '.join(TASKS)}), and this is a {spec.task} bundle; "
+            f"{where}: apps are made of models of text ({', '.join(TASKS)}), and this is a {spec.task} bundle; "
             "docs/using-the-onnx-graphs.md shows how an app runs its graphs"
         )
 
@@ -257,7 +272,7 @@ def states_bytes(graphs: Iterable[GraphSpec], spec: Generation) -> int:
 
 def _tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, spec: Generation) -> AppTokenizer:
     before, after = tokenizer.special_tokens()
-    if spec.task != "seq2seq" and after and after[-1] in tokenizer.eos_ids:
+    if spec.task not in ("seq2seq", "embed") and after and after[-1] in tokenizer.eos_ids:
         after = after[:-1]  # as `checkpoints.prompt` does: the model is to go on
     return AppTokenizer(
         file=TOKENIZER,

@@ -22,17 +22,16 @@ from ..system.reading import one_line
 from .card import make_card
 from .contract import APP, TOKENIZER, TRACES, App, make_app, require_task
 from .coreml_package import read_package
+from .download import DOWNLOAD, UPLOAD, make_download
 from .expanded import write_expanded
-from .platforms import Platform, platform_named, require_fit
+from .platforms import PLATFORMS, Platform, platform_named, require_fit
 from .render import render
 from .tokenizer_parts import TokenizerParts, read_parts, require_known
 from .traces import make_traces
 from .vendor import Vendored, find_packages
 
-MODEL = "model"
-"""The folder of a project with what the model needs: what an app ships."""
-
 _ONNX, _WEIGHTS = "onnx", "weights.bin"
+_SITE_MODEL = PLATFORMS["web"].model
 _EXAMPLE = "Hello"
 Note = Callable[[str], None]
 
@@ -42,7 +41,7 @@ class EmbedOptions:
     """platform: its name. name: of the app; None is the bundle's folder. packages: a node_modules folder, of "web".
 
     most_memory: bytes of the device, None for any. tokenizer: whether the app reads text; without, it takes token ids. check:
-    whether the bundle's files are hashed first.
+    whether the bundle's files are hashed first. weights_url: where the app fetches its weights, None for those that are shipped.
     """
 
     platform: str
@@ -51,6 +50,7 @@ class EmbedOptions:
     most_memory: int | None = None
     tokenizer: bool = True
     check: bool = True
+    weights_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ def embed(path: Path, output: Path, options: EmbedOptions, note: Note) -> Projec
         raise UserError(f"{one_line(output)} is no folder; give a new one with -o")
     if options.packages is not None and platform.name != "web":
         raise UserError(f"--packages is for --platform web; leave it out for {platform.name}")
+    if options.weights_url is not None and not platform.fetches:
+        fetching = ", ".join(name for name, p in PLATFORMS.items() if p.fetches)
+        raise UserError(f"--weights-url is for --platform {fetching}; leave it out for {platform.name}")
     vendored = find_packages(options.packages) if platform.name == "web" else None
     if vendored is not None:
         platform = replace(platform, runtime=vendored.runtime)
@@ -106,10 +109,25 @@ def _project(
     coreml, package = read_package(bundle, options.check) if platform.coreml else (None, {})
     app = make_app(bundle, one_line(name, 80), model, tokenizer, parts, expanded, coreml)
     require_fit(app, platform, options.most_memory)
+    shipped, files = dict[str, bytes | Path]({**model, **package}), dict[str, bytes | Path]()
+    if options.weights_url is not None:
+        download, parts_of_weights = make_download(_WEIGHTS, model[_WEIGHTS], options.weights_url, work)
+        files |= {f"{UPLOAD}/{key}": file for key, file in parts_of_weights.items()}
+        shipped = {key: file for key, file in shipped.items() if key != _WEIGHTS} | {DOWNLOAD: json_bytes(download)}
+    elif platform.most_file is not None and app.files[_WEIGHTS].bytes > platform.most_file:
+        raise UserError(
+            f"--platform {platform.name}: {_WEIGHTS} has {app.files[_WEIGHTS].bytes} bytes, and an app ships files of at most "
+            f"{platform.most_file}; give --weights-url, and the app fetches it"
+        )
     note("running the bundle for its golden traces")
-    files: dict[str, bytes | Path] = {f"{MODEL}/{key}": file for key, file in {**model, **package}.items()}
-    files |= {f"{MODEL}/{APP}": json_bytes(app), f"{MODEL}/{TRACES}": json_bytes(make_traces(bundle, tokenizer))}
-    values = {"app": app, "card": make_card(bundle, app), "prompt": _example(bundle, tokenizer)}
+    shipped |= {APP: json_bytes(app), TRACES: json_bytes(make_traces(bundle, tokenizer))}
+    files |= {f"{platform.model}/{key}": file for key, file in shipped.items()}
+    values = {
+        "app": app,
+        "card": make_card(bundle, app),
+        "prompt": _example(bundle, tokenizer),
+        "url": options.weights_url,
+    }
     if vendored is not None:
         files |= vendored.files
         return Project(app, files | _site(files, values, vendored))
@@ -120,10 +138,10 @@ def _site(files: Mapping[str, bytes | Path], values: Mapping[str, Any], vendored
     """The rendered files of a site. Its service worker keeps the page's own files, under a version that is theirs."""
     values = {**values, "vendored": ", ".join(vendored.packages), "version": "", "shell": []}
     pages = render("web", values)
-    own = {name: contents for name, contents in {**files, **pages}.items() if not name.startswith(f"{MODEL}/")}
+    own = {name: contents for name, contents in {**files, **pages}.items() if not name.startswith(f"{_SITE_MODEL}/")}
     kept = [name for name in sorted(own) if name not in ("sw.js", "README.md")] + [
-        f"{MODEL}/{APP}",
-        f"{MODEL}/{TRACES}",
+        f"{_SITE_MODEL}/{APP}",
+        f"{_SITE_MODEL}/{TRACES}",
     ]
     digest = hashlib.sha256()
     for name in kept:

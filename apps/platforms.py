@@ -26,6 +26,7 @@ _STEPS = frozenset(
         "decoder:Strip",
     }
 )
+_BERT = frozenset({"normalizer:BertNormalizer", "pre_tokenizer:BertPreTokenizer", "decoder:WordPiece"})
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class Platform:
 
     runtime: its ONNX Runtime, the newest that can be counted on. models, steps: of tokenizers that its client has; None for all.
     most_memory: bytes that a process can address there; None for no limit of the platform's own. float_activations: its runtime
-    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once. coreml:
-    whether its client also runs the Core ML package of a bundle that has one.
+    has no int8 activations, and expands quantized matrices at every call: it gets a form whose weights are expanded once.
+    model: where a project has what the model needs. most_file: bytes of the largest file that a project ships, None for no limit;
+    fetches: whether its client can fetch the weights instead. embeds: whether its client makes vectors of texts. lowers: whether it
+    puts a whole text into lower case as Python does. coreml: whether it also runs the Core ML package of a bundle that has one.
     """
 
     name: str
@@ -44,25 +47,44 @@ class Platform:
     steps: frozenset[str] | None
     most_memory: int | None
     float_activations: bool
+    model: str = "model"
+    most_file: int | None = None
+    fetches: bool = False
+    embeds: bool = False
+    lowers: bool = True
     coreml: bool = False
 
 
 PLATFORMS = {
-    "cpp": Platform(
-        name="cpp",
-        runtime="1.32",
+    "android": Platform(
+        name="android",
+        runtime="1.29",
         models=frozenset({"WordLevel", "BPE", "Unigram"}),
         steps=_STEPS,
         most_memory=None,
         float_activations=False,
+        model="app/src/main/assets/model",
+        most_file=2 * GIB - 1,  # what an app's package and its reader count with
+        fetches=True,
     ),
-    "web": Platform(
-        name="web",
-        runtime="1.30",
+    "cpp": Platform(
+        name="cpp",
+        runtime="1.32",
+        models=frozenset({"WordLevel", "WordPiece", "BPE", "Unigram"}),
+        steps=_STEPS | _BERT,
+        most_memory=None,
+        float_activations=False,
+        embeds=True,
+        lowers=False,
+    ),
+    "react-native": Platform(
+        name="react-native",
+        runtime="1.24.3",
         models=None,
         steps=None,
-        most_memory=4 * GIB,  # WebAssembly's addresses of 32 bits
-        float_activations=True,
+        most_memory=None,
+        float_activations=False,
+        embeds=True,
     ),
     "swift": Platform(
         name="swift",
@@ -72,6 +94,15 @@ PLATFORMS = {
         most_memory=None,
         float_activations=False,
         coreml=True,
+    ),
+    "web": Platform(
+        name="web",
+        runtime="1.30",
+        models=None,
+        steps=None,
+        most_memory=4 * GIB,  # WebAssembly's addresses of 32 bits
+        float_activations=True,
+        embeds=True,
     ),
 }
 
@@ -91,6 +122,14 @@ def require_fit(app: App, platform: Platform, most_memory: int | None) -> None:
 
     most_memory: of the device; None for the platform's own limit alone.
     """
+    if app.embedding is not None and not platform.embeds:
+        able = ", ".join(name for name, one in PLATFORMS.items() if one.embeds)
+        raise UserError(f"--platform {platform.name} has no client for a model of embeddings; choose one of {able}")
+    if app.embedding is not None and app.embedding.lower_case and app.tokenizer is not None and not platform.lowers:
+        raise UserError(
+            f"--platform {platform.name}: this model's texts are put into lower case before they are read, which its client does "
+            "not do; choose another platform, or give the client token ids with --no-tokenizer"
+        )
     for graph in app.graphs:
         if not reaches(platform.runtime, graph.onnxruntime):
             why = f" ({graph.because})" if graph.because else ""

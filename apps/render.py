@@ -25,6 +25,7 @@ def render(platform: str, values: Mapping[str, Any]) -> dict[str, bytes]:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters["res"] = _resource
     folder, files = _ROOM / platform, dict[str, bytes]()
 
     def source(part: str) -> str:
@@ -42,3 +43,9 @@ def render(platform: str, values: Mapping[str, Any]) -> dict[str, bytes]:
         else:
             files[name] = path.read_bytes()
     return files
+
+
+def _resource(text: str) -> str:
+    """A text as Android's string resources write it: markup escaped, then quotes, backslashes and what begins a reference."""
+    escaped = "".join({"&": "&amp;", "<": "&lt;", "'": "\\'", '"': '\\"', "\\": "\\\\"}.get(c, c) for c in text)
+    return f"\\{escaped}" if escaped[:1] in ("@", "?") else escaped

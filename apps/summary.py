@@ -8,6 +8,8 @@ from typing import Any
 from .embed import Project
 
 _NEXT = {
+    "android": "open OUTPUT in Android Studio, or: cd OUTPUT && gradle :app:installDebug",
+    "react-native": "read OUTPUT/README.md: it goes into an app of yours",
     "web": "edgewright preview OUTPUT",
     "cpp": "cmake -B build -DONNXRUNTIME=DIR && cmake --build build && ctest --test-dir build",
     "swift": "swift build and edgewright-app --trace model/traces.json, as README.md says; the sample for Xcode is in App/",

@@ -18,10 +18,12 @@ from ..checkpoints.tokenizer import Tokenizer
 from ..runtimes.generate import Ending, Stream, read_context
 from ..runtimes.registry import open_exact, open_session
 from ..runtimes.session import Array, PlacedSession
+from ..runtimes.text_embedding import embed_tokens
 
-MOST_CASES, MOST_STEPS, TOP = 6, 24, 5
+MOST_CASES, MOST_STEPS, TOP, MOST_VECTORS = 6, 24, 5, 12
 LEAST_TOLERANCE = 1e-3
-_DECIMALS = 4
+LEAST_DISTANCE = 1e-4
+_DECIMALS, _VECTOR_DECIMALS = 4, 6
 
 TEXTS = (
     "k n i g h t",
@@ -77,8 +79,16 @@ class TextCase(_Strict):
     decoded: str
 
 
+class VectorCase(_Strict):
+    """A text of a model of embeddings, or None where only tokens are known: all its tokens, and its vector."""
+
+    text: str | None
+    ids: tuple[Token, ...]
+    vector: tuple[float, ...]
+
+
 class Traces(_Strict):
-    """`traces.json`."""
+    """`traces.json`. vectors: of a model of embeddings, which has no cases; no number may be further off than the tolerance."""
 
     schema_version: Literal[1] = 1
     runtime: str
@@ -86,6 +96,7 @@ class Traces(_Strict):
     tolerance: Annotated[float, Field(gt=0)]
     cases: tuple[Case, ...]
     texts: tuple[TextCase, ...]
+    vectors: tuple[VectorCase, ...] = ()
 
 
 def make_traces(bundle: Bundle, tokenizer: Tokenizer | None) -> Traces:
@@ -97,6 +108,11 @@ def make_traces(bundle: Bundle, tokenizer: Tokenizer | None) -> Traces:
     exact = open_exact(bundle, "onnx", threads=1)
     assert exact is not None
     manifest, spec = bundle.manifest, bundle.manifest.generation
+    texts = () if tokenizer is None else tuple(_text_case(tokenizer, text) for text in TEXTS)
+    if spec.embedding is not None:
+        vectors, difference = _vectors(bundle, tokenizer, shipped, exact)
+        tolerance = round(max(LEAST_DISTANCE, 2 * difference), _VECTOR_DECIMALS)
+        return Traces(runtime=shipped.how, new_tokens=0, tolerance=tolerance, cases=(), texts=texts, vectors=vectors)
     contexts = manifest.contexts or ((),) * len(manifest.prompts)
     new_tokens = min(MOST_STEPS, spec.max_new_tokens)
     cases, difference = list[Case](), 0.0
@@ -114,13 +130,33 @@ def make_traces(bundle: Bundle, tokenizer: Tokenizer | None) -> Traces:
         new_tokens=new_tokens,
         tolerance=round(max(LEAST_TOLERANCE, 2 * difference), _DECIMALS),
         cases=tuple(cases),
-        texts=() if tokenizer is None else tuple(_text_case(tokenizer, text) for text in TEXTS),
+        texts=texts,
     )
+
+
+def _vectors(
+    bundle: Bundle, tokenizer: Tokenizer | None, shipped: PlacedSession, exact: PlacedSession
+) -> tuple[tuple[VectorCase, ...], float]:
+    """Vectors of the first texts, or of the prompts that the bundle is compared on; and how far the two arithmetics are apart."""
+    spec = bundle.manifest.generation
+    assert spec.embedding is not None
+    read: list[tuple[str | None, list[int]]] = [
+        (None, list(ids)) for ids in bundle.manifest.prompts if fits(spec, ids, ())
+    ]
+    if tokenizer is not None:
+        prompt = spec.embedding.prompt(None)
+        wholes = [(text, spec.embedding.prepared(text, prompt)) for text in TEXTS if text.strip()]
+        read = [(text, tokenizer.encode_within(whole, spec.max_context)[0]) for text, whole in wholes]
+    read = [(text, ids) for text, ids in read if ids and max(ids) < spec.vocab][:MOST_VECTORS]
+    ours, theirs = (embed_tokens(session, spec, [[*ids] for _, ids in read]) for session in (shipped, exact))
+    numbers = [tuple(round(float(x), _VECTOR_DECIMALS) for x in vector) for vector in ours]
+    cases = tuple(VectorCase(text=t, ids=tuple(ids), vector=v) for (t, ids), v in zip(read, numbers, strict=True))
+    return cases, float(np.abs(ours - theirs).max(initial=0))
 
 
 def fits(spec: Generation, ids: Sequence[int], context: Sequence[int]) -> bool:
     """Whether a prompt leaves room for an answer."""
-    if spec.task == "seq2seq":
+    if spec.task in ("seq2seq", "embed"):
         return 0 < len(ids) <= spec.max_context
     rows = 0 if spec.context is None or not context else spec.context.rows
     lead = 0 if spec.context is None else len(spec.context.prefix)

@@ -45,7 +45,7 @@ EXAMPLES = {
     ),
     "embed": (
         "edgewright embed bundle --platform web -o site --packages node_modules",
-        "edgewright embed bundle --platform cpp --name reader -o app",
+        "edgewright embed bundle --platform android --name reader -o app",
     ),
     "preview": (
         "edgewright preview site",

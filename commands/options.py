@@ -118,7 +118,9 @@ pooling = click.option(
     callback=lambda _, __, value: _poolings(value),
     help="Of an encoder of texts, in place of what its files say: cls, max, mean, mean_sqrt_len, weighted_mean, last.",
 )
-threads = click.option("-t", "--threads", default=0, show_default="all cores", type=click.IntRange(0, 1024))
+threads = click.option(
+    *("-t", "--threads"), default=0, show_default="OMP_NUM_THREADS, or all cores", type=click.IntRange(0, 1024)
+)
 check = click.option(
     "--check/--no-check", default=True, show_default=True, help="First compare the hashes of the files that are read."
 )

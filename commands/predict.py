@@ -47,6 +47,7 @@ class Prediction:
         return {
             "model": self.model,
             "bits": self.bits,
+            "context": self.context,
             "kind": "predicted",
             "assumptions": list(ASSUMED),
             "memory_bytes": self.memory,
@@ -144,7 +145,7 @@ def _predict(
         made = predicted_rows(model, units, plan, devices, targets, one, chunk, bits or 4)
         rows += [r for r in made if r not in rows]
     used = list(dict.fromkeys(row.target for row in rows))
-    memory = {t: memory_bytes(model, units, plan, t, context, bits or 4) for t in used}
+    memory = memory_bytes(model, units, plan, used, context, bits or 4)
     small = [
         f"{d.name} ({t}: {memory[t] / 1e9:.1f} GB of {d.memory.size.value / 1e9:.1f} GB)"
         for d in devices

@@ -182,7 +182,7 @@ def _within_memory(limit: int, setting: _Setting, original: Original, problem: P
 
 def _memory(original: Original, setting: _Setting, plan: BitPlan, context: int) -> int:
     targets = setting.request.formats
-    return max(memory_bytes(original.model, setting.units, plan, target, context, 4) for target in targets)
+    return max(memory_bytes(original.model, setting.units, plan, targets, context, 4).values())
 
 
 def _choices(request: Request, overrides: Sequence[Override], quantizer: Quantizer) -> list[Choice]:

@@ -162,15 +162,12 @@ def _fastest(options: Sequence[PhaseRow]) -> PhaseRow:
 
 
 def memory_bytes(
-    model: LanguageModel, units: Sequence[Unit], plan: BitPlan | None, target: str, context: int, bits: int
-) -> int:
-    """About the memory of the artefact's weights and of one stream's states at a context: what a device must hold at least."""
+    model: LanguageModel, units: Sequence[Unit], plan: BitPlan | None, targets: Sequence[str], context: int, bits: int
+) -> dict[str, int]:
+    """Target -> about the bytes of its weights and of one stream's states at a context: what a device must hold at least."""
     planned, graphs = planned_names(units), model.graphs()
-    weights: dict[str, int] = {}
-    other = 0
-    for graph in graphs:
-        work = graph_work(model, graph, 1, 0, 1, planned)
+    works = [graph_work(model, graph, 1, 0, 1, planned) for graph in graphs]
+    for work in works:
         work.looked_up.update(dict.fromkeys(work.looked_up, 1 << 40))  # a table is held whole
-        weights[graph.name] = int(sum(work.weight_bytes(target, plan, bits).values()))
-        other += work.other_bytes
-    return sum(weights.values()) + state_bytes(graphs, context, context, {})
+    states = state_bytes(graphs, context, context, {})
+    return {t: states + sum(int(sum(w.weight_bytes(t, plan, bits).values())) for w in works) for t in targets}

@@ -152,7 +152,8 @@ def graph_work(
     )
     hooks = [m.register_forward_hook(_watch(model, work, planned, path, m)) for path, m in model.named_modules()]
     try:
-        values = [value.to("meta") for value in sized.example_inputs()]
+        with torch.device("meta"):
+            values = sized.example_inputs()
         args = (*values[: len(graph.inputs)], values[len(graph.inputs) :]) if graph.states else tuple(values)
         constants = {name: value.to("meta") for name, value in graph.module.named_buffers()}
         with torch.no_grad(), _Ops(work):

@@ -19,6 +19,7 @@ from ..audio.features import encoder_inputs, sample_sound
 from ..bundle import Bundle, Generation
 from ..system.memory import anonymous_bytes, peak_resident_bytes
 from ..system.subprocesses import Progress, serve
+from ..system.threads import default_threads
 from .encoder_inputs import Prompt
 from .example_inputs import Call, read_examples
 from .generate import Stream, read_context
@@ -143,6 +144,7 @@ def measure(
     """
     bundle = Bundle.open(path)
     spec = bundle.manifest.generation
+    threads = threads or default_threads()
 
     def load() -> tuple[PlacedSession, float]:
         start = time.perf_counter()

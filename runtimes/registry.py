@@ -13,6 +13,7 @@ from ..bundle import Bundle, GraphSpec
 from ..errors import UserError, VerificationFailure
 from ..system.reading import one_line
 from ..system.stages import Stage
+from ..system.threads import default_threads
 from ..targets.registry import TARGETS, require
 from .guarded import Guarded
 from .session import PlacedSession
@@ -33,7 +34,7 @@ Failure = type[UserError | VerificationFailure]
 
 
 def open_session(bundle: Bundle, name: str, threads: int = 0, failure: Failure = UserError) -> PlacedSession:
-    """The artefact of a target as it ships, reloaded from disk. threads 0: all cores.
+    """The artefact of a target as it ships, reloaded from disk. threads 0: `default_threads`.
 
     failure: what the session raises where the artefact loads and then does not run. Raises UserError if the bundle has no such
     artefact, its runtime is not installed, or its files cannot be loaded or are not what an exporter writes.
@@ -59,7 +60,7 @@ def _open(bundle: Bundle, name: str, threads: int, exact: bool, failure: Failure
     graphs = bundle.manifest.graphs
     try:
         with Stage(f"{name}: loading"):
-            session = _opener(name)(bundle.path / name, graphs, threads, exact)
+            session = _opener(name)(bundle.path / name, graphs, threads or default_threads(), exact)
         where = name if failure is VerificationFailure else f"{bundle.path}: the {name} artefact"
         return Guarded(session, name, graphs, where, failure)
     except UserError:

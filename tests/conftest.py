@@ -2,14 +2,16 @@
 
 import functools
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.apps import make_bundle
+from helpers.android import AGE, Client, client_of, require
+from helpers.apps import bundle_for, make_bundle, project
 from helpers.cli_runner import edgewright, passed
-from helpers.onnx_cases import OVERRIDES, WRITERS, Case, make_case
+from helpers.onnx_cases import Case, shared_case
 from helpers.shared import shared_bundle
 from helpers.tiny import write_tiny_t5gemma
 from hypothesis import settings
@@ -17,6 +19,7 @@ from hypothesis import settings
 from edgewright.cli import main
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the runtimes too, and of what is started from here
 
 settings.register_profile("untimed", deadline=None)  # no test depends on how busy the machine is
 settings.load_profile("untimed")
@@ -91,12 +94,35 @@ def app_bundles(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def onnx_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Architecture -> its tiny model through the ONNX exporter, made once."""
+def android_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same for bundles that Android's runtime opens."""
+    return functools.cache(lambda name: bundle_for(AGE, name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def android_projects(
+    tmp_path_factory: pytest.TempPathFactory, android_bundles: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """Name -> the Android project of its bundle, made once. Skips without the tools."""
+    require("java", "gcc")
 
     @functools.cache
-    def made(name: str) -> Case:
-        root = tmp_path_factory.mktemp(name)
-        return make_case(WRITERS[name](root / "source"), root, OVERRIDES[name])
+    def made(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "app"
+        project(android_bundles(name), folder, "android")
+        return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def android_client(tmp_path_factory: pytest.TempPathFactory, android_projects: Callable[[str], Path]) -> Client:
+    """The client's core and the sample's pure part, compiled once: of all models the sources are the same."""
+    return client_of(android_projects("t5gemma"), tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="session")
+def onnx_cases(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Architecture -> its tiny model through the ONNX exporter, made once."""
+
+    return functools.cache(lambda name: shared_case(run_folder, name, tmp_path_factory.mktemp(name) / "case"))

@@ -74,10 +74,10 @@ class Arrow:
 def product_files() -> dict[str, Path]:
     """Module name below `edgewright` -> file. The package itself is ""."""
     files = {}
-    for path in sorted(ROOT.rglob("*.py")):
+    left_out = NOT_PRODUCT | {"build", "demo"}
+    rooms = [p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in left_out]
+    for path in sorted([*ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] in NOT_PRODUCT or any(p.startswith(".") or p in ("build", "demo") for p in parts):
-            continue
         if parts[-1] == "__init__":
             parts = parts[:-1]
         files[".".join(parts)] = path

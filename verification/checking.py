@@ -28,10 +28,14 @@ def verify_here(
     path: str | Path, options: VerifyOptions | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> Report:
     """`verification.verify.verify` in this process."""
-    options = options or VerifyOptions()
     bundle = Bundle.open(path)
     progress("checking file hashes")
     bundle.check_files()
+    return compare_bundle(bundle, options or VerifyOptions(), progress)
+
+
+def compare_bundle(bundle: Bundle, options: VerifyOptions, progress: Callable[[str], None]) -> Report:
+    """Every comparison of a bundle whose hashes are right. Errors as of `verification.verify.verify`."""
     manifest = bundle.manifest
     quantized = open_checkpoint(str(bundle.path / CHECKPOINT))
     original = None if options.model is None else open_original(bundle, options.model, options.adapter)
@@ -96,7 +100,7 @@ def require_memory(weights: int, stored: Mapping[str, int], original: bool) -> N
 
 def _job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     sys.path += [folder for folder in job["search"] if folder not in sys.path]
-    return verify_here(job["path"], VerifyOptions.from_json(job["options"]), progress).to_json()
+    return compare_bundle(Bundle.open(job["path"]), VerifyOptions.from_json(job["options"]), progress).to_json()
 
 
 if __name__ == "__main__":

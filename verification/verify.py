@@ -1,7 +1,7 @@
 """A bundle checked in a process of its own, which has limits: its artefacts may be a stranger's. No torch is imported here.
 
-What runs them is native code, which a hostile graph can crash, or keep busy for ever. All of the check is in one process, so that
-model and reference are loaded once.
+What runs them is native code, which a hostile graph can crash, or keep busy for ever. All comparisons are in one process, so that
+model and reference are loaded once; hashes are checked before it is started.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def verify(
     options = options or VerifyOptions()
     bundle = Bundle.open(path)
     entries, _ = chosen_entries(bundle, options.formats)
+    progress("checking file hashes")
+    bundle.check_files()
     granted = limits or limits_of(bundle, entries, 1 if options.model is None else 2)
     # the user's own module, which has its name on the command line, may lie anywhere that this process looks
     search = [folder for folder in sys.path if folder] if ":" in (options.model or "") else []

@@ -57,6 +57,14 @@ struct Memory {
   static Memory load(const std::filesystem::path& file);
 };
 
+// What a model of embeddings makes of a text.
+struct Embedding {
+  std::size_t size = 0;
+  bool normalised = false;         // to length 1
+  std::string similarity;          // "cosine", "dot", "euclidean" or "manhattan": how two vectors are compared
+  std::vector<std::string> prompts;  // names of what may be put before a text
+};
+
 struct GenerateOptions {
   std::optional<std::size_t> max_new_tokens;  // default: the model's own
   std::optional<Sampling> sampling;           // default: as the model's makers have it
@@ -79,7 +87,7 @@ struct Answer {
 // What app.json says of the model.
 struct Info {
   std::string name;
-  std::string task;  // "seq2seq", "causal" or "memory"
+  std::string task;  // "seq2seq", "causal", "memory" or "embed"
   std::string fingerprint;
   std::size_t vocab = 0;
   std::size_t max_context = 0;
@@ -88,6 +96,7 @@ struct Info {
   std::vector<Token> stops;
   Sampling sampling;
   bool has_tokenizer = false;
+  std::optional<Embedding> embedding;  // of the task "embed"
 };
 
 struct ModelState;
@@ -127,6 +136,12 @@ class Model {
   // The memory of a context, for a decoder-decoder.
   Memory read_context(std::string_view context);
   Memory read_context(std::span<const Token> context);
+
+  // The vector of a text, or of token ids, for a model of embeddings. prompt_name: of the model's own prompts; none is its default.
+  std::vector<float> embed(std::string_view text, const std::optional<std::string>& prompt_name = std::nullopt);
+  std::vector<float> embed(std::span<const Token> tokens);
+  // The tokens that `embed` reads: what is too long is cut.
+  std::vector<Token> read_text(std::string_view text, const std::optional<std::string>& prompt_name = std::nullopt) const;
 
   // The tokens of a prompt, with what stands around it; `tokens` and `text` are the tokenizer alone.
   std::vector<Token> read_prompt(std::string_view prompt, bool chat = true) const;

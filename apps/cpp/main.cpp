@@ -20,6 +20,7 @@ const char* const kUsage =
     "edgewright-app [--model DIR] WHAT\n"
     "  --prompt TEXT             answer it; '-' reads standard input\n"
     "  --ids 5,6,7               answer token ids, and print token ids\n"
+    "  --embed TEXT              the vector of a text, as a line of JSON; of '-' one of each line of standard input; --prompt-name NAME\n"
     "  --context FILE            text that a decoder-decoder reads first; --save-memory FILE keeps what it made of it\n"
     "  --memory FILE             a memory that was kept\n"
     "  --trace FILE              check the golden traces (traces.json)\n"
@@ -32,7 +33,7 @@ struct Arguments {
 
   Arguments(int count, char** words) {
     const std::vector<std::string> flags = {"--bench", "--no-chat", "--no-check", "--help"};
-    const std::vector<std::string> options = {"--model", "--prompt", "--ids", "--context", "--memory", "--save-memory", "--trace", "--pp", "--tg", "--repeats",
+    const std::vector<std::string> options = {"--model", "--prompt", "--ids", "--embed", "--prompt-name", "--context", "--memory", "--save-memory", "--trace", "--pp", "--tg", "--repeats",
                                               "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--threads"};
     const std::vector<std::string> all(words + 1, words + count);
     for (std::size_t i = 0; i < all.size(); ++i) {
@@ -153,6 +154,20 @@ bool check_case(ew::Model& model, const Json& recorded, std::size_t number, std:
   return true;
 }
 
+// Of a model of embeddings: no number may be further off than the tolerance.
+bool check_vector(ew::Model& model, const Json& recorded, std::size_t number, double tolerance, double& largest) {
+  const auto ids = recorded.at("ids").get<std::vector<ew::Token>>();
+  const auto vector = recorded.at("vector").get<std::vector<double>>();
+  const std::vector<float> here = model.embed(ids);
+  double apart = here.size() == vector.size() ? 0 : tolerance + 1;
+  for (std::size_t i = 0; i < std::min(here.size(), vector.size()); ++i) apart = std::max(apart, std::abs(static_cast<double>(here[i]) - vector[i]));
+  largest = std::max(largest, apart);
+  const bool same_tokens = recorded.at("text").is_null() || model.read_text(recorded["text"].get<std::string>()) == ids;
+  if (!same_tokens) std::cerr << "vector " << number << ": other tokens than recorded\n";
+  if (!(apart <= tolerance)) std::cerr << "vector " << number << ": " << apart << " apart from the recorded one\n";
+  return same_tokens && apart <= tolerance;
+}
+
 bool check_text(const ew::Model& model, const Json& recorded) {
   const auto text = recorded.at("text").get<std::string>();
   const std::vector<ew::Token> ids = model.tokens(text);
@@ -169,8 +184,10 @@ bool check_traces(ew::Model& model, const std::string& file) {
   double largest = 0;
   for (const Json& recorded : traces.at("cases"))
     right += check_case(model, recorded, number++, traces.at("new_tokens").get<std::size_t>(), traces.at("tolerance").get<double>(), largest) ? 1 : 0;
+  for (const Json& recorded : traces.value("vectors", Json::array()))
+    right += check_vector(model, recorded, number++, traces.at("tolerance").get<double>(), largest) ? 1 : 0;
   for (const Json& recorded : traces.at("texts")) texts += check_text(model, recorded) ? 1 : 0;
-  std::cout << right << " of " << number << " traces, " << texts << " of " << traces["texts"].size() << " texts; logits differ by at most " << largest << "\n";
+  std::cout << right << " of " << number << " traces, " << texts << " of " << traces["texts"].size() << " texts; " << (model.info().embedding ? "vectors" : "logits") << " differ by at most " << largest << "\n";
   return right == number && texts == traces["texts"].size();
 }
 
@@ -193,9 +210,14 @@ void bench(ew::Model& model, const Arguments& arguments) {
   std::cout << "| " << model.info().name << " | tokens/s |\n|---|---|\n";
   row("pp" + std::to_string(pp), pp, repeats, [&] {
     const auto began = std::chrono::steady_clock::now();
-    model.start(std::vector<ew::Token>(pp, token), 1).prefill();
+    if (model.info().embedding) {
+      model.embed(std::vector<ew::Token>(pp, token));
+    } else {
+      model.start(std::vector<ew::Token>(pp, token), 1).prefill();
+    }
     return since(began);
   });
+  if (model.info().embedding) return;
   row("tg" + std::to_string(tg), tg, repeats, [&] {
     ew::Stream stream = model.start(std::vector<ew::Token>(1, token), tg + 1);
     stream.prefill();
@@ -205,10 +227,19 @@ void bench(ew::Model& model, const Arguments& arguments) {
   });
 }
 
+void embed(ew::Model& model, const Arguments& arguments) {
+  std::optional<std::string> name;
+  if (arguments.has("--prompt-name")) name = arguments.text("--prompt-name", "");
+  const std::string text = arguments.text("--embed", "");
+  const auto print = [&](const std::string& line) { std::cout << Json(model.embed(line, name)).dump() << std::endl; };
+  if (text != "-") return print(text);
+  for (std::string line; std::getline(std::cin, line);) print(line);
+}
+
 int run(int count, char** words) {
   const Arguments arguments(count, words);
-  const bool asked = arguments.has("--prompt") || arguments.has("--ids");
-  if (arguments.has("--help") || !(asked || arguments.has("--trace") || arguments.has("--bench"))) {
+  const bool asked = arguments.has("--prompt") || arguments.has("--ids"), embeds = arguments.has("--embed");
+  if (arguments.has("--help") || !(asked || embeds || arguments.has("--trace") || arguments.has("--bench"))) {
     std::cout << kUsage;
     return arguments.has("--help") ? 0 : 2;
   }
@@ -218,6 +249,7 @@ int run(int count, char** words) {
   ew::Model model(arguments.text("--model", "model"), options);
   if (arguments.has("--trace") && !check_traces(model, arguments.text("--trace", ""))) return 1;
   if (asked) answer(model, arguments);
+  if (embeds) embed(model, arguments);
   if (arguments.has("--bench")) bench(model, arguments);
   return 0;
 }

@@ -66,6 +66,41 @@ async function ask(model) {
   at("send").hidden = !(at("stop").hidden = true);
 }
 
+const kept = [];
+
+/** How alike two vectors are, as the model's makers compare them; the more, the more alike. */
+function similarity(a, b, kind) {
+  const dot = (x, y) => x.reduce((sum, value, i) => sum + value * y[i], 0);
+  if (kind === "dot") return dot(a, b);
+  if (kind === "cosine") return dot(a, b) / Math.max(1e-30, Math.sqrt(dot(a, a) * dot(b, b)));
+  const apart = a.map((value, i) => value - b[i]);
+  return -(kind === "manhattan" ? apart.reduce((sum, value) => sum + Math.abs(value), 0) : Math.sqrt(dot(apart, apart)));
+}
+
+/** Of a model of embeddings: how alike a text is to those before it. */
+async function compare(model) {
+  const text = at("prompt").value || at("prompt").placeholder;
+  const { said, note } = turn(text);
+  at("send").disabled = true;
+  try {
+    const began = performance.now();
+    const vector = await model.embed(text);
+    const kind = model.info.embedding.similarity;
+    const others = kept.map((other) => ({ text: other.text, like: similarity(vector, other.vector, kind) })).sort((a, b) => b.like - a.like);
+    said.textContent = others.length
+      ? others.map(({ text: other, like }) => `${like.toFixed(3)}  ${other}`).join("\n")
+      : "The first text. What you write next is compared with it.";
+    note.textContent = `${vector.length} numbers in ${(performance.now() - began).toFixed(0)} ms; by ${kind}`;
+    kept.push({ text, vector });
+    at("prompt").value = "";
+  } catch (error) {
+    note.textContent = error.message;
+    note.classList.add("bad");
+  }
+  said.classList.remove("writing");
+  at("send").disabled = false;
+}
+
 async function bench(model) {
   const body = at("rows").tBodies[0];
   body.replaceChildren();
@@ -98,7 +133,7 @@ async function start() {
   for (const id of ["send", "bench", "check"]) at(id).disabled = false;
   at("ask").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!model.busy) ask(model);
+    if (!model.busy) (model.info.embedding ? compare : ask)(model);
   });
   at("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) {
@@ -116,5 +151,5 @@ async function start() {
 const ready = start();
 ready.catch(failed);
 const later = (name) => async (...given) => (await ready)[name](...given);
-window.edgewright = Object.fromEntries(["generate", "answer", "readContext", "checkTraces", "bench"].map((name) => [name, later(name)]));
+window.edgewright = Object.fromEntries(["generate", "answer", "embed", "readContext", "checkTraces", "bench"].map((name) => [name, later(name)]));
 window.edgewright.ready = ready;

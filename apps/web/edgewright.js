@@ -73,6 +73,11 @@ export class Model {
     return this.call("generate", { prompt, options }, ({ text }) => onText?.(text), signal);
   }
 
+  /** The vector of a text (or token ids) of a model of embeddings: Float32Array. options: promptName, of the model's own prompts. */
+  embed(text, options = {}) {
+    return this.call("embed", { text, options });
+  }
+
   /** What a decoder-decoder makes of a context; pass it as `memory` to any number of prompts. */
   readContext(context) {
     return this.call("readContext", { context });

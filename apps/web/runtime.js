@@ -101,6 +101,33 @@ export class Runtime {
     return bos !== null && ids[0] === bos && ids[1] === bos ? ids.slice(1) : ids;
   }
 
+  /** The tokens of a text for a model of embeddings, behind one of its prompts; what is too long is cut. */
+  readText(text, promptName) {
+    const { embedding, tokenizer, max_context: most } = this.app;
+    const name = promptName ?? embedding.default_prompt;
+    if (!text.trim()) fail("the text is empty; give some text");
+    if (name !== null && !Object.hasOwn(embedding.prompts, name)) {
+      fail(`${name} is no prompt of this model; it has: ${Object.keys(embedding.prompts).join(", ") || "none"}`);
+    }
+    const whole = (name === null ? "" : embedding.prompts[name]) + text;
+    const inner = this.encode(embedding.lower_case ? whole.toLowerCase() : whole);
+    const room = Math.max(0, most - tokenizer.before.length - tokenizer.after.length);
+    return [...tokenizer.before, ...inner.slice(0, room), ...tokenizer.after].slice(0, most);
+  }
+
+  /** The vector of a text, or of token ids: Float32Array. */
+  async embed(text, { promptName } = {}) {
+    const { app } = this;
+    if (!app.embedding) fail("this model makes no vectors; use generate");
+    const ids = typeof text === "string" ? this.readText(text, promptName) : [...text];
+    this.require(ids, app.vocab, "the text");
+    if (ids.length > app.max_context) fail(`the text has ${ids.length} tokens, the model reads at most ${app.max_context}; shorten it`);
+    const dims = [1, ids.length], state = {};
+    const encoder_mask = new this.ort.Tensor("bool", new Uint8Array(ids.length).fill(1), dims);
+    await this.run("encoder", state, { input_ids: this.ints(ids, dims), encoder_mask });
+    return Float32Array.from(state.sentence_embedding.data);
+  }
+
   newStates(graph, capacity) {
     const made = {};
     for (const state of this.graphs[graph].spec.states.filter((s) => s.updated)) {
@@ -127,6 +154,7 @@ export class Runtime {
   /** An answer under way. memory: of a decoder-decoder, what readContext gave. */
   async start(prompt, newTokens, memory = null) {
     const { app } = this;
+    if (app.embedding) fail("this model makes vectors, and generates nothing; use embed");
     this.require(prompt, app.vocab, "the prompt");
     if (memory && !app.context) fail("this model keeps no memory of a context; give all of it as the prompt");
     if (memory && memory.fingerprint !== app.fingerprint) fail("the memory was made by other weights; read the context again");
@@ -224,12 +252,19 @@ export class Runtime {
       const said = trace.steps.map((s) => s.token).slice(0, trace.ending === "end" ? -1 : undefined);
       if (trace.text !== null && this.decode(said) !== trace.text) wrong.push(`trace ${number}: another text`);
     }
+    for (const [number, { text, ids, vector }] of (traces.vectors ?? []).entries()) {
+      const here = await this.embed(ids);
+      const apart = here.reduce((most, value, i) => Math.max(most, Math.abs(value - vector[i])), here.length === vector.length ? 0 : Infinity);
+      largest = Math.max(largest, apart);
+      if (!(apart <= traces.tolerance)) wrong.push(`vector ${number}: ${apart} apart`);
+      if (text !== null && this.readText(text).join() !== ids.join()) wrong.push(`vector ${number}: other tokens`);
+    }
     for (const { text, ids, decoded } of traces.texts) {
       const here = this.encode(text);
       if (here.join() !== ids.join()) wrong.push(`text ${JSON.stringify(text)}: tokens ${here.join()}, recorded ${ids.join()}`);
       else if (this.decode(ids) !== decoded) wrong.push(`text ${JSON.stringify(text)}: read back as ${JSON.stringify(this.decode(ids))}`);
     }
-    return { cases: traces.cases.length, texts: traces.texts.length, wrong, largest };
+    return { cases: traces.cases.length + (traces.vectors ?? []).length, texts: traces.texts.length, wrong, largest };
   }
 
   /** Rows of tokens a second: reading (pp), and generating behind one token (tg), warm. onRow is told of each. */
@@ -239,7 +274,8 @@ export class Runtime {
     const timed = {
       [`pp${reading}`]: async () => {
         const began = performance.now();
-        await (await this.start(Array(reading).fill(token), 1)).prefill();
+        const ids = Array(reading).fill(token);
+        await (this.app.embedding ? this.embed(ids) : (await this.start(ids, 1)).prefill());
         return (1000 * reading) / (performance.now() - began);
       },
       [`tg${writing}`]: async () => {
@@ -251,7 +287,7 @@ export class Runtime {
       },
     };
     const rows = [];
-    for (const [test, once] of Object.entries(timed)) {
+    for (const [test, once] of Object.entries(timed).slice(0, this.app.embedding ? 1 : 2)) {
       for (let i = 0; i < 2; i++) await once(); // the compiler's first tiers are slow
       const rates = [];
       for (let i = 0; i < repeats; i++) rates.push(await once());

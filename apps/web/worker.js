@@ -34,6 +34,7 @@ const calls = {
     return runtime.generate(prompt, { ...options, ...own });
   },
 
+  embed: ({ text, options }) => runtime.embed(text, options),
   readContext: ({ context }) => runtime.readContext(typeof context === "string" ? runtime.encode(context) : context),
   checkTraces: ({ traces }) => runtime.checkTraces(traces),
   bench: ({ options }, tell) => runtime.bench({ ...options, onRow: (row) => tell({ row }) }),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..tables import size
 from . import device_rows, sections
 from .axes import short
-from .charts import Sheet
+from .charts import Sheet, Tile
 from .facts import BundlePage, bundle_page
 from .plots import context_cost, rooflines, without_roofs
 from .render import render
@@ -19,15 +18,6 @@ NAV = (
     *(("about", "Bundle"), ("quality", "Quality"), ("bytes", "Bytes"), ("roofline", "Roofline"), ("layers", "Layers")),
     *(("context", "Context"), ("placement", "Placement"), ("devices", "Devices"), ("simulated", "Simulated")),
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure at the head of the page."""
-
-    value: str
-    what: str
-    kind: str
 
 
 def bundle_html(path: Path, **found: Any) -> str:
@@ -71,7 +61,7 @@ def page_html(page: BundlePage) -> str:
         "rates": device_rows.table(found),
         "rate_notes": device_rows.notes(found),
         "host": device_rows.host(page),
-        "memory": _memory(prediction),
+        "memory": device_rows.memory(prediction),
         "not_measured": [f"{t}: not measured on this machine: {why}" for t, why in missing.items()],
         "simulated": sections.simulated(page),
     }
@@ -90,13 +80,8 @@ def tiles(page: BundlePage, found: Sequence[device_rows.Rate]) -> list[Tile]:
         chosen.append(Tile(f"{passed} of {whole}", f"targets passed '{page.checked_at}'", "measured"))
         if (loss := page.verified.loss) is not None and loss.rms is None:
             chosen.append(Tile(f"{loss.top1:.1%}", "same best token as the original", "measured"))
-    for kind in ("measured", "predicted"):
-        decode = [r for r in found if r.kind == kind and r.rate and r.test.startswith("tg")]
-        if decode:
-            best = max(decode, key=lambda r: r.rate or 0.0)
-            ends = f", {short(best.low or 0)} to {short(best.high or 0)}" if kind == "predicted" else ""
-            chosen.append(Tile(f"{short(best.rate or 0)} tokens/s", f"{best.test} on {best.device}{ends}", kind))
-    return chosen
+    best = (device_rows.fastest(found, kind) for kind in ("measured", "predicted"))
+    return [*chosen, *(tile for tile in best if tile is not None)]
 
 
 def _kind(page: BundlePage) -> str:
@@ -111,9 +96,3 @@ def _calls(page: BundlePage) -> Sheet | None:
     ]
     head = ["target", "graph", "call", "tokens", "operations", "bytes read", "operations a byte"]
     return Sheet(head, rows, frozenset({3, 4, 5, 6}), "counted") if rows else None
-
-
-def _memory(prediction: dict[str, Any]) -> Sheet | None:
-    rows = [[target, size(held)] for target, held in prediction["memory_bytes"].items()]
-    rows += [["does not fit", line] for line in prediction["too_small"]]
-    return Sheet(["target", "at least"], rows, frozenset({1}), "predicted") if rows else None

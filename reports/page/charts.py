@@ -19,6 +19,15 @@ KINDS = {
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A figure at the head of a page. kind: one of KINDS."""
+
+    value: str
+    what: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Part:
     """One colour of a bar. tone: its class in the style sheet. share: of the longest bar, in per cent."""
 

@@ -1,13 +1,14 @@
-"""Every rate of a bundle, device by device: measured here, measured behind links, predicted."""
+"""Every rate of a bundle or a model, device by device: measured here, measured behind links, predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..tables import size
-from .axes import logarithmic
-from .charts import Sheet, Span, Spans
+from .axes import logarithmic, short
+from .charts import Sheet, Span, Spans, Tile
 from .facts import BundlePage
 
 
@@ -34,7 +35,7 @@ class Rate:
 
 def rates(page: BundlePage) -> list[Rate]:
     """All of them: this machine first, then devices behind links, then predictions."""
-    return [*_here(page), *_linked(page), *_predicted(page)]
+    return [*_here(page), *_linked(page), *(predicted(page.prediction) if page.prediction is not None else ())]
 
 
 def _here(page: BundlePage) -> Iterator[Rate]:
@@ -87,8 +88,9 @@ def _linked(page: BundlePage) -> Iterator[Rate]:
             )
 
 
-def _predicted(page: BundlePage) -> Iterator[Rate]:
-    for row in page.prediction["rows"] if page.prediction is not None else ():
+def predicted(prediction: Mapping[str, Any]) -> Iterator[Rate]:
+    """Of the JSON form of a prediction."""
+    for row in prediction["rows"]:
         joules = row["joules_per_token"]
         energy = "not known" if joules is None else f"{joules:.3g} J ({row['energy_boundary']})"
         note = row["note"] + (f"; unit chosen: {row['reason']}" if row["reason"] else "")
@@ -130,6 +132,23 @@ def spans(found: list[Rate]) -> list[tuple[str, Spans]]:
         ]
         charts.append((test, Spans(axis, rows)))
     return charts
+
+
+def fastest(found: Sequence[Rate], kind: str) -> Tile | None:
+    """The highest rate of decoding among those of a kind, with its interval where it is predicted; None without any."""
+    decode = [r for r in found if r.kind == kind and r.rate and r.test.startswith("tg")]
+    if not decode:
+        return None
+    best = max(decode, key=lambda r: r.rate or 0.0)
+    ends = f", {short(best.low or 0)} to {short(best.high or 0)}" if kind == "predicted" else ""
+    return Tile(f"{short(best.rate or 0)} tokens/s", f"{best.test} on {best.device}{ends}", kind)
+
+
+def memory(prediction: Mapping[str, Any]) -> Sheet | None:
+    """Bytes that each target takes, and the devices that have fewer; None where nothing was predicted."""
+    rows = [[target, size(held)] for target, held in prediction["memory_bytes"].items()]
+    rows += [["does not fit", line] for line in prediction["too_small"]]
+    return Sheet(["target", "at least"], rows, frozenset({1}), "predicted") if rows else None
 
 
 def notes(found: list[Rate]) -> list[str]:

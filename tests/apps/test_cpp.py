@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.apps import EXAMPLES, ONNXRUNTIME, ROOT, SANITIZERS, client, compiled, project
+from helpers.apps import EXAMPLES, ONNXRUNTIME, ROOT, SANITIZERS, client, compiled, make_embedding_bundle, project
 
 from edgewright.runtimes.sampling import GREEDY
 from edgewright.runtimes.text_generation import open_bundle
@@ -164,6 +165,33 @@ def test_an_answer_stops_where_it_is_told(app: Path, projects: Callable[[str], P
 def test_the_bench_prints_rows(app: Path, projects: Callable[[str], Path]) -> None:
     done = client(app, "--model", projects("deltanet-g2p") / "model", "--bench", "--pp", 16, "--tg", 8, "--repeats", 2)
     assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]] == ["pp16", "tg8"], done.stderr
+
+
+def test_vectors_are_the_products(app: Path, tmp_path: Path) -> None:
+    bundle = make_embedding_bundle(tmp_path)
+    project(bundle, tmp_path / "app")
+    model, opened = tmp_path / "app" / "model", open_bundle(bundle, "onnx", threads=1)
+    done = client(app, "--model", model, "--trace", model / "traces.json")
+    assert (done.returncode, done.stdout.startswith("12 of 12 traces, 17 of 17 texts; vectors differ")) == (0, True), (
+        done.stderr
+    )
+    texts = ["the keeper lit the lamp", "a " * 60, "Ünïcode Text, lamp"]
+    for name in (None, "query"):
+        asked = () if name is None else ("--prompt-name", name)
+        done = client(app, "--model", model, "--embed", "-", *asked, stdin="".join(f"{text}\n" for text in texts))
+        here = np.array([json.loads(line) for line in done.stdout.splitlines()])
+        assert np.abs(here - opened.embed(texts, prompt_name=name)).max() < 1e-3, done.stderr
+    traces = json.loads((model / "traces.json").read_text())
+    traces["vectors"][0]["vector"][3] += 0.1
+    (tmp_path / "traces.json").write_text(json.dumps(traces))
+    assert "vector 0: 0.1" in client(app, "--model", model, "--trace", tmp_path / "traces.json").stderr
+    assert "generates nothing; use embed" in fails(app, "--model", model, "--prompt", "lamp")
+    assert "x is no prompt of this model; it has: document, query" in fails(
+        app, "--model", model, "--embed", "lamp", "--prompt-name", "x"
+    )
+    assert "the text is empty" in fails(app, "--model", model, "--embed", " ")
+    rows = client(app, "--model", model, "--bench", "--pp", 16, "--repeats", 1).stdout.splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["pp16"]
 
 
 def test_cmake_builds_and_tests(projects: Callable[[str], Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.apps import client, compiled, project
-from helpers.tokenizer_kinds import KINDS, SOME, made, same_unicode
+from helpers.tokenizer_kinds import KINDS, SOME, WORD_PIECES, made, same_unicode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def app(app_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return compiled(folder / "app", folder / "client", "-O1"), folder / "app" / "model"
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(KINDS | WORD_PIECES))
 def test_tokens_and_texts_are_the_librarys(kind: str, app: tuple[Path, Path], tmp_path: Path) -> None:
     binary, source = app
     model, tokenizer = tmp_path / "model", made(kind)

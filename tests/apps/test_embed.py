@@ -11,12 +11,11 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from helpers.apps import ROOT, project
+from helpers.apps import ROOT, make_embedding_bundle, project
 from helpers.cli_runner import edgewright, passed, refused
 
 from edgewright.apps import embed as embedding
 from edgewright.apps.contract import App
-from edgewright.apps.embed import MODEL
 from edgewright.apps.platforms import PLATFORMS
 from edgewright.apps.render import render
 from edgewright.apps.traces import Traces, fits, replay
@@ -24,9 +23,12 @@ from edgewright.bundle import Bundle
 from edgewright.device_profiles.profile import Memory, Quantity, list_profiles, save
 from edgewright.errors import UserError, VerificationFailure
 from edgewright.runtimes.registry import open_exact
+from edgewright.runtimes.text_embedding import embed_tokens
+from edgewright.runtimes.text_generation import open_bundle
 from edgewright.system.hashes import of_file
 
 SCHEMAS = {"app": App, "traces": Traces}
+MODEL = "model"
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,54 @@ def test_the_card_has_the_bundles_own_figures(bundle: Path, made: Path) -> None:
     assert "k n i g h t" not in card or "--prompt" in card
 
 
+# ---- a model of embeddings --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_embedding_bundle(tmp_path_factory.mktemp("embedder"))
+
+
+@pytest.mark.exports
+def test_vectors_have_traces_of_their_own(embedder: Path, tmp_path: Path) -> None:
+    """The other arithmetic keeps within the tolerance, a vector is of length 1, and tokens are those that `run --embed` reads."""
+    project(embedder, tmp_path / "app")
+    app, traces = (
+        App.model_validate(read(tmp_path / "app", "app.json")),
+        Traces.model_validate(read(tmp_path / "app", "traces.json")),
+    )
+    opened = open_bundle(embedder, "onnx", threads=1)
+    spec = opened.bundle.manifest.generation
+    assert (app.task, app.embedding, app.chat) == ("embed", spec.embedding, None)
+    assert app.tokenizer is not None
+    assert (app.tokenizer.kind, app.tokenizer.before, app.tokenizer.after) == ("WordPiece", (2,), (3,))
+    assert (traces.cases, len(traces.vectors)) == ((), 12)
+    session = open_exact(opened.bundle, "onnx", 1)
+    assert session is not None
+    exact = embed_tokens(session, spec, [case.ids for case in traces.vectors])
+    for case, other in zip(traces.vectors, exact, strict=True):
+        assert case.text is not None
+        assert list(case.ids) == opened.encode_texts([case.text])[0]
+        assert np.abs(np.array(case.vector) - other).max() <= traces.tolerance
+        assert np.linalg.norm(case.vector) == pytest.approx(1, abs=1e-4)
+        assert np.abs(np.array(case.vector) - exact[0]).max() > 10 * traces.tolerance or case is traces.vectors[0]
+    card = (tmp_path / "app" / "README.md").read_text()
+    assert "48 numbers, of length 1, pooled by mean, compared by dot" in card
+    assert "--embed" in card
+    assert "--prompt " not in card
+
+
+@pytest.mark.exports
+def test_a_platform_without_a_client_for_vectors_is_refused(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower = json.loads((embedder / "manifest.json").read_text())["generation"]["embedding"] | {"lower_case": True}
+    line = refuses(changed(embedder, tmp_path, generation__embedding=lower), tmp_path)
+    assert "texts are put into lower case before they are read" in line
+    monkeypatch.setitem(PLATFORMS, "cpp", dataclasses.replace(PLATFORMS["cpp"], embeds=False))
+    assert "--platform cpp has no client for a model of embeddings; choose one of" in refuses(embedder, tmp_path)
+
+
 # ---- refusals, before anything is written -----------------------------------------------------------------------------
 
 
@@ -182,7 +232,7 @@ def changed(bundle: Path, folder: Path, **values: object) -> Path:
 
 
 def test_an_unknown_platform_is_refused(bundle: Path, tmp_path: Path) -> None:
-    assert "--platform 'cp' is none of cpp" in refuses(bundle, tmp_path, platform="cp")
+    assert "--platform 'cp' is none of android, cpp" in refuses(bundle, tmp_path, platform="cp")
 
 
 def test_a_bundle_without_onnx_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from helpers.apps import EXAMPLES, ROOT, TOOLS, project
+from helpers.apps import EXAMPLES, ROOT, TOOLS, make_embedding_bundle, project
 from helpers.cli_runner import edgewright, refused
 
 from edgewright.apps import vendor
@@ -26,6 +27,7 @@ from edgewright.errors import UserError
 from edgewright.runtimes.generate import generate
 from edgewright.runtimes.registry import open_exact
 from edgewright.runtimes.sampling import GREEDY
+from edgewright.runtimes.text_embedding import embed_tokens
 from edgewright.runtimes.text_generation import open_bundle
 
 WORDS = 200
@@ -245,3 +247,41 @@ def test_messages_of_the_client(sites: Callable[[str], Path]) -> None:
     assert said["draws"][0] == said["draws"][1]
     assert "the sampling means nothing" in said["sampling"]
     assert said["rows"] == ["pp8", "tg4"]
+
+
+@pytest.mark.slow
+def test_vectors_are_the_products(sites: Callable[[str], Path], tmp_path: Path) -> None:
+    """In scripts, and on the page, which compares texts."""
+    bundle = make_embedding_bundle(tmp_path)
+    project(bundle, tmp_path / "site", "web", packages=PACKAGES)
+    texts = ["the keeper lit the lamp", "a " * 60, "Ünïcode Text, lamp"]
+    script = """(async () => {
+      const model = window.edgewright, line = (promise) => promise.then(() => null, (error) => error.message);
+      const vectors = [];
+      for (const text of TEXTS) {
+        for (const promptName of [undefined, "query"]) vectors.push([...(await model.embed(text, { promptName }))]);
+      }
+      return {
+        vectors,
+        wrong: await line(model.embed("a", { promptName: "x" })),
+        generate: await line(model.generate("a")),
+        empty: await line(model.embed(" ")),
+        rows: (await model.bench({ pp: 8, repeats: 1 })).map((row) => row.test),
+      };
+    })()""".replace("TEXTS", json.dumps(texts))
+    with served(tmp_path / "site") as url:
+        seen = browse(url, traces=True, script=script, form="the lamp of the ship", offline=None)
+    assert (seen["status"], seen["errors"], seen["traces"]["wrong"]) == (None, [], [])
+    assert (seen["traces"]["cases"], seen["form"]) == (12, "The first text. What you write next is compared with it.")
+    said, opened = seen["script"], open_bundle(bundle, "onnx", threads=1)
+    exact = open_exact(Bundle.open(bundle), "onnx", 1)  # with float32 activations, as the site
+    assert exact is not None
+    ids = [opened.encode_texts([text], name)[0] for text in texts for name in (None, "query")]
+    wanted = embed_tokens(exact, opened.bundle.manifest.generation, ids)
+    assert np.abs(np.array(said["vectors"]) - wanted).max() < 1e-4
+    assert said["wrong"] == "x is no prompt of this model; it has: document, query"
+    assert (said["generate"], said["empty"]) == (
+        "this model makes vectors, and generates nothing; use embed",
+        "the text is empty; give some text",
+    )
+    assert said["rows"] == ["pp8"]

@@ -52,11 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tiny_bundle: Callable[[str], tuple[Path, Path]]) -> Path:
     """A bundle of one layer of each stack. Must not be written to."""
-    path = tmp_path_factory.mktemp("bundle") / "bundle"
-    compiler.export(asking(str(model), num_layers=1), path)
-    return path
+    return tiny_bundle("t5gemma")[1]
 
 
 @pytest.fixture

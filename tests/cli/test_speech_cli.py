@@ -19,6 +19,12 @@ from edgewright.runtimes.transcribe import SpeechOptions
 pytestmark = pytest.mark.exports
 
 
+ONE_LAYER = {
+    "whisper": {"encoder_layers": 1, "decoder_layers": 1},
+    "moonshine": {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1},
+}
+
+
 @pytest.fixture(scope="module", params=[pytest.param("moonshine", marks=pytest.mark.slow), "whisper"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -28,7 +34,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, a bundle of it that was calibrated on a task of sounds, and the task."""
     root = tmp_path_factory.mktemp(family)
-    tiny_speech.write(root / "model", family)
+    tiny_speech.write(root / "model", family, **ONE_LAYER[family])
     task = tiny_speech.write_task(root / "sounds")
     options = ("--bits", "6", "--task", task, "--max-context", "48", "-o", root / "bundle")
     done = edgewright("export", "-m", root / "model", *options)

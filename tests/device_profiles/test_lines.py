@@ -115,7 +115,7 @@ def _tables(value: Any) -> bool:
 
 
 @given(_document, st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_every_key_of_a_document_is_found_on_its_line(tree: dict[str, Any], chance: random.Random) -> None:
     writer = _Writer(chance)
     text = writer.document(tree)

@@ -46,6 +46,35 @@ def bundle_for(onnxruntime: str, name: str, folder: Path) -> Path:
     return export(request, folder / "bundle").path
 
 
+PROMPTS = {
+    "prompts": {"query": "find ", "document": ""},
+    "default_prompt_name": "document",
+    "similarity_fn_name": "dot",
+}
+
+
+def make_embedding_bundle(folder: Path, onnxruntime: str | None = None) -> Path:
+    """A BERT of two layers with WordPiece, a linear behind its mean and prompts, that reads 40 tokens, as a bundle."""
+    import transformers as hf
+
+    from .oracle import randomise
+    from .sentence_models import describe, linear, wordpiece
+
+    model = folder / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.BertConfig(vocab_size=56, max_position_embeddings=48, **sizes)
+    bert = randomise(hf.BertModel(config), 1)
+    for name, weight in bert.named_parameters():  # so that texts have vectors apart
+        if "LayerNorm.weight" in name:
+            weight.data.fill_(1)
+        elif weight.dim() == 1:
+            weight.data.mul_(0.1)
+    bert.save_pretrained(model)
+    describe(wordpiece(model), ("mean",), [linear(64, 48)], settings=PROMPTS, limits={"max_seq_length": 40})
+    own = {} if onnxruntime is None else {"onnx": (onnxruntime,)}
+    return export(asking(str(model), bits=8.0, importance="zd", verify=False, own=own), folder / "bundle").path
+
+
 def project(bundle: Path, folder: Path, platform: str = "cpp", **options: object) -> Project:
     return embed(bundle, folder, EmbedOptions(platform, **options), lambda _: None)  # type: ignore[arg-type]
 

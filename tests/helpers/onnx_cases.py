@@ -6,14 +6,18 @@ Each model mixes 2, 3, 4, 5, 6, 8 and 16 bits, groups of 32 and 64 and per-chann
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from filelock import FileLock
 
 from edgewright.bundle import Generation, GraphSpec
 from edgewright.checkpoints.checkpoint import Checkpoint
@@ -37,12 +41,18 @@ TOLERANCE = 1e-4
 PER_CHANNEL = 0
 CHOICES = [(2, 32), (8, PER_CHANNEL), (3, 32), (4, 64), (16, 0), (5, 32), (6, PER_CHANNEL), (4, PER_CHANNEL), (3, 64)]
 CHOICES += [(2, 64), (6, 32)]  # eleven: the turn of the layers is not the turn of the choices
-WRITERS = {"t5gemma": write_tiny_t5gemma, "llama": write_tiny_llama, "gemma3": write_tiny_gemma3}
+_SHORT = {"encoder": {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}}
+_SHORT |= {"decoder": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}}
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "t5gemma": partial(write_tiny_t5gemma, **_SHORT),
+    "llama": partial(write_tiny_llama, num_hidden_layers=2),
+    "gemma3": write_tiny_gemma3,
+}
 FAST = [pytest.param(name, marks=pytest.mark.slow) if name == "gemma3" else name for name in WRITERS]
 """As parameters of a fixture; two are enough for the fast suite."""
 OVERRIDES = {
     "t5gemma": {"model.encoder.embed_tokens.weight": (2, 32), "model.decoder.embed_tokens.weight": (3, 32)},
-    "llama": {"model.embed_tokens.weight": (16, 0), "lm_head.weight": (5, 32)},
+    "llama": {"model.embed_tokens.weight": (16, 0), "lm_head.weight": (2, 32)},
     "gemma3": {"model.embed_tokens.weight": (6, PER_CHANNEL)},
 }
 TIED = {
@@ -139,7 +149,27 @@ class Case:
 
 def make_case(source: Path, root: Path, overrides: dict[str, tuple[int, int]]) -> Case:
     plan = quantize(source, root / "checkpoint", overrides)
-    artefact, specs = lower(root / "checkpoint", root / "onnx")
+    return open_case(root, plan, *lower(root / "checkpoint", root / "onnx"))
+
+
+def shared_case(run: Path, name: str, folder: Path) -> Case:
+    """The case of an architecture, lowered once in a run. run: a folder that all workers have; folder: a new one."""
+    made = run / f"case-{name}"
+    with FileLock(f"{made}.lock"):
+        if not made.is_dir():
+            shutil.rmtree(half := made.with_suffix(".half"), ignore_errors=True)
+            source = WRITERS[name](half / "source")
+            facts = (
+                quantize(source, half / "checkpoint", OVERRIDES[name]),
+                *lower(half / "checkpoint", half / "onnx"),
+            )
+            (half / "facts").write_bytes(pickle.dumps(facts))
+            half.rename(made)
+    shutil.copytree(made, folder)
+    return open_case(folder, *pickle.loads((made / "facts").read_bytes()))
+
+
+def open_case(root: Path, plan: BitPlan, artefact: Artefact, specs: list[GraphSpec]) -> Case:
     checkpoint = open_checkpoint(str(root / "checkpoint"))
     model = build(checkpoint.config)
     shapes = {w.name: w.shape for u in quantizable_units(model) for w in u.weights}

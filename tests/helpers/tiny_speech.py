@@ -27,9 +27,9 @@ WHISPER_GENERATION: dict[str, Any] = {
 """21 timestamps, 59 to 79, for the 20 positions of a window of 0.4 s."""
 
 
-def write(folder: Path, family: str) -> Path:
-    """A tiny Whisper or Moonshine that can spell: with the tokenizer of the example, 70 tokens."""
-    tiny.write(folder, FAMILIES[family])
+def write(folder: Path, family: str, **changes: Any) -> Path:
+    """A tiny Whisper or Moonshine that can spell: with the tokenizer of the example, 70 tokens. changes: see `tiny.write`."""
+    tiny.write(folder, FAMILIES[family], **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny.EXAMPLE / name, folder / name)
     if family == "whisper":

@@ -134,6 +134,22 @@ def word_level() -> Tokenizer:
     return tokenizer
 
 
+def word_piece(**options: Any) -> Tokenizer:
+    return trained(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer,
+        normalizer=normalizers.BertNormalizer(**options),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(cleanup=options.get("lowercase", True)),
+    )
+
+
+WORD_PIECES: dict[str, Callable[[], Tokenizer]] = {
+    "word piece": word_piece,
+    "word piece cased": lambda: word_piece(lowercase=False, handle_chinese_chars=False),
+    "word piece dirty": lambda: word_piece(clean_text=False, strip_accents=False),
+}
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "dolphin": lambda: Tokenizer.from_file(str(ROOT / "examples" / "dolphin-packages" / "tokenizer.json")),
     "gemma": gemma,
@@ -185,4 +201,4 @@ def same_unicode(text: str) -> bool:
 
 @cache
 def made(kind: str) -> Tokenizer:
-    return KINDS[kind]()
+    return (KINDS | WORD_PIECES)[kind]()

@@ -121,6 +121,7 @@ def test_a_killed_runner_goes_on(bundle: Path, sshd: Sshd, tmp_path: Path) -> No
     assert sum("was killed; is there memory enough?" in n for n in notes) == 1
 
 
+@pytest.mark.slow
 def test_a_cut_link_loses_nothing_and_the_runner_goes_on(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     device = tmp_path / "device"
     result, notes = watched(bundle, sshd.url(device), device, "pp16", sshd.cut)
@@ -208,6 +209,7 @@ def test_a_killed_command_goes_on(bundle: Path, sshd: Sshd, tmp_path: Path) -> N
     assert json.loads((bundle / "reports" / "devices.json").read_text())["devices"] == json.loads(out)
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_stops_the_runner(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     device = tmp_path / "device"
     process = start(bundle, sshd.url(device))
@@ -237,6 +239,7 @@ def test_no_resume_measures_everything_again(bundle: Path, sshd: Sshd, tmp_path:
     assert not old & {row.at for row in result.rows}
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_takes_no_other_with_it(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     good, bad = sshd.url(tmp_path / "device"), f"local://{tmp_path}/other"
     words = [

@@ -80,7 +80,7 @@ def test_a_memory_holds_weights_and_states(model: Path, tmp_path: Path) -> None:
         result = planned(model, tmp_path / "p.json", "--memory", str(most))
         assert result.exit_code == 0, result.output
         plan = BitPlan.from_json((tmp_path / "p.json").read_text())
-        taken = memory_bytes(built, units, plan, "onnx", built.max_context, 4)
+        taken = memory_bytes(built, units, plan, ["onnx"], built.max_context, 4)["onnx"]
         assert taken <= most
         assert most == 10**9 or taken > 0.93 * most
         bits.append(plan.average_bits)

@@ -230,7 +230,16 @@ def test_a_file_by_its_ending(known: Path, tmp_path: Path) -> None:
     assert Page((tmp_path / "report.html").read_text()).sections[0] == "about"
     assert json.loads((tmp_path / "report.json").read_text())["kind"] == "predicted"
     assert "no file whose name ends" in refused(edgewright("profile", known, *given, tmp_path / "report.docx"))
-    assert "no page" in refused(edgewright("profile", "-m", known / "checkpoint", "--device", DEVICES[0], "-o", "html"))
+
+
+def test_a_model_that_was_not_compiled_has_a_page_of_predictions(known: Path) -> None:
+    asked = ("profile", "-m", known / "checkpoint", "--device", DEVICES[0], "-p", 4, "-n", 2, "-o")
+    made = Page(passed(edgewright(*asked, "html")))
+    assert made.sections == ["devices", "memory", "kinds"]
+    rows = json.loads(passed(edgewright(*asked, "json")))["rows"]
+    assert rows
+    for row in rows:
+        assert {row["device"], row["target"], row["unit"], row["test"]} <= set(made.cells)
 
 
 def test_a_module_of_ones_own(tmp_path: Path) -> None:

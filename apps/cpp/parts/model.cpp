@@ -28,6 +28,8 @@ struct ModelState {
   std::optional<Tokenizer> tokenizer;
   std::vector<Token> before, after, forced;
   std::vector<std::string> stop_strings;
+  std::map<std::string, std::string> prompts;
+  std::optional<std::string> default_prompt;
   std::optional<Token> bos, decoder_start;
   std::optional<std::pair<std::string, std::string>> chat;
   bool chat_template = false, chat_trims = false;
@@ -76,6 +78,13 @@ void read_app(const Json& app, ModelState& model) {
                      context.at("rows").get<std::size_t>(),   context.at("vocab").get<Token>(),
                      tokens_of(context.at("tokens")),         tokens_of(context.at("prefix")),
                      context.at("splice") == "released"};
+  }
+  if (const Json embedding = app.value("embedding", Json()); !embedding.is_null()) {
+    Embedding made{embedding.at("size").get<std::size_t>(), embedding.at("normalised").get<bool>(), embedding.at("similarity").get<std::string>(), {}};
+    model.prompts = embedding.at("prompts").get<std::map<std::string, std::string>>();
+    for (const auto& [name, prompt] : model.prompts) made.prompts.push_back(name);
+    if (!embedding.at("default_prompt").is_null()) model.default_prompt = embedding["default_prompt"].get<std::string>();
+    info.embedding = std::move(made);
   }
   if (const Json& chat = app.at("chat"); !chat.is_null()) {
     model.chat_template = true;

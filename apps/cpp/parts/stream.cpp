@@ -77,6 +77,7 @@ void splice(StreamState& stream, std::span<const Token> prompt, const Memory* me
 std::unique_ptr<StreamState> start_stream(ModelState& model, std::span<const Token> prompt, std::size_t new_tokens, const Memory* memory) {
   auto stream = std::make_unique<StreamState>(model);
   const Info& info = model.info;
+  if (info.embedding) fail("this model makes vectors, and generates nothing; use embed");
   require_tokens(prompt, info.vocab, "the prompt");
   if (new_tokens == 0) fail("0 new tokens were asked for; ask for 1 or more");
   if (memory != nullptr && !model.context) fail("this model keeps no memory of a context; give all of it as the prompt");

@@ -132,8 +132,7 @@ char32_t composed(char32_t a, char32_t b) {
   return found == pairs.end() ? 0 : found->second;
 }
 
-Chars nfc(const Chars& text) {
-  if (std::all_of(text.begin(), text.end(), [](char32_t c) { return c < 0x300; })) return text;
+Chars nfd(const Chars& text) {
   Chars apart;
   for (const char32_t c : text) decompose(c, apart);
   for (std::size_t from = 0; from < apart.size();) {
@@ -143,6 +142,12 @@ Chars nfc(const Chars& text) {
                      [](char32_t a, char32_t b) { return combining_class(a) < combining_class(b); });
     from = to + 1;
   }
+  return apart;
+}
+
+Chars nfc(const Chars& text) {
+  if (std::all_of(text.begin(), text.end(), [](char32_t c) { return c < 0x300; })) return text;
+  const Chars apart = nfd(text);
   Chars out;
   std::size_t starter = Chars::npos;
   int last = 0;
@@ -156,6 +161,48 @@ Chars nfc(const Chars& text) {
     if (kind == 0) starter = out.size();
     last = kind;
     out += c;
+  }
+  return out;
+}
+
+// ---- BERT's normalizer, step by step as the tokenizers library has it ------------------------------------------------
+
+Chars cleaned(const Chars& text) {
+  Chars out;
+  for (const char32_t c : text)
+    if (is_space(c) && c != 0x0B && c != 0x0C && c != 0x85) {
+      out += U' ';
+    } else if (c != 0 && !in_ranges(kDropped, c)) {
+      out += c;
+    }
+  return out;
+}
+
+bool is_ideograph(char32_t c) {
+  return (c >= 0x4E00 && c <= 0x9FFF) || (c >= 0x3400 && c <= 0x4DBF) || (c >= 0x20000 && c <= 0x2A6DF) || (c >= 0x2A700 && c <= 0x2B81F) ||
+         (c >= 0x2B920 && c <= 0x2CEAF) || (c >= 0xF900 && c <= 0xFAFF) || (c >= 0x2F800 && c <= 0x2FA1F);
+}
+
+Chars with_ideographs_apart(const Chars& text) {
+  Chars out;
+  for (const char32_t c : text) out += is_ideograph(c) ? Chars{U' ', c, U' '} : Chars{c};
+  return out;
+}
+
+Chars without_accents(const Chars& text) {
+  Chars out;
+  for (const char32_t c : nfd(text))
+    if (!in_ranges(kAccents, c)) out += c;
+  return out;
+}
+
+Chars lowered(const Chars& text) {
+  Chars out;
+  for (const char32_t c : text) {
+    const auto found = std::lower_bound(std::begin(kLower), std::end(kLower), c, [](const Lower& l, char32_t v) { return l.whole < v; });
+    const bool changes = found != std::end(kLower) && found->whole == c;
+    out += changes ? found->first : c;
+    if (changes && found->second != 0) out += found->second;
   }
   return out;
 }

@@ -1,5 +1,5 @@
 // ---- tokenizer.json: text to tokens and back -----------------------------------------------------------------------
-// WordLevel, BPE and Unigram; steps that are not known here are refused when the file is opened.
+// WordLevel, WordPiece, BPE and Unigram; steps that are not known here are refused when the file is opened.
 
 using Words = std::unordered_map<std::string, Token>;
 
@@ -84,7 +84,7 @@ class Tokenizer {
   explicit Tokenizer(const Json& file) : file_(file) {
     const Json& model = file_.at("model");
     kind_ = kind_of(model);
-    if (kind_ == "WordLevel" || kind_ == "BPE") {
+    if (kind_ == "WordLevel" || kind_ == "WordPiece" || kind_ == "BPE") {
       for (const auto& [word, id] : model.at("vocab").items()) words_[word] = id.get<Token>();
     } else if (kind_ == "Unigram") {
       read_unigram(model);
@@ -92,6 +92,10 @@ class Tokenizer {
       unknown_part("a model of the kind " + kind_);
     }
     if (kind_ == "BPE") read_merges(model);
+    if (kind_ == "WordPiece") {
+      within_ = model.value("continuing_subword_prefix", "##");
+      longest_ = model.value("max_input_chars_per_word", std::size_t{100});
+    }
     if (model.contains("unk_token") && model["unk_token"].is_string()) {
       const auto found = words_.find(model["unk_token"].get<std::string>());
       if (found != words_.end()) unknown_ = found->second;
@@ -251,6 +255,8 @@ class Tokenizer {
       const std::string kind = kind_of(step);
       if (kind == "NFC") {
         text = nfc(text);
+      } else if (kind == "BertNormalizer") {
+        text = bert(step, std::move(text));
       } else if (kind == "Prepend") {
         if (!text.empty()) text = chars_of(step.at("prepend").get<std::string>()) + text;
       } else if (kind == "Replace" && step.at("pattern").contains("String")) {
@@ -260,6 +266,15 @@ class Tokenizer {
       }
     }
     return text;
+  }
+
+  static Chars bert(const Json& step, Chars text) {
+    const bool lower = step.value("lowercase", true);
+    const bool strips = step.contains("strip_accents") && step["strip_accents"].is_boolean() ? step["strip_accents"].get<bool>() : lower;
+    if (step.value("clean_text", true)) text = cleaned(text);
+    if (step.value("handle_chinese_chars", true)) text = with_ideographs_apart(text);
+    if (strips) text = without_accents(text);
+    return lower ? lowered(text) : text;
   }
 
   std::vector<Chars> split(const Piece& piece) const {
@@ -278,6 +293,12 @@ class Tokenizer {
     const std::string kind = kind_of(step);
     if (text.empty()) return {};
     if (kind == "WhitespaceSplit") return cut(text, spans_where(text, is_space), "Removed");
+    if (kind == "BertPreTokenizer") {
+      std::vector<Chars> parts;
+      for (const Chars& word : cut(text, spans_where(text, is_space), "Removed"))
+        for (Chars& part : cut(word, spans_where(word, is_punctuation), "Isolated")) parts.push_back(std::move(part));
+      return parts;
+    }
     if (kind == "Punctuation") return cut(text, spans_where(text, is_punctuation), step.value("behavior", "Isolated"));
     if (kind == "Digits")
       return cut(text, spans_where(text, is_number), step.value("individual_digits", false) ? "Isolated" : "Contiguous");
@@ -332,10 +353,34 @@ class Tokenizer {
       } else if (unknown_) {
         ids.push_back(*unknown_);
       }
+    } else if (kind_ == "WordPiece") {
+      add_pieces(word, ids);
     } else if (kind_ == "BPE") {
       add_merged(word, ids);
     } else {
       add_likeliest(word, ids);
+    }
+  }
+
+  // The longest piece that there is, then the longest that goes on from there; a word that is not all pieces is unknown.
+  void add_pieces(const Chars& word, std::vector<Token>& ids) const {
+    std::vector<Token> found;
+    bool whole = word.size() <= longest_;
+    for (std::size_t from = 0; whole && from < word.size();) {
+      std::size_t to = word.size();
+      auto at = words_.end();
+      for (; to > from; --to) {
+        at = words_.find((from > 0 ? within_ : std::string()) + utf8_of(std::u32string_view(word).substr(from, to - from)));
+        if (at != words_.end()) break;
+      }
+      whole = to > from;
+      if (whole) found.push_back(at->second);
+      from = to;
+    }
+    if (whole) {
+      ids.insert(ids.end(), found.begin(), found.end());
+    } else if (unknown_) {
+      ids.push_back(*unknown_);
     }
   }
 
@@ -494,6 +539,12 @@ class Tokenizer {
         bytes += own;
       }
       parts = {utf8_of(chars_of(bytes))};
+    } else if (kind == "WordPiece") {
+      const std::string prefix = step.value("prefix", "##");
+      for (std::size_t i = 0; i < parts.size(); ++i) {
+        if (i > 0) parts[i] = parts[i].starts_with(prefix) ? parts[i].substr(prefix.size()) : " " + parts[i];
+        if (step.value("cleanup", true)) parts[i] = tidied(std::move(parts[i]));
+      }
     } else if (kind == "ByteFallback") {
       parts = with_bytes_joined(parts);
     } else if (kind == "Replace" && step.at("pattern").contains("String")) {
@@ -520,6 +571,19 @@ class Tokenizer {
       unknown_part("the decoder " + kind);
     }
     return parts;
+  }
+
+  // English without the spaces that cutting at signs put in.
+  static std::string tidied(std::string text) {
+    static const std::pair<const char*, const char*> changes[] = {{" .", "."},     {" ?", "?"},     {" !", "!"},           {" ,", ","},
+                                                                  {" ' ", "'"},    {" n't", "n't"}, {" 'm", "'m"},         {" do not", " don't"},
+                                                                  {" 's", "'s"},   {" 've", "'ve"}, {" 're", "'re"}};
+    for (const auto& [from, to] : changes) {
+      Chars chars = chars_of(text);
+      replace_all(chars, chars_of(from), chars_of(to));
+      text = utf8_of(chars);
+    }
+    return text;
   }
 
   // Runs of <0x..> tokens as the text of their bytes; one U+FFFD a token where that is no UTF-8.
@@ -553,7 +617,7 @@ class Tokenizer {
   };
 
   Json file_;
-  std::string kind_;
+  std::string kind_, within_;
   Words words_;
   std::unordered_map<Token, std::string> spelling_;
   std::unordered_set<Token> special_;

@@ -88,7 +88,9 @@ def test_a_stream_of_nan_leaves_nothing_to_the_next(case: Any) -> None:
         assert blocks.worst(blocks.feed(case.session, case.session.new_state(1, CONTEXT), ids, pieces), want) < CLOSE
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 4.0)])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [pytest.param(0, 0.0, marks=pytest.mark.slow), (5, 4.0)], ids=["plain", "window and softcap"]
+)
 def test_merged_attention_sees_cache_and_source(window: int, softcap: float, tmp_path: Path) -> None:
     graphs = blocks.merged(CONTEXT, window, softcap)
     session, logits = exported(graphs, tmp_path), []
