@@ -17,8 +17,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
 
 
-QUICK = ("lfm2", "module")
-"""One with both kinds of state, and a module. The others through ONNX are slow tests."""
+QUICK = ("module",)
+"""The others through ONNX are slow tests; hybrids have fast ones in tests/exporters/onnx/test_recurrent_onnx.py."""
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,10 @@ def exported(graphs: list[Graph], folder: Path) -> ExecuTorchSession:
     return ExecuTorchSession(folder, [GraphSpec.of(g) for g in graphs], threads=1)
 
 
-@pytest.fixture(scope="module", params=blocks.SOME)
+@pytest.fixture(
+    scope="module",
+    params=["delta", *(pytest.param(name, marks=pytest.mark.slow) for name in blocks.BLOCKS if name != "delta")],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     graphs, folder = blocks.BLOCKS[request.param](CONTEXT), tmp_path_factory.mktemp("executorch")
     graphs[0].module.get_parameter("whole.embed.weight").data[POISON] = float("nan")
