@@ -96,19 +96,22 @@ apps-tools-react-native:
 	mkdir -p $(TOOLS)/react-native
 	ONNXRUNTIME_NODE_INSTALL=skip npm install --prefix $(TOOLS)/react-native --no-audit --no-fund --legacy-peer-deps $(REACT_NATIVE)
 
-# Swift, in a Debian of its own: 3.7 GB, as root. Not part of apps-tools, which needs no root; EDGEWRIGHT_SWIFT names another folder to the tests.
+# Swift, in a Debian of its own: 3.7 GB. It wants root, so apps-tools leaves it out. EDGEWRIGHT_SWIFT names another folder to the tests.
 SWIFT := $(abspath $(TOOLS))/swift
 SWIFT_PACKAGES := swiftlang,swiftlang-dev,libc6-dev,libstdc++-14-dev,git,ca-certificates
 
-apps-tools-swift:
+apps-tools-swift: $(SWIFT)/etc/debian_version
+	npm install --prefix $(TOOLS)/swiftlint --no-audit --no-fund @expo/swiftlint@0.57.1
+
+$(SWIFT)/etc/debian_version:
 	@command -v debootstrap > /dev/null || { echo "debootstrap is missing: apt-get install debootstrap"; exit 1; }
 	mkdir -p $(TOOLS)
+	umount $(SWIFT).partial/proc 2> /dev/null || true
 	rm -rf --one-file-system $(SWIFT).partial
 	debootstrap --variant=minbase --include=$(SWIFT_PACKAGES) trixie $(SWIFT).partial
 	rm -f $(SWIFT).partial/var/cache/apt/archives/*.deb
 	umount $(SWIFT).partial/proc 2> /dev/null || true
 	mv $(SWIFT).partial $(SWIFT)
-	npm install --prefix $(TOOLS)/swiftlint --no-audit --no-fund @expo/swiftlint
 
 # mypy must see the package under its own name, whatever the checkout's folder is called.
 lint: $(VENV)/.dev

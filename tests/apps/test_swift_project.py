@@ -14,11 +14,12 @@ from helpers.requests import asking
 from helpers.shared import CONTEXT, write_model
 
 from edgewright.apps.contract import App
-from edgewright.apps.embed import MODEL
 from edgewright.apps.platforms import PLATFORMS
 from edgewright.compiler import export
 from edgewright.errors import VerificationFailure
 from edgewright.system.hashes import of_file
+
+MODEL = PLATFORMS["swift"].model
 
 
 @pytest.fixture(scope="module")
