@@ -190,6 +190,7 @@ def until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"it ended without '{text}'")
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(bundle: Path, sshd: Sshd, tmp_path: Path) -> None:
     """SIGKILL for the command here; the runner there goes on, and the next command takes its rows."""
     device = tmp_path / "device"
