@@ -13,8 +13,9 @@ import pytest
 from edgewright.apps.embed import EmbedOptions, Project, embed
 from edgewright.compiler import export
 
+from . import tiny
 from .requests import asking
-from .shared import shared_bundle, write_model
+from .shared import ONE_LAYER, shared_bundle
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = Path(os.environ.get("EDGEWRIGHT_TOOLS", ROOT / ".tools"))
@@ -38,7 +39,7 @@ def bundle_for(onnxruntime: str, name: str, folder: Path) -> Path:
     """The same for an ONNX Runtime of that age, made anew."""
     model = ROOT / "examples" / name
     if not model.exists():
-        model = write_model(name, folder / "model")
+        model = getattr(tiny, f"write_tiny_{name}")(folder / "model", **ONE_LAYER[name])
     bits, context = 4.5 if name in EXAMPLES else 6.0, CONTEXT.get(name, 64)
     own = {"onnx": (onnxruntime,)}
     request = asking(str(model), bits=bits, importance="zd", max_context=context, verify=False, own=own)
