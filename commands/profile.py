@@ -75,7 +75,7 @@ def profile(
         path: the bundle's folder.
         formats: the targets; without, all in the bundle.
         lengths: what to measure; None is the default of each.
-        threads: of the runtime; 0 is all cores.
+        threads: of the runtime; 0 is OMP_NUM_THREADS, else all cores.
         check: whether the files that will be read are hashed first. They are then in the system's cache when they are loaded.
 
     Raises UserError for lengths beyond the bundle's context, or a target in `formats` that cannot run on this machine;

@@ -39,7 +39,7 @@ def open_bundle(path: str | Path, format: str | None = None, threads: int = 0, c
     Args:
         path: the bundle's folder.
         format: the target, such as "onnx"; None is the bundle's first.
-        threads: CPU threads of the target's runtime; 0 is all cores.
+        threads: CPU threads of the target's runtime; 0 is OMP_NUM_THREADS, else all cores.
         check: whether the files that will be read are hashed first.
 
     Raises UserError if there is no bundle or no such target, or it holds a module, which reads no text; VerificationFailure for a

@@ -50,7 +50,7 @@ class BundleLM(TemplateLM):  # type: ignore[misc]
     Args:
         bundle: the bundle's folder.
         format: the artefact; without, the bundle's first.
-        threads: 0 is all cores.
+        threads: 0 is OMP_NUM_THREADS, else all cores.
         session: runs in the artefact's place, such as the eager reference of the same model.
         batch_size, max_batch_size, device: lm-eval passes them to every model; they change nothing.
 

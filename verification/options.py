@@ -26,8 +26,8 @@ class VerifyOptions:
     file, of which the first `task_limit` lines count.
     text: a text file, of which the first `text_windows` windows are scored: next-token distributions are compared with the
     original's, or without `model` with the reference's. formats: the targets to check; without, all whose library is
-    installed. threads: of the runtimes; 0 is all cores. against: whether the reading of `model` is compared with transformers;
-    "auto": where it is installed and knows the model.
+    installed. threads: of the runtimes; 0 is OMP_NUM_THREADS, else all cores. against: whether the reading of `model` is
+    compared with transformers; "auto": where it is installed and knows the model.
     """
 
     model: str | None = None

@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers.android import MODEL, Client
-from helpers.tokenizer_kinds import KINDS, SOME, made, same_unicode
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from helpers.tokenizer_kinds import KINDS, made, texts
 
 from edgewright.apps.platforms import PLATFORMS
 from edgewright.apps.tokenizer_parts import read_parts, require_known
-from edgewright.apps.traces import TEXTS
 
 pytestmark = pytest.mark.slow
 
@@ -25,25 +22,6 @@ pytestmark = pytest.mark.slow
 def app(android_client: Client, android_projects: Callable[[str], Path]) -> tuple[Client, Path]:
     """The client, and a model."""
     return android_client, android_projects("t5gemma") / MODEL
-
-
-def texts() -> list[str]:
-    """Over Unicode, the same ones each time."""
-    found: list[str] = []
-
-    @settings(
-        max_examples=20,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.lists(SOME, min_size=20, max_size=20))
-    def collect(some: list[str]) -> None:
-        found.extend(filter(same_unicode, some))
-
-    collect()
-    return [*found, *TEXTS]
 
 
 def model_with(source: Path, folder: Path, tokenizer: bytes, cases: list[dict[str, object]]) -> Path:

@@ -49,6 +49,10 @@ def read(folder: Path, name: str) -> dict[str, object]:
     return value
 
 
+def test_the_help_names_every_platform() -> None:
+    assert f"{', '.join(sorted(PLATFORMS))}." in " ".join(passed(edgewright("embed", "--help")).split())
+
+
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_the_schema_in_the_docs_is_the_contract(name: str) -> None:
     written = json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())

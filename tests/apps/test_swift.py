@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 from helpers.apps import EXAMPLES, ROOT, bundle_for, project
 from helpers.swift import SwiftClient, build, open_toolchain, swiftlint
-from helpers.tokenizer_kinds import KINDS, SOME, made, same_unicode
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from helpers.tokenizer_kinds import KINDS, made, texts
 
 from edgewright.apps.platforms import PLATFORMS
 from edgewright.apps.tokenizer_parts import read_parts, require_known
-from edgewright.apps.traces import TEXTS
 from edgewright.runtimes.sampling import GREEDY
 from edgewright.runtimes.text_generation import open_bundle
 
@@ -232,30 +229,9 @@ def test_every_source_parses(app: SwiftClient) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Over Unicode, the same ones each time."""
-    found: list[str] = []
-
-    @settings(
-        max_examples=20,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.lists(SOME, min_size=20, max_size=20))
-    def collect(some: list[str]) -> None:
-        found.extend(filter(same_unicode, some))
-
-    collect()
-    assert len(found) > 300
-    return [*found, *TEXTS]
-
-
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_tokens_and_texts_are_the_librarys(
-    kind: str, app: SwiftClient, projects: Callable[[str], Path], texts: list[str], tmp_path: Path
+    kind: str, app: SwiftClient, projects: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Every kind of model and step that `embed` lets through, over Unicode."""
     model, tokenizer = tmp_path / "model", made(kind)
@@ -271,10 +247,10 @@ def test_tokens_and_texts_are_the_librarys(
     contract["files"]["tokenizer.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (model / "app.json").write_text(json.dumps(contract))
     cases = []
-    for text in texts:
+    for text in texts():
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         cases.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids)})
     (model / "traces.json").write_text(json.dumps({"cases": [], "texts": cases, "new_tokens": 1, "tolerance": 1}))
     done = app("--model", model, "--trace", model / "traces.json")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith(f"0 of 0 traces, {len(texts)} of {len(texts)} texts")
+    assert done.stdout.startswith(f"0 of 0 traces, {len(texts())} of {len(texts())} texts")

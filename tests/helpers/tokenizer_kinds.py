@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -202,3 +203,24 @@ def same_unicode(text: str) -> bool:
 @cache
 def made(kind: str) -> Tokenizer:
     return (KINDS | WORD_PIECES)[kind]()
+
+
+@cache
+def texts() -> tuple[str, ...]:
+    """Over Unicode, the same ones each time."""
+    found: list[str] = []
+
+    @settings(
+        max_examples=20,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(SOME, min_size=20, max_size=20))
+    def collect(some: list[str]) -> None:
+        found.extend(filter(same_unicode, some))
+
+    collect()
+    assert len(found) > 300
+    return (*found, *TEXTS)
